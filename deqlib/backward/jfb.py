@@ -1,0 +1,29 @@
+"""Jacobian-free backpropagation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..solution import Solution
+from ..state import Map
+from .base import Backward, Solve, attach, identity_adjoint, solve_off_tape
+
+
+@dataclass(frozen=True, kw_only=True)
+class JFB(Backward):
+    """One evaluation on the tape at the fixed point: u = g instead of u = J^T u + g.
+
+    The gradient's error is of first order in J. Memory: one evaluation. Cost: one evaluation and one
+    vector-Jacobian product.
+    (Fung et al. 2022, arXiv 2103.12803; the one-step case of Geng et al. 2021, arXiv 2111.05177.)
+    """
+
+    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+        """Solve off the tape, then evaluate once on it."""
+        solution = solve_off_tape(f, z0, solve)
+        if not torch.is_grad_enabled():
+            return solution
+        return attach(solution, f(solution.value), identity_adjoint, None, nfe=1)

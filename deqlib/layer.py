@@ -1,0 +1,104 @@
+"""The module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from .backward import Backward, ImplicitDifferentiation
+from .fixed_point import check_settings, fixed_point
+from .solution import OnFailure, Solution
+from .solvers import Anderson, Solver
+from .stopping import Stopping
+
+
+class ImplicitLayer(nn.Module):
+    """A layer whose output is the fixed point z = cell(z, *inputs).
+
+    Nothing of a solve stays on the layer: two forward passes before one backward are independent.
+
+    Args:
+        cell: module or callable, `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and
+            device. A module is registered, so its parameters train with the layer.
+        solver: default `Anderson()`.
+        backward: default `ImplicitDifferentiation()`.
+        stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
+        on_failure: "raise", "warn" or "ignore", for the forward and for the adjoint solve.
+        init: callable `init(*inputs) -> z0`; default zeros shaped like the first input.
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        cell: Callable[..., Any],
+        *,
+        solver: Solver | None = None,
+        backward: Backward | None = None,
+        stopping: Stopping | None = None,
+        on_failure: OnFailure = "warn",
+        init: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(cell):
+            raise TypeError(f"ImplicitLayer: cell must be callable, got {type(cell).__name__}")
+        if init is not None and not callable(init):
+            raise TypeError(f"ImplicitLayer: init must be callable or None, got {type(init).__name__}")
+        self.cell = cell
+        self.solver = Anderson() if solver is None else solver
+        self.backward_mode = ImplicitDifferentiation() if backward is None else backward
+        self.stopping = Stopping() if stopping is None else stopping
+        self.on_failure: OnFailure = on_failure
+        self.init = init
+        check_settings("ImplicitLayer", self.solver, self.stopping, self.backward_mode, on_failure)
+
+    def forward(self, *inputs: Any) -> Any:
+        """The fixed point, structure of the starting point, carrying gradient."""
+        return self.solve(*inputs).value
+
+    def solve(
+        self, *inputs: Any, z0: Any = None, solver: Solver | None = None, stopping: Stopping | None = None
+    ) -> Solution:
+        """The same solve with all that is known about it.
+
+        Args:
+            *inputs: of the cell, after the state; anything, passed as they are.
+            z0: starting point of this call; default `init(*inputs)`.
+            solver: of this call; default the layer's.
+            stopping: of this call; default the layer's.
+
+        Raises:
+            See `deqlib.fixed_point`.
+        """
+        if z0 is None:
+            z0 = self._start(inputs)
+        return fixed_point(
+            self.cell,
+            z0,
+            inputs,
+            solver=self.solver if solver is None else solver,
+            stopping=self.stopping if stopping is None else stopping,
+            backward=self.backward_mode,
+            on_failure=self.on_failure,
+        )
+
+    def _start(self, inputs: tuple[Any, ...]) -> Any:
+        if self.init is not None:
+            return self.init(*inputs)
+        if not inputs:
+            raise ValueError(
+                "ImplicitLayer: without inputs there is nothing to shape z0 like; pass init= or z0="
+            )
+        return tree_map(torch.zeros_like, inputs[0])
+
+    def extra_repr(self) -> str:
+        """Settings, for `print(model)`."""
+        return (
+            f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}, "
+            f"on_failure={self.on_failure!r}"
+        )

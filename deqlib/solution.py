@@ -1,0 +1,127 @@
+"""What a solve returns, and what happens when it fails."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+class Status(IntEnum):
+    """How a sample's solve ended."""
+
+    CONVERGED = 0  # met the tolerance
+    MAX_STEPS = 1  # ran out of steps
+    STALLED = 2  # its best residual stopped improving
+    DIVERGED = 3  # residual not finite, or far above its best
+    COMPLETED = 4  # took the fixed number of steps asked for; no tolerance to meet
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the failure policy applies."""
+        return self in _ADVICE
+
+
+_ADVICE = {
+    Status.MAX_STEPS: "raise Stopping.max_steps, loosen rtol, or use a faster solver such as Anderson()",
+    Status.STALLED: (
+        "loosen rtol (the cell's precision may not reach it), or try Broyden() with a larger memory"
+    ),
+    Status.DIVERGED: (
+        "make the cell contractive (normalise it, scale its weights down), use damping, "
+        "or look for NaN in its inputs"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Fixed points of a batch, with what is known about each.
+
+    Attributes:
+        value: best iterate seen, structure and dtypes of the starting point; carries gradient if the
+            solve was differentiated.
+        residual: `||f(z) - z||` at `value`, shape (B,); `None` if not measured.
+        relative_residual: `||f(z) - z|| / ||f(z)||` at `value`, shape (B,); `None` if not measured.
+        num_steps: solver steps each sample took, int64, shape (B,).
+        status: `Status` codes, int64, shape (B,).
+        nfe: evaluations of the cell on the batch, those on the tape included.
+        trace: relative residual at every evaluation of the loop, shape (evaluations, B); rows after a
+            sample ended repeat it at its value. `None` if not measured.
+        state: the solver's last state.
+    """
+
+    value: Any
+    residual: Tensor | None
+    relative_residual: Tensor | None
+    num_steps: Tensor
+    status: Tensor
+    nfe: int
+    trace: Tensor | None
+    state: Any
+
+    @property
+    def converged(self) -> Tensor:
+        """Which samples met the tolerance, bool, shape (B,)."""
+        return self.status == Status.CONVERGED
+
+    def counts(self) -> dict[Status, int]:
+        """How many samples ended with each status; absent statuses are left out."""
+        codes, numbers = torch.unique(self.status, return_counts=True)
+        return {Status(code): number for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)}
+
+    def __repr__(self) -> str:
+        parts = [f"{number} {status.name.lower()}" for status, number in self.counts().items()]
+        text = f"Solution({', '.join(parts) or 'no samples'}; nfe={self.nfe}"
+        if self.num_steps.numel():
+            low, high = int(self.num_steps.min()), int(self.num_steps.max())
+            text += f", steps={low}" if low == high else f", steps={low}..{high}"
+            if self.relative_residual is not None:
+                text += f", worst relative residual={float(self.relative_residual.max()):.1e}"
+        return text + ")"
+
+
+class NonConvergenceWarning(UserWarning):
+    """A solve ended without meeting its tolerance; the best iterate was returned."""
+
+
+class NonConvergenceError(RuntimeError):
+    """A solve ended without meeting its tolerance; `solution` holds what it reached."""
+
+    def __init__(self, message: str, solution: Solution) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+def check_on_failure(owner: str, on_failure: str) -> None:
+    """Raise `ValueError` unless `on_failure` names a policy."""
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"{owner}: on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
+
+
+def report_failure(solution: Solution, on_failure: OnFailure, what: str) -> None:
+    """Apply the failure policy to a finished solve; `what` names it in the message."""
+    if on_failure == "ignore":
+        return
+    counts = {status: n for status, n in solution.counts().items() if status.is_failure}
+    if not counts:
+        return
+    total = solution.status.numel()
+    reasons = ", ".join(f"{n} {status.name}" for status, n in counts.items())
+    assert solution.relative_residual is not None  # a failure status implies a measured residual
+    worst = float(solution.relative_residual.max())
+    advice = "; ".join(f"{status.name}: {_ADVICE[status]}" for status in counts)
+    message = (
+        f"{what}: {sum(counts.values())} of {total} samples did not converge ({reasons}), "
+        f"worst relative residual {worst:.1e} after {solution.nfe} evaluations; the best iterate is kept. "
+        f"What to try: {advice}."
+    )
+    if on_failure == "raise":
+        raise NonConvergenceError(message, solution)
+    warnings.warn(message, NonConvergenceWarning, stacklevel=2)

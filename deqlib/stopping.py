@@ -1,0 +1,68 @@
+"""When a solve ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._checks import check_integer, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopping:
+    """Stopping rule, applied to every sample by itself.
+
+    A sample converges when `||f(z) - z|| <= atol + rtol * ||f(z)||` (Euclidean norms over all numbers of
+    its state). The cell is evaluated at most `max_steps + 1` times: the last evaluation measures the
+    residual of what the last step produced.
+
+    Args:
+        rtol: relative tolerance. `None` takes exactly `max_steps` steps, see `Stopping.steps`.
+        atol: absolute tolerance.
+        max_steps: most solver steps.
+        check_every: the host looks every so many steps whether all samples are done. Statuses and values
+            are the same for any number; a larger one saves device synchronisations and may cost up to
+            `check_every - 1` evaluations more.
+        patience: a sample whose best residual was not improved on for so many steps is `STALLED`;
+            `None` never gives up before `max_steps`.
+        blowup: a sample whose residual exceeds its best by this factor is `DIVERGED`.
+        measure: with a fixed number of steps: record the residual at every step, at the cost of one more
+            evaluation of the cell. A tolerance implies it.
+    """
+
+    rtol: float | None = 1e-3
+    atol: float = 0.0
+    max_steps: int = 50
+    check_every: int = 1
+    patience: int | None = 25
+    blowup: float = 1e6
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.rtol is None:
+            check_integer("Stopping", 0, max_steps=self.max_steps)
+            given = {"atol": self.atol, "check_every": self.check_every}
+            inert = {name: value for name, value in given.items() if value != getattr(type(self), name)}
+            if inert:
+                raise ValueError(f"Stopping: {inert} has no effect with a fixed number of steps (rtol=None)")
+            return
+        check_number("Stopping", 0, rtol=self.rtol, atol=self.atol)
+        check_number("Stopping", 1, open_minimum=True, blowup=self.blowup)
+        check_integer("Stopping", 1, max_steps=self.max_steps, check_every=self.check_every)
+        if self.patience is not None:
+            check_integer("Stopping", 1, patience=self.patience)
+        if not self.measure:
+            raise ValueError("Stopping: measure=False needs a fixed number of steps, see Stopping.steps(n)")
+
+    @classmethod
+    def steps(cls, num_steps: int, *, measure: bool = False) -> Stopping:
+        """Exactly `num_steps` steps for every sample: no tolerance, no device synchronisation.
+
+        No residual is computed unless `measure` asks for it.
+        """
+        return cls(rtol=None, max_steps=num_steps, measure=measure)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of steps is fixed in advance."""
+        return self.rtol is None
