@@ -6,6 +6,8 @@ sample's best iterate, decides who is done and stops. It works on flat states (B
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def iterate(
         progress.observe(step, z, fz)
         if step == stopping.max_steps or (step % stopping.check_every == 0 and progress.is_over()):
             break
-        z_next, state = solver.step(z, fz, state)
+        z_next, state = _step(solver, z, fz, state)
         z = progress.hold_finished(z_next)
     return progress.solution(nfe=step + 1, state=state)
 
@@ -44,7 +46,7 @@ def _iterate_fixed(f: Map, z0: Tensor, solver: Solver, stopping: Stopping) -> So
         fz = f(z)
         if stopping.measure:
             trace.append(_relative(*_residual_norms(z, fz)))
-        z, state = solver.step(z, fz, state)
+        z, state = _step(solver, z, fz, state)
     residual = None
     if stopping.measure:
         residual, scale = _residual_norms(z, f(z))
@@ -60,6 +62,14 @@ def _iterate_fixed(f: Map, z0: Tensor, solver: Solver, stopping: Stopping) -> So
         trace=torch.stack(trace) if trace else None,
         state=state,
     )
+
+
+def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """One solver step, in the precision of the state: autocast is for the cell."""
+    if not torch.is_autocast_enabled(z.device.type):
+        return solver.step(z, fz, state)
+    with torch.autocast(z.device.type, enabled=False):
+        return solver.step(z, fz, state)
 
 
 def _residual_norms(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +106,8 @@ class _Progress:
         self.trace.append(relative)
 
         assert rule.rtol is not None
-        converged = active & (residual <= rule.atol + rule.rtol * scale)
+        # Infinity is within any tolerance of infinity, hence the test for finiteness.
+        converged = active & residual.isfinite() & (residual <= rule.atol + rule.rtol * scale)
         # Blow-up is judged before the best is updated; NaN compares false everywhere.
         diverged = active & (~residual.isfinite() | (residual > rule.blowup * self.best_residual))
         better = converged | (active & (residual < self.best_residual))

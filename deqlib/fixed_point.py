@@ -65,7 +65,7 @@ def fixed_point(
         what: str = "fixed-point solve",
     ) -> Solution:
         solution = iterate(f, z0, solver or outer_solver, stopping or outer_stopping)
-        report_failure(solution, on_failure, what)
+        report_failure(replace(solution, value=layout.unravel(solution.value)), on_failure, what)
         return solution
 
     flat_f, flat_z0, layout = flatten(lambda z: f(z, *args), z0)

@@ -41,7 +41,8 @@ class Stopping:
         """Validate."""
         if self.rtol is None:
             check_integer("Stopping", 0, max_steps=self.max_steps)
-            given = {"atol": self.atol, "check_every": self.check_every}
+            names = ("atol", "check_every", "patience", "blowup")
+            given = {name: getattr(self, name) for name in names}
             inert = {name: value for name, value in given.items() if value != getattr(type(self), name)}
             if inert:
                 raise ValueError(f"Stopping: {inert} has no effect with a fixed number of steps (rtol=None)")

@@ -68,4 +68,4 @@ class StochasticJFB(Backward):
 
     def _draw(self, bounds: tuple[int, int]) -> int:
         low, high = bounds
-        return int(torch.randint(low, high + 1, (), generator=self.generator))
+        return int(torch.randint(low, high + 1, (), generator=self.generator, device="cpu"))

@@ -90,7 +90,10 @@ class Anderson(Solver):
         """Least-squares coefficients (B, m); zero, a Picard step, where the system cannot be solved."""
         norms = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        scaled = gram / (norms.unsqueeze(1) * norms.unsqueeze(2)) + self.ridge * identity
+        scaled = gram / (norms.unsqueeze(1) * norms.unsqueeze(2))
+        # A sample at rest has columns of zeros: without this their system is singular where ridge is 0,
+        # and its gradient NaN.
+        scaled = torch.where(identity > 0, 1 + self.ridge, scaled)
         # A sample that is not finite must neither raise nor reach its batch-mates.
         finite = scaled.isfinite().flatten(1).all(1)
         scaled = torch.where(finite[:, None, None], scaled, identity)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
 from viar.config import TokenizerConfig
 from viar.convert import tokenizer_key
 from viar.scales import block_causal_mask, scale_ids

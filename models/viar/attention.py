@@ -1,0 +1,53 @@
+"""Multi-head self-attention without state: keys and values of the past go in, new ones come out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, H, tokens, C / H)
+
+
+class Attention(nn.Module):
+    """Self-attention of VAR (arXiv 2404.02905).
+
+    Queries and values have learned biases, keys none. With `qk_norm`, queries and keys have unit norm
+    over the head and queries are multiplied by exp(min(log_scale, log 100)), one learned scale a head;
+    without, the softmax scale is 0.25 / sqrt(C / H).
+    """
+
+    max_log_scale = math.log(100)
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4))) if qk_norm else None
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_BLC: Tensor,
+        mask_LL: Tensor | None = None,  # true where row may attend to column; None: everywhere
+        past: KeyValue | None = None,  # of earlier tokens, all of which are attended to
+    ) -> tuple[Tensor, KeyValue]:
+        """Attended tokens (B, L, C), and the keys and values of `x_BLC` alone."""
+        B, L, C = x_BLC.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x_BLC, self.qkv.weight, bias.to(self.qkv.weight.dtype))
+        q, k, v = qkv.view(B, L, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.log_scale is not None:
+            # Normalising computes in float32 under autocast; attention runs in the type of the values.
+            q = (F.normalize(q, dim=-1) * self.log_scale.clamp_max(self.max_log_scale).exp()).to(v.dtype)
+            k = F.normalize(k, dim=-1).to(v.dtype)
+        new = (k, v)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=self.scale)
+        return self.out(x.transpose(1, 2).reshape(B, L, C)), new

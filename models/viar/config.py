@@ -1,0 +1,210 @@
+"""Typed settings of the tokenizer and of the transformer.
+
+Every config is a frozen, keyword-only dataclass that validates itself, converts to and from plain
+dictionaries (`to_dict`, `from_dict`; used by `save_pretrained`) and can be changed with
+`dataclasses.replace`. Defaults are those of the published 256-pixel models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .scales import check_sides
+
+SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def check_at_least(owner: str, minimum: int | float, **values: int | float) -> None:
+    """Raise `ValueError` naming the first of `values` that is below `minimum`."""
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value}")
+
+
+def check_fraction(owner: str, **values: float) -> None:
+    """Raise `ValueError` naming the first of `values` outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{owner}: {name} must be in [0, 1), got {value}")
+
+
+def _tuple(values: Any) -> Any:
+    return tuple(values) if isinstance(values, list) else values
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Multi-scale residual VQ-VAE.
+
+    An image has `sides[-1] * 2 ** (len(multipliers) - 1)` pixels a side: every level but the last
+    halves the resolution, and the last scale is as large as the feature map.
+    """
+
+    sides: tuple[int, ...] = SIDES_256  # side of each of the K token maps, rising
+    codebook_size: int = 4096  # V
+    code_channels: int = 32  # Z
+    base_channels: int = 160  # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of base_channels
+    num_residual_blocks: int = 2  # a level; the decoder has one more
+    num_groups: int = 32  # of every GroupNorm
+    dropout: float = 0.0
+    num_phi: int = 4  # Q, number of refinement convolutions shared by the scales; 0: one a scale
+    phi_ratio: float = 0.5  # r in (1 - r) h + r conv(h)
+    commitment: float = 0.25  # beta, weight of the encoder's half of the quantizer loss
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("sides", "multipliers"):
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
+        check_sides("TokenizerConfig", self.sides)
+        check_at_least(
+            "TokenizerConfig",
+            1,
+            codebook_size=self.codebook_size,
+            code_channels=self.code_channels,
+            base_channels=self.base_channels,
+            num_residual_blocks=self.num_residual_blocks,
+            num_groups=self.num_groups,
+        )
+        check_at_least("TokenizerConfig", 0, num_phi=self.num_phi, commitment=self.commitment)
+        check_fraction("TokenizerConfig", dropout=self.dropout)
+        if not 0 <= self.phi_ratio <= 1:
+            raise ValueError(f"TokenizerConfig: phi_ratio must be in [0, 1], got {self.phi_ratio}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(
+                f"TokenizerConfig: multipliers must hold a positive integer a level, got {self.multipliers}"
+            )
+        for multiplier in (1, *self.multipliers):
+            if self.base_channels * multiplier % self.num_groups:
+                raise ValueError(
+                    f"TokenizerConfig: num_groups={self.num_groups} must divide the channels of every level, "
+                    f"but base_channels={self.base_channels} times multiplier {multiplier} leaves a remainder"
+                )
+
+    @property
+    def image_side(self) -> int:
+        """Pixels a side of the images this tokenizer takes."""
+        return self.sides[-1] * 2 ** (len(self.multipliers) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
+        """Inverse of `to_dict`; unknown names raise `TypeError`."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplicitTrunkConfig:
+    """`depth` different transformer blocks (VAR)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitTrunkConfig:
+    """A few blocks, one implicit block solved for its fixed point, a few blocks (VIAR)."""
+
+    num_pre: int = 5  # explicit blocks before the implicit one
+    num_post: int = 5  # and after it
+    no_grad: tuple[int, int] = (0, 10)  # training: least and most iterations without gradient
+    grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
+    iterations: int = 10  # outside training, where the caller does not say
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name, minimum in (("no_grad", 0), ("grad", 1)):
+            low, high = pair = _tuple(getattr(self, name))
+            object.__setattr__(self, name, pair)
+            if not minimum <= low <= high:
+                raise ValueError(
+                    f"ImplicitTrunkConfig: {name} must be (least, most) with "
+                    f"{minimum} <= least <= most, got {pair}"
+                )
+        check_at_least("ImplicitTrunkConfig", 0, num_pre=self.num_pre, num_post=self.num_post)
+        check_at_least("ImplicitTrunkConfig", 1, iterations=self.iterations)
+
+
+TrunkConfig = ExplicitTrunkConfig | ImplicitTrunkConfig
+_TRUNKS = {"explicit": ExplicitTrunkConfig, "implicit": ImplicitTrunkConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Next-scale transformer: VAR with an explicit trunk, VIAR with an implicit one."""
+
+    depth: int = 16  # D: blocks of the explicit trunk; also sets drop path and initial weights of both
+    width: int | None = None  # C; default 64 * depth
+    num_heads: int | None = None  # H; default depth
+    sides: tuple[int, ...] = SIDES_256
+    codebook_size: int = 4096  # V
+    code_channels: int = 32  # Z
+    num_classes: int = 1000  # N; index N is the null class of guidance
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True  # normalised queries and keys with a learned scale a head
+    shared_modulation: bool = False  # one AdaLN projection for all blocks plus an offset a block
+    drop_path: float | None = None  # largest rate, reached at the last block; default 0.1 * depth / 24
+    label_dropout: float = 0.1  # training: chance that a label becomes the null class
+    trunk: TrunkConfig = field(default_factory=ExplicitTrunkConfig)
+
+    def __post_init__(self) -> None:
+        """Resolve defaults that depend on other fields, then validate."""
+        owner = "TransformerConfig"
+        object.__setattr__(self, "sides", _tuple(self.sides))
+        check_sides(owner, self.sides)
+        check_at_least(owner, 1, depth=self.depth)
+        if self.width is None:
+            object.__setattr__(self, "width", 64 * self.depth)
+        if self.num_heads is None:
+            object.__setattr__(self, "num_heads", self.depth)
+        if self.drop_path is None:
+            object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
+        assert self.width is not None
+        assert self.num_heads is not None
+        assert self.drop_path is not None
+        check_at_least(
+            owner,
+            1,
+            width=self.width,
+            num_heads=self.num_heads,
+            codebook_size=self.codebook_size,
+            code_channels=self.code_channels,
+            num_classes=self.num_classes,
+            mlp_ratio=self.mlp_ratio,
+        )
+        check_fraction(owner, drop_path=self.drop_path, label_dropout=self.label_dropout)
+        if self.width % self.num_heads:
+            raise ValueError(f"{owner}: num_heads={self.num_heads} must divide width={self.width}")
+        if not isinstance(self.trunk, TrunkConfig):
+            raise TypeError(
+                f"{owner}: trunk must be ExplicitTrunkConfig or ImplicitTrunkConfig, "
+                f"got {type(self.trunk).__name__}"
+            )
+        if isinstance(self.trunk, ImplicitTrunkConfig):
+            used = self.trunk.num_pre + 1 + self.trunk.num_post
+            if used > self.depth:
+                raise ValueError(
+                    f"{owner}: trunk has {used} blocks (num_pre + 1 + num_post), more than depth={self.depth}; "
+                    "raise depth or lower num_pre or num_post"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON; the trunk carries its kind."""
+        values = dataclasses.asdict(self)
+        kind = next(name for name, cls in _TRUNKS.items() if type(self.trunk) is cls)
+        values["trunk"] = {"kind": kind, **values["trunk"]}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """Inverse of `to_dict`; unknown names raise `TypeError`."""
+        values = dict(values)
+        trunk = dict(values.pop("trunk", {"kind": "explicit"}))
+        kind = trunk.pop("kind", None)
+        if kind not in _TRUNKS:
+            raise ValueError(f"TransformerConfig: trunk kind must be one of {sorted(_TRUNKS)}, got {kind!r}")
+        return cls(**values, trunk=_TRUNKS[kind](**trunk))

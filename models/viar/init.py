@@ -1,0 +1,56 @@
+"""Initial weights of the transformer, as published.
+
+With std = sqrt(1 / (3 C)) and D the depth:
+
+| tensor | initial value |
+| --- | --- |
+| weights of linears and embeddings, positions | normal(0, std), truncated at two std |
+| biases | 0 |
+| output of attention, second layer of the MLP | the above / sqrt(2 D) |
+| modulation rows of g1, g2 / of s1, s2, b1, b2 | the above x 1e-5 / x 0.5 |
+| modulation of the head | the above x 0.5 |
+| head | the above x 0.02 |
+| logarithmic attention scale | log 4 |
+
+D is the depth of the explicit trunk also where the trunk is implicit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, *, width: int, depth: int) -> None:
+    """Fill every parameter of a `NextScaleTransformer` by the table above."""
+    std = math.sqrt(1 / (3 * width))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            _truncated_normal(module.weight, std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+    for position in (model.pos_start, model.pos_embed):
+        _truncated_normal(position, std)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.attention.out.weight.div_(math.sqrt(2 * depth))
+            module.fc2.weight.div_(math.sqrt(2 * depth))
+            if module.shared_modulation:
+                # One offset a block and vector, on top of the shared projection below.
+                _truncated_normal(module.modulation_offset, std)
+                rows = module.modulation_offset.view(6, width)
+            else:
+                rows = module.modulation.weight.view(6, width * width)
+            rows[:2].mul_(1e-5)
+            rows[2:].mul_(0.5)
+    model.head_modulation.weight.mul_(0.5)
+    model.head.weight.mul_(0.02)
+
+
+def _truncated_normal(tensor: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)

@@ -1,0 +1,57 @@
+"""Optimiser and schedules of VAR's training (arXiv 2404.02905, public code)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+WARM_UP = 0.02  # share of the run
+FLAT = 0.05  # share of what follows the warm-up
+FIRST_FACTOR, LAST_FACTOR = 0.005, 0.01  # of the learning rate
+
+
+def build_optimizer(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW that decays the weights of linear and convolution layers only.
+
+    Biases, norms, embeddings, positions, codes, modulation offsets and attention scales are not decayed.
+    """
+    decayed = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def lr_factor(progress: float) -> float:
+    """Share of the learning rate at `progress` in [0, 1]: linear warm-up, flat, linear to the end."""
+    if progress < WARM_UP:
+        return FIRST_FACTOR + (1 - FIRST_FACTOR) * progress / WARM_UP
+    rest = (progress - WARM_UP) / (1 - WARM_UP)
+    if rest < FLAT:
+        return 1.0
+    return 1.0 + (LAST_FACTOR - 1.0) * (rest - FLAT) / (1 - FLAT)
+
+
+def weight_decay_at(progress: float, first: float, last: float) -> float:
+    """Weight decay at `progress` in [0, 1]: half a cosine from `first` to `last`."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_progress(
+    optimizer: torch.optim.Optimizer, progress: float, *, lr: float, weight_decay: tuple[float, float]
+) -> None:
+    """Write this step's learning rate and weight decay into the optimiser."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * lr_factor(progress)
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = weight_decay_at(progress, *weight_decay)

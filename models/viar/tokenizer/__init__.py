@@ -1,0 +1,6 @@
+"""Multi-scale residual VQ-VAE: images to tokens of K scales and back (arXiv 2404.02905)."""
+
+from .quantizer import MultiScaleQuantizer, QuantizerOutput
+from .tokenizer import Tokenizer, TokenizerOutput
+
+__all__ = ["MultiScaleQuantizer", "QuantizerOutput", "Tokenizer", "TokenizerOutput"]

@@ -1,0 +1,377 @@
+"""Multi-scale residual quantizer (arXiv 2404.02905, algorithms 1 and 2).
+
+A feature map f is written as a sum over K scales. Scale k looks at what the scales before it left over,
+shrinks that to p_k x p_k, replaces each vector by its nearest code, enlarges the codes to p_K x p_K,
+refines them with a convolution phi and subtracts the result. `f_hat` is the running sum.
+
+Shape letters: B batch, K scales of side p_1 < ... < p_K, L = sum of p_k squared, V codebook size,
+Z code channels, N any number of vectors, p = p_k, h = w = p_K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import TokenizerConfig
+
+USAGE_DECAY = 0.99  # of the moving average of code hits
+IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use
+
+
+class QuantizerOutput(NamedTuple):
+    """What `MultiScaleQuantizer.quantize` returns."""
+
+    f_hat: Tensor  # (B, Z, p_K, p_K) float32, gradient goes straight through to the features
+    tokens: list[Tensor]  # K of (B, p_k * p_k) int64, row by row
+    loss: Tensor  # scalar: codebook and commitment loss, mean over the scales
+    vectors: Tensor  # (B * L, Z) without gradient: the residual vectors that were quantized
+
+
+class Phi(nn.Conv2d):
+    """Refinement of enlarged codes: (1 - ratio) * h + ratio * conv(h), shape (B, Z, h, w) kept."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, h_BZhw: Tensor) -> Tensor:
+        """Blend the convolution with its input."""
+        return (1 - self.ratio) * h_BZhw + self.ratio * super().forward(h_BZhw)
+
+
+def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
+    """Which of `num_phi` shared convolutions the 0-based `scale` of `num_scales` uses.
+
+    Convolution i sits at tick i of `num_phi` evenly spaced ticks in (0, 1) and a scale at
+    `scale / (num_scales - 1)` takes the nearest, the lower one of two equally near. `num_phi=0` gives
+    every scale its own.
+    """
+    if num_phi == 0:
+        return scale
+    if num_phi == 1 or num_scales == 1:
+        return 0
+    # The margin of the published four is 1/3 of a spacing. Ties are real (scale 2 of 10), so the
+    # order of the float64 operations matters.
+    first = 1 / (3 if num_phi == 4 else 2) / num_phi
+    last = 1 - first
+    spacing = (last - first) / (num_phi - 1)
+    ticks = [first + index * spacing for index in range(num_phi - 1)] + [last]
+    position = scale / (num_scales - 1)
+    return min(range(num_phi), key=lambda index: abs(ticks[index] - position))
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    # Half precision picks other codes: the residuals of late scales are small.
+    return torch.autocast(device_type=like.device.type, enabled=False)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Codebook, refinement convolutions and the arithmetic between features, tokens and f_hat.
+
+    All arithmetic is float32, under autocast too. Codes start uniform in [-1/V, 1/V], near zero, so that
+    the first residuals are the features themselves; `init_codebook` then starts from data. The
+    convolutions have PyTorch's default initial weights.
+
+    `usage` (K, V) is a moving average (decay 0.99) of the hits of each code at each scale in a batch,
+    updated by `quantize` in training mode only; zeros until then.
+    """
+
+    usage: Tensor
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.sides = config.sides
+        self.num_phi = config.num_phi
+        self.commitment = config.commitment
+        self.codebook = nn.Embedding(config.codebook_size, config.code_channels)
+        nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
+        self.phi = nn.ModuleList(
+            Phi(config.code_channels, config.phi_ratio) for _ in range(config.num_phi or len(config.sides))
+        )
+        self.register_buffer("usage", torch.zeros(len(config.sides), config.codebook_size))
+
+    def phi_for(self, scale: int) -> nn.Module:
+        """Refinement convolution of the 0-based `scale`."""
+        return self.phi[phi_index(scale, len(self.sides), self.num_phi)]
+
+    def quantize(self, features_BZhw: Tensor) -> QuantizerOutput:
+        """Quantize for training.
+
+        The loss is the mean over the scales of
+        `commitment * mse(sg(f_hat_k), f) + mse(f_hat_k, sg(f))`, where sg stops the gradient and f_hat_k
+        is the sum of the first k scales. In training mode `usage` is updated.
+
+        Raises:
+            ValueError: `features_BZhw` is not (B, Z, p_K, p_K).
+        """
+        self.check_feature_map("features", features_BZhw)
+        f_BZhw = features_BZhw.float()
+        loss = f_BZhw.new_zeros(())
+        tokens, vectors = [], []
+        for scale, (tokens_Bl, vectors_NZ, f_hat_BZhw) in enumerate(self._residual_steps(f_BZhw)):
+            tokens.append(tokens_Bl)
+            vectors.append(vectors_NZ)
+            loss = loss + self.commitment * F.mse_loss(f_hat_BZhw.detach(), f_BZhw)
+            loss = loss + F.mse_loss(f_hat_BZhw, f_BZhw.detach())
+            if self.training:
+                self._record_usage(tokens_Bl, scale)
+        return QuantizerOutput(
+            f_hat=f_BZhw + (f_hat_BZhw - f_BZhw).detach(),
+            tokens=tokens,
+            loss=loss / len(self.sides),
+            vectors=torch.cat(vectors),
+        )
+
+    @torch.no_grad()
+    def encode(self, features_BZhw: Tensor) -> list[Tensor]:
+        """Tokens of a feature map (B, Z, p_K, p_K): K tensors (B, p_k * p_k) int64, row by row.
+
+        Raises:
+            ValueError: `features_BZhw` has another shape.
+        """
+        self.check_feature_map("features", features_BZhw)
+        return [tokens_Bl for tokens_Bl, _, _ in self._residual_steps(features_BZhw.float())]
+
+    def accumulate(self, f_hat_BZhw: Tensor, embeddings_BZpp: Tensor, scale: int) -> Tensor:
+        """Add one scale to the running sum, not in place.
+
+        Args:
+            f_hat_BZhw: (B, Z, p_K, p_K), sum of the scales before; zeros at the first.
+            embeddings_BZpp: (B, Z, p, p) with p the side of `scale`, codes or mixtures of codes.
+            scale: 0-based.
+
+        Returns:
+            (B, Z, p_K, p_K) float32.
+
+        Raises:
+            ValueError: a shape or `scale` does not fit.
+        """
+        self.check_feature_map("f_hat", f_hat_BZhw)
+        self._check_scale(scale, len(self.sides))
+        expected = (f_hat_BZhw.shape[0], f_hat_BZhw.shape[1], self.sides[scale], self.sides[scale])
+        if embeddings_BZpp.shape != expected:
+            raise ValueError(
+                f"embeddings must have shape {expected} at scale {scale}, got {tuple(embeddings_BZpp.shape)}"
+            )
+        return f_hat_BZhw.float() + self._refine(embeddings_BZpp, scale)
+
+    def embed(self, tokens_Bl: Tensor) -> Tensor:
+        """Codes of one scale's tokens (B, p * p) as a map (B, Z, p, p)."""
+        side = int(tokens_Bl.shape[1] ** 0.5)
+        return self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))
+
+    def decode_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Sum of the scales given: f_hat, (B, Z, p_K, p_K) float32.
+
+        Args:
+            tokens: (B, p_k * p_k) of the first scales, at least one and at most K; int64 or int32.
+
+        Raises:
+            ValueError: see `check_tokens`.
+        """
+        self.check_tokens(tokens)
+        *_, f_hat_BZhw = self._partial_sums(tokens)
+        return f_hat_BZhw
+
+    @torch.no_grad()
+    def next_scale_inputs(self, tokens: Sequence[Tensor]) -> Tensor:
+        """What a next-scale transformer is fed under teacher forcing: (B, L - p_1 ** 2, Z) float32.
+
+        After each scale but the last, `next_input` of the running sum, row by row, concatenated.
+
+        Args:
+            tokens: (B, p_k * p_k) of all K scales; the last one's values are not used.
+
+        Raises:
+            ValueError: see `check_tokens`; a prefix of the scales is not enough.
+        """
+        self.check_tokens(tokens, all_scales=True)
+        pieces = [
+            self.next_input(f_hat_BZhw, scale).flatten(2).transpose(1, 2)
+            for scale, f_hat_BZhw in enumerate(self._partial_sums(tokens[:-1]))
+        ]
+        if not pieces:
+            return self.codebook.weight.new_zeros(tokens[0].shape[0], 0, self.codebook.embedding_dim)
+        return torch.cat(pieces, dim=1)
+
+    def next_input(self, f_hat_BZhw: Tensor, scale: int) -> Tensor:
+        """The running sum after the 0-based `scale`, averaged down to the side of the next scale.
+
+        (B, Z, p_K, p_K) to (B, Z, p, p).
+
+        Raises:
+            ValueError: the shape does not fit or no scale follows `scale`.
+        """
+        self.check_feature_map("f_hat", f_hat_BZhw)
+        self._check_scale(scale, len(self.sides) - 1)
+        return self._shrink(f_hat_BZhw, scale + 1)
+
+    def codebook_usage(self) -> list[float]:
+        """Fraction of the codebook in use at each of the K scales.
+
+        A code is in use where its moving average of hits exceeds 3 % of a uniform share of the scale's
+        hits. Zeros before the first training step.
+        """
+        return [_fraction_in_use(usage_V) for usage_V in self.usage]
+
+    def total_codebook_usage(self) -> float:
+        """Fraction of the codebook in use when the hits of all scales are taken together."""
+        return _fraction_in_use(self.usage.sum(0))
+
+    @torch.no_grad()
+    def init_codebook(self, vectors_NZ: Tensor, *, generator: torch.Generator) -> None:
+        """Set every code to a different one of `vectors_NZ`, drawn at random.
+
+        Args:
+            vectors_NZ: at least V vectors, usually `QuantizerOutput.vectors` of a first batch.
+            generator: source of the draw.
+
+        Raises:
+            ValueError: fewer than V vectors or not Z channels.
+        """
+        self._check_vectors(vectors_NZ, least=self.codebook.num_embeddings)
+        self.codebook.weight.copy_(_draw(vectors_NZ, self.codebook.num_embeddings, generator))
+
+    @torch.no_grad()
+    def revive_dead_codes(
+        self, vectors_NZ: Tensor, *, threshold: float = IN_USE_SHARE, generator: torch.Generator
+    ) -> int:
+        """Replace codes that are hardly ever chosen by vectors that the codebook should represent.
+
+        A code is dead where its hits, over all scales, are below `threshold` times a uniform share. It
+        becomes one of `vectors_NZ`, each used at most once, and its usage becomes the uniform share of
+        every scale, so that it has time to find its place. With fewer vectors than dead codes the rest
+        stay dead until the next call. Before the first training step no code is dead.
+
+        An optimiser's moments of the revived rows are not touched. Where several processes hold the
+        codebook, give each the same vectors and a generator in the same state.
+
+        Args:
+            vectors_NZ: at least one vector, usually `QuantizerOutput.vectors` of the last batch.
+            threshold: in units of a uniform share.
+            generator: source of the draw.
+
+        Returns:
+            Number of codes replaced.
+
+        Raises:
+            ValueError: no vectors or not Z channels.
+        """
+        self._check_vectors(vectors_NZ, least=1)
+        hits_V = self.usage.sum(0)
+        dead = (hits_V < threshold * hits_V.mean()).nonzero().squeeze(1)[: len(vectors_NZ)]
+        self.codebook.weight[dead] = _draw(vectors_NZ, len(dead), generator).to(self.codebook.weight)
+        self.usage[:, dead] = self.usage.mean(1, keepdim=True)
+        return len(dead)
+
+    def check_feature_map(self, name: str, value: Tensor) -> None:
+        """Raise `ValueError` unless `value` is (B, Z, p_K, p_K) floating point."""
+        expected = (self.codebook.embedding_dim, self.sides[-1], self.sides[-1])
+        if value.ndim != 4 or tuple(value.shape[1:]) != expected or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point of shape (B, {', '.join(map(str, expected))}), "
+                f"got {value.dtype} {tuple(value.shape)}"
+            )
+
+    def check_tokens(self, tokens: Sequence[Tensor], *, all_scales: bool = False) -> None:
+        """Raise `ValueError` unless `tokens` holds one (B, p_k * p_k) tensor of codes a scale.
+
+        From one to K scales, or exactly K where `all_scales`; int64 or int32; values in [0, V).
+        """
+        most = len(self.sides)
+        least = most if all_scales else 1
+        if not isinstance(tokens, list | tuple) or not least <= len(tokens) <= most:
+            got = f"{len(tokens)} scales" if isinstance(tokens, list | tuple) else type(tokens).__name__
+            count = str(most) if all_scales else f"1 to {most}"
+            raise ValueError(f"tokens must be a list of {count} tensors, one a scale, got {got}")
+        size = self.codebook.num_embeddings
+        batch = tokens[0].shape[0] if tokens[0].ndim else 0
+        for scale, (tokens_Bl, side) in enumerate(zip(tokens, self.sides, strict=False)):
+            if tokens_Bl.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"tokens[{scale}] must be int64 or int32, got {tokens_Bl.dtype}")
+            if tokens_Bl.shape != (batch, side * side):
+                raise ValueError(
+                    f"tokens[{scale}] must have shape {(batch, side * side)}, got {tuple(tokens_Bl.shape)}"
+                )
+            if tokens_Bl.numel() and not 0 <= int(tokens_Bl.min()) <= int(tokens_Bl.max()) < size:
+                raise ValueError(
+                    f"tokens[{scale}] must be codes in [0, {size}), "
+                    f"got {int(tokens_Bl.min())} to {int(tokens_Bl.max())}"
+                )
+
+    def _residual_steps(self, f_BZhw: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield tokens, the vectors they stand for and f_hat, scale by scale."""
+        rest_BZhw = f_BZhw.detach()
+        f_hat_BZhw = torch.zeros_like(rest_BZhw)
+        for scale in range(len(self.sides)):
+            vectors_NZ = self._shrink(rest_BZhw, scale).permute(0, 2, 3, 1).flatten(0, 2)
+            tokens_Bl = self._nearest(vectors_NZ).view(len(f_BZhw), -1)
+            h_BZhw = self._refine(self.embed(tokens_Bl), scale)
+            f_hat_BZhw = f_hat_BZhw + h_BZhw
+            rest_BZhw = rest_BZhw - h_BZhw.detach()
+            yield tokens_Bl, vectors_NZ, f_hat_BZhw
+
+    def _partial_sums(self, tokens: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield f_hat after each scale."""
+        f_hat_BZhw: Tensor | float = 0.0
+        for scale, tokens_Bl in enumerate(tokens):
+            f_hat_BZhw = f_hat_BZhw + self._refine(self.embed(tokens_Bl), scale)
+            yield f_hat_BZhw
+
+    @torch.no_grad()
+    def _nearest(self, vectors_NZ: Tensor) -> Tensor:
+        """Index of the code nearest to each vector in Euclidean distance, (N,)."""
+        codes_VZ = self.codebook.weight
+        with _full_precision(vectors_NZ):
+            # |v - c|^2 less |v|^2, which is the same for every code.
+            return torch.addmm(codes_VZ.square().sum(1), vectors_NZ, codes_VZ.T, alpha=-2).argmin(1)
+
+    def _refine(self, embeddings_BZpp: Tensor, scale: int) -> Tensor:
+        """Enlarge a scale's codes to p_K and refine them: its summand of f_hat."""
+        h = embeddings_BZpp.float()
+        if scale < len(self.sides) - 1:
+            h = F.interpolate(h, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
+        with _full_precision(h):
+            return self.phi_for(scale)(h)
+
+    def _shrink(self, x_BZhw: Tensor, scale: int) -> Tensor:
+        """Average a (B, Z, p_K, p_K) map down to the side of `scale`."""
+        if scale == len(self.sides) - 1:
+            return x_BZhw
+        return F.interpolate(x_BZhw, size=(self.sides[scale], self.sides[scale]), mode="area")
+
+    @torch.no_grad()
+    def _record_usage(self, tokens_Bl: Tensor, scale: int) -> None:
+        usage_V = self.usage[scale]
+        ones_N = usage_V.new_ones(tokens_Bl.numel())
+        hits_V = torch.zeros_like(usage_V).index_add_(0, tokens_Bl.flatten(), ones_N)
+        # The first batch is copied: averaged with zeros it would count for little. Decided on the
+        # device, so that no step waits for it.
+        usage_V.lerp_(hits_V, torch.where(usage_V.any(), 1 - USAGE_DECAY, 1.0).to(usage_V))
+
+    def _check_scale(self, scale: int, count: int) -> None:
+        if not 0 <= scale < count:
+            raise ValueError(f"scale must be in [0, {count}), got {scale}")
+
+    def _check_vectors(self, vectors_NZ: Tensor, least: int) -> None:
+        channels = self.codebook.embedding_dim
+        if vectors_NZ.ndim != 2 or vectors_NZ.shape[1] != channels or len(vectors_NZ) < least:
+            raise ValueError(
+                f"vectors must have shape (N, {channels}) with N at least {least}, "
+                f"got {tuple(vectors_NZ.shape)}; a larger batch gives more"
+            )
+
+
+def _fraction_in_use(usage_V: Tensor) -> float:
+    return (usage_V > IN_USE_SHARE * usage_V.mean()).float().mean().item()
+
+
+def _draw(vectors_NZ: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different rows."""
+    order = torch.randperm(len(vectors_NZ), generator=generator, device=generator.device)
+    return vectors_NZ[order[:count].to(vectors_NZ.device)]

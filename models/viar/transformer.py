@@ -1,0 +1,159 @@
+"""The next-scale transformer: VAR with an explicit trunk, VIAR with an implicit one.
+
+- class-conditional, with a null class for guidance
+- learned absolute positions and scale embeddings
+- AdaLN-modulated blocks, own or shared modulation
+- block-causal attention, optionally with normalised queries and keys
+- the trunk decides between a stack of blocks and an implicit block
+
+Shape letters: B batch, K scales of side p_k, L = sum p_k^2 tokens, C width, V codebook, Z code channels,
+N classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .blocks import norm
+from .config import TransformerConfig
+from .init import init_weights
+from .iterations import Adaptive
+from .scales import block_causal_mask, scale_ids, scale_slices
+from .trunk import build_trunk
+
+
+class NextScaleTransformer(nn.Module, PyTorchModelHubMixin):
+    """Predicts the tokens of each scale from the class and the scales before.
+
+    (VAR: Tian et al. 2024, arXiv 2404.02905; VIAR: arXiv 2605.01220.)
+
+    `save_pretrained(path)` writes config.json and model.safetensors, `from_pretrained(path_or_hub_id)`
+    reads them; missing or unexpected weights are an error unless `strict=False` is given.
+
+    Args:
+        config: sizes and trunk, or what their `to_dict` gives; `trunk=ImplicitTrunkConfig(...)` makes it
+            a VIAR.
+    """
+
+    def __init__(self, config: TransformerConfig | dict[str, Any]) -> None:
+        super().__init__()
+        if isinstance(config, dict):  # how from_pretrained hands over config.json
+            config = TransformerConfig.from_dict(config)
+        self.config = config
+        # What the mixin writes to config.json; left alone it would flatten the dataclass itself.
+        self._hub_mixin_config = config.to_dict()
+        C, sides = config.width, config.sides
+        num_tokens, first = sum(side * side for side in sides), sides[0] ** 2
+        self.class_embed = nn.Embedding(config.num_classes + 1, C)
+        self.pos_start = nn.Parameter(torch.empty(1, first, C))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, C))
+        self.level_embed = nn.Embedding(len(sides), C)
+        self.input_projection = nn.Linear(config.code_channels, C)
+        self.shared_modulation = nn.Linear(C, 6 * C) if config.shared_modulation else None
+        self.trunk = build_trunk(config)
+        self.head_modulation = nn.Linear(C, 2 * C)
+        self.head = nn.Linear(C, config.codebook_size)
+        self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
+        self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
+        init_weights(self, width=C, depth=config.depth)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> NextScaleTransformer:
+        # The mixin's default, strict=False, would leave missing weights at their random start.
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+    @property
+    def null_class(self) -> int:
+        """Index of the class that stands for "no class"."""
+        return self.config.num_classes
+
+    def forward(
+        self,
+        labels: Tensor,  # (B,) int64 in [0, N], N the null class
+        inputs: Tensor,  # (B, L - p_1^2, Z), from `Tokenizer.next_scale_inputs`
+        iterations: int | Adaptive | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) of all scales at once, teacher-forced, float32.
+
+        In training mode each label becomes the null class with probability `label_dropout`.
+
+        Args:
+            labels: class of each sample.
+            inputs: what each scale after the first is predicted from.
+            iterations: of the implicit block, outside gradient recording; default the config's.
+
+        Raises:
+            ValueError: labels out of range, inputs of another shape, `iterations` where they do not apply.
+        """
+        self.check_labels(labels)
+        expected = (labels.shape[0], self.pos_embed.shape[1] - self.pos_start.shape[1], self.config.code_channels)
+        if inputs.shape != expected:
+            raise ValueError(f"inputs: expected shape {expected}, got {tuple(inputs.shape)}")
+        if not (iterations is None or isinstance(iterations, int | Adaptive)):
+            raise TypeError(
+                "iterations: all scales are solved together here, expected an int or viar.Adaptive, "
+                f"got {iterations!r}"
+            )
+        if iterations is not None:
+            self.trunk.schedule(iterations)  # refuses what does not apply
+        if self.training and self.config.label_dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+            labels = torch.where(dropped, self.null_class, labels)
+        embedding_BC, cond = self.condition(labels)
+        with torch.autocast(labels.device.type, enabled=False):
+            x_BLC = torch.cat([self._start(embedding_BC), self.input_projection(inputs.float())], 1)
+            x_BLC = x_BLC + self._positions(slice(None))
+        x_BLC = self.trunk(x_BLC, cond, mask_LL=self.mask_LL, iterations=iterations)
+        return self.logits(x_BLC, embedding_BC)
+
+    def condition(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Class embedding (B, C), and what the blocks are modulated by: (B, C) or (B, 6, C)."""
+        embedding_BC = self.class_embed(labels)
+        if self.shared_modulation is None:
+            return embedding_BC, embedding_BC
+        return embedding_BC, self.shared_modulation(F.silu(embedding_BC)).unflatten(1, (6, -1))
+
+    def embed_scale(
+        self,
+        scale: int,
+        embedding_BC: Tensor,
+        next_input: Tensor | None,  # (B, Z, p_k, p_k) from `MultiScaleQuantizer.next_input`; None at scale 0
+    ) -> Tensor:
+        """Tokens (B, p_k^2, C) that go into the trunk for one scale."""
+        with torch.autocast(embedding_BC.device.type, enabled=False):
+            if next_input is None:
+                x_BLC = self._start(embedding_BC)
+            else:
+                x_BLC = self.input_projection(next_input.flatten(2).transpose(1, 2).float())
+            return x_BLC + self._positions(scale_slices(self.config.sides)[scale])
+
+    def logits(self, x_BLC: Tensor, embedding_BC: Tensor) -> Tensor:
+        """Modulated head in float32, (B, L, V)."""
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            scale, shift = self.head_modulation(F.silu(embedding_BC.float())).unsqueeze(1).chunk(2, 2)
+            return self.head(norm(x_BLC.float()) * (1 + scale) + shift)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise unless `labels` is (B,) of classes in [0, N]."""
+        if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels: expected integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if labels.numel() and not labels.is_meta:
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high > self.null_class:
+                raise ValueError(
+                    f"labels: expected classes 0 to {self.null_class - 1}, or {self.null_class} for none, "
+                    f"got values from {low} to {high}"
+                )
+
+    def _start(self, embedding_BC: Tensor) -> Tensor:
+        return embedding_BC.unsqueeze(1) + self.pos_start
+
+    def _positions(self, where: slice) -> Tensor:
+        return self.level_embed(self.scale_ids[where]) + self.pos_embed[:, where]
