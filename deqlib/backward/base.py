@@ -114,15 +114,16 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, source: Tensor | None, value: Tensor, adjoint: Adjoint) -> Tensor:
         ctx.adjoint = adjoint
-        ctx.save_for_backward(output, source)
+        if source is not None:
+            ctx.save_for_backward(output, source)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         refuse_second_order()
-        output, source = ctx.saved_tensors
 
         def vjp(u: Tensor) -> Tensor:
+            output, source = ctx.saved_tensors
             with torch.enable_grad():
                 (product,) = torch.autograd.grad(output, source, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if product is None else product

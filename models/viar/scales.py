@@ -7,7 +7,7 @@ Shape letters used in this package: B batch, K scales of side p_1 < ... < p_K, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 
 def check_sides(owner: str, sides: Sequence[int]) -> None:
     """Raise `ValueError` unless `sides` is a non-empty, strictly rising sequence of positive integers."""
-    if not sides or min(sides) < 1 or any(a >= b for a, b in zip(sides, sides[1:], strict=False)):
+    if not sides or min(sides) < 1 or any(a >= b for a, b in pairwise(sides)):
         raise ValueError(f"{owner}: sides must be positive and strictly rising, got {tuple(sides)}")
 
 

@@ -91,7 +91,11 @@ class NextScaleTransformer(nn.Module, PyTorchModelHubMixin):
             ValueError: labels out of range, inputs of another shape, `iterations` where they do not apply.
         """
         self.check_labels(labels)
-        expected = (labels.shape[0], self.pos_embed.shape[1] - self.pos_start.shape[1], self.config.code_channels)
+        expected = (
+            labels.shape[0],
+            self.pos_embed.shape[1] - self.pos_start.shape[1],
+            self.config.code_channels,
+        )
         if inputs.shape != expected:
             raise ValueError(f"inputs: expected shape {expected}, got {tuple(inputs.shape)}")
         if not (iterations is None or isinstance(iterations, int | Adaptive)):

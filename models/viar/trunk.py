@@ -42,7 +42,7 @@ class Trunk(nn.Module, ABC):
     def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> EquilibriumCache:
         """Empty cache for one generation of all scales under `schedule`."""
 
-    def seed_depth(self, seed: int) -> None:  # noqa: B027  # a hook, not a duty
+    def seed_depth(self, seed: int) -> None:  # a hook, not a duty
         """Seed whatever the trunk draws in training; the same seed everywhere draws the same."""
 
     @abstractmethod
@@ -162,9 +162,7 @@ class ImplicitTrunk(Trunk):
         self.layer = ImplicitLayer(
             ImplicitCell(config, rates[config.depth // 2]),
             solver=Picard(),
-            backward=StochasticJFB(
-                no_grad=trunk.no_grad, grad=trunk.grad, generator=self.depth_generator
-            ),
+            backward=StochasticJFB(no_grad=trunk.no_grad, grad=trunk.grad, generator=self.depth_generator),
             stopping=Stopping.steps(trunk.iterations),
             # Only Adaptive can miss a tolerance, and then by the cap its caller chose.
             on_failure="ignore",
@@ -245,8 +243,8 @@ class ImplicitTrunk(Trunk):
             return self.layer.solve(*constant, None, z0=u_BLC).value
         if torch.is_grad_enabled():
             raise ValueError(
-                f"iterations: while gradients are recorded the trunk draws its own number, got {iterations!r}; "
-                "leave it at None or call under torch.no_grad()"
+                "iterations: while gradients are recorded the trunk draws its own number, "
+                f"got {iterations!r}; leave it at None or call under torch.no_grad()"
             )
         if isinstance(iterations, Adaptive):
             return self.layer.solve(

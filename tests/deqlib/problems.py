@@ -56,7 +56,9 @@ class Problem:
         return z
 
     def requiring_grad(self) -> Problem:
-        return Problem(self.cell, tuple(t.detach().clone().requires_grad_() for t in self.tensors), self.contraction)
+        return Problem(
+            self.cell, tuple(t.detach().clone().requires_grad_() for t in self.tensors), self.contraction
+        )
 
     def sample(self, index: int) -> Problem:
         """The same problem for one sample alone."""

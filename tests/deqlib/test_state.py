@@ -93,7 +93,11 @@ def test_a_starting_point_that_is_no_state_is_refused(z0: Any, error: type[Excep
         (torch.zeros(2, 3), lambda z: {"h": z}, r"expected tensor, got \{h: tensor\}|\{'h': tensor\}"),
         ((torch.zeros(2, 3), torch.zeros(2)), lambda z: z[0], r"expected \(tensor, tensor\), got tensor"),
         ((torch.zeros(2, 3), torch.zeros(2)), lambda z: list(z), r"got \[tensor, tensor\]"),
-        ((torch.zeros(2, 3), torch.zeros(2)), lambda z: (z[0], z[0]), r"leaf 1 .*expected \(2,\), got \(2, 3\)"),
+        (
+            (torch.zeros(2, 3), torch.zeros(2)),
+            lambda z: (z[0], z[0]),
+            r"leaf 1 .*expected \(2,\), got \(2, 3\)",
+        ),
     ],
 )
 def test_a_cell_that_changes_its_state_is_refused_with_what_came_and_what_was_expected(
@@ -104,7 +108,7 @@ def test_a_cell_that_changes_its_state_is_refused_with_what_came_and_what_was_ex
 
 
 def test_a_cell_that_returns_no_tensor_is_refused() -> None:
-    with pytest.raises(TypeError, match="^cell: the output must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"^cell: the output must be a tensor, got NoneType"):
         fixed_point(lambda z: None, torch.zeros(2, 3))
 
 

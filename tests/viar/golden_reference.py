@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from viar.config import TokenizerConfig
-from viar.convert import tokenizer_key
+from viar.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from viar.convert import tokenizer_key, transformer_key
 from viar.scales import block_causal_mask, scale_ids
 from viar.tokenizer import Tokenizer
+from viar.transformer import NextScaleTransformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -96,3 +97,36 @@ def golden_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(golden_tokenizer_config())
     tokenizer.load_state_dict({tokenizer_key(key): value for key, value in golden_state("vae").items()})
     return tokenizer.eval()
+
+
+def golden_transformer(model: str, **trunk: Any) -> NextScaleTransformer:
+    """The tiny "var" or "viar" with its weights, in evaluation mode, nothing dropped in training.
+
+    `trunk` sets fields of the implicit trunk's config.
+    """
+    config = golden_config()
+    if model == "viar":
+        trunk = {"num_pre": config["pre_depth"], "num_post": config["post_depth"], **trunk}
+    transformer = NextScaleTransformer(
+        TransformerConfig(
+            depth=config["depth"],
+            width=config["embed_dim"],
+            num_heads=config["num_heads"],
+            sides=tuple(config["patch_nums"]),
+            codebook_size=config["vocab_size"],
+            code_channels=config["z_channels"],
+            num_classes=config["num_classes"],
+            drop_path=0.0,
+            label_dropout=0.0,
+            trunk=ExplicitTrunkConfig() if model == "var" else ImplicitTrunkConfig(**trunk),
+        )
+    )
+    renamed = {transformer_key(key): value for key, value in golden_state(model).items()}
+    renamed.pop(None)
+    transformer.load_state_dict(renamed)
+    return transformer.eval()
+
+
+def golden_labels() -> Tensor:
+    """The classes asked for, (B,)."""
+    return torch.tensor(golden_config()["labels"])

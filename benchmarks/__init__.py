@@ -1,0 +1,1 @@
+"""Measurements of deqlib and viar: `python -m benchmarks SUITE`."""

@@ -1,0 +1,121 @@
+"""Named settings: what to build and how to train it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import tyro
+
+from .config import SIDES_512, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerPreset:
+    """A tokenizer and its training."""
+
+    data: str
+    model: TokenizerConfig
+    train: TrainConfig
+    loss: str = "l1+l2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerPreset:
+    """A transformer, whose trunk the preset's name tells, and its training."""
+
+    data: str
+    model: tyro.conf.AvoidSubcommands[TransformerConfig]
+    train: TrainConfig
+
+
+_DIGITS = TokenizerConfig(
+    sides=(1, 2, 3, 4),
+    codebook_size=64,
+    code_channels=8,
+    base_channels=16,
+    multipliers=(1, 2),
+    num_residual_blocks=1,
+    num_groups=8,
+)
+_MNIST = replace(_DIGITS, codebook_size=128, multipliers=(1, 2, 2, 2))
+_IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs
+
+
+def _transformer(tokenizer: TokenizerConfig, **settings: object) -> TransformerConfig:
+    return TransformerConfig(
+        sides=tokenizer.sides,
+        codebook_size=tokenizer.codebook_size,
+        code_channels=tokenizer.code_channels,
+        **settings,
+    )
+
+
+_SMALL = {"depth": 9, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path": 0.0}
+_SMALL_TRUNK = ImplicitTrunkConfig(num_pre=1, num_post=1, no_grad=(0, 4), grad=(1, 5), iterations=5)
+_SMALL_TRAIN = TrainConfig(seconds=100, batch_size=128, lr=3e-3, weight_decay=(0.05, 0.05), save_every=30)
+
+TOKENIZERS = {
+    "digits": TokenizerPreset(
+        data="digits",
+        model=_DIGITS,
+        train=TrainConfig(
+            seconds=60, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
+        ),
+    ),
+    "mnist": TokenizerPreset(
+        data="mnist",
+        model=_MNIST,
+        train=TrainConfig(seconds=600, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01)),
+    ),
+    "imagenet256": TokenizerPreset(
+        data="imagenet",
+        model=TokenizerConfig(),
+        train=TrainConfig(steps=250_000, batch_size=256, lr=1e-4, workers=8, mixed_precision="bf16"),
+    ),
+    "imagenet512": TokenizerPreset(
+        data="imagenet",
+        model=TokenizerConfig(sides=SIDES_512),
+        train=TrainConfig(steps=250_000, batch_size=128, lr=1e-4, workers=8, mixed_precision="bf16"),
+    ),
+}
+
+TRANSFORMERS = {
+    "digits-viar": TransformerPreset(
+        data="digits", model=_transformer(_DIGITS, trunk=_SMALL_TRUNK, **_SMALL), train=_SMALL_TRAIN
+    ),
+    "digits-var": TransformerPreset(data="digits", model=_transformer(_DIGITS, **_SMALL), train=_SMALL_TRAIN),
+    "mnist-viar": TransformerPreset(
+        data="mnist",
+        model=_transformer(_MNIST, trunk=_SMALL_TRUNK, **_SMALL),
+        train=replace(_SMALL_TRAIN, seconds=900),
+    ),
+    "mnist-var": TransformerPreset(
+        data="mnist", model=_transformer(_MNIST, **_SMALL), train=replace(_SMALL_TRAIN, seconds=900)
+    ),
+    "imagenet256-viar": TransformerPreset(
+        data="imagenet",
+        model=TransformerConfig(depth=30, trunk=ImplicitTrunkConfig()),
+        train=TrainConfig(steps=_IMAGENET_STEPS, workers=8, mixed_precision="fp16"),
+    ),
+    **{
+        f"imagenet256-var-d{depth}": TransformerPreset(
+            data="imagenet",
+            model=TransformerConfig(depth=depth),
+            train=TrainConfig(steps=_IMAGENET_STEPS, lr=2e-4, workers=8, mixed_precision="fp16"),
+        )
+        for depth in (16, 20, 24, 30)
+    },
+    "imagenet512-viar": TransformerPreset(
+        data="imagenet",
+        model=TransformerConfig(
+            depth=36, sides=SIDES_512, shared_modulation=True, trunk=ImplicitTrunkConfig()
+        ),
+        train=TrainConfig(steps=_IMAGENET_STEPS, workers=8, mixed_precision="fp16"),
+    ),
+    "imagenet512-var-d36": TransformerPreset(
+        data="imagenet",
+        model=TransformerConfig(depth=36, sides=SIDES_512, shared_modulation=True),
+        train=TrainConfig(steps=_IMAGENET_STEPS, lr=2e-4, workers=8, mixed_precision="fp16"),
+    ),
+}

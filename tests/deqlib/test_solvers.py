@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import KINDS, SOLVERS, Problem, problem, problems, residuals
+from torch import Tensor
+
+from deqlib import Anderson, Broyden, Picard, Solver, Status, Stopping, fixed_point
+from deqlib.driver import iterate
+
+
+def solve(base: Problem, solver: Solver, **stopping: Any) -> Any:
+    settings = {"max_steps": 600, "patience": None, **stopping}
+    with torch.no_grad():
+        return fixed_point(base.f, base.z0, solver=solver, stopping=Stopping(**settings), on_failure="raise")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@given(base=problems())
+def test_every_solver_reaches_the_known_fixed_point_at_the_tolerance_asked(name: str, base: Problem) -> None:
+    rtol = 1e-4 if base.x.dtype == torch.float32 else 1e-9
+    solution = solve(base, SOLVERS[name], rtol=rtol)
+    exact = base.exact()
+    distance = (solution.value - exact).norm(dim=1)
+    rounding = 20 * torch.finfo(base.x.dtype).eps * exact.norm(dim=1)
+    assert (distance <= (solution.residual.double() + rounding) / (1 - base.contraction)).all()
+    assert (solution.relative_residual <= rtol).all()
+    residual, _ = residuals(base.f, solution.value)
+    torch.testing.assert_close(solution.residual, residual, rtol=1e-3, atol=float(rounding.max()))
+
+
+@given(
+    base=problems(dtype=torch.float64, max_contraction=0.8),
+    memory=st.integers(1, 12),
+    ridge=st.sampled_from([1e-12, 1e-7, 1e-2, 1.0]),
+    damping=st.floats(0.3, 1.0),
+)
+def test_anderson_reaches_the_fixed_point_with_any_settings(
+    base: Problem, memory: int, ridge: float, damping: float
+) -> None:
+    solution = solve(base, Anderson(memory=memory, ridge=ridge, damping=damping), rtol=1e-9)
+    torch.testing.assert_close(solution.value, base.exact(), rtol=1e-7, atol=1e-7)
+
+
+@given(base=problems(dtype=torch.float64, max_contraction=0.7), memory=st.integers(1, 12))
+def test_broyden_reaches_the_fixed_point_with_any_memory(base: Problem, memory: int) -> None:
+    solution = solve(base, Broyden(memory=memory), rtol=1e-9)
+    torch.testing.assert_close(solution.value, base.exact(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("damping", [0.25, 1.0])
+def test_picard_takes_the_damped_step(damping: float) -> None:
+    base = problem()
+    z = iterate(base.f, base.z0, Picard(damping=damping), Stopping.steps(2)).value
+    expected = base.z0
+    for _ in range(2):
+        expected = (1 - damping) * expected + damping * base.f(expected)
+    torch.testing.assert_close(z, expected, rtol=1e-14, atol=0)
+
+
+# Anderson -----------------------------------------------------------------------------------------------
+
+
+@given(dim=st.integers(1, 8), extra=st.integers(0, 4), seed=st.integers(0, 2**31))
+def test_anderson_ends_a_linear_problem_in_one_step_more_than_its_dimension(
+    dim: int, extra: int, seed: int
+) -> None:
+    base = problem("linear", batch=2, dim=dim, contraction=0.9, seed=seed)
+    solution = solve(base, Anderson(memory=dim + extra, ridge=0.0), rtol=1e-6)
+    assert (solution.num_steps <= dim + 1).all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5])
+def test_anderson_is_gmres_on_a_linear_problem(num_steps: int) -> None:
+    # Walker & Ni 2011, theorem 2.2: the iterate after k + 1 steps is f at GMRES's iterate k.
+    base = problem("linear", batch=1, dim=7, contraction=0.9)
+    z = iterate(base.f, base.z0, Anderson(memory=10, ridge=0.0), Stopping.steps(num_steps + 1)).value
+    a = torch.eye(7, dtype=torch.float64) - base.tensors[1].T
+    krylov = [base.x[0]]
+    for _ in range(num_steps - 1):
+        krylov.append(a @ krylov[-1])
+    basis = torch.linalg.qr(torch.stack(krylov, 1))[0]
+    gmres = basis @ torch.linalg.lstsq(a @ basis, base.x[0].unsqueeze(1)).solution
+    torch.testing.assert_close(z, base.f(gmres.T), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("damping", [0.5, 1.0])
+@pytest.mark.parametrize("memory", [1, 2, 4])
+def test_an_anderson_step_solves_the_least_squares_problem_of_its_history(
+    memory: int, damping: float
+) -> None:
+    base = problem("mlp", batch=1, dim=8, contraction=0.9)
+    solver = Anderson(memory=memory, ridge=0.0, damping=damping)
+    z, state = base.z0, solver.init(base.z0)
+    images, errors = [], []
+    for _ in range(10):
+        fz = base.f(z)
+        images.append(fz[0])
+        errors.append((fz - z)[0])
+        expected = images[-1] - (1 - damping) * errors[-1]
+        if len(errors) > 1:
+            df = torch.stack(images[-memory - 1 :], 1).diff()
+            dr = torch.stack(errors[-memory - 1 :], 1).diff()
+            gamma = torch.linalg.lstsq(dr, errors[-1].unsqueeze(1)).solution
+            remaining = errors[-1] - (dr @ gamma)[:, 0]
+            expected = images[-1] - (df @ gamma)[:, 0] - (1 - damping) * remaining
+        z, state = solver.step(z, fz, state)
+        torch.testing.assert_close(z[0], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("memory", [1, 2, 5])
+def test_andersons_gram_matrix_is_that_of_its_history_before_and_after_wrapping(
+    memory: int, grad: bool
+) -> None:
+    base = problem("mlp", dim=8, contraction=0.95).requiring_grad()
+    solver = Anderson(memory=memory)
+    with torch.set_grad_enabled(grad):
+        z, state = base.z0, solver.init(base.z0)
+        previous = None
+        for step in range(12):
+            fz = base.f(z)
+            residual, old = fz - z, z
+            z, state = solver.step(z, fz, state)
+            if step:
+                size, slot = min(step, memory), (step - 1) % memory
+                dr = state.dr[:, :size]
+                torch.testing.assert_close(state.gram[:, :size, :size], dr @ dr.mT, rtol=1e-10, atol=0)
+                torch.testing.assert_close(dr[:, slot], residual - previous[0], rtol=0, atol=0)
+                torch.testing.assert_close(state.df[:, slot], fz - previous[1], rtol=0, atol=0)
+            previous = residual, fz
+            assert old is not z
+
+
+def test_andersons_ridge_means_the_same_at_every_size_of_the_residual() -> None:
+    base = problem("linear", batch=1, dim=6, contraction=0.9)
+    far, near = (
+        iterate(lambda z, s=s: s * base.f(z / s), base.z0, Anderson(ridge=0.1), Stopping.steps(6)).value / s
+        for s in (1.0, 2.0**-40)
+    )
+    torch.testing.assert_close(far, near, rtol=1e-12, atol=0)
+
+
+# Broyden ------------------------------------------------------------------------------------------------
+
+
+def inverse_jacobian(state: Any) -> Tensor:
+    """B (batch, D, D), dense."""
+    return torch.einsum("bmi,bmj->bij", state.u, state.v) - torch.eye(state.u.shape[2], dtype=state.u.dtype)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("memory", [1, 2, 3, 30])
+def test_broydens_newest_secant_equation_holds_before_and_after_wrapping(memory: int, grad: bool) -> None:
+    base = problem("mlp", dim=8, contraction=0.95).requiring_grad()
+    solver = Broyden(memory=memory)
+    with torch.set_grad_enabled(grad):
+        z, state = base.z0, solver.init(base.z0)
+        for step in range(8):
+            before_z, before_r = state.z, state.residual
+            z_next, state = solver.step(z, base.f(z), state)
+            if step:
+                dz, dr = z - before_z, state.residual - before_r
+                b_dr = torch.einsum("bij,bj->bi", inverse_jacobian(state), dr)
+                torch.testing.assert_close(b_dr, dz, rtol=1e-7, atol=1e-10)
+            expected = z - torch.einsum("bij,bj->bi", inverse_jacobian(state), state.residual)
+            torch.testing.assert_close(z_next, expected, rtol=1e-9, atol=1e-12)
+            z = z_next
+
+
+def test_broyden_with_enough_memory_is_the_dense_method() -> None:
+    base = problem("mlp", batch=1, dim=6, contraction=0.9)
+    solver = Broyden(memory=20)
+    z, state = base.z0, solver.init(base.z0)
+    dense_z, b, last = base.z0[0], -torch.eye(6, dtype=torch.float64), None
+    for _ in range(9):
+        r = base.f(dense_z.unsqueeze(0))[0] - dense_z
+        if last is not None:
+            dz, dr = dense_z - last[0], r - last[1]
+            b = b + torch.outer(dz - b @ dr, dz @ b) / (dz @ b @ dr)
+        last = dense_z, r
+        dense_z = dense_z - b @ r
+        z, state = solver.step(z, base.f(z), state)
+        torch.testing.assert_close(z[0], dense_z, rtol=1e-7, atol=1e-9)
+
+
+@given(dim=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_broyden_ends_a_linear_problem_in_twice_its_dimension(dim: int, seed: int) -> None:
+    # Gay 1979, SIAM J. Numer. Anal. 16(4): at most 2 D steps; here after the Picard step that starts it.
+    base = problem("linear", batch=2, dim=dim, contraction=0.7, seed=seed)
+    solution = solve(base, Broyden(memory=2 * dim + 2), rtol=1e-6)
+    assert (solution.num_steps <= 2 * dim + 1).all()
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=["anderson", "broyden"])
+def test_a_fixed_point_that_repels_picard_is_reached(solver: Solver) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    scale = torch.tensor([-3.0, 2.0, 0.5, 4.0], dtype=torch.float64)
+    f = lambda z: scale * z + x  # noqa: E731
+    picard = fixed_point(f, torch.zeros_like(x), solver=Picard(), on_failure="ignore")
+    assert (picard.status == Status.DIVERGED).all()
+    solution = fixed_point(
+        f, torch.zeros_like(x), solver=solver, stopping=Stopping(rtol=1e-9), on_failure="raise"
+    )
+    torch.testing.assert_close(solution.value, x / (1 - scale), rtol=1e-7, atol=1e-7)
+
+
+# Laws of all solvers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("scale", [2.0**-27, 2.0**27], ids=["1e-8", "1e8"])
+def test_units_do_not_matter(solver: Solver, kind: str, dtype: torch.dtype, scale: float) -> None:
+    base = problem(kind, contraction=0.8, dtype=dtype)
+    stopping = Stopping(rtol=1e-4 if dtype == torch.float32 else 1e-9, max_steps=200)
+    one = iterate(base.f, base.z0, solver, stopping)
+    other = iterate(lambda z: scale * base.f(z / scale), base.z0, solver, stopping)
+    assert torch.equal(one.num_steps, other.num_steps)
+    assert torch.equal(one.status, other.status)
+    torch.testing.assert_close(other.value / scale, one.value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+def test_a_step_keeps_a_sample_that_is_not_finite_to_itself(solver: Solver, bad: float) -> None:
+    base = problem(batch=3)
+    results = []
+    for value in (0.5, bad):
+        z, state = base.z0, solver.init(base.z0)
+        for step in range(15):
+            fz = base.f(z)
+            if step >= 2:
+                fz[1] = value
+            z, state = solver.step(z, fz, state)
+        results.append(z[[0, 2]])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_beyond_convergence_stay_at_the_fixed_point(solver: Solver, dtype: torch.dtype) -> None:
+    base = problem(dtype=dtype)
+    solution = iterate(base.f, base.z0, solver, Stopping.steps(300, measure=True))
+    assert (solution.relative_residual < 100 * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_constant_map_is_solved_in_one_step(solver: Solver) -> None:
+    target = torch.randn(3, 4, dtype=torch.float64)
+    step = getattr(solver, "damping", 1.0)
+    solution = fixed_point(lambda z: target, torch.zeros_like(target), solver=solver, on_failure="raise")
+    if step == 1:
+        assert solution.num_steps.tolist() == [1, 1, 1]
+    torch.testing.assert_close(solution.value, target, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Picard(damping=0.0), ValueError, r"Picard: damping must be in \(0, 1\], got 0.0"),
+        (lambda: Picard(damping=float("nan")), ValueError, "Picard: damping"),
+        (lambda: Picard(damping="1"), TypeError, r"Picard: damping must be a number, got '1' \(str\)"),
+        (lambda: Picard(damping=True), TypeError, "Picard: damping"),
+        (lambda: Anderson(memory=0), ValueError, "Anderson: memory must be at least 1, got 0"),
+        (lambda: Anderson(memory=2.0), TypeError, "Anderson: memory must be an int, got 2.0"),
+        (lambda: Anderson(memory=True), TypeError, "Anderson: memory must be an int, got True"),
+        (lambda: Anderson(ridge=-1e-9), ValueError, "Anderson: ridge"),
+        (lambda: Anderson(damping=1.1), ValueError, "Anderson: damping"),
+        (lambda: Broyden(memory=0), ValueError, "Broyden: memory must be at least 1, got 0"),
+        (lambda: Broyden(memroy=3), TypeError, "memroy"),
+        (lambda: Anderson(5), TypeError, "positional"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(make: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_settings_cannot_be_changed() -> None:
+    for solver in SOLVERS.values():
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            solver.memory = 3
+
+
+# Peers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["anderson", "broyden1", "newton_krylov"])
+def test_scipy_finds_the_same_fixed_point(kind: str, method: str) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    base = problem(kind, batch=1, dim=6, contraction=0.7)
+    f = lambda z: (base.f(torch.from_numpy(z).unsqueeze(0))[0]).numpy() - z  # noqa: E731
+    found = getattr(optimize, method)(f, base.z0[0].numpy(), f_tol=1e-10)
+    for solver in (Anderson(), Broyden()):
+        ours = solve(base, solver, rtol=1e-11).value[0]
+        torch.testing.assert_close(ours, torch.from_numpy(found), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fixed_point_iter", "anderson", "broyden"])
+def test_torchdeq_finds_the_same_fixed_point(kind: str, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torchdeq = pytest.importorskip("torchdeq")
+        base = problem(kind, dim=6, contraction=0.6)
+        deq = torchdeq.get_deq(f_solver=name, f_max_iter=200, f_tol=1e-9, f_stop_mode="abs")
+        deq.eval()
+        with torch.no_grad():
+            theirs = deq(base.f, base.z0)[0][-1]
+    ours = solve(base, Anderson(), rtol=1e-11).value
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
