@@ -73,7 +73,7 @@ class ImplicitLayer(nn.Module):
             stopping: of this call; default the layer's.
 
         Raises:
-            See `deqlib.fixed_point`.
+            TypeError, ValueError, NonConvergenceError: see `deqlib.fixed_point`.
         """
         if z0 is None:
             z0 = self._start(inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
@@ -124,4 +125,15 @@ def report_failure(solution: Solution, on_failure: OnFailure, what: str) -> None
     )
     if on_failure == "raise":
         raise NonConvergenceError(message, solution)
-    warnings.warn(message, NonConvergenceWarning, stacklevel=2)
+    warnings.warn(message, NonConvergenceWarning, stacklevel=_levels_to_caller())
+
+
+def _levels_to_caller() -> int:
+    """Stack level, as `warnings.warn` in the calling function counts, of the first frame outside the library.
+
+    A warning that names the user's line is shown once a line by Python's default filter.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("deqlib", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

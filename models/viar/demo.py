@@ -99,13 +99,18 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Train, generate, measure; returns what `summary.json` holds."""
     stages = Stages(config.out, console)
     preset = TOKENIZERS["digits"]
-    data = load_data(preset.data, preset.model.image_side)
+
+    def data_of(augment: int) -> ImageData:
+        return load_data("digits", preset.model.image_side, augment=augment)
+
+    data = data_of(0)
 
     def tokenizer_stage(folder: Path) -> dict[str, Any]:
         torch.manual_seed(config.seed)
         settings = replace(preset.train, seconds=config.tokenizer_seconds, seed=config.seed)
         tokenizer = Tokenizer(preset.model)
-        return train_tokenizer(tokenizer, data.train, folder, settings, loss=preset.loss, console=console)
+        images = data_of(preset.augment).train
+        return train_tokenizer(tokenizer, images, folder, settings, loss=preset.loss, console=console)
 
     def classifier_stage(folder: Path) -> dict[str, Any]:
         torch.manual_seed(config.seed)
@@ -132,7 +137,8 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
         def transformer_stage(folder: Path, variant=variant, train=train) -> dict[str, Any]:  # type: ignore[no-untyped-def]
             torch.manual_seed(config.seed)
             model = NextScaleTransformer(variant.model)
-            return train_transformer(model, tokenizer, data.train, folder, train, console=console)
+            images = data_of(variant.augment).train
+            return train_transformer(model, tokenizer, images, folder, train, console=console)
 
         settings = [asdict(variant), asdict(train)]
         trained[name] = stages.run(name, settings, ["tokenizer"], transformer_stage)

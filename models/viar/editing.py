@@ -58,8 +58,9 @@ def edit(
         )
     tokens = tokenizer.encode(images * 2 - 1)
     keep_B1hw = _check_mask(mask, len(images)).to(images.device, torch.float32)
-    if len(torch.as_tensor(labels)) != len(images):
-        raise ValueError(f"labels: expected one an image ({len(images)}), got {len(labels)}")
+    labels = torch.as_tensor(labels)
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected shape ({len(images)},), one an image, got {tuple(labels.shape)}")
 
     def keep_own_codes(scale: int, sampled: Tensor) -> Tensor:
         side = sampled.shape[-1]

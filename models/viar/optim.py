@@ -26,8 +26,16 @@ def build_optimizer(
     }
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if id(p) in decayed],
+            "weight_decay": weight_decay,
+            "decayed": True,
+        },
+        {
+            "params": [p for p in parameters if id(p) not in decayed],
+            "weight_decay": 0.0,
+            "decayed": False,
+        },
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
@@ -53,5 +61,5 @@ def set_progress(
     """Write this step's learning rate and weight decay into the optimiser."""
     for group in optimizer.param_groups:
         group["lr"] = lr * lr_factor(progress)
-        if group["weight_decay"] > 0:
+        if group["decayed"]:
             group["weight_decay"] = weight_decay_at(progress, *weight_decay)

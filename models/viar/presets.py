@@ -18,6 +18,7 @@ class TokenizerPreset:
     model: TokenizerConfig
     train: TrainConfig
     loss: str = "l1+l2"
+    augment: int = 0  # changed versions added of each training image of an embedded source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,11 @@ class TransformerPreset:
     data: str
     model: tyro.conf.AvoidSubcommands[TransformerConfig]
     train: TrainConfig
+    augment: int = 0  # changed versions added of each training image of an embedded source
 
 
 _DIGITS = TokenizerConfig(
-    sides=(1, 2, 3, 4),
+    sides=(1, 2, 4),
     codebook_size=64,
     code_channels=8,
     base_channels=16,
@@ -51,22 +53,20 @@ def _transformer(tokenizer: TokenizerConfig, **settings: object) -> TransformerC
     )
 
 
-_SMALL = {"depth": 9, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path": 0.0}
+# The implicit trunk has 41 % of the parameters of the explicit one, and its mean step costs less time.
+_SMALL = {"depth": 8, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path": 0.0}
 _SMALL_TRUNK = ImplicitTrunkConfig(num_pre=1, num_post=1, no_grad=(0, 4), grad=(1, 5), iterations=5)
-_SMALL_TRAIN = TrainConfig(seconds=100, batch_size=128, lr=3e-3, weight_decay=(0.05, 0.05), save_every=30)
+_SMALL_TRAIN = TrainConfig(seconds=90, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
+_SMALL_TOKENIZER_TRAIN = TrainConfig(
+    seconds=60, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
+)
 
 TOKENIZERS = {
     "digits": TokenizerPreset(
-        data="digits",
-        model=_DIGITS,
-        train=TrainConfig(
-            seconds=60, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
-        ),
+        data="digits", model=_DIGITS, train=_SMALL_TOKENIZER_TRAIN, loss="l2", augment=2
     ),
     "mnist": TokenizerPreset(
-        data="mnist",
-        model=_MNIST,
-        train=TrainConfig(seconds=600, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01)),
+        data="mnist", model=_MNIST, train=replace(_SMALL_TOKENIZER_TRAIN, seconds=600), loss="l2", augment=2
     ),
     "imagenet256": TokenizerPreset(
         data="imagenet",
@@ -82,16 +82,25 @@ TOKENIZERS = {
 
 TRANSFORMERS = {
     "digits-viar": TransformerPreset(
-        data="digits", model=_transformer(_DIGITS, trunk=_SMALL_TRUNK, **_SMALL), train=_SMALL_TRAIN
+        data="digits",
+        model=_transformer(_DIGITS, trunk=_SMALL_TRUNK, **_SMALL),
+        train=_SMALL_TRAIN,
+        augment=2,
     ),
-    "digits-var": TransformerPreset(data="digits", model=_transformer(_DIGITS, **_SMALL), train=_SMALL_TRAIN),
+    "digits-var": TransformerPreset(
+        data="digits", model=_transformer(_DIGITS, **_SMALL), train=_SMALL_TRAIN, augment=2
+    ),
     "mnist-viar": TransformerPreset(
         data="mnist",
         model=_transformer(_MNIST, trunk=_SMALL_TRUNK, **_SMALL),
         train=replace(_SMALL_TRAIN, seconds=900),
+        augment=2,
     ),
     "mnist-var": TransformerPreset(
-        data="mnist", model=_transformer(_MNIST, **_SMALL), train=replace(_SMALL_TRAIN, seconds=900)
+        data="mnist",
+        model=_transformer(_MNIST, **_SMALL),
+        train=replace(_SMALL_TRAIN, seconds=900),
+        augment=2,
     ),
     "imagenet256-viar": TransformerPreset(
         data="imagenet",

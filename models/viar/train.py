@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from .config import check_at_least
 from .data import Batch, EndlessBatches, TensorImages, all_batches
 from .optim import build_optimizer, set_progress
+from .sampling import check_pair
 from .tokenizer import Tokenizer
 from .tokenizer.losses import reconstruction_loss
 from .transformer import NextScaleTransformer
@@ -121,7 +123,7 @@ def train_tokenizer(
         if step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
             quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
             output = model(batch[0])
-        elif step and step % revive_every == 0:
+        elif (step + 1) % revive_every == 0:  # steps are logged as counted from 1
             vectors = _of_main_process(output.vectors)
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(batch[0], output.reconstruction, loss)
@@ -148,13 +150,14 @@ def train_transformer(
     Returns:
         The last logged metrics, with steps and seconds.
     """
+    check_pair(model, tokenizer)
     tokenizer.eval().requires_grad_(False)
     in_memory = isinstance(data, TensorImages)
     samples = TokenizedImages(tokenizer, data) if in_memory else data
 
     def step_loss(wrapped: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         model.trunk.seed_depth(config.seed * 1_000_003 + step)
-        inputs, targets, labels = batch if in_memory else tokenize(tokenizer, *batch)
+        inputs, targets, labels = batch if in_memory else tokenize(tokenizer.to(batch[0].device), *batch)
         return cross_entropy(wrapped(labels, inputs), targets), {}
 
     return fit(model, step_loss, samples, folder, config, name="transformer", console=console)
@@ -183,8 +186,9 @@ class TokenizedImages(Dataset[Any]):
 @torch.no_grad()
 def tokenize(tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher-forcing inputs (B, L - p_1^2, Z), targets (B, L) and labels (B,) of images."""
-    tokens = tokenizer.encode(images)
-    return tokenizer.next_scale_inputs(tokens), torch.cat(tokens, 1), labels
+    with torch.autocast(images.device.type, enabled=False):  # features in half precision have other codes
+        tokens = tokenizer.encode(images)
+        return tokenizer.next_scale_inputs(tokens), torch.cat(tokens, 1), labels
 
 
 def cross_entropy(
@@ -227,6 +231,8 @@ def fit(
 ) -> dict[str, float]:
     """The loop: see `train_tokenizer` and `train_transformer`."""
     folder.mkdir(parents=True, exist_ok=True)
+    # What is left of a run before would refuse another precision in the same process.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulate
     )
@@ -235,6 +241,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state, saved = TrainState(), folder / "state"
     accelerator.register_for_checkpointing(state)
+    _tidy_up(accelerator, saved)
     if saved.is_dir():
         accelerator.load_state(str(saved))
     if accelerator.is_main_process and state.step == 0:
@@ -251,6 +258,8 @@ def fit(
             num_ranks=accelerator.num_processes,
         ),
         num_workers=config.workers,
+        # One of its own: it seeds the workers, and must not move the generator that was just restored.
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + state.step),
         collate_fn=_already_collated,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -267,8 +276,18 @@ def fit(
     )
     with bar:
         task = bar.add_task(name, total=1.0, step=state.step, shown="")
-        last_save = time.monotonic()
-        while (progress := _agreed(accelerator, config.progress(state.step, state.seconds))) < 1:
+        last_save, save_is_due = time.monotonic(), False
+        loss = torch.zeros(())
+        while True:
+            progress = config.progress(state.step, state.seconds)
+            progress, save_is_due = _agreed(accelerator, progress, save_is_due)
+            if progress >= 1 or save_is_due:
+                _check_finite(float(loss.detach()), state.step)
+            if progress >= 1:
+                break
+            if save_is_due:
+                _save_state(accelerator, saved)
+                last_save = time.monotonic()
             start = time.monotonic()
             set_progress(optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
             logged: dict[str, float | Tensor] = {}
@@ -290,13 +309,12 @@ def fit(
                 bar.update(task, completed=progress, step=state.step, shown=shown)
                 if accelerator.is_main_process:
                     _append(folder / "metrics.jsonl", {"step": state.step, **metrics})
-            if time.monotonic() - last_save > config.save_every:
-                _save_state(accelerator, saved)
-                last_save = time.monotonic()
+            save_is_due = time.monotonic() - last_save > config.save_every
         bar.update(task, completed=1.0, step=state.step)
     if accelerator.is_main_process:
         accelerator.unwrap_model(wrapped).save_pretrained(folder)
-        shutil.rmtree(saved, ignore_errors=True)
+        if saved.is_dir():
+            shutil.rmtree(saved.rename(_beside(saved, "new")))
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return metrics | {"steps": state.step, "seconds": round(state.seconds, 2)}
@@ -316,11 +334,13 @@ def _already_collated(batch: Any) -> Any:
     return batch
 
 
-def _agreed(accelerator: Accelerator, progress: float) -> float:
-    """The main process's progress, so that clocks that differ end the run at the same step."""
+def _agreed(accelerator: Accelerator, progress: float, save_is_due: bool) -> tuple[float, bool]:
+    """What the main process's clock says: others would end the run or save at another step."""
     if accelerator.num_processes == 1:
-        return progress
-    return float(broadcast(torch.tensor(progress, device=accelerator.device, dtype=torch.float64)))
+        return progress, save_is_due
+    ours = torch.tensor([progress, save_is_due], device=accelerator.device, dtype=torch.float64)
+    progress, save_is_due = broadcast(ours).tolist()
+    return progress, bool(save_is_due)
 
 
 def _of_main_process(vectors: Tensor) -> Tensor:
@@ -329,17 +349,31 @@ def _of_main_process(vectors: Tensor) -> Tensor:
 
 
 def _save_state(accelerator: Accelerator, saved: Path) -> None:
-    """Write beside the state before, then put it in its place: an interruption leaves one that is whole."""
-    fresh = saved.with_name("state.new")
-    if accelerator.is_main_process:
-        shutil.rmtree(fresh, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    """Write a new state, then put it in the old one's place: an interruption leaves one that is whole."""
+    fresh, old = _beside(saved, "new"), _beside(saved, "old")
     accelerator.save_state(str(fresh))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(saved, ignore_errors=True)
+        if saved.is_dir():
+            saved.rename(old)
         fresh.rename(saved)
+        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _tidy_up(accelerator: Accelerator, saved: Path) -> None:
+    """Clear what an interruption of `_save_state` left."""
+    fresh, old = _beside(saved, "new"), _beside(saved, "old")
+    if accelerator.is_main_process:
+        if old.is_dir() and not saved.is_dir():
+            old.rename(saved)
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _beside(saved: Path, suffix: str) -> Path:
+    return saved.with_name(f"{saved.name}.{suffix}")
 
 
 def _check_finite(loss: float, step: int) -> None:

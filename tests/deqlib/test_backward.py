@@ -611,6 +611,27 @@ def test_weights_get_their_gradient_under_autocast(backward: Backward, start: to
         assert (with_cache - without).norm() < 0.02 * without.norm()  # without, sums are in float32
 
 
+@by_mode(FIRST_ORDER)
+def test_weights_cast_off_the_tape_are_not_used_on_it(
+    backward: Backward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch releases before 2.13 keep weights cast under no_grad, without their graph, until the cache
+    # is cleared; newer ones would pass the test above without.
+    events: list[str] = []
+    clear = torch.clear_autocast_cache
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (events.append("clear"), clear()))
+    inner = nn.Linear(8, 8)
+
+    def cell(z: Tensor) -> Tensor:
+        events.append("tape" if torch.is_grad_enabled() else "free")
+        return 0.5 * inner(z)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fixed_point(cell, torch.zeros(4, 8), backward=backward, on_failure="ignore")
+    last_free, first_tape = len(events) - events[::-1].index("free") - 1, events.index("tape")
+    assert "clear" in events[last_free:first_tape]
+
+
 @by_mode({"implicit": exactly(), "jfb": JFB(), "stochastic": StochasticJFB(no_grad=(20, 20), grad=(9, 9))})
 def test_gradients_under_autocast_are_close_to_those_in_full_precision(backward: Backward) -> None:
     cell = Cell(8)

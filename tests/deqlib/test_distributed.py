@@ -72,6 +72,7 @@ def worker(rank: int, folder: str) -> None:
     for name in ("stochastic", "implicit"):
         batches = [make_batch(s)[rank * SAMPLES : (rank + 1) * SAMPLES] for s in range(STEPS)]
         model = DistributedDataParallel(make_model(name))
+        torch.manual_seed(rank)  # default generators drift apart; the depths must not
         torch.save(train(model, batches), f"{folder}/{name}{rank}.pt")
     dist.destroy_process_group()
 

@@ -124,6 +124,19 @@ def test_the_tolerance_is_absolute_plus_relative() -> None:
         assert (int(solution.num_steps) == 0) == converged
 
 
+def test_what_is_reported_of_a_finished_sample_dates_from_when_it_finished() -> None:
+    calls = []
+
+    def f(z: Tensor) -> Tensor:  # residuals shrink from call to call, as those of a cell with noise may
+        calls.append(None)
+        return z + torch.tensor([[0.8], [8.0]], dtype=torch.float64) / len(calls)
+
+    solution = iterate(f, torch.zeros(2, 1).double(), Counter(), Stopping(rtol=0, atol=1, max_steps=20))
+    assert solution.num_steps.tolist() == [0, 7]
+    assert solution.residual.tolist() == [0.8, 1.0]
+    assert solution.value.flatten().tolist() == [0, 7]
+
+
 @pytest.mark.parametrize("image", [INF, -INF, NAN])
 def test_a_first_image_that_is_not_finite_is_divergence_not_convergence(image: float) -> None:
     solution = iterate(lambda z: torch.full_like(z, image), torch.ones(2, 3), Picard(), Stopping())

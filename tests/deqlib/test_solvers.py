@@ -147,6 +147,17 @@ def test_andersons_ridge_means_the_same_at_every_size_of_the_residual() -> None:
     torch.testing.assert_close(far, near, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anderson_takes_a_picard_step_where_its_history_is_singular(dtype: torch.dtype) -> None:
+    solver = Anderson(ridge=0.0)
+    a = torch.tensor([[3.0, 4.0], [3.0, 4.0]], dtype=dtype)  # of norm 5, so that scaling is exact
+    z, state = torch.zeros(2, 2, dtype=dtype), solver.init(a)
+    for residual in (a, 2 * a, 3 * a):  # differences of residuals: twice the same
+        fz = z + residual
+        z, state = solver.step(z, fz, state)
+    assert torch.equal(z, fz)
+
+
 # Broyden ------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,9 @@ def test_an_int_holds_for_all_scales(count: int, num_scales: int) -> None:
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(2, 14))
-def test_a_tuple_is_linear_in_exact_fractions_truncated_to_int(first: int, last: int, num_scales: int) -> None:
+def test_a_tuple_is_linear_in_exact_fractions_truncated_to_int(
+    first: int, last: int, num_scales: int
+) -> None:
     exact = [first + Fraction(last - first) * k / (num_scales - 1) for k in range(num_scales)]
     assert iteration_schedule((first, last), num_scales) == [trunc(value) for value in exact]
 

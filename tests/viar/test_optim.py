@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_learning_rate_warms_up_stays_and_falls_linearly(progress: float, expect
 
 def test_learning_rate_never_jumps() -> None:
     values = [lr_factor(step / 10_000) for step in range(10_001)]
-    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) < 1 / 200 + 1e-4
+    assert max(abs(a - b) for a, b in pairwise(values)) < 1 / 200 + 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,430 @@
+"""The command line: help, the whole pipeline on digits, messages, and the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import viar.cli
+import viar.demo
+from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
+from viar.demo import DemoConfig, Stages, run_demo
+from viar.evaluate import balanced_labels
+from viar.pictures import save_grid
+
+TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, output, and errors on one line."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["viar", *map(str, arguments)])
+        patch.setattr(viar.cli, "console", Console(file=output, width=200))
+        code = 0
+        try:
+            viar.cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, output.getvalue(), " ".join(errors.getvalue().split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a `tokenizer` and a `viar`, hardly trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    short = ("--train.steps", 3, "--train.batch-size", 16)
+    out = folder / "tokenizer"
+    results = [
+        call("train-tokenizer", "digits", "--out", out, *short),
+        call("train", "digits-viar", "--tokenizer", out, "--out", folder / "viar", *short, *TINY_MODEL),
+    ]
+    for code, output, errors in results:
+        assert code == 0, errors
+        assert json.loads(output[output.index("{") :])["steps"] == 3
+    return folder
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="viar")
+    assert script.load() is viar.cli.main
+
+
+# Help
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ((), ["train-tokenizer", "train", "generate", "evaluate", "demo"]),
+        (("train-tokenizer",), ["--out", "digits", "mnist", "imagenet256", "imagenet512"]),
+        (("train-tokenizer", "digits"), ["--model.codebook-size", "--train.steps", "--loss", "--data"]),
+        (("train",), ["--tokenizer", "--out", "digits-viar", "digits-var", "imagenet256-viar"]),
+        (("train", "digits-viar"), ["--model.trunk.num-pre", "--train.mixed-precision", "--model.depth"]),
+        (
+            ("generate",),
+            ["--labels", "--per-class", "--iterations", "--adaptive", "--cfg", "--top-p", "--cache"],
+        ),
+        (("evaluate",), ["--model", "--tokenizer", "--data", "--per-class", "--seed"]),
+        (("demo",), ["--out", "--tokenizer-seconds", "--classifier-steps", "--iterations", "--cfg"]),
+    ],
+)
+def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> None:
+    code, output, _ = call(*command, "--help")
+    assert code == 0
+    for flag in flags:
+        assert flag in output, flag
+
+
+# The pipeline
+
+
+def test_training_leaves_models_of_the_preset_and_its_changes(trained: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(trained / "tokenizer")
+    assert tokenizer.config == viar.cli.TOKENIZERS["digits"].model
+    model = NextScaleTransformer.from_pretrained(trained / "viar")
+    preset = viar.cli.TRANSFORMERS["digits-viar"].model
+    assert model.config == dataclasses.replace(preset, width=16, num_heads=2)
+    assert isinstance(model.config.trunk, ImplicitTrunkConfig)
+
+
+def test_generate_writes_a_row_a_class(trained: Path, tmp_path: Path) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 3)
+    picture = tmp_path / "new" / "a.png"
+    code, output, errors = call("generate", *models, "--out", picture)
+    assert (code, errors) == (0, "")
+    assert f"30 images in {picture}" in output
+    with Image.open(picture) as image:
+        assert image.size == (3 * 50, 10 * 50)  # 8 pixels six times as large, and an edge
+        first = image.tobytes()
+    again = tmp_path / "b.png"
+    assert call("generate", *models, "--out", again, "--batch-size", 7)[0] == 0
+    with Image.open(again) as image:
+        assert image.tobytes() == first  # how many are made at a time makes no difference
+    some = tmp_path / "c.png"
+    assert call("generate", *models, "--out", some, "--labels", 7, 1, "--seed", 3)[0] == 0
+    with Image.open(some) as image:
+        assert image.size == (150, 100)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            (),
+            {"iterations": None, "cfg": 1.5, "top_k": 900, "top_p": 0.96, "cache": "equilibrium", "seed": 0},
+        ),
+        (("--iterations", 4), {"iterations": 4}),
+        (("--iterations", 4, 2, "--cache", "iterate"), {"iterations": (4, 2), "cache": "iterate"}),
+        (("--iterations", 4, 3, 2, 1), {"iterations": [4, 3, 2, 1]}),
+        (("--adaptive", 0.1), {"iterations": viar.Adaptive(rtol=0.1)}),
+        (("--top-k", "None", "--top-p", 0.5, "--cfg", 0), {"top_k": None, "top_p": 0.5, "cfg": 0.0}),
+    ],
+)
+def test_sampling_flags_reach_the_sampler(
+    flags: tuple[object, ...],
+    expected: dict[str, Any],
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def noted(model: Any, tokenizer: Any, labels: torch.Tensor, **settings: Any) -> torch.Tensor:
+        calls.append((labels.tolist(), settings))
+        return torch.zeros(len(labels), 3, 8, 8)
+
+    monkeypatch.setattr(viar.cli, "generate", noted)
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
+    code, _, errors = call("generate", *models, "--out", tmp_path / "a.png", "--batch-size", 6, *flags)
+    assert code == 0, errors
+    assert [labels for labels, _ in calls] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    assert [settings["first_index"] for _, settings in calls] == [0, 6]
+    assert all(settings[name] == value for _, settings in calls for name, value in expected.items())
+
+
+def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = viar.cli.train_classifier
+    monkeypatch.setattr(viar.cli, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2}))
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    code, output, errors = call("evaluate", *models, "--per-class", 2, "--iterations", 1)
+    assert (code, errors) == (0, "")
+    measures = json.loads(output[output.index("{") :])
+    assert set(measures) == {"validation_loss", "class_consistency", "classifier_held_out_accuracy"}
+    assert 3 < measures["validation_loss"] < 5  # hardly trained: about log 64
+    assert 0 <= measures["class_consistency"] <= 1
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--models", "x"), "--models"),
+        (("generate", "--model", "m", "--tokenizer", "t", "--per-class", "many"), "many"),
+        (("paint",), "paint"),
+        ((), "Missing subcommand"),
+        (("generate",), "--model"),
+        (("train", "digits-viar", "--model.trunk.num-before", "2"), "--model.trunk.num-before"),
+        (("train-tokenizer", "digits", "--train.mixed-precision", "fp8", "--out", "x"), "mixed_precision"),
+        (("train-tokenizer", "digits", "--train.steps", "0", "--out", "x"), "steps must be positive, got 0"),
+        (
+            ("train-tokenizer", "digits", "--model.sides", "2", "1", "--out", "x"),
+            "strictly rising, got (2, 1)",
+        ),
+        (("train-tokenizer", "digits", "--data", "no[/b]where", "--out", "x"), "got 'no[/b]where'"),
+        (("train-tokenizer", "digits", "--loss", "lpips", "--out", "x", "--train.steps", "1"), "'lpips'"),
+    ],
+)
+def test_what_is_wrong_ends_with_code_2_and_a_message_that_names_it(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output, errors = call(*arguments)
+    assert code == 2
+    assert message in errors + output
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cfg", -1), "cfg: expected a number of at least 0, got -1.0"),
+        (("--top-p", 2), "top_p: expected a number in (0, 1]"),
+        (("--labels", 10, 11), "labels: expected classes 0 to 9"),
+        (("--iterations", 1, 2, 3), "iterations: expected one count a scale (4)"),
+        (("--iterations", 1, 2, "--cache", "iterate"), "use cache='equilibrium'"),
+        (("--iterations", 2, "--adaptive", 0.1), "--iterations and --adaptive exclude each other"),
+        (("--adaptive", -1), "rtol"),
+        (("--per-class", 0), "per_class must be at least 1, got 0"),
+        (("--per-class", -3), "per_class must be at least 1, got -3"),
+    ],
+)
+def test_sampling_settings_out_of_range_end_with_a_message(
+    flags: tuple[object, ...], message: str, trained: Path, tmp_path: Path
+) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    code, _, errors = call("generate", *models, "--out", tmp_path / "a.png", *flags)
+    assert code == 2
+    assert errors.startswith("viar: ")
+    assert message in errors
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer"])
+def test_a_folder_that_is_not_there_ends_with_a_message(name: str, trained: Path) -> None:
+    models = {"model": trained / "viar", "tokenizer": trained / "tokenizer", name: "no/such/folder"}
+    flags = [part for key, value in models.items() for part in (f"--{key}", value)]
+    code, _, errors = call("generate", *flags)
+    assert code == 2
+    assert "no/such/folder" in errors
+
+
+def test_a_model_for_another_tokenizer_ends_with_a_message(trained: Path, tmp_path: Path) -> None:
+    codec = dataclasses.replace(Tokenizer.from_pretrained(trained / "tokenizer").config, codebook_size=32)
+    Tokenizer(codec).save_pretrained(tmp_path)
+    code, _, errors = call("generate", "--model", trained / "viar", "--tokenizer", tmp_path)
+    assert code == 2
+    assert "codebook_size is 32, the model's is 64" in errors
+
+
+# Pictures
+
+
+def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
+    shades = torch.tensor([0.0, 0.2, 0.4, 0.6, 1.0])
+    save_grid(shades.view(5, 1, 1, 1).expand(5, 3, 8, 8), tmp_path / "a.png", columns=2, least_side=20)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (2 * 26, 3 * 26)  # three times as large, and an edge
+        places = [(13 + 26 * column, 13 + 26 * row) for row in range(3) for column in range(2)]
+        values = [image.getpixel(place)[0] for place in places]
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert values == [0, 51, 102, 153, 255, 255]
+
+
+# The demo
+
+
+@pytest.fixture(scope="module")
+def small_demo() -> Any:
+    """Presets of a demo that takes a second or two."""
+    patch = pytest.MonkeyPatch()
+    for name in ("viar", "var"):
+        preset = viar.demo.TRANSFORMERS[f"digits-{name}"]
+        model = dataclasses.replace(preset.model, depth=3, width=16, num_heads=2)
+        train = dataclasses.replace(preset.train, batch_size=32)
+        small = dataclasses.replace(preset, model=model, train=train)
+        patch.setitem(viar.demo.TRANSFORMERS, f"digits-{name}", small)
+    patch.setattr(viar.demo, "seconds_of", lambda tasks: [float(task() is not None) for task in tasks])
+    yield
+    patch.undo()
+
+
+def demo(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+    console = Console(file=io.StringIO(), width=200)
+    config = {"tokenizer_seconds": 0.2, "transformer_seconds": 0.2, "classifier_steps": 3}
+    config |= {"per_class": 2, "iterations": (1, 2), **changes}
+    summary = run_demo(DemoConfig(out=folder, **config), console)
+    return summary, console.file.getvalue()
+
+
+STAGES = ("tokenizer", "classifier", "viar", "var", "evaluation")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {stage: (folder / stage / "done.json").stat().st_mtime_ns for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def finished_demo(small_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    _, shown = demo(folder)
+    return folder, shown
+
+
+def test_the_demo_writes_pictures_and_a_summary_of_both_models(finished_demo: tuple[Path, str]) -> None:
+    folder, shown = finished_demo
+    with Image.open(folder / "samples.png") as image:
+        assert image.size == (500, 500)
+    with Image.open(folder / "knob.png") as image:
+        assert min(image.size) > 100
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["models"]) == {"viar", "var"}
+    for model in summary["models"].values():
+        assert set(model) >= {
+            "parameters",
+            "validation_loss",
+            "iterations",
+            "class_consistency",
+            "images_per_second",
+            "peak_cache_bytes",
+            "training_peak_bytes",
+            "training",
+        }
+        assert model["training"]["steps"] >= 1
+    viar_result, var_result = (summary["models"][name] for name in ("viar", "var"))
+    assert (viar_result["iterations"], var_result["iterations"]) == (5, None)
+    assert viar_result["training_peak_bytes"] > 0
+    assert 0 <= summary["classifier"]["held_out_accuracy"] <= 1
+    assert {"reconstruction_mse", "reconstruction_consistency", "steps"} <= set(summary["tokenizer"])
+    knob = [(point["model"], point["iterations"]) for point in summary["knob"]]
+    assert knob == [("viar", 1), ("viar", 2), ("viar", 5), ("var", None)]
+    # keys and values, guidance, 20 images, 3 blocks, 1 + 4 + 9 + 16 tokens, 16 wide, float32
+    expected = 2 * 2 * 20 * 3 * 30 * 16 * 4
+    assert {point["cache_bytes"] for point in summary["knob"]} == {expected}
+    assert summary["sampling"] == {"cfg": 3.0, "top_k": None, "top_p": 0.96, "seed": 0}
+    for words in ("parameters", "peak cache, MB", "The knob", "summary.json"):
+        assert words in shown
+    saved = NextScaleTransformer.from_pretrained(folder / "viar")
+    assert sum(p.numel() for p in saved.parameters()) == viar_result["parameters"]
+
+
+def test_a_second_run_reuses_every_stage_and_a_change_redoes_what_depends_on_it(
+    finished_demo: tuple[Path, str], small_demo: Any
+) -> None:
+    folder, _ = finished_demo
+    before, summary = stamps(folder), (folder / "summary.json").read_text()
+    _, shown = demo(folder)
+    assert stamps(folder) == before
+    assert (folder / "summary.json").read_text() == summary
+    assert shown.count("unchanged, reused") == 5
+
+    changes: list[tuple[dict[str, Any], set[str]]] = [
+        ({"per_class": 1}, {"evaluation"}),
+        ({"per_class": 1, "tokenizer_seconds": 0.1}, {"tokenizer", "viar", "var", "evaluation"}),
+    ]
+    for settings, redone in changes:
+        before = stamps(folder)
+        demo(folder, **settings)
+        after = stamps(folder)
+        assert {stage for stage in STAGES if after[stage] != before[stage]} == redone, settings
+
+
+def test_an_interrupted_stage_goes_on_and_stages_before_it_are_reused(
+    small_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def interrupted(model: Any, tokenizer: Any, data: Any, folder: Path, *_: Any, **__: Any) -> None:
+        found.append((folder.name, (folder / "state").exists()))
+        (folder / "state").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(viar.demo, "train_transformer", interrupted)
+    for settings in ({}, {}, {"transformer_seconds": 0.1}):
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path, tokenizer_seconds=0.01, **settings)
+    # the second goes on from what the first left, the third is another run
+    assert found == [("viar", False), ("viar", True), ("viar", False)]
+    assert (tmp_path / "tokenizer" / "done.json").exists()
+    assert not (tmp_path / "viar" / "done.json").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_stages_depend_on_settings_on_stages_before_and_on_the_code(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def run_both(a: Any, b: Any, code: str = "1") -> list[str]:
+        ran.clear()
+        stages = Stages(tmp_path, Console(file=io.StringIO()), code=code)
+
+        def work(name: str) -> Callable[[Path], dict[str, Any]]:
+            return lambda folder: ran.append(name) or {"name": name}
+
+        assert stages.run("a", a, [], work("a")) == {"name": "a"}
+        assert stages.run("b", b, ["a"], work("b")) == {"name": "b"}
+        return list(ran)
+
+    assert run_both(1, 1) == ["a", "b"]
+    assert run_both(1, 1) == []
+    assert run_both(1, 2) == ["b"]
+    assert run_both(2, 2) == ["a", "b"]
+    assert run_both(2, 2, code="2") == ["a", "b"]
+    assert run_both({"x": (1, 2)}, Path("p"), code="2") == ["a", "b"]
+    assert run_both({"x": (1, 2)}, Path("p"), code="2") == []
+
+
+def test_a_stage_interrupted_under_other_settings_starts_from_nothing(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, Console(file=io.StringIO()), code="1")
+
+    def fail(folder: Path) -> dict[str, Any]:
+        assert not (folder / "half").exists()
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    for settings in (1, 2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            stages.run("a", settings, [], fail)
+    assert stages.run("a", 1, [], lambda folder: {"kept": (folder / "half").exists()}) == {"kept": True}
+
+
+def test_the_fingerprint_of_the_code_covers_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = viar.demo._fingerprint_of_code()
+    assert viar.demo._fingerprint_of_code() == before
+    read = Path.read_bytes
+    for changed in ("deqlib/driver.py", "viar/sampling.py", "viar/tokenizer/quantizer.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Path,
+                "read_bytes",
+                lambda path, changed=changed: read(path) + b"#" * str(path).endswith(changed),
+            )
+            assert viar.demo._fingerprint_of_code() != before, changed
+
+
+def test_demo_labels_fill_the_sample_grid() -> None:
+    assert balanced_labels(10, 10).view(10, 10)[:, 0].tolist() == list(range(10))

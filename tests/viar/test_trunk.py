@@ -1,0 +1,346 @@
+"""Trunks: all scales at once and scale by scale are the same thing; caches; draws in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
+from torch import Tensor, nn
+
+from deqlib import Anderson, Broyden, Picard, Solver
+from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
+from viar.scales import block_causal_mask, scale_slices
+from viar.trunk import ExplicitTrunk, Trunk, build_trunk
+
+Case = tuple[Trunk, Tensor, Tensor]  # trunk in float64, tokens of all scales, what modulates
+
+
+@st.composite
+def cases(draw: st.DrawFn, kind: str = "implicit", contraction: float = 1.0) -> Case:
+    """A trunk, and tokens for it; the implicit block feels its state `contraction` times as much."""
+    sides = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True).map(sorted))
+    sizes: dict[str, Any] = {
+        "sides": sides,
+        "qk_norm": draw(st.booleans()),
+        "shared_modulation": draw(st.booleans()),
+        "depth": 4,
+        "width": 8,
+    }
+    if kind == "implicit":
+        num_pre, num_post = draw(st.integers(0, 1)), draw(st.integers(0, 1))
+        sizes["trunk"] = ImplicitTrunkConfig(num_pre=num_pre, num_post=num_post)
+    torch.manual_seed(draw(st.integers(0, 999)))
+    config = tiny_config(kind, **sizes)
+    trunk = enlarge(build_trunk(config)).double().eval()
+    if isinstance(trunk, ImplicitTrunk):
+        with torch.no_grad():
+            trunk.layer.cell.projection_in.weight[:, :8].mul_(contraction)  # the half that meets the state
+    batch, width = draw(st.integers(1, 3)), 8
+    tokens = torch.randn(batch, sum(side * side for side in sides), width, dtype=torch.float64)
+    shape = (batch, 6, width) if config.shared_modulation else (batch, width)
+    return trunk, tokens, torch.randn(shape, dtype=torch.float64)
+
+
+@torch.no_grad()
+def jointly(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any) -> Tensor:
+    return trunk(x, cond, mask_LL=block_causal_mask(trunk.sides), iterations=iterations)
+
+
+@torch.no_grad()
+def scale_by_scale(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any, cache: str) -> Tensor:
+    schedule = trunk.schedule(iterations)
+    memory = trunk.new_cache(cache, schedule)
+    return torch.cat(
+        [
+            trunk(x[:, where], cond, cache=memory, iterations=count)
+            for where, count in zip(scale_slices(trunk.sides), schedule, strict=True)
+        ],
+        1,
+    )
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
+
+
+@given(cases("explicit"))
+def test_the_explicit_trunk_gives_the_same_with_and_without_a_cache(case: Case) -> None:
+    trunk, x, cond = case
+    close(scale_by_scale(trunk, x, cond, None, "equilibrium"), jointly(trunk, x, cond, None))
+
+
+@given(cases(), st.integers(1, 4))
+def test_joint_iterations_equal_as_many_at_every_scale_with_the_iterate_cache(case: Case, count: int) -> None:
+    trunk, x, cond = case
+    close(scale_by_scale(trunk, x, cond, count, "iterate"), jointly(trunk, x, cond, count))
+
+
+@given(cases(), st.integers(1, 4))
+def test_the_two_caches_agree_on_the_first_scale_whatever_the_count(case: Case, count: int) -> None:
+    trunk, x, cond = case
+    first = trunk.sides[0] ** 2
+    iterate, equilibrium = (scale_by_scale(trunk, x, cond, count, c) for c in ("iterate", "equilibrium"))
+    close(iterate[:, :first], equilibrium[:, :first])
+
+
+@given(cases(contraction=0.02))
+def test_at_convergence_the_equilibrium_cache_equals_the_joint_solve(case: Case) -> None:
+    trunk, x, cond = case
+    close(scale_by_scale(trunk, x, cond, 20, "equilibrium"), jointly(trunk, x, cond, 30))
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)
+def test_every_solver_finds_the_joint_fixed_point_scale_by_scale(solver: Solver) -> None:
+    @given(cases(contraction=0.02))
+    def check(case: Case) -> None:
+        trunk, x, cond = case
+        adaptive = Adaptive(rtol=1e-12, max_steps=60, solver=solver)
+        cached = scale_by_scale(trunk, x, cond, adaptive, "equilibrium")
+        close(cached, jointly(trunk, x, cond, 30))
+        close(jointly(trunk, x, cond, adaptive), cached)
+
+    check()
+
+
+def a_case(**changes: Any) -> Case:
+    torch.manual_seed(0)
+    trunk = enlarge(build_trunk(tiny_config("implicit", **changes))).double().eval()
+    return trunk, torch.randn(2, 14, 16, dtype=torch.float64), torch.randn(2, 16, dtype=torch.float64)
+
+
+def test_far_from_convergence_the_two_caches_differ_on_later_scales() -> None:
+    trunk, x, cond = a_case()
+    iterate, equilibrium = (scale_by_scale(trunk, x, cond, 2, c) for c in ("iterate", "equilibrium"))
+    assert (iterate - equilibrium)[:, 1:].abs().amax() > 1e-3
+
+
+def test_a_scale_of_a_schedule_gets_its_own_count() -> None:
+    trunk, x, cond = a_case()
+    counts = [4, 2, 1]
+    for cache in ("iterate", "equilibrium"):
+        calls = count_evaluations(trunk, lambda c=cache: scale_by_scale(trunk, x, cond, counts, c))
+        assert calls == [(1, 4), (4, 2), (9, 1)]  # tokens and evaluations
+
+
+def test_adaptive_spends_less_where_the_tolerance_is_loose_and_stops_at_its_cap() -> None:
+    trunk, x, cond = a_case()
+    with torch.no_grad():
+        trunk.layer.cell.projection_in.weight[:, :16].mul_(0.3)
+
+    def evaluations(adaptive: Adaptive) -> int:
+        calls = count_evaluations(trunk, lambda: scale_by_scale(trunk, x, cond, adaptive, "equilibrium"))
+        return sum(count for _, count in calls)
+
+    loose, tight = (evaluations(Adaptive(rtol=rtol, max_steps=99)) for rtol in (1e-1, 1e-6))
+    assert loose < tight
+    # a solve of n steps evaluates n + 1 times, and once more for keys and values
+    assert evaluations(Adaptive(rtol=0.0, max_steps=5)) == 3 * 7
+
+
+def test_the_layer_starts_from_what_the_blocks_before_it_put_out() -> None:
+    trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
+    cell = trunk.layer.cell
+    modulation, mask = cell.block.modulate(cond), block_causal_mask(SIDES)
+    z = x
+    with torch.no_grad():
+        for _ in range(3):
+            both = torch.cat([z, x], -1)  # as published: the state first
+            hidden = nn.functional.gelu(cell.projection_in(both), approximate="tanh")
+            z, _ = cell.block(cell.projection_out(hidden), modulation, mask)
+    close(jointly(trunk, x, cond, 3), z)
+
+
+def count_evaluations(trunk: ImplicitTrunk, run: Any) -> list[tuple[int, int]]:
+    """Evaluations of the cell in each solve, told apart by their number of tokens."""
+    evaluate, counts = trunk.layer.cell.evaluate, {}
+
+    def counted(z: Tensor, *rest: Any) -> Any:
+        counts[z.shape[1]] = counts.get(z.shape[1], 0) + 1
+        return evaluate(z, *rest)
+
+    trunk.layer.cell.evaluate = counted
+    try:
+        run()
+    finally:
+        del trunk.layer.cell.evaluate
+    return sorted(counts.items())
+
+
+# Draws in training
+
+
+def draws_of(trunk: ImplicitTrunk, calls: int) -> list[tuple[int, int]]:
+    """Evaluations without and with gradient of each of so many training calls."""
+    x, cond, mask = torch.randn(1, 14, 16), torch.randn(1, 16), block_causal_mask(SIDES)
+    evaluate, draws = trunk.layer.cell.evaluate, []
+
+    def counted(*args: Any) -> Any:
+        free, taped = draws[-1]
+        draws[-1] = (free, taped + 1) if torch.is_grad_enabled() else (free + 1, taped)
+        return evaluate(*args)
+
+    trunk.layer.cell.evaluate = counted
+    for _ in range(calls):
+        draws.append((0, 0))
+        trunk(x, cond, mask_LL=mask)
+    del trunk.layer.cell.evaluate
+    return draws
+
+
+PUBLISHED = ImplicitTrunkConfig(num_pre=0, num_post=0)  # 0 to 10 without gradient, 1 to 12 with
+
+
+def training_trunk(trunk: ImplicitTrunkConfig = PUBLISHED) -> ImplicitTrunk:
+    return tiny_transformer(trunk=trunk).trunk.train()
+
+
+def test_counts_in_training_come_from_the_depth_generator_alone() -> None:
+    trunk = training_trunk()
+    generator = torch.Generator().manual_seed(5)
+    expected = [
+        (
+            int(torch.randint(0, 11, (), generator=generator)),
+            int(torch.randint(1, 13, (), generator=generator)),
+        )
+        for _ in range(6)
+    ]
+    trunk.seed_depth(5)
+    torch.manual_seed(123)
+    assert draws_of(trunk, 6) == expected
+    trunk.seed_depth(5)
+    torch.manual_seed(321)
+    assert draws_of(trunk, 6) == expected
+    assert draws_of(trunk, 6) != expected  # the generator went on
+
+
+def test_two_fresh_models_draw_the_same() -> None:
+    torch.manual_seed(1)
+    first = draws_of(training_trunk(), 8)
+    torch.manual_seed(2)
+    assert draws_of(training_trunk(), 8) == first
+    assert len(set(first)) > 3
+
+
+def test_counts_reach_both_ends_of_their_ranges() -> None:
+    trunk = training_trunk(ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(1, 2), grad=(2, 3)))
+    draws = draws_of(trunk, 40)
+    assert {free for free, _ in draws} == {1, 2}
+    assert {taped for _, taped in draws} == {2, 3}
+
+
+def test_training_draws_leave_the_global_generator_alone() -> None:
+    trunk = training_trunk()
+    before = torch.get_rng_state()
+    trunk(torch.zeros(1, 14, 16), torch.zeros(1, 16), mask_LL=block_causal_mask(SIDES))
+    assert torch.get_rng_state().equal(before)
+
+
+def saved_bytes(no_grad: int, grad: int) -> int:
+    trunk = training_trunk(
+        ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(no_grad, no_grad), grad=(grad, grad))
+    )
+    x, cond = torch.randn(2, 14, 16), torch.randn(2, 16)
+    total = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        trunk(x, cond, mask_LL=block_causal_mask(SIDES))
+    return total
+
+
+def test_iterations_without_gradient_keep_no_activations() -> None:
+    assert saved_bytes(0, 2) == saved_bytes(10, 2)
+    one, two, three = (saved_bytes(0, n) for n in (1, 2, 3))
+    assert three - two == two - one > 0
+
+
+# Caches
+
+
+def bytes_after(trunk: Trunk, iterations: Any, kind: str, dtype: torch.dtype = torch.float32) -> int:
+    trunk = trunk.to(dtype)
+    memory = trunk.new_cache(kind, schedule := trunk.schedule(iterations))
+    assert memory.num_bytes == 0
+    x, cond = torch.randn(2, 14, 16, dtype=dtype), torch.randn(2, 16, dtype=dtype)
+    sizes = []
+    with torch.no_grad():
+        for where, count in zip(scale_slices(SIDES), schedule, strict=True):
+            trunk(x[:, where], cond, cache=memory, iterations=count)
+            sizes.append(memory.num_bytes)
+    assert len(set(sizes)) == 1  # allocated once, at the final size
+    return sizes[-1]
+
+
+# keys and values, 2 samples, 16 wide, float32; 1 + 4 + 9 tokens
+TOKEN = 2 * 2 * 16 * 4
+
+
+def test_the_explicit_trunk_keeps_one_set_a_block() -> None:
+    trunk = tiny_transformer("explicit").trunk
+    assert isinstance(trunk, ExplicitTrunk)
+    assert bytes_after(trunk, None, "equilibrium") == 3 * 14 * TOKEN
+    assert bytes_after(trunk, None, "equilibrium", torch.float64) == 2 * 3 * 14 * TOKEN
+
+
+@pytest.mark.parametrize("iterations", [1, 7, (5, 1), [1, 2, 3], Adaptive(max_steps=3)])
+def test_the_equilibrium_cache_does_not_grow_with_iterations(iterations: Any) -> None:
+    assert bytes_after(tiny_transformer().trunk, iterations, "equilibrium") == 3 * 14 * TOKEN
+
+
+@pytest.mark.parametrize(
+    ("iterations", "sets"),  # tokens an iteration sees, added up over iterations
+    [(1, 14), (5, 5 * 14), ([3, 2, 1], 14 + 5 + 1), ([4, 4, 1], 14 + 3 * 5), ([2, 1, 1], 14 + 1)],
+)
+def test_the_iterate_cache_holds_what_each_iteration_of_each_scale_saw(iterations: Any, sets: int) -> None:
+    assert bytes_after(tiny_transformer().trunk, iterations, "iterate") == (2 * 14 + sets) * TOKEN
+
+
+def test_a_cache_gives_back_what_was_committed_and_nothing_else() -> None:
+    cache = EquilibriumCache((1, 2))
+    assert cache.past("a") is None
+    pieces = [(torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 4)) for tokens in (1, 4)]
+    for count, piece in enumerate(pieces, start=1):
+        cache.commit("a", piece)
+        keys, values = cache.past("a")
+        assert keys.equal(torch.cat([keys for keys, _ in pieces[:count]], 2))
+        assert values.equal(torch.cat([values for _, values in pieces[:count]], 2))
+    assert cache.past("b") is None
+    assert cache.past("a", 1) is None
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3], [3, 3, 4], [2, 1, 2]])
+def test_the_iterate_cache_refuses_counts_that_rise(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"iterations: .*do not rise.*use cache='equilibrium'"):
+        tiny_transformer().trunk.new_cache("iterate", counts)
+
+
+def test_the_iterate_cache_takes_counts_that_fall_or_stay() -> None:
+    assert isinstance(tiny_transformer().trunk.new_cache("iterate", [3, 3, 1]), IterateCache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "message"),
+    [
+        ("implicit", "iterates", r"expected one of \('equilibrium', 'iterate'\), got 'iterates'"),
+        ("explicit", "iterates", r"expected one of \('equilibrium', 'iterate'\), got 'iterates'"),
+        ("explicit", "iterate", "'iterate' needs an implicit trunk"),
+    ],
+)
+def test_a_cache_that_does_not_exist_for_the_trunk_is_refused(kind: str, cache: str, message: str) -> None:
+    trunk = tiny_transformer(kind).trunk
+    with pytest.raises(ValueError, match=f"cache: {message}"):
+        trunk.new_cache(cache, trunk.schedule(None))
+
+
+def test_the_iterate_cache_refuses_adaptive_counts() -> None:
+    trunk = tiny_transformer().trunk
+    with pytest.raises(ValueError, match="cache: 'iterate' needs fixed counts, got Adaptive"):
+        trunk.new_cache("iterate", trunk.schedule(Adaptive()))
