@@ -41,7 +41,7 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # fields are tensors, which have no single truth value to compare by
 class Solution:
     """Fixed points of a batch, with what is known about each.
 

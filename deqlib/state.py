@@ -116,7 +116,23 @@ def flatten(cell: Callable[[Any], Any], z0: Any) -> tuple[Map, Tensor, Layout]:
         device=leaves[0].device,
         dtype=torch.float32 if dtype in _HALF else dtype,
     )
-    return lambda z: layout.ravel(cell(layout.unravel(z))), layout.ravel(z0), layout
+
+    def f(z: Tensor) -> Tensor:
+        before = _version(z)
+        image = layout.ravel(cell(layout.unravel(z)))
+        if _version(z) != before:
+            raise ValueError(
+                "cell: the state must not be changed in place, got a cell that writes to its argument; "
+                "use z = z * a instead of z.mul_(a)"
+            )
+        return image
+
+    return f, layout.ravel(z0), layout
+
+
+def _version(z: Tensor) -> int:
+    """How often `z` was written to; 0 where PyTorch does not keep count."""
+    return 0 if torch.compiler.is_compiling() or z.is_inference() else z._version
 
 
 def _width(shape: torch.Size) -> int:

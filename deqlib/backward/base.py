@@ -70,7 +70,7 @@ def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor 
         nfe: evaluations spent on `output`.
     """
     nfe += solution.nfe
-    if not output.requires_grad:  # nothing the map depends on asks for a gradient
+    if not _asks_for_gradient(output, source):
         return replace(solution, nfe=nfe)
     return replace(solution, value=_apply(_Attach, output, source, solution.value, adjoint), nfe=nfe)
 
@@ -79,6 +79,23 @@ def on_tape(f: Map, z: Tensor) -> tuple[Tensor, Tensor]:
     """One evaluation on the tape: a point that records J and at which the graph ends, and the image."""
     source = _apply(_GraphEnd, z.detach().requires_grad_())
     return source, f(source)
+
+
+def _asks_for_gradient(output: Tensor, source: Tensor | None) -> bool:
+    """Whether `output` depends on anything that requires gradient, `source` excepted."""
+    if source is None or output.grad_fn is None:
+        return output.requires_grad
+    seen: set[object] = {source.grad_fn}
+    pending = [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions:  # the end of a branch: a leaf that accumulates its gradient
+            return True
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return False
 
 
 def first_order_only(value: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ class StochasticJFB(Backward):
     meet). Elsewhere the solve follows the layer's stopping rule.
     (Fixed-point diffusion, Bai & Melas-Kyriazi 2024, arXiv 2401.08741; VIAR, arXiv 2605.01220.)
 
+    A solver with a history starts it anew on the tape. Activation checkpointing around the layer would
+    evaluate it twice at different depths: seed the generator inside the checkpointed function.
+
     The gradient is the unrolled one cut after b steps. Memory: b evaluations. Cost: a + b evaluations
     and b vector-Jacobian products.
 

@@ -684,3 +684,12 @@ def test_a_bfloat16_cell_works_without_autocast(backward: Backward) -> None:
 def test_settings_out_of_range_are_refused_by_name(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("mode", [JFB(), PhantomGradient(form="neumann"), ImplicitDifferentiation()])
+def test_a_solve_of_nothing_that_requires_gradient_requires_none(mode: Backward) -> None:
+    solution = fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), backward=mode)
+    assert not solution.value.requires_grad
+    scale = torch.tensor(0.5, requires_grad=True)
+    solution = fixed_point(lambda z: scale * z + 1, torch.zeros(2, 3), backward=mode)
+    assert solution.value.requires_grad

@@ -129,3 +129,10 @@ def test_the_starting_point_is_not_changed() -> None:
     before = z0.clone()
     fixed_point(lambda z: torch.tanh(z) * 0.5 + 1, z0)
     assert torch.equal(z0, before)
+
+
+def test_a_cell_that_changes_its_state_in_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^cell: the state must not be changed in place"):
+        fixed_point(lambda z: z.mul_(0.5).add_(1), torch.zeros(2, 3))
+    with torch.inference_mode():  # where PyTorch keeps no count of changes
+        assert fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3)).converged.all()

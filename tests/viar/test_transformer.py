@@ -21,11 +21,12 @@ from golden_reference import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import SIDES, TRUNKS, tiny_config, tiny_transformer
+from tiny_models import SIDES, TRUNKS, enlarge, tiny_config, tiny_transformer
 from torch import Tensor
 
 from viar import Adaptive, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
-from viar.blocks import DropPath
+from viar.attention import Attention
+from viar.blocks import Block, DropPath
 from viar.convert import transformer_key
 from viar.scales import block_causal_mask, scale_ids, scale_slices
 from viar.trunk import drop_path_rates
@@ -256,6 +257,57 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
 
 
 # Structure
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_that_of_its_definition(qk_norm: bool) -> None:
+    attention = enlarge(Attention(width=12, num_heads=3, qk_norm=qk_norm)).double()
+    if qk_norm:
+        with torch.no_grad():
+            attention.log_scale[0, :, 0, 0] = torch.tensor([0.0, 1.0, 9.0])  # the last above log 100
+    x, past = torch.randn(2, 5, 12).double(), [torch.randn(2, 3, 2, 4).double() for _ in range(2)]
+    w_q, w_k, w_v = attention.qkv.weight.chunk(3)
+    q, k, v = x @ w_q.T + attention.q_bias, x @ w_k.T, x @ w_v.T + attention.v_bias
+    mask = torch.rand(5, 7) > 0.3
+    mask[:, 0] = True
+    expected = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        keys = torch.cat([past[0][:, head], normed(k[..., part], qk_norm)], 1)
+        values = torch.cat([past[1][:, head], v[..., part]], 1)
+        scale = [1, math.e, 100][head] if qk_norm else 0.25 / 2
+        weights = normed(q[..., part], qk_norm) * scale @ keys.mT
+        expected.append(weights.masked_fill(~mask, -torch.inf).softmax(-1) @ values)
+    expected = torch.cat(expected, -1) @ attention.out.weight.T + attention.out.bias
+    actual, (keys, values) = attention(x, mask, tuple(past))
+    torch.testing.assert_close(actual, expected)
+    assert keys.shape == values.shape == (2, 3, 5, 4)  # of x alone
+    torch.testing.assert_close(values.transpose(1, 2).flatten(2), v)
+
+
+def normed(x: Tensor, wanted: bool) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True) if wanted else x
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_block_is_modulated_as_defined(shared: bool) -> None:
+    block = enlarge(Block(tiny_config(shared_modulation=shared), drop_path=0.0)).double()
+    x = torch.randn(2, 5, 16).double()
+    cond = torch.randn(2, 6, 16).double() if shared else torch.randn(2, 16).double()
+    if shared:
+        vectors = cond + block.modulation_offset[0]
+    else:
+        vectors = block.modulation(torch.nn.functional.silu(cond)).view(2, 6, 16)
+    g1, g2, s1, s2, b1, b2 = (vectors[:, i : i + 1] for i in range(6))
+
+    def plain(x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    h = x + g1 * block.attention(plain(x) * (1 + s1) + b1)[0]
+    hidden = torch.nn.functional.gelu(block.fc1(plain(h) * (1 + s2) + b2), approximate="tanh")
+    actual, _ = block(x, block.modulate(cond))
+    torch.testing.assert_close(actual, h + g2 * block.fc2(hidden))
 
 
 @pytest.mark.parametrize("kind", KINDS)
