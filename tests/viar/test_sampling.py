@@ -141,6 +141,12 @@ def test_equal_logits_show_the_boundaries_of_top_k_and_top_p(
     assert len(chosen(torch.zeros(4), noise, top_k, top_p).unique()) == expected
 
 
+@pytest.mark.parametrize("top_p", [1e-3, 1e-9, 1e-30])
+def test_the_most_likely_token_stays_however_small_top_p_is(top_p: float) -> None:
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    assert chosen(logits, torch.tensor([0.0, 0.5, LAST_NOISE]), top_p=top_p).unique() == logits.argmax()
+
+
 def test_top_p_counts_the_probability_left_by_top_k() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     noise = (torch.arange(64) + 0.5) / 64
