@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Byte-compiling thousands of files that are never imported takes longer than downloading them.
-PIP := $(BIN)/pip --quiet --disable-pip-version-check install --no-compile -c constraints.txt
+PIP := $(BIN)/pip --quiet --disable-pip-version-check install -c constraints.txt
 
 .PHONY: demo test lint types check docs clean help
 

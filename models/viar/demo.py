@@ -12,13 +12,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -36,7 +40,7 @@ from .evaluate import (
     training_bytes,
 )
 from .pictures import draw_knob, save_grid
-from .presets import TOKENIZERS, TRANSFORMERS
+from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
 from .sampling import generate, sample_tokens
 from .tokenizer import Tokenizer
 from .train import cross_entropy, tokenize, train_tokenizer, train_transformer, validation_loss
@@ -55,109 +59,147 @@ class DemoConfig:
     classifier_steps: int = 600
     per_class: int = 100  # generated images a class and setting
     iterations: tuple[int, ...] = (1, 2, 3, 5, 8, 12)  # points of the knob
-    cfg: float = 3.0
+    cfg: float = 1.5
     top_k: int | None = None
     top_p: float | None = 0.96
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work whose result can be kept."""
+
+    work: Callable[[Path], dict[str, Any]]  # from the stage's folder to its result, plain values only
+    settings: Any  # all that decides the result, besides the stages before and the code
+    before: tuple[str, ...] = ()  # names of the stages it builds on
+
+
 @dataclass
 class Stages:
-    """Runs a stage unless its result stands."""
+    """Runs stages whose last result does not stand."""
 
     root: Path
     console: Console
     code: str = field(default_factory=lambda: _fingerprint_of_code())
 
-    def run(self, name: str, settings: Any, before: list[str], work: Callable[[Path], dict[str, Any]]) -> Any:
-        """Result of stage `name`, from `work(folder)` or from the last time.
+    def run(self, name: str, stage: Stage) -> dict[str, Any]:
+        """Result of one stage, from now or from the last time."""
+        fingerprint, result = self._look_up(name, stage)
+        if result is None:
+            result = stage.work(self._begin(name, fingerprint))
+            self._finish(name, fingerprint, result)
+        return result
 
-        `settings` and the fingerprints of the stages `before` decide whether the last result stands.
+    def run_together(self, stages: dict[str, Stage]) -> dict[str, dict[str, Any]]:
+        """Results of stages that do not build on one another, by name.
+
+        Each runs in a process of its own on its share of the cores: small models gain little from more
+        threads, and whatever else keeps the machine busy meets all of them alike. Their `work` is sent to
+        those processes, so it must be picklable.
         """
-        folder = self.root / name
-        upstream = [json.loads((self.root / b / "done.json").read_text())["fingerprint"] for b in before]
-        key = json.dumps([settings, upstream, self.code], sort_keys=True, default=str)
+        found = {name: self._look_up(name, stage) for name, stage in stages.items()}
+        results = {name: result for name, (_, result) in found.items() if result is not None}
+        todo = [name for name in stages if name not in results]
+        if not todo:
+            return results
+        threads = max(1, torch.get_num_threads() // len(todo))
+        columns = (TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[shown]}"))
+        with (
+            ProcessPoolExecutor(
+                len(todo), get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool,
+            Progress(SpinnerColumn(), *columns, console=self.console) as bar,
+        ):
+            running = {
+                pool.submit(stages[name].work, self._begin(name, found[name][0])): (
+                    name,
+                    bar.add_task(name, total=None, shown=""),
+                )
+                for name in todo
+            }
+            while running:
+                for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    name, task = running.pop(future)
+                    results[name] = future.result()
+                    self._finish(name, found[name][0], results[name])
+                    bar.stop_task(task)
+                for name, task in running.values():
+                    bar.update(task, shown=_last_metrics(self.root / name))
+        return results
+
+    def _look_up(self, name: str, stage: Stage) -> tuple[str, dict[str, Any] | None]:
+        """Fingerprint of a stage, and its last result if that stands."""
+        upstream = [
+            json.loads((self.root / b / "done.json").read_text())["fingerprint"] for b in stage.before
+        ]
+        key = json.dumps([stage.settings, upstream, self.code], sort_keys=True, default=str)
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
-        done, begun = folder / "done.json", folder / "begun.json"
+        done = self.root / name / "done.json"
         if done.exists():
             record = json.loads(done.read_text())
             if record["fingerprint"] == fingerprint:
-                self.console.print(f"[dim]{name}: unchanged, reused from {folder}[/dim]")
-                return record["result"]
-        if not (begun.exists() and json.loads(begun.read_text()) == fingerprint and not done.exists()):
+                self.console.print(f"[dim]{name}: unchanged, reused from {done.parent}[/dim]")
+                return fingerprint, record["result"]
+        return fingerprint, None
+
+    def _begin(self, name: str, fingerprint: str) -> Path:
+        """Folder of a stage: as an interrupted run of the same stage left it, else empty."""
+        folder = self.root / name
+        begun = folder / "begun.json"
+        interrupted = begun.exists() and not (folder / "done.json").exists()
+        if not (interrupted and json.loads(begun.read_text()) == fingerprint):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             begun.write_text(json.dumps(fingerprint))
-        result = work(folder)
-        fresh = folder / "done.json.new"
+        return folder
+
+    def _finish(self, name: str, fingerprint: str, result: dict[str, Any]) -> None:
+        done = self.root / name / "done.json"
+        fresh = done.with_suffix(".new")
         fresh.write_text(json.dumps({"fingerprint": fingerprint, "result": result}, indent=2))
         os.replace(fresh, done)
-        return result
 
 
 def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Train, generate, measure; returns what `summary.json` holds."""
-    stages = Stages(config.out, console)
-    preset = TOKENIZERS["digits"]
+    stages, seed = Stages(config.out, console), config.seed
+    codec, variants = TOKENIZERS["digits"], {name: TRANSFORMERS[f"digits-{name}"] for name in MODELS}
+    codec = replace(codec, train=replace(codec.train, seconds=config.tokenizer_seconds, seed=seed))
+    first = stages.run_together(
+        {
+            "tokenizer": Stage(partial(_train_tokenizer, codec), asdict(codec)),
+            "classifier": Stage(
+                partial(_train_classifier, codec.data, config.classifier_steps, seed),
+                [codec.data, config.classifier_steps, seed],
+            ),
+        }
+    )
+    console.print(f"[dim]VIAR and VAR train side by side, {config.transformer_seconds:.0f} s each[/dim]")
+    training = {}
+    for name, variant in variants.items():
+        train = replace(variant.train, seconds=config.transformer_seconds, seed=seed)
+        variant = replace(variant, train=train)
+        work = partial(_train_transformer, variant, config.out / "tokenizer")
+        training[name] = Stage(work, asdict(variant), ("tokenizer",))
+    trained = stages.run_together(training)
 
-    def data_of(augment: int) -> ImageData:
-        return load_data("digits", preset.model.image_side, augment=augment)
-
-    data = data_of(0)
-
-    def tokenizer_stage(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(config.seed)
-        settings = replace(preset.train, seconds=config.tokenizer_seconds, seed=config.seed)
-        tokenizer = Tokenizer(preset.model)
-        images = data_of(preset.augment).train
-        return train_tokenizer(tokenizer, images, folder, settings, loss=preset.loss, console=console)
-
-    def classifier_stage(folder: Path) -> dict[str, Any]:
-        torch.manual_seed(config.seed)
-        classifier = Classifier(data.num_classes, preset.model.image_side)
-        train_classifier(
-            classifier, data.train, steps=config.classifier_steps, seed=config.seed, console=console
+    with console.status("measuring"):
+        measured = stages.run(
+            "evaluation",
+            Stage(
+                partial(_evaluate, config),
+                {**asdict(config), "out": None, "tokenizer_seconds": None, "transformer_seconds": None},
+                ("tokenizer", "classifier", *MODELS),
+            ),
         )
-        classifier.save(folder / "classifier.safetensors")
-        return {"held_out_accuracy": accuracy(classifier, data.validation)}
-
-    settings = [asdict(preset), config.tokenizer_seconds, config.seed]
-    tokenizer_result = stages.run("tokenizer", settings, [], tokenizer_stage)
-    tokenizer = Tokenizer.from_pretrained(config.out / "tokenizer").eval()
-    settings = [config.classifier_steps, config.seed]
-    classifier_result = stages.run("classifier", settings, [], classifier_stage)
-    classifier = Classifier(data.num_classes, preset.model.image_side)
-    classifier.load(config.out / "classifier" / "classifier.safetensors").eval()
-
-    trained = {}
-    for name in MODELS:
-        variant = TRANSFORMERS[f"digits-{name}"]
-        train = replace(variant.train, seconds=config.transformer_seconds, seed=config.seed)
-
-        def transformer_stage(folder: Path, variant=variant, train=train) -> dict[str, Any]:  # type: ignore[no-untyped-def]
-            torch.manual_seed(config.seed)
-            model = NextScaleTransformer(variant.model)
-            images = data_of(variant.augment).train
-            return train_transformer(model, tokenizer, images, folder, train, console=console)
-
-        settings = [asdict(variant), asdict(train)]
-        trained[name] = stages.run(name, settings, ["tokenizer"], transformer_stage)
-    models = {name: NextScaleTransformer.from_pretrained(config.out / name).eval() for name in MODELS}
-
-    def evaluation_stage(folder: Path) -> dict[str, Any]:
-        with console.status("measuring"):
-            return _evaluate(config, data, tokenizer, classifier, models, folder)
-
-    settings = {**asdict(config), "out": None}
-    measured = stages.run("evaluation", settings, ["tokenizer", "classifier", *MODELS], evaluation_stage)
     for picture in ("samples.png", "knob.png"):
         shutil.copyfile(config.out / "evaluation" / picture, config.out / picture)
     summary = {
-        "classifier": classifier_result,
-        "tokenizer": tokenizer_result | measured["tokenizer"],
+        "classifier": first["classifier"],
+        "tokenizer": first["tokenizer"] | measured["tokenizer"],
         "models": {name: measured["models"][name] | {"training": trained[name]} for name in MODELS},
         "knob": measured["knob"],
-        "sampling": {"cfg": config.cfg, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed},
+        "sampling": {"cfg": config.cfg, "top_k": config.top_k, "top_p": config.top_p, "seed": seed},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -167,14 +209,51 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _evaluate(
-    config: DemoConfig,
-    data: ImageData,
-    tokenizer: Tokenizer,
-    classifier: Classifier,
-    models: dict[str, NextScaleTransformer],
-    folder: Path,
-) -> dict[str, Any]:
+def _train_tokenizer(preset: TokenizerPreset, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(preset.train.seed)
+    data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
+    tokenizer = Tokenizer(preset.model)
+    return train_tokenizer(
+        tokenizer, data.train, folder, preset.train, loss=preset.loss, console=Console(quiet=True)
+    )
+
+
+def _train_classifier(source: str, steps: int, seed: int, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    data = _real_digits(source)
+    classifier = Classifier(data.num_classes, TOKENIZERS["digits"].model.image_side)
+    train_classifier(classifier, data.train, steps=steps, seed=seed, console=Console(quiet=True))
+    classifier.save(folder / "classifier.safetensors")
+    return {"held_out_accuracy": accuracy(classifier, data.validation)}
+
+
+def _train_transformer(preset: TransformerPreset, tokenizer: Path, folder: Path) -> dict[str, Any]:
+    torch.manual_seed(preset.train.seed)
+    codec = Tokenizer.from_pretrained(tokenizer)
+    data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
+    model = NextScaleTransformer(preset.model)
+    return train_transformer(model, codec, data.train, folder, preset.train, console=Console(quiet=True))
+
+
+def _real_digits(source: str) -> ImageData:
+    return load_data(source, TOKENIZERS["digits"].model.image_side)
+
+
+def _last_metrics(folder: Path) -> str:
+    """The last line of a run's log, for the screen."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return "  ".join(f"{key} {value:.4g}" for key, value in json.loads(lines[-1]).items())
+    except (OSError, IndexError, ValueError):  # not yet there, or being written
+        return ""
+
+
+def _evaluate(config: DemoConfig, folder: Path) -> dict[str, Any]:
+    data = _real_digits(TOKENIZERS["digits"].data)
+    tokenizer = Tokenizer.from_pretrained(config.out / "tokenizer").eval()
+    classifier = Classifier(data.num_classes, tokenizer.config.image_side)
+    classifier.load(config.out / "classifier" / "classifier.safetensors").eval()
+    models = {name: NextScaleTransformer.from_pretrained(config.out / name).eval() for name in MODELS}
     labels = balanced_labels(data.num_classes, config.per_class)
     sampling = {"cfg": config.cfg, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
     default = TRANSFORMERS["digits-viar"].model.trunk.iterations
@@ -193,6 +272,9 @@ def _evaluate(
                 "model": name,
                 "iterations": iterations,
                 "class_consistency": class_consistency(classifier, images_of(name, iterations), labels),
+                "validation_loss": validation_loss(
+                    models[name], tokenizer, data.validation, iterations=iterations
+                ),
                 "images_per_second": len(labels) / taken,
                 "cache_bytes": sample.cache_bytes,
             }
@@ -207,7 +289,7 @@ def _evaluate(
         point = next(p for p in knob if p["model"] == name and p["iterations"] == iterations)
         result[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "validation_loss": validation_loss(model, tokenizer, data.validation),
+            "validation_loss": point["validation_loss"],
             "iterations": iterations,
             "class_consistency": point["class_consistency"],
             "images_per_second": point["images_per_second"],
@@ -264,16 +346,17 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for label, key, show in rows:
         table.add_row(label, show(viar[key]), show(var[key]), f"{viar[key] / var[key]:.3f}")
-    table.add_row("training steps", *(f"{m['training']['steps']:,}" for m in (viar, var)), "")
+    table.add_row("training steps, in equal time", *(f"{m['training']['steps']:,}" for m in (viar, var)), "")
     console.print(table)
     knob = Table(title="The knob: iterations a scale, chosen at inference")
-    for column in ("iterations", "class consistency", "images/s", "cache, MB"):
+    for column in ("iterations", "class consistency", "validation loss", "images/s", "cache, MB"):
         knob.add_column(column, justify="right")
     for point in summary["knob"]:
         name = str(point["iterations"]) if point["model"] == "viar" else "VAR"
         knob.add_row(
             name,
             f"{point['class_consistency']:.3f}",
+            f"{point['validation_loss']:.4f}",
             f"{point['images_per_second']:,.0f}",
             f"{point['cache_bytes'] / 1e6:.2f}",
         )

@@ -57,9 +57,9 @@ _SMALL = {"depth": 8, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path
 # Always at least four iterations in training: the block then learns to use them, and a few blocks' worth of
 # parameters reach the loss of the whole stack. One iteration at inference is worse for it.
 _SMALL_TRUNK = ImplicitTrunkConfig(num_pre=1, num_post=1, no_grad=(1, 3), grad=(3, 4), iterations=5)
-_SMALL_TRAIN = TrainConfig(seconds=95, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
+_SMALL_TRAIN = TrainConfig(seconds=170, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
 _SMALL_TOKENIZER_TRAIN = TrainConfig(
-    seconds=60, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
+    seconds=70, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
 )
 
 TOKENIZERS = {

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .blocks import norm
 from .config import TransformerConfig
 from .init import init_weights
 from .iterations import Adaptive
+from .pretrained import Pretrained
 from .scales import block_causal_mask, scale_ids, scale_slices
 from .trunk import build_trunk
 
 
-class NextScaleTransformer(nn.Module, PyTorchModelHubMixin):
+class NextScaleTransformer(nn.Module, Pretrained):
     """Predicts the tokens of each scale from the class and the scales before.
 
     (VAR: Tian et al. 2024, arXiv 2404.02905; VIAR: arXiv 2605.01220.)
@@ -61,11 +61,6 @@ class NextScaleTransformer(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
         init_weights(self, width=C, depth=config.depth)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> NextScaleTransformer:
-        # The mixin's default, strict=False, would leave missing weights at their random start.
-        return super()._from_pretrained(strict=strict, **kwargs)
 
     @property
     def null_class(self) -> int:

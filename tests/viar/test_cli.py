@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from stage_work import fail_at_once, meet
 
 import viar.cli
 import viar.demo
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.demo import DemoConfig, Stages, run_demo
+from viar.demo import DemoConfig, Stage, Stages, run_demo
 from viar.evaluate import balanced_labels
 from viar.pictures import save_grid
 
+FINGERPRINT, RUN_TOGETHER = viar.demo._fingerprint_of_code, Stages.run_together  # before any patch
 TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
 
 
@@ -46,7 +50,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a `tokenizer` and a `viar`, hardly trained."""
     folder = tmp_path_factory.mktemp("runs")
-    short = ("--train.steps", 3, "--train.batch-size", 16)
+    short = ("--train.steps", 3, "--train.batch-size", 16, "--augment", 0)
     out = folder / "tokenizer"
     results = [
         call("train-tokenizer", "digits", "--out", out, *short),
@@ -186,7 +190,10 @@ def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.Mon
             ("train-tokenizer", "digits", "--model.sides", "2", "1", "--out", "x"),
             "strictly rising, got (2, 1)",
         ),
-        (("train-tokenizer", "digits", "--data", "no[/b]where", "--out", "x"), "got 'no[/b]where'"),
+        (
+            ("train-tokenizer", "digits", "--data", "no[/b]where", "--augment", "0", "--out", "x"),
+            "got 'no[/b]where'",
+        ),
         (("train-tokenizer", "digits", "--loss", "lpips", "--out", "x", "--train.steps", "1"), "'lpips'"),
     ],
 )
@@ -206,7 +213,7 @@ def test_what_is_wrong_ends_with_code_2_and_a_message_that_names_it(
         (("--cfg", -1), "cfg: expected a number of at least 0, got -1.0"),
         (("--top-p", 2), "top_p: expected a number in (0, 1]"),
         (("--labels", 10, 11), "labels: expected classes 0 to 9"),
-        (("--iterations", 1, 2, 3), "iterations: expected one count a scale (4)"),
+        (("--iterations", 1, 2, 3, 4), "iterations: expected one count a scale (3)"),
         (("--iterations", 1, 2, "--cache", "iterate"), "use cache='equilibrium'"),
         (("--iterations", 2, "--adaptive", 0.1), "--iterations and --adaptive exclude each other"),
         (("--adaptive", -1), "rtol"),
@@ -267,8 +274,17 @@ def small_demo() -> Any:
         preset = viar.demo.TRANSFORMERS[f"digits-{name}"]
         model = dataclasses.replace(preset.model, depth=3, width=16, num_heads=2)
         train = dataclasses.replace(preset.train, batch_size=32)
-        small = dataclasses.replace(preset, model=model, train=train)
+        small = dataclasses.replace(preset, model=model, train=train, augment=0)
         patch.setitem(viar.demo.TRANSFORMERS, f"digits-{name}", small)
+    codec = dataclasses.replace(viar.demo.TOKENIZERS["digits"], augment=0)
+    patch.setitem(viar.demo.TOKENIZERS, "digits", codec)
+    # Processes of their own, tested by themselves below, would take longer to start than to work.
+    patch.setattr(
+        Stages,
+        "run_together",
+        lambda self, stages: {name: self.run(name, stage) for name, stage in stages.items()},
+    )
+    patch.setattr(viar.demo, "_fingerprint_of_code", lambda: "1")  # whatever happens to the files meanwhile
     patch.setattr(viar.demo, "seconds_of", lambda tasks: [float(task() is not None) for task in tasks])
     yield
     patch.undo()
@@ -323,10 +339,10 @@ def test_the_demo_writes_pictures_and_a_summary_of_both_models(finished_demo: tu
     assert {"reconstruction_mse", "reconstruction_consistency", "steps"} <= set(summary["tokenizer"])
     knob = [(point["model"], point["iterations"]) for point in summary["knob"]]
     assert knob == [("viar", 1), ("viar", 2), ("viar", 5), ("var", None)]
-    # keys and values, guidance, 20 images, 3 blocks, 1 + 4 + 9 + 16 tokens, 16 wide, float32
-    expected = 2 * 2 * 20 * 3 * 30 * 16 * 4
+    # keys and values, guidance, 20 images, 3 blocks, 1 + 4 + 16 tokens, 16 wide, float32
+    expected = 2 * 2 * 20 * 3 * 21 * 16 * 4
     assert {point["cache_bytes"] for point in summary["knob"]} == {expected}
-    assert summary["sampling"] == {"cfg": 3.0, "top_k": None, "top_p": 0.96, "seed": 0}
+    assert summary["sampling"] == {"cfg": 1.5, "top_k": None, "top_p": 0.96, "seed": 0}
     for words in ("parameters", "peak cache, MB", "The knob", "summary.json"):
         assert words in shown
     saved = NextScaleTransformer.from_pretrained(folder / "viar")
@@ -375,6 +391,19 @@ def test_an_interrupted_stage_goes_on_and_stages_before_it_are_reused(
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_stages_run_together_in_processes_and_keep_what_finished(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, Console(file=io.StringIO()), code="1")
+    both = {"a": Stage(partial(meet, "b"), 1), "b": Stage(partial(meet, "a"), 1)}
+    results = RUN_TOGETHER(stages, both)
+    assert len({result["process"] for result in results.values()} | {os.getpid()}) == 3
+    assert {result["threads"] for result in results.values()} == {1}
+    assert RUN_TOGETHER(stages, both) == results
+    with pytest.raises(ValueError, match="no such luck"):
+        RUN_TOGETHER(stages, {"a": both["a"], "c": Stage(fail_at_once, 1)})
+    assert RUN_TOGETHER(stages, {"a": both["a"]}) == {"a": results["a"]}
+    assert not (tmp_path / "c" / "done.json").exists()
+
+
 def test_stages_depend_on_settings_on_stages_before_and_on_the_code(tmp_path: Path) -> None:
     ran: list[str] = []
 
@@ -385,8 +414,8 @@ def test_stages_depend_on_settings_on_stages_before_and_on_the_code(tmp_path: Pa
         def work(name: str) -> Callable[[Path], dict[str, Any]]:
             return lambda folder: ran.append(name) or {"name": name}
 
-        assert stages.run("a", a, [], work("a")) == {"name": "a"}
-        assert stages.run("b", b, ["a"], work("b")) == {"name": "b"}
+        assert stages.run("a", Stage(work("a"), a)) == {"name": "a"}
+        assert stages.run("b", Stage(work("b"), b, ("a",))) == {"name": "b"}
         return list(ran)
 
     assert run_both(1, 1) == ["a", "b"]
@@ -408,13 +437,14 @@ def test_a_stage_interrupted_under_other_settings_starts_from_nothing(tmp_path: 
 
     for settings in (1, 2, 1):
         with pytest.raises(KeyboardInterrupt):
-            stages.run("a", settings, [], fail)
-    assert stages.run("a", 1, [], lambda folder: {"kept": (folder / "half").exists()}) == {"kept": True}
+            stages.run("a", Stage(fail, settings))
+    kept = Stage(lambda folder: {"kept": (folder / "half").exists()}, 1)
+    assert stages.run("a", kept) == {"kept": True}
 
 
 def test_the_fingerprint_of_the_code_covers_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = viar.demo._fingerprint_of_code()
-    assert viar.demo._fingerprint_of_code() == before
+    before = FINGERPRINT()
+    assert FINGERPRINT() == before
     read = Path.read_bytes
     for changed in ("deqlib/driver.py", "viar/sampling.py", "viar/tokenizer/quantizer.py"):
         with monkeypatch.context() as patch:
@@ -423,7 +453,7 @@ def test_the_fingerprint_of_the_code_covers_both_packages(monkeypatch: pytest.Mo
                 "read_bytes",
                 lambda path, changed=changed: read(path) + b"#" * str(path).endswith(changed),
             )
-            assert viar.demo._fingerprint_of_code() != before, changed
+            assert FINGERPRINT() != before, changed
 
 
 def test_demo_labels_fill_the_sample_grid() -> None:

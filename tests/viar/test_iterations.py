@@ -27,12 +27,14 @@ def test_a_tuple_is_linear_in_exact_fractions_truncated_to_int(
     assert iteration_schedule((first, last), num_scales) == [trunc(value) for value in exact]
 
 
-def test_a_tuple_meets_both_ends_where_floats_would_miss_them() -> None:
+def test_a_tuple_meets_both_ends() -> None:
     assert iteration_schedule((10, 1), 10) == [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]
     assert iteration_schedule((10, 10), 10) == [10] * 10
     assert iteration_schedule((4, 2), 4) == [4, 3, 2, 2]
     assert iteration_schedule((7, 3), 1) == [7]
     assert iteration_schedule((10, 2), 2) == [10, 2]
+    # 1 + 15 / 11 * 11 is 15.999999999999998
+    assert iteration_schedule((1, 16), 12) == [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 16]
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=14))

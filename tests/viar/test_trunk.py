@@ -141,6 +141,14 @@ def test_adaptive_spends_less_where_the_tolerance_is_loose_and_stops_at_its_cap(
     assert evaluations(Adaptive(rtol=0.0, max_steps=5)) == 3 * 7
 
 
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=lambda s: type(s).__name__)
+def test_the_solver_asked_for_is_the_one_that_runs(solver: Solver) -> None:
+    trunk, x, cond = a_case()
+    plain, other = (Adaptive(rtol=0.0, max_steps=4, solver=s) for s in (Picard(), solver))
+    for solve in (jointly, lambda *args: scale_by_scale(*args, "equilibrium")):
+        assert not solve(trunk, x, cond, plain).allclose(solve(trunk, x, cond, other), atol=1e-3)
+
+
 def test_the_layer_starts_from_what_the_blocks_before_it_put_out() -> None:
     trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
     cell = trunk.layer.cell

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..config import TokenizerConfig
+from ..pretrained import Pretrained
 from .autoencoder import Decoder, Encoder
 from .quantizer import MultiScaleQuantizer
 
@@ -27,7 +27,7 @@ class TokenizerOutput(NamedTuple):
     vectors: Tensor  # (B * L, Z) without gradient: what was quantized, for reviving dead codes
 
 
-class Tokenizer(nn.Module, PyTorchModelHubMixin):
+class Tokenizer(nn.Module, Pretrained):
     """Encoder, multi-scale quantizer and decoder.
 
     Images are (B, 3, H, W) in [-1, 1], with H = W = `config.image_side`. `encode`, `decode` and
@@ -54,11 +54,6 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin):
         self.quantizer = MultiScaleQuantizer(config)
         self.post_quantizer = nn.Conv2d(config.code_channels, config.code_channels, 3, padding=1)
         self.decoder = Decoder(config)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Tokenizer:
-        # The mixin's default, strict=False, would leave missing weights at their random start.
-        return super()._from_pretrained(strict=strict, **kwargs)
 
     def forward(self, images_B3HW: Tensor) -> TokenizerOutput:
         """Reconstruct, for training; in training mode this also counts the use of each code.
