@@ -113,7 +113,9 @@ def load_data(source: str, image_side: int, *, augment: int = 0) -> ImageData:
         ValueError: no such source, an empty one, or a side or `augment` it cannot serve.
     """
     if augment < 0 or (augment and source not in EMBEDDED):
-        raise ValueError(f"augment: expected 0, or more with one of {sorted(EMBEDDED)}, got {augment}")
+        raise ValueError(
+            f"augment: expected 0, or more with one of {sorted(EMBEDDED)}, got {augment} with {source!r}"
+        )
     if source in EMBEDDED:
         images, labels = EMBEDDED[source]()
         own = images.shape[-1]

@@ -4,7 +4,7 @@ With std = sqrt(1 / (3 C)) and D the depth:
 
 | tensor | initial value |
 | --- | --- |
-| weights of linears and embeddings, positions | normal(0, std), truncated at two std |
+| weights of linears and embeddings, positions | normal(0, std), truncated at -2 and 2 |
 | biases | 0 |
 | output of attention, second layer of the MLP | the above / sqrt(2 D) |
 | modulation rows of g1, g2 / of s1, s2, b1, b2 | the above x 1e-5 / x 0.5 |
@@ -53,4 +53,4 @@ def init_weights(model: nn.Module, *, width: int, depth: int) -> None:
 
 
 def _truncated_normal(tensor: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+    nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0)

@@ -39,6 +39,7 @@ _DIGITS = TokenizerConfig(
     multipliers=(1, 2),
     num_residual_blocks=1,
     num_groups=8,
+    num_phi=0,  # one a scale: with fewer scales than convolutions some would go unused
 )
 _MNIST = replace(_DIGITS, codebook_size=128, multipliers=(1, 2, 2, 2))
 _IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs
@@ -57,9 +58,9 @@ _SMALL = {"depth": 8, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path
 # Always at least four iterations in training: the block then learns to use them, and a few blocks' worth of
 # parameters reach the loss of the whole stack. One iteration at inference is worse for it.
 _SMALL_TRUNK = ImplicitTrunkConfig(num_pre=1, num_post=1, no_grad=(1, 3), grad=(3, 4), iterations=5)
-_SMALL_TRAIN = TrainConfig(seconds=170, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
+_SMALL_TRAIN = TrainConfig(seconds=180, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
 _SMALL_TOKENIZER_TRAIN = TrainConfig(
-    seconds=70, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
+    seconds=60, batch_size=64, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01), save_every=30
 )
 
 TOKENIZERS = {
@@ -86,22 +87,17 @@ TRANSFORMERS = {
         data="digits",
         model=_transformer(_DIGITS, trunk=_SMALL_TRUNK, **_SMALL),
         train=_SMALL_TRAIN,
-        augment=1,
     ),
-    "digits-var": TransformerPreset(
-        data="digits", model=_transformer(_DIGITS, **_SMALL), train=_SMALL_TRAIN, augment=1
-    ),
+    "digits-var": TransformerPreset(data="digits", model=_transformer(_DIGITS, **_SMALL), train=_SMALL_TRAIN),
     "mnist-viar": TransformerPreset(
         data="mnist",
         model=_transformer(_MNIST, trunk=_SMALL_TRUNK, **_SMALL),
         train=replace(_SMALL_TRAIN, seconds=900),
-        augment=1,
     ),
     "mnist-var": TransformerPreset(
         data="mnist",
         model=_transformer(_MNIST, **_SMALL),
         train=replace(_SMALL_TRAIN, seconds=900),
-        augment=1,
     ),
     "imagenet256-viar": TransformerPreset(
         data="imagenet",

@@ -23,7 +23,7 @@ from stage_work import fail_at_once, meet
 import viar.cli
 import viar.demo
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.demo import DemoConfig, Stage, Stages, run_demo
+from viar.demo import DemoConfig, Stage, Stages, print_summary, run_demo
 from viar.evaluate import balanced_labels
 from viar.pictures import save_grid
 
@@ -347,6 +347,16 @@ def test_the_demo_writes_pictures_and_a_summary_of_both_models(finished_demo: tu
         assert words in shown
     saved = NextScaleTransformer.from_pretrained(folder / "viar")
     assert sum(p.numel() for p in saved.parameters()) == viar_result["parameters"]
+
+
+def test_the_table_shows_models_that_never_hit_their_class(finished_demo: tuple[Path, str]) -> None:
+    summary = json.loads((finished_demo[0] / "summary.json").read_text())
+    for model in summary["models"].values():
+        model["class_consistency"] = 0.0
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(summary, console)
+    (row,) = (line for line in console.file.getvalue().splitlines() if "class consistency (" in line)
+    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.000", "0.000", "-"]
 
 
 def test_a_second_run_reuses_every_stage_and_a_change_redoes_what_depends_on_it(

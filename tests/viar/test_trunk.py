@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
 from torch import Tensor, nn
@@ -63,6 +63,13 @@ def scale_by_scale(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any, cache
     )
 
 
+def limit(trunk: Trunk, x: Tensor, cond: Tensor) -> Tensor:
+    """Where joint iterations end; the few cases in which they have not are put aside."""
+    end = jointly(trunk, x, cond, 30)
+    assume(end.allclose(jointly(trunk, x, cond, 22), atol=1e-12, rtol=0))
+    return end
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
@@ -90,7 +97,7 @@ def test_the_two_caches_agree_on_the_first_scale_whatever_the_count(case: Case, 
 @given(cases(contraction=0.02))
 def test_at_convergence_the_equilibrium_cache_equals_the_joint_solve(case: Case) -> None:
     trunk, x, cond = case
-    close(scale_by_scale(trunk, x, cond, 20, "equilibrium"), jointly(trunk, x, cond, 30))
+    close(scale_by_scale(trunk, x, cond, 30, "equilibrium"), limit(trunk, x, cond))
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)
@@ -100,7 +107,7 @@ def test_every_solver_finds_the_joint_fixed_point_scale_by_scale(solver: Solver)
         trunk, x, cond = case
         adaptive = Adaptive(rtol=1e-12, max_steps=60, solver=solver)
         cached = scale_by_scale(trunk, x, cond, adaptive, "equilibrium")
-        close(cached, jointly(trunk, x, cond, 30))
+        close(cached, limit(trunk, x, cond))
         close(jointly(trunk, x, cond, adaptive), cached)
 
     check()
