@@ -91,6 +91,7 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path) -> None:
         preset: Where to start from.
         out: Folder of the run. An interrupted run goes on.
     """
+    _refuse_finished(out)
     data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
     torch.manual_seed(preset.train.seed)
     tokenizer = Tokenizer(preset.model)
@@ -106,6 +107,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path) -> None:
         tokenizer: Folder or hub id of the tokenizer.
         out: Folder of the run. An interrupted run goes on.
     """
+    _refuse_finished(out)
     codec = Tokenizer.from_pretrained(tokenizer)
     data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
     torch.manual_seed(preset.train.seed)
@@ -193,6 +195,11 @@ def main() -> None:
         message = f"[red]viar:[/red] {escape(str(error))}"  # brackets in it are no markup
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
 
 
 def _load(model: str, tokenizer: str) -> tuple[NextScaleTransformer, Tokenizer]:

@@ -263,6 +263,15 @@ def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
     assert values == [0, 51, 102, 153, 255, 255]
 
 
+def test_a_finished_run_is_not_overwritten(trained: Path) -> None:
+    before = (trained / "tokenizer" / "model.safetensors").stat().st_mtime_ns
+    code, _, errors = call("train-tokenizer", "digits", "--out", trained / "tokenizer", "--train.steps", 1)
+    assert code == 2
+    assert "--out" in errors
+    assert "finished run" in errors
+    assert (trained / "tokenizer" / "model.safetensors").stat().st_mtime_ns == before
+
+
 # The demo
 
 
