@@ -55,8 +55,8 @@ def _transformer(tokenizer: TokenizerConfig, **settings: object) -> TransformerC
 
 
 _SMALL = {"depth": 8, "width": 64, "num_heads": 4, "num_classes": 10, "drop_path": 0.0}
-# Always at least four iterations in training: the block then learns to use them, and a few blocks' worth of
-# parameters reach the loss of the whole stack. One iteration at inference is worse for it.
+# Always at least four iterations in training: the block then learns to use them, which lowers the loss at
+# three iterations and more and raises it at one.
 _SMALL_TRUNK = ImplicitTrunkConfig(num_pre=1, num_post=1, no_grad=(1, 3), grad=(3, 4), iterations=5)
 _SMALL_TRAIN = TrainConfig(seconds=180, batch_size=64, lr=4e-3, weight_decay=(0.05, 0.05), save_every=30)
 _SMALL_TOKENIZER_TRAIN = TrainConfig(

@@ -84,7 +84,7 @@ class TrainState:
     """Where a run is; saved with it."""
 
     step: int = 0
-    seconds: float = 0.0  # spent training, over all sessions
+    seconds: float = 0.0  # spent training, before interruptions included
 
     def state_dict(self) -> dict[str, float]:
         """For Accelerate's checkpoint."""
