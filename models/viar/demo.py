@@ -41,7 +41,7 @@ from .evaluate import (
 )
 from .pictures import draw_knob, save_grid
 from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
-from .sampling import generate, sample_tokens
+from .sampling import decode_images, generate, sample_tokens
 from .tokenizer import Tokenizer
 from .train import cross_entropy, tokenize, train_tokenizer, train_transformer, validation_loss
 from .transformer import NextScaleTransformer
@@ -262,10 +262,9 @@ def _evaluate(config: DemoConfig, folder: Path) -> dict[str, Any]:
 
     made: dict[tuple[str, int | None], tuple[Tensor, int]] = {}  # images, bytes of cache
 
-    @torch.no_grad()
     def make(name: str, iterations: int | None) -> dict[tuple[str, int | None], tuple[Tensor, int]]:
         sample = sample_tokens(models[name], tokenizer, labels, iterations=iterations, **sampling)
-        made[name, iterations] = tokenizer.decode_f_hat(sample.f_hat).add(1).div(2), sample.cache_bytes
+        made[name, iterations] = decode_images(tokenizer, sample), sample.cache_bytes
         return made
 
     seconds = seconds_of([partial(make, name, n) for name, n in settings])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .iterations import Iterations
-from .sampling import sample_tokens
+from .sampling import decode_images, sample_tokens
 from .tokenizer import Tokenizer
 from .transformer import NextScaleTransformer
 
@@ -36,7 +36,7 @@ def edit(
 
     At each scale the mask is resized and, where above a half, the image's own codes replace the sampled
     ones; scales of at most 3 tokens are kept whole. The kept region is as good as its tokens: pixels
-    there are those of the tokenizer's reconstruction. (VAR, arXiv 2404.02905, zero-shot editing.)
+    there are close to the tokenizer's reconstruction. (VAR, arXiv 2404.02905, zero-shot editing.)
 
     Args:
         model: VAR or VIAR, of the tokenizer's sizes.
@@ -83,7 +83,7 @@ def edit(
         cache=cache,
         replace=keep_own_codes,
     )
-    return tokenizer.decode_f_hat(sample.f_hat).add(1).div(2)
+    return decode_images(tokenizer, sample)
 
 
 def _check_mask(mask: Tensor, batch: int) -> Tensor:

@@ -84,8 +84,13 @@ def generate(
         first_index=first_index,
         cache=cache,
     )
-    with torch.no_grad():
-        return tokenizer.decode_f_hat(sample.f_hat).add(1).div(2)
+    return decode_images(tokenizer, sample)
+
+
+@torch.no_grad()
+def decode_images(tokenizer: Tokenizer, sample: Sample) -> Tensor:
+    """Images of a sample, (B, 3, H, W) in [0, 1]."""
+    return tokenizer.decode_f_hat(sample.f_hat).add(1).div(2)
 
 
 @torch.no_grad()

@@ -226,11 +226,8 @@ class ImplicitTrunk(Trunk):
             return z_BLC
         # The last evaluation gives both the result and the keys and values at the fixed point.
         past = cache.past(self.layer_name)
-        if isinstance(count, Adaptive):
-            solve = {"solver": count.solver, "stopping": count.stopping}
-        else:
-            solve = {"stopping": Stopping.steps(count - 1)}
-        z_BLC = self.layer.solve(*constant, past, z0=u_BLC, **solve).value
+        before_last = count if isinstance(count, Adaptive) else count - 1
+        z_BLC = self._iterate(u_BLC, constant, past, before_last)
         z_BLC, new = cell.evaluate(z_BLC, *constant, past)
         cache.commit(self.layer_name, new)
         return z_BLC
@@ -246,11 +243,21 @@ class ImplicitTrunk(Trunk):
                 "iterations: while gradients are recorded the trunk draws its own number, "
                 f"got {iterations!r}; leave it at None or call under torch.no_grad()"
             )
+        return self._iterate(u_BLC, constant, None, iterations)
+
+    def _iterate(
+        self,
+        u_BLC: Tensor,
+        constant: tuple[Tensor, Tensor, Tensor | None],
+        past: KeyValue | None,
+        iterations: int | Adaptive,
+    ) -> Tensor:
+        """The state after so many iterations, or at the tolerance."""
         if isinstance(iterations, Adaptive):
-            return self.layer.solve(
-                *constant, None, z0=u_BLC, solver=iterations.solver, stopping=iterations.stopping
-            ).value
-        return self.layer.solve(*constant, None, z0=u_BLC, stopping=Stopping.steps(iterations)).value
+            how = {"solver": iterations.solver, "stopping": iterations.stopping}
+        else:
+            how = {"stopping": Stopping.steps(iterations)}
+        return self.layer.solve(*constant, past, z0=u_BLC, **how).value
 
 
 def build_trunk(config: TransformerConfig) -> Trunk:
