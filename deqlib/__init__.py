@@ -15,7 +15,7 @@ from .backward import (
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
-from .solvers import Anderson, Broyden, Picard, Solver
+from .solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver
 from .stopping import Stopping
 
 __version__ = "0.1.0"
@@ -23,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "JFB",
     "Anderson",
+    "Auto",
     "Backward",
     "Broyden",
     "ImplicitDifferentiation",
     "ImplicitLayer",
+    "NewtonKrylov",
     "NonConvergenceError",
     "NonConvergenceWarning",
     "OnFailure",

@@ -12,9 +12,11 @@ from ._checks import check_instance
 from .backward import Backward, ImplicitDifferentiation
 from .driver import iterate
 from .solution import OnFailure, Solution, check_on_failure, report_failure
-from .solvers import Anderson, Solver
+from .solvers import Auto, Solver
 from .state import Map, flatten
 from .stopping import Stopping
+
+Compact = bool | tuple[int | None, ...]
 
 
 def fixed_point(
@@ -26,6 +28,8 @@ def fixed_point(
     stopping: Stopping | None = None,
     backward: Backward | None = None,
     on_failure: OnFailure = "warn",
+    compact: Compact = False,
+    state: Any = None,
 ) -> Solution:
     """Solve z = f(z, *args) for every sample of a batch.
 
@@ -34,11 +38,18 @@ def fixed_point(
             on one another. Gradients reach everything f uses: `args`, parameters, captured tensors.
         z0: starting point, a floating-point tensor or pytree of tensors whose first axis is the batch.
         args: further arguments of `f`, passed as they are.
-        solver: default `Anderson()`.
+        solver: default `Auto()`: Anderson, and for samples it cannot solve Broyden and Newton-Krylov.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
         backward: default `ImplicitDifferentiation()`.
         on_failure: "raise" throws `NonConvergenceError`, "warn" warns `NonConvergenceWarning`, "ignore"
             does neither; for the forward and for the adjoint solve.
+        compact: let finished samples leave the batch that `f` sees, so that an easy sample does not pay
+            for a hard one. `True` cuts every tensor in `args` whose first axis is as long as the batch,
+            and passes everything else as it is; a tuple says it for each argument: the axis of the batch
+            of the tensors in it, or `None` for an argument that samples share. What `f` captures cannot
+            be cut: pass it in `args`. The adjoint solve always sees the whole batch.
+        state: `Solution.state` of an earlier solve of the same shape and solver, to go on with what that
+            learnt; pass its `value` as `z0`. For when f changed a little since.
 
     Returns:
         `Solution`, whose `value` has the structure of `z0` and carries gradient.
@@ -48,13 +59,21 @@ def fixed_point(
             dtype or device of the state.
         NonConvergenceError: see `on_failure`.
     """
-    solver = Anderson() if solver is None else solver
+    solver = Auto() if solver is None else solver
     stopping = Stopping() if stopping is None else stopping
     backward = ImplicitDifferentiation() if backward is None else backward
-    check_settings("fixed_point", solver, stopping, backward, on_failure)
+    check_settings("fixed_point", solver, stopping, backward, on_failure, compact)
     if not isinstance(args, tuple):
         raise TypeError(f"fixed_point: args must be a tuple, got {type(args).__name__}")
+    if isinstance(compact, tuple) and len(compact) != len(args):
+        raise ValueError(
+            f"compact: expected one axis (or None) for each of {len(args)} inputs, got {compact}"
+        )
     outer_solver, outer_stopping = solver, stopping
+    flat_f, flat_z0 = flatten(f, z0, args)
+    layout = flat_f.layout
+    if isinstance(compact, tuple):
+        flat_f = replace(flat_f, axes=compact)
 
     def solve(
         f: Map,
@@ -64,16 +83,29 @@ def fixed_point(
         stopping: Stopping | None = None,
         what: str = "fixed-point solve",
     ) -> Solution:
-        solution = iterate(f, z0, solver or outer_solver, stopping or outer_stopping)
-        report_failure(replace(solution, value=layout.unravel(solution.value)), on_failure, what)
+        rule = stopping or outer_stopping
+        axes = rule.norm_axes
+        forward = f is flat_f
+        solution = iterate(
+            f,
+            z0,
+            solver or outer_solver,
+            rule,
+            state=state if forward else None,
+            unit_norms=None if axes is None else lambda z: layout.norms(z, axes),
+            compact=flat_f if forward and compact is not False else None,
+        )
+        if not rule.is_fixed:
+            report_failure(replace(solution, value=layout.unravel(solution.value)), on_failure, what)
         return solution
 
-    flat_f, flat_z0, layout = flatten(lambda z: f(z, *args), z0)
     solution = backward.apply(flat_f, flat_z0, solve)
     return replace(solution, value=layout.unravel(solution.value))
 
 
-def check_settings(owner: str, solver: object, stopping: object, backward: object, on_failure: str) -> None:
+def check_settings(
+    owner: str, solver: object, stopping: object, backward: object, on_failure: str, compact: object
+) -> None:
     """Raise unless every setting of a solve is of its kind."""
     check_instance(owner, Solver, "a solver such as deqlib.Anderson(memory=5)", solver=solver)
     check_instance(owner, Stopping, "a deqlib.Stopping such as Stopping(rtol=1e-3)", stopping=stopping)
@@ -81,3 +113,17 @@ def check_settings(owner: str, solver: object, stopping: object, backward: objec
         owner, Backward, "a backward mode such as deqlib.ImplicitDifferentiation()", backward=backward
     )
     check_on_failure(owner, on_failure)
+    axes = compact if isinstance(compact, tuple) else ()
+    if not (isinstance(compact, bool) or (isinstance(compact, tuple) and all(map(_is_axis, axes)))):
+        raise TypeError(
+            f"{owner}: compact must be True, False, or a tuple with the batch axis of every input "
+            f"(None for one that samples share), got {compact!r}"
+        )
+    if compact is not False and isinstance(stopping, Stopping) and stopping.is_fixed:
+        raise ValueError(
+            f"{owner}: compact has no effect with a fixed number of steps, where no sample finishes early"
+        )
+
+
+def _is_axis(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))

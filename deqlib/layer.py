@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .backward import Backward, ImplicitDifferentiation
-from .fixed_point import check_settings, fixed_point
+from .fixed_point import Compact, check_settings, fixed_point
 from .solution import OnFailure, Solution
-from .solvers import Anderson, Solver
+from .solvers import Auto, Solver
 from .stopping import Stopping
 
 
@@ -24,11 +24,13 @@ class ImplicitLayer(nn.Module):
     Args:
         cell: module or callable, `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and
             device. A module is registered, so its parameters train with the layer.
-        solver: default `Anderson()`.
+        solver: default `Auto()`: Anderson, and for samples it cannot solve Broyden and Newton-Krylov.
         backward: default `ImplicitDifferentiation()`.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
         on_failure: "raise", "warn" or "ignore", for the forward and for the adjoint solve.
         init: callable `init(*inputs) -> z0`; default zeros shaped like the first input.
+        compact: let finished samples leave the batch that the cell sees: `True`, or a tuple with the batch
+            axis of every input; see `deqlib.fixed_point`.
 
     Raises:
         TypeError, ValueError: a setting of the wrong kind.
@@ -43,6 +45,7 @@ class ImplicitLayer(nn.Module):
         stopping: Stopping | None = None,
         on_failure: OnFailure = "warn",
         init: Callable[..., Any] | None = None,
+        compact: Compact = False,
     ) -> None:
         super().__init__()
         if not callable(cell):
@@ -50,19 +53,26 @@ class ImplicitLayer(nn.Module):
         if init is not None and not callable(init):
             raise TypeError(f"ImplicitLayer: init must be callable or None, got {type(init).__name__}")
         self.cell = cell
-        self.solver = Anderson() if solver is None else solver
+        self.solver = Auto() if solver is None else solver
         self.backward_mode = ImplicitDifferentiation() if backward is None else backward
         self.stopping = Stopping() if stopping is None else stopping
         self.on_failure: OnFailure = on_failure
         self.init = init
-        check_settings("ImplicitLayer", self.solver, self.stopping, self.backward_mode, on_failure)
+        self.compact = compact
+        check_settings("ImplicitLayer", self.solver, self.stopping, self.backward_mode, on_failure, compact)
 
     def forward(self, *inputs: Any) -> Any:
         """The fixed point, structure of the starting point, carrying gradient."""
         return self.solve(*inputs).value
 
     def solve(
-        self, *inputs: Any, z0: Any = None, solver: Solver | None = None, stopping: Stopping | None = None
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        solver: Solver | None = None,
+        stopping: Stopping | None = None,
+        compact: Compact | None = None,
+        state: Any = None,
     ) -> Solution:
         """The same solve with all that is known about it.
 
@@ -71,6 +81,9 @@ class ImplicitLayer(nn.Module):
             z0: starting point of this call; default `init(*inputs)`.
             solver: of this call; default the layer's.
             stopping: of this call; default the layer's.
+            compact: of this call; default the layer's.
+            state: `Solution.state` of an earlier call on inputs like these, to go on with what that
+                learnt; pass its `value` as `z0`.
 
         Raises:
             TypeError, ValueError, NonConvergenceError: see `deqlib.fixed_point`.
@@ -85,6 +98,8 @@ class ImplicitLayer(nn.Module):
             stopping=self.stopping if stopping is None else stopping,
             backward=self.backward_mode,
             on_failure=self.on_failure,
+            compact=self.compact if compact is None else compact,
+            state=state,
         )
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
@@ -100,5 +115,5 @@ class ImplicitLayer(nn.Module):
         """Settings, for `print(model)`."""
         return (
             f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}, "
-            f"on_failure={self.on_failure!r}"
+            f"on_failure={self.on_failure!r}, compact={self.compact}"
         )

@@ -53,9 +53,14 @@ class Solution:
         num_steps: solver steps each sample took, int64, shape (B,).
         status: `Status` codes, int64, shape (B,).
         nfe: evaluations of the cell on the batch, those on the tape included.
+        sample_nfe: evaluations each sample took part in, int64, shape (B,); fewer than `nfe` where finished
+            samples left the batch (`compact`). Their sum is the work of the cell.
         trace: relative residual at every evaluation of the loop, shape (evaluations, B); rows after a
             sample ended repeat it at its value. `None` if not measured.
-        state: the solver's last state.
+        method: which of `methods` worked on each sample last, int64, shape (B,).
+        methods: the solver's name, or those of the methods it tries in turn.
+        rejections: by cause, how many steps of each sample were refused, int64, shape (B,).
+        state: the solver's last state; given to another solve it goes on with what was learnt.
     """
 
     value: Any
@@ -64,7 +69,11 @@ class Solution:
     num_steps: Tensor
     status: Tensor
     nfe: int
+    sample_nfe: Tensor
     trace: Tensor | None
+    method: Tensor
+    methods: tuple[str, ...]
+    rejections: dict[str, Tensor]
     state: Any
 
     @property
@@ -77,6 +86,11 @@ class Solution:
         codes, numbers = torch.unique(self.status, return_counts=True)
         return {Status(code): number for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)}
 
+    def method_counts(self) -> dict[str, int]:
+        """How many samples each method worked on last; methods without any are left out."""
+        codes, numbers = torch.unique(self.method, return_counts=True)
+        return {self.methods[code]: n for code, n in zip(codes.tolist(), numbers.tolist(), strict=True)}
+
     def __repr__(self) -> str:
         parts = [f"{number} {status.name.lower()}" for status, number in self.counts().items()]
         text = f"Solution({', '.join(parts) or 'no samples'}; nfe={self.nfe}"
@@ -85,6 +99,8 @@ class Solution:
             text += f", steps={low}" if low == high else f", steps={low}..{high}"
             if self.relative_residual is not None:
                 text += f", worst relative residual={float(self.relative_residual.max()):.1e}"
+        if int(self.method.max() if self.method.numel() else 0) > 0:
+            text += ", by " + ", ".join(f"{name} {n}" for name, n in self.method_counts().items())
         return text + ")"
 
 

@@ -7,12 +7,12 @@ tensor of shape (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
@@ -50,6 +50,28 @@ class Layout:
         ]
         return tree_unflatten(leaves, self.spec)
 
+    def of_batch(self, batch: int) -> Layout:
+        """The layout of another number of samples."""
+        return replace(self, shapes=tuple(torch.Size((batch, *shape[1:])) for shape in self.shapes))
+
+    def norms(self, flat: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Euclidean norms over these axes of every leaf, one for each place on the others: (B, places).
+
+        Raises:
+            ValueError: a leaf has no such axis, or it is the batch.
+        """
+        parts = torch.split(flat, [_width(shape) for shape in self.shapes], 1)
+        norms = []
+        for part, shape in zip(parts, self.shapes, strict=True):
+            if not all(-len(shape) < axis < len(shape) and axis != 0 for axis in axes):
+                raise ValueError(
+                    f"Stopping: norm_axes must be axes of every leaf of the state and not the batch, "
+                    f"got {axes} for a leaf of shape {tuple(shape)}"
+                )
+            leaf = part.reshape(len(flat), *shape[1:])
+            norms.append(torch.linalg.vector_norm(leaf, dim=axes).flatten(1) if leaf.dim() > 1 else leaf)
+        return torch.cat(norms, 1)
+
     def _checked(self, index: int, leaf: Any) -> Tensor:
         """Leaf `index` of a cell's output, compared with the state's, in the flat dtype."""
         where = "cell: the output" if len(self.shapes) == 1 else f"cell: leaf {index} of the output"
@@ -73,16 +95,96 @@ class Layout:
         return leaf.to(self.dtype)
 
 
-def flatten(cell: Callable[[Any], Any], z0: Any) -> tuple[Map, Tensor, Layout]:
+@dataclass(frozen=True)
+class FlatMap:
+    """A cell bound to its inputs, on flat states."""
+
+    cell: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    layout: Layout
+    axes: tuple[int | None, ...] | None = None  # the batch axis of every input; None: see `cut`
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The cell at `z`, (B, D) -> (B, D)."""
+        before = _version(z)
+        image = self.layout.ravel(self.cell(self.layout.unravel(z), *self.inputs))
+        if _version(z) != before:
+            raise ValueError(
+                "cell: the state must not be changed in place, got a cell that writes to its argument; "
+                "use z = z * a instead of z.mul_(a)"
+            )
+        return image
+
+    def take(self, samples: Tensor) -> FlatMap:
+        """The map of these samples alone."""
+        batch = self.layout.shapes[0][0]
+        axes = self.axes if self.axes is not None else (AUTOMATIC,) * len(self.inputs)
+        inputs = tuple(cut(x, axis, batch, samples) for x, axis in zip(self.inputs, axes, strict=True))
+        return replace(self, inputs=inputs, layout=self.layout.of_batch(len(samples)))
+
+
+AUTOMATIC = "automatic"
+
+
+def cut(value: Any, axis: int | str | None, batch: int, samples: Tensor) -> Any:
+    """An input of the cell with these samples alone.
+
+    Every tensor in it is indexed along `axis`; with `AUTOMATIC` along the first axis, if that is as long
+    as the batch; `None` leaves it as it is.
+    """
+    if axis is None:
+        return value
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if axis == AUTOMATIC:
+            return leaf.index_select(0, samples) if leaf.dim() and leaf.shape[0] == batch else leaf
+        assert isinstance(axis, int)
+        if not -leaf.dim() <= axis < leaf.dim() or leaf.shape[axis] != batch:
+            raise ValueError(
+                f"compact: expected an input whose axis {axis} is the batch of {batch} samples, "
+                f"got a tensor of shape {tuple(leaf.shape)}"
+            )
+        return leaf.index_select(axis, samples)
+
+    return tree_map(one, value)
+
+
+def take_samples(state: Any, samples: Tensor) -> Any:
+    """A solver's state with these samples alone; every tensor in it has the batch first."""
+    return _zip_tensors(lambda full, _: full.index_select(0, samples), state, state)
+
+
+def put_samples(state: Any, samples: Tensor, part: Any) -> Any:
+    """`state` with these samples replaced; what is not a tensor is that of `part`."""
+    return _zip_tensors(lambda full, new: full.index_copy(0, samples, new), state, part)
+
+
+def _zip_tensors(change: Callable[[Tensor, Tensor], Tensor], state: Any, part: Any) -> Any:
+    if isinstance(state, Tensor) and isinstance(part, Tensor):
+        return change(state, part)
+    if is_dataclass(part) and not isinstance(part, type):
+        names = [f.name for f in fields(part)]
+        return replace(part, **{n: _zip_tensors(change, getattr(state, n), getattr(part, n)) for n in names})
+    if isinstance(part, dict):
+        return {key: _zip_tensors(change, state[key], value) for key, value in part.items()}
+    if isinstance(part, tuple | list):
+        return type(part)(_zip_tensors(change, old, new) for old, new in zip(state, part, strict=True))
+    return part
+
+
+def flatten(cell: Callable[..., Any], z0: Any, inputs: tuple[Any, ...] = ()) -> tuple[FlatMap, Tensor]:
     """The map and its starting point, flat.
 
     Args:
-        cell: maps a state to a state of the same structure, shapes, dtypes and device.
+        cell: `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and device.
         z0: pytree of floating-point tensors (B, ...), all on one device, all with the same B.
+        inputs: further arguments of the cell.
 
     Returns:
-        `f` on (B, D), `z0` as (B, D), and the layout that leads back. Half-precision states are kept in
-        float32 between evaluations; the cell still sees its own dtype.
+        `f` on (B, D), which knows the layout that leads back, and `z0` as (B, D). Half-precision states
+        are kept in float32 between evaluations; the cell still sees its own dtype.
 
     Raises:
         TypeError, ValueError: `z0` is no such pytree. `f` raises when the cell breaks the contract.
@@ -116,18 +218,7 @@ def flatten(cell: Callable[[Any], Any], z0: Any) -> tuple[Map, Tensor, Layout]:
         device=leaves[0].device,
         dtype=torch.float32 if dtype in _HALF else dtype,
     )
-
-    def f(z: Tensor) -> Tensor:
-        before = _version(z)
-        image = layout.ravel(cell(layout.unravel(z)))
-        if _version(z) != before:
-            raise ValueError(
-                "cell: the state must not be changed in place, got a cell that writes to its argument; "
-                "use z = z * a instead of z.mul_(a)"
-            )
-        return image
-
-    return f, layout.ravel(z0), layout
+    return FlatMap(cell, inputs, layout), layout.ravel(z0)
 
 
 def _version(z: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._checks import check_integer, check_number
 
@@ -25,6 +25,10 @@ class Stopping:
         patience: a sample whose best residual was not improved on for so many steps is `STALLED`;
             `None` never gives up before `max_steps`.
         blowup: a sample whose residual exceeds its best by this factor is `DIVERGED`.
+        norm_axes: axes of the state over which the norms are taken; every place on its other axes must
+            then meet the tolerance by itself, and a sample's residual is that of its worst place. Default
+            all but the batch: one norm a sample. `(-1,)` asks of a state (B, L, C) that every token
+            converge.
         measure: with a fixed number of steps: record the residual at every step, at the cost of one more
             evaluation of the cell. A tolerance implies it.
     """
@@ -35,10 +39,14 @@ class Stopping:
     check_every: int = 1
     patience: int | None = 25
     blowup: float = 1e6
+    norm_axes: tuple[int, ...] | None = None
     measure: bool = True
 
     def __post_init__(self) -> None:
         """Validate."""
+        axes = self.norm_axes
+        if axes is not None and not (isinstance(axes, tuple) and axes and all(type(a) is int for a in axes)):
+            raise TypeError(f"Stopping: norm_axes must be a tuple of axes or None, got {axes!r}")
         if self.rtol is None:
             check_integer("Stopping", 0, max_steps=self.max_steps)
             names = ("atol", "check_every", "patience", "blowup")
@@ -62,6 +70,30 @@ class Stopping:
         No residual is computed unless `measure` asks for it.
         """
         return cls(rtol=None, max_steps=num_steps, measure=measure)
+
+    def towards(self, end: Stopping, fraction: float) -> Stopping:
+        """This rule a fraction of the way to another: a schedule for tolerance and budget.
+
+        Tolerances are interpolated geometrically (linearly where one is 0), `max_steps` linearly; the
+        rest is this rule's. `layer.stopping = start.towards(end, step / num_steps)` in a training loop.
+
+        Args:
+            end: of the same kind, with a tolerance or with a fixed number of steps.
+            fraction: in [0, 1].
+        """
+        check_number("Stopping.towards", 0, 1, fraction=fraction)
+        if self.is_fixed != end.is_fixed:
+            raise ValueError("Stopping.towards: both rules must have a tolerance, or both a number of steps")
+
+        def between(a: float, b: float) -> float:
+            return a * (b / a) ** fraction if a > 0 and b > 0 else a + fraction * (b - a)
+
+        steps = round(self.max_steps + fraction * (end.max_steps - self.max_steps))
+        if self.rtol is None or end.rtol is None:
+            return replace(self, max_steps=steps)
+        return replace(
+            self, rtol=between(self.rtol, end.rtol), atol=between(self.atol, end.atol), max_steps=steps
+        )
 
     @property
     def is_fixed(self) -> bool:

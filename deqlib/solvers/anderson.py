@@ -3,99 +3,88 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import Solver, combination, products, write_row
-
-
-@dataclass(frozen=True)
-class AndersonState:
-    """The last differences of residuals and of f-values, and the Gram matrix of the former."""
-
-    num_steps: int
-    fz: Tensor  # (B, D), at the iterate before
-    residual: Tensor  # (B, D), there
-    df: Tensor  # (B, memory, D), differences of f-values, cyclic
-    dr: Tensor  # (B, memory, D), differences of residuals, cyclic
-    gram: Tensor  # (B, memory, memory), dr times its transpose
+from .base import combination
+from .secant import SecantSolver, SecantState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anderson(Solver):
-    """Anderson acceleration, type II, in difference form.
+class Anderson(SecantSolver):
+    """Anderson acceleration in difference form, with safeguards.
 
-    With dR and dF the last `memory` differences of residuals and of f-values,
-    gamma = argmin ||r - dR gamma|| and z <- f(z) - dF gamma - (1 - damping) (r - dR gamma).
-    (Walker & Ni 2011, SIAM J. Numer. Anal. 49(4), equations 2.1 to 2.3.)
+    With dR, dF and dZ the last `memory` differences of residuals, f-values and iterates, type II takes
+    gamma = argmin ||r - dR gamma||, type I the gamma for which dZ^T (r - dR gamma) = 0, and both
+    z <- f(z) - dF gamma - (1 - damping) (r - dR gamma).
+    (Walker & Ni 2011, SIAM J. Numer. Anal. 49(4), equations 2.1 to 2.3; type I: Fang & Saad 2009, Numer.
+    Linear Algebra Appl. 16.)
 
-    The Gram matrix is kept: a step computes one new row of it, so its cost is O(memory * D).
+    The matrix of inner products is kept, and a step computes one new row of it: the cost is
+    O(memory * D). Memory: 2 * `memory` states and at most 4 more while a solve runs.
 
     Args:
         memory: most differences kept.
-        ridge: added to the diagonal of the Gram matrix after its columns were scaled to unit norm, so
-            it means the same at every size of the residual.
+        ridge: added to the diagonal of the least-squares system after its columns were scaled to unit
+            norm, so it means the same at every size of the residual.
         damping: in (0, 1], of the residual that the combination leaves.
+        kind: "II" or "I".
+        growth: an accelerated step whose residual exceeds the sample's best by this factor is refused:
+            the sample takes half a Picard step from the iterate before and begins a new history.
+            Infinity never refuses.
+        restart: every so many steps, a sample whose best residual did not improve since the last time
+            begins a new history; `None` never does.
     """
 
-    memory: int = 5
+    memory: int = 6
     ridge: float = 1e-7
     damping: float = 1.0
+    kind: Literal["I", "II"] = "II"
+    growth: float = 10.0
+    restart: int | None = 12
 
     def __post_init__(self) -> None:
         """Validate."""
         check_integer("Anderson", 1, memory=self.memory)
         check_number("Anderson", 0, ridge=self.ridge)
         check_number("Anderson", 0, 1, open_minimum=True, damping=self.damping)
+        check_number("Anderson", 1, growth=self.growth)
+        if self.restart is not None:
+            check_integer("Anderson", 1, restart=self.restart)
+        if self.kind not in ("I", "II"):
+            raise ValueError(f"Anderson: kind must be 'I' or 'II', got {self.kind!r}")
 
-    def init(self, z0: Tensor) -> AndersonState:
-        """Empty history."""
-        batch, width = z0.shape
-        return AndersonState(
-            num_steps=0,
-            fz=z0,
-            residual=z0,
-            df=z0.new_empty(batch, self.memory, width),
-            dr=z0.new_empty(batch, self.memory, width),
-            gram=z0.new_empty(batch, self.memory, self.memory),
-        )
+    @property
+    def uses_residuals(self) -> bool:
+        """Type II projects on differences of residuals, type I on those of iterates."""
+        return self.kind == "II"
 
-    def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
-        """One evaluation is one step; the first is a damped Picard step."""
-        residual = fz - z
-        plain = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
-        df, dr, gram = state.df, state.dr, state.gram
-        if state.num_steps:
-            slot = (state.num_steps - 1) % self.memory
-            size = min(state.num_steps, self.memory)
-            df = write_row(df, slot, fz - state.fz)
-            dr = write_row(dr, slot, residual - state.residual)
-            row = products(dr[:, :size], dr[:, slot])
-            if size < self.memory:
-                row = torch.nn.functional.pad(row, (0, self.memory - size))
-            gram = write_row(write_row(gram, slot, row).mT, slot, row).mT
-            gamma = self._coefficients(gram[:, :size, :size], products(dr[:, :size], residual))
-            plain = plain - combination(gamma, df[:, :size])
-            if self.damping != 1:
-                plain = plain + (1 - self.damping) * combination(gamma, dr[:, :size])
-        return plain, AndersonState(state.num_steps + 1, fz, residual, df, dr, gram)
+    def system(self, squares: Tensor, crosses: Tensor, state: SecantState) -> Tensor:
+        """dR^T dR, or dZ^T dR = dZ^T dF - dZ^T dZ; away from singular by the ridge."""
+        system = squares.clone() if self.uses_residuals else crosses - squares
+        diagonal, tiny = system.diagonal(dim1=1, dim2=2), torch.finfo(system.dtype).tiny
+        if self.uses_residuals:
+            diagonal.mul_(1 + self.ridge).add_(tiny)
+        else:
+            # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
+            diagonal.sub_(self.ridge * squares.diagonal(dim1=1, dim2=2) + tiny)
+        return system
 
-    def _coefficients(
-        self,
-        gram: Tensor,  # (B, m, m)
-        rhs: Tensor,  # (B, m)
-    ) -> Tensor:
-        """Least-squares coefficients (B, m); zero, a Picard step, where the system cannot be solved."""
-        norms = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        scaled = gram / (norms.unsqueeze(1) * norms.unsqueeze(2))
-        # A sample at rest has columns of zeros: without this their system is singular where ridge is 0,
-        # and its gradient NaN.
-        scaled = torch.where(identity > 0, 1 + self.ridge, scaled)
-        # A sample that is not finite must neither raise nor reach its batch-mates.
-        finite = scaled.isfinite().flatten(1).all(1)
-        scaled = torch.where(finite[:, None, None], scaled, identity)
-        gamma = torch.linalg.solve_ex(scaled, (rhs / norms).unsqueeze(2))[0].squeeze(2) / norms
-        return torch.where(gamma.isfinite().all(1, keepdim=True), gamma, torch.zeros_like(gamma))
+    @property
+    def _needs_residual(self) -> bool:
+        return self.damping != 1
+
+    def _combine(self, fz: Tensor, residual: Tensor | None, gamma: Tensor, state: SecantState) -> Tensor:
+        z_next = super()._combine(fz, residual, gamma, state)
+        if residual is None or self.damping == 1:
+            return z_next
+        remaining, size = residual, gamma.shape[1]
+        if size:
+            columns = state.left[:, :size] if self.uses_residuals else state.df[:, :size]
+            remaining = residual - combination(gamma, columns)
+            if not self.uses_residuals:  # dR = dF - dZ
+                remaining = remaining + combination(gamma, state.left[:, :size])
+        return z_next - (1 - self.damping) * remaining

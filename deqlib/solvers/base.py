@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -13,8 +14,11 @@ class Solver(ABC):
     """A rule that turns `z` and `f(z)` into the next iterate.
 
     Subclasses are frozen, keyword-only dataclasses of settings. All that changes during a solve lives in
-    the state they return. A solver never calls `f`, never decides to stop, never sees a pytree; every
-    sample is treated by itself, so a sample that is not finite stays the only one.
+    the state they return: any nest of dataclasses, tuples, lists and dicts whose tensors have the batch as
+    their first axis. A solver never calls `f`, never decides to stop, never sees a pytree; every sample is
+    treated by itself, so a sample that is not finite stays the only one.
+
+    `init` and `step` are all a solver needs. The other methods are hooks for those that can do more.
     """
 
     @abstractmethod
@@ -33,13 +37,69 @@ class Solver(ABC):
     ) -> tuple[Tensor, Any]:
         """Next iterate (B, D) and next state. The state passed in must not be used again."""
 
+    def resume(
+        self,
+        state: Any,
+        z0: Tensor,  # (B, D)
+    ) -> Any:
+        """State to go on with from `z0` after the map changed a little. Default: none of it is kept.
+
+        Raises:
+            ValueError: `state` is not of this solver and a batch like `z0`.
+        """
+        return self.init(z0)
+
+    def freeze(
+        self,
+        state: Any,
+        finished: Tensor,  # (B,), bool
+    ) -> Any:
+        """Told when samples are finished, so that what was learnt of them is not overwritten."""
+        return state
+
+    def direction(self, state: Any) -> Tensor | None:
+        """Direction v (B, D) if the next `step` wants the product J v in place of `fz`."""
+        return None
+
+    def rejections(self, state: Any) -> dict[str, Tensor]:
+        """How often a step of each sample was refused, by cause, int64 (B,)."""
+        return {}
+
+    def gives_up(
+        self,
+        since: Tensor,  # (B,), steps since the best residual improved
+    ) -> Tensor:
+        """Which samples go on with the next of several `stages`, bool (B,); called if there are several."""
+        return torch.zeros_like(since, dtype=torch.bool)
+
+    @property
+    def stages(self) -> tuple[Solver, ...]:
+        """Solvers to try in turn; a sample that one gives up goes on with the next."""
+        return (self,)
+
+
+def can_look(z: Tensor) -> bool:
+    """Whether reading a number of `z` costs nothing: no device to wait for, no graph to break."""
+    return z.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to any of these, so that none may be written to."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def small_dtype(z: Tensor) -> torch.dtype:
+    """The type for systems of a few unknowns: float64 where the device has it."""
+    return z.dtype if z.device.type == "mps" else torch.float64
+
 
 def dot(
     a: Tensor,  # (B, D)
     b: Tensor,  # (B, D)
 ) -> Tensor:
     """Inner product of each sample, shape (B,)."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).flatten()
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 def products(
@@ -47,7 +107,8 @@ def products(
     vector: Tensor,  # (B, D)
 ) -> Tensor:
     """Inner products of each sample's rows with its vector, shape (B, m)."""
-    return torch.bmm(rows, vector.unsqueeze(2)).squeeze(2)
+    # Vector times matrix: on the CPU ten times as fast as matrix times vector.
+    return torch.bmm(vector.unsqueeze(1), rows.mT).squeeze(1)
 
 
 def combination(
@@ -64,7 +125,28 @@ def write_row(
     row: Tensor,  # (B, ...)
 ) -> Tensor:
     """`rows` with one row replaced: in place, or in a copy while autograd records."""
-    if torch.is_grad_enabled() and (rows.requires_grad or row.requires_grad):
+    if is_recorded(rows, row):
         return torch.cat([rows[:, :slot], row.unsqueeze(1), rows[:, slot + 1 :]], 1)
     rows[:, slot] = row
     return rows
+
+
+def solve_small(
+    system: Tensor,  # (B, m, m)
+    rhs: Tensor,  # (B, m)
+    usable: Tensor | None = None,  # (B, m), bool; None: all
+) -> tuple[Tensor, Tensor | None]:
+    """Solution (B, m) over the usable unknowns, the others 0; and which samples have none, bool (B,).
+
+    Those samples get zeros; `None` says that there are none. Never raises: a system that is singular or not
+    finite stays its sample's own.
+    """
+    if usable is not None:
+        identity = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)
+        system = torch.where(usable.unsqueeze(1) & usable.unsqueeze(2), system, identity)
+        rhs = torch.where(usable, rhs, torch.zeros_like(rhs))
+    found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
+    if can_look(found) and math.isfinite(float(found.detach().sum())):
+        return found, None
+    failed = ~(found.detach().abs().amax(1) < torch.inf)  # true for NaN
+    return torch.where(failed.unsqueeze(1), torch.zeros_like(found), found), failed

@@ -7,70 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_integer
-from .base import Solver, combination, dot, products, write_row
-
-
-@dataclass(frozen=True)
-class BroydenState:
-    """Low-rank factors of the inverse Jacobian estimate B = -I + sum_i u_i v_i^T."""
-
-    num_steps: int
-    z: Tensor  # (B, D), the iterate before
-    residual: Tensor  # (B, D), there
-    u: Tensor  # (B, memory, D), zero where no term is held
-    v: Tensor  # (B, memory, D), likewise
+from .._checks import check_integer, check_number
+from .secant import SecantSolver, SecantState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Broyden(Solver):
-    """Broyden's "good" method in inverse form, started from a Picard step.
+class Broyden(SecantSolver):
+    """Broyden's "good" method, in compact form, with safeguards.
 
     With r(z) = f(z) - z and B an estimate of (J - I)^-1, B = -I at first: z <- z - B r, then
-    B <- B + (dz - B dr) dz^T B / (dz^T B dr), kept as `memory` rank-one terms. When the memory is full,
-    B starts again from -I: a term makes sense only on top of those before it, so dropping the oldest
-    alone makes the iteration wander. The newest secant equation B dr = dz holds throughout.
-    (Broyden 1965, Math. Comp. 19; in implicit layers: Bai et al. 2019, arXiv 1909.01377.)
+    B <- B + (dz - B dr) dz^T B / (dz^T B dr) (Broyden 1965, Math. Comp. 19). The updates of the last
+    `memory` pairs, applied in order, are kept in compact form
+    (Byrd, Nocedal & Schnabel 1994, Math. Programming 63, theorem 6.1, inverted):
+    B r = -r + dF (dZ^T dR + L)^-1 dZ^T r, with L the strictly lower triangle, newer row and older column,
+    of dZ^T dZ. When the memory is full the oldest pair leaves and what remains is exactly the method run
+    on the remaining pairs, so the newest secant equation B dr = dz always holds.
 
-    Costs three products with the history, O(memory * D), a step. Reaches fixed points that repel Picard.
+    Costs five products with the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 4
+    more while a solve runs. Reaches fixed points that repel Picard.
 
     Args:
-        memory: most rank-one terms kept; each takes two states.
+        memory: most pairs kept.
+        growth: as in `Anderson`.
+        restart: as in `Anderson`.
     """
 
     memory: int = 20
+    growth: float = 100.0
+    restart: int | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
         check_integer("Broyden", 1, memory=self.memory)
+        check_number("Broyden", 1, growth=self.growth)
+        if self.restart is not None:
+            check_integer("Broyden", 1, restart=self.restart)
 
-    def init(self, z0: Tensor) -> BroydenState:
-        """B = -I."""
-        batch, width = z0.shape
-        empty = z0.new_zeros(batch, self.memory, width)
-        return BroydenState(num_steps=0, z=z0, residual=z0, u=empty, v=empty.clone())
+    @property
+    def uses_residuals(self) -> bool:
+        """Projects on differences of iterates."""
+        return False
 
-    def step(self, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        """One evaluation is one step."""
-        residual = fz - z
-        u, v = state.u, state.v
-        if state.num_steps:
-            slot = (state.num_steps - 1) % self.memory
-            if slot == 0 and state.num_steps > 1:
-                u, v = torch.zeros_like(u), torch.zeros_like(v)
-            dz, dr = z - state.z, residual - state.residual
-            b_dr = combination(products(v[:, :slot], dr), u[:, :slot]) - dr
-            dz_b = combination(products(u[:, :slot], dz), v[:, :slot]) - dz
-            denominator = dot(dz, b_dr)
-            # Below this the update is rounding noise; the sample goes on with the estimate it has. The
-            # comparison is false for a sample that is not finite.
-            floor = torch.finfo(z.dtype).eps * dz.norm(dim=1) * b_dr.norm(dim=1)
-            usable = (denominator.abs() > floor).unsqueeze(1)
-            safe = torch.where(usable, denominator.unsqueeze(1), torch.ones_like(denominator.unsqueeze(1)))
-            u = write_row(u, slot, torch.where(usable, (dz - b_dr) / safe, torch.zeros_like(z)))
-            v = write_row(v, slot, torch.where(usable, dz_b, torch.zeros_like(z)))
-            size = slot + 1
-            z_next = z + residual - combination(products(v[:, :size], residual), u[:, :size])
-        else:
-            z_next = fz
-        return z_next, BroydenState(state.num_steps + 1, z, residual, u, v)
+    def system(self, squares: Tensor, crosses: Tensor, state: SecantState) -> Tensor:
+        """dZ^T dR + L = dZ^T dF - dZ^T dZ + L."""
+        born = state.births()[:, : squares.shape[1]]
+        newer = born.unsqueeze(2) > born.unsqueeze(1)
+        system = crosses - torch.where(newer, torch.zeros_like(squares), squares)
+        system.diagonal(dim1=1, dim2=2).sub_(torch.finfo(system.dtype).tiny)
+        return system

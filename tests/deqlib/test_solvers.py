@@ -114,28 +114,36 @@ def test_an_anderson_step_solves_the_least_squares_problem_of_its_history(
         torch.testing.assert_close(z[0], expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["I", "II"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("memory", [1, 2, 5])
-def test_andersons_gram_matrix_is_that_of_its_history_before_and_after_wrapping(
-    memory: int, grad: bool
+def test_andersons_matrices_are_those_of_its_history_before_and_after_wrapping(
+    memory: int, grad: bool, kind: str
 ) -> None:
     base = problem("mlp", dim=8, contraction=0.95).requiring_grad()
-    solver = Anderson(memory=memory)
+    solver = Anderson(memory=memory, kind=kind)
     with torch.set_grad_enabled(grad):
         z, state = base.z0, solver.init(base.z0)
-        previous = None
+        images, lefts = [], []
         for step in range(12):
             fz = base.f(z)
-            residual, old = fz - z, z
+            images.append(fz)
+            lefts.append(fz - z if kind == "II" else z)
             z, state = solver.step(z, fz, state)
-            if step:
-                size, slot = min(step, memory), (step - 1) % memory
-                dr = state.dr[:, :size]
-                torch.testing.assert_close(state.gram[:, :size, :size], dr @ dr.mT, rtol=1e-10, atol=0)
-                torch.testing.assert_close(dr[:, slot], residual - previous[0], rtol=0, atol=0)
-                torch.testing.assert_close(state.df[:, slot], fz - previous[1], rtol=0, atol=0)
-            previous = residual, fz
-            assert old is not z
+            assert state.count == step
+            full = min(step, memory)  # the oldest of a full history has just given its slot away
+            for age in range(1, full if step >= memory else full + 1):
+                slot = (step - age) % memory
+                for rows, values in ((state.df, images), (state.left, lefts)):
+                    torch.testing.assert_close(
+                        rows[:, slot], values[-age - 1] - values[-age], rtol=1e-12, atol=1e-15
+                    )
+            held = [(step - age) % memory for age in range(1, full if step >= memory else full + 1)]
+            left, df = state.left[:, held], state.df[:, held]
+            torch.testing.assert_close(state.squares[:, held][:, :, held], left @ left.mT, rtol=1e-9, atol=0)
+            if kind == "I":
+                found = state.crosses[:, held][:, :, held]
+                torch.testing.assert_close(found, left @ df.mT, rtol=1e-9, atol=1e-14)
 
 
 def test_andersons_ridge_means_the_same_at_every_size_of_the_residual() -> None:
@@ -161,28 +169,43 @@ def test_anderson_takes_a_picard_step_where_its_history_is_singular(dtype: torch
 # Broyden ------------------------------------------------------------------------------------------------
 
 
-def inverse_jacobian(state: Any) -> Tensor:
-    """B (batch, D, D), dense."""
-    return torch.einsum("bmi,bmj->bij", state.u, state.v) - torch.eye(state.u.shape[2], dtype=state.u.dtype)
+class DenseBroyden:
+    """B, by the rank-one updates of the last `memory` pairs applied to -I in turn."""
+
+    def __init__(self, memory: int, dim: int) -> None:
+        self.memory, self.dim, self.pairs = memory, dim, []
+
+    def add(self, dz: Tensor, dr: Tensor) -> None:
+        self.pairs = [*self.pairs, (dz, dr)][-self.memory :]
+
+    @property
+    def matrix(self) -> Tensor:
+        b = -torch.eye(self.dim, dtype=torch.float64)
+        for dz, dr in self.pairs:
+            b = b + torch.outer(dz - b @ dr, dz @ b) / (dz @ b @ dr)
+        return b
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("memory", [1, 2, 3, 30])
-def test_broydens_newest_secant_equation_holds_before_and_after_wrapping(memory: int, grad: bool) -> None:
-    base = problem("mlp", dim=8, contraction=0.95).requiring_grad()
-    solver = Broyden(memory=memory)
+def test_a_broyden_step_is_that_of_the_dense_method_on_the_pairs_it_holds(memory: int, grad: bool) -> None:
+    base = problem("mlp", batch=2, dim=8, contraction=0.95).requiring_grad()
+    solver = Broyden(memory=memory, growth=float("inf"))
+    dense = [DenseBroyden(memory, 8) for _ in range(2)]
     with torch.set_grad_enabled(grad):
-        z, state = base.z0, solver.init(base.z0)
-        for step in range(8):
-            before_z, before_r = state.z, state.residual
-            z_next, state = solver.step(z, base.f(z), state)
-            if step:
-                dz, dr = z - before_z, state.residual - before_r
-                b_dr = torch.einsum("bij,bj->bi", inverse_jacobian(state), dr)
-                torch.testing.assert_close(b_dr, dz, rtol=1e-7, atol=1e-10)
-            expected = z - torch.einsum("bij,bj->bi", inverse_jacobian(state), state.residual)
-            torch.testing.assert_close(z_next, expected, rtol=1e-9, atol=1e-12)
-            z = z_next
+        z, state, before = base.z0, solver.init(base.z0), None
+        for _ in range(9):
+            fz = base.f(z)
+            residual = fz - z
+            z_next, state = solver.step(z, fz, state)
+            for i, b in enumerate(dense):
+                if before is not None:
+                    dz, dr = (z - before[0])[i].detach(), (residual - before[1])[i].detach()
+                    b.add(dz, dr)
+                    torch.testing.assert_close(b.matrix @ dr, dz, rtol=1e-7, atol=1e-10)  # newest secant
+                expected = z[i] - b.matrix @ residual[i]
+                torch.testing.assert_close(z_next[i], expected, rtol=1e-6, atol=1e-9)
+            before, z = (z, residual), z_next
 
 
 def test_broyden_with_enough_memory_is_the_dense_method() -> None:

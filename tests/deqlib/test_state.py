@@ -19,7 +19,7 @@ def identity(z: Any) -> Any:
 
 def evaluate(cell: Any, z0: Any) -> Tensor:
     """One flat evaluation of a cell at z0."""
-    f, flat, _ = flatten(cell, z0)
+    f, flat = flatten(cell, z0)
     return f(flat)
 
 
@@ -35,7 +35,8 @@ def test_a_pytree_comes_back_as_it_went_in(
 ) -> None:
     leaves = [torch.randn(batch, *shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
     tree = {"first": leaves[0], "rest": (leaves[1:], {})}
-    _, flat, layout = flatten(identity, tree)
+    f, flat = flatten(identity, tree)
+    layout = f.layout
     assert flat.shape == (batch, sum(leaf[0:1].numel() for leaf in leaves) if batch else flat.shape[1])
     back = layout.unravel(flat)
     torch.testing.assert_close(back, tree, rtol=0, atol=0)
@@ -44,18 +45,18 @@ def test_a_pytree_comes_back_as_it_went_in(
 
 def test_a_flat_row_is_one_sample() -> None:
     z0 = (torch.arange(6.0).view(2, 3), 10 + torch.arange(8.0).view(2, 2, 2))
-    _, flat, _ = flatten(identity, z0)
+    _, flat = flatten(identity, z0)
     assert flat.tolist() == [[0, 1, 2, 10, 11, 12, 13], [3, 4, 5, 14, 15, 16, 17]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_kept_in_float32_while_the_cell_sees_its_own_dtype(dtype: torch.dtype) -> None:
     seen = []
-    f, flat, layout = flatten(lambda z: (seen.append(z.dtype), z)[1], torch.ones(2, 3, dtype=dtype))
+    f, flat = flatten(lambda z: (seen.append(z.dtype), z)[1], torch.ones(2, 3, dtype=dtype))
     assert flat.dtype == torch.float32
     assert f(flat).dtype == torch.float32
     assert seen == [dtype]
-    assert layout.unravel(flat).dtype == dtype
+    assert f.layout.unravel(flat).dtype == dtype
 
 
 def test_leaves_of_several_dtypes_share_the_widest() -> None:

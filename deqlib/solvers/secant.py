@@ -1,0 +1,290 @@
+"""What Anderson acceleration and Broyden's method share: a history of differences, and safeguards.
+
+Both take z <- f(z) - dF gamma, with dF the last differences of f-values; they differ in the small system
+that gives gamma. Its entries are inner products of the columns dF with those of a second set, `left`:
+differences of residuals (Anderson, type II) or of iterates (type I and Broyden).
+
+A column is made in place. Its slot first holds the value at an iterate ("pending"); when the next iterate
+arrives, that is subtracted. So the history takes 2 * memory states and nothing else of the past is kept.
+The sign of a column does not matter as long as both sets agree.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Solver, can_look, is_recorded, products, small_dtype, solve_small, write_row
+
+_CAUSES = ("growth", "singular", "stagnation")
+
+
+@dataclass(frozen=True)
+class SecantState:
+    """History of a batch."""
+
+    count: int  # columns begun so far; the next one lies at count % memory
+    pending: bool  # whether that slot holds the values of the iterate before
+    window: int  # steps since `then` was taken
+    df: Tensor  # (B, memory, D)
+    left: Tensor  # (B, memory, D)
+    squares: Tensor  # (B, memory, memory), left times left
+    crosses: Tensor  # (B, memory, memory), left times df; (B, 0) where the system does not need it
+    best: Tensor  # (B,), smallest residual
+    then: Tensor  # (B,), what it was a window ago
+    causes: Tensor  # (B, 3), steps refused, by cause
+    born: Tensor | None = None  # (B, memory), see `births`; None while all samples have the same history
+    frozen: Tensor | None = None  # (B,), samples whose history is to be left alone
+
+    def births(self) -> Tensor:
+        """The count at which each column was made, -1 where there is none, (B, memory)."""
+        if self.born is not None:
+            return self.born
+        return _common_births(self).expand(len(self.best), -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecantSolver(Solver):
+    """Steps z <- f(z) - dF gamma with safeguards; subclasses say which system gives gamma."""
+
+    memory: int
+    growth: float
+    restart: int | None
+
+    @property
+    @abstractmethod
+    def uses_residuals(self) -> bool:
+        """Whether `left` holds differences of residuals; else of iterates, and `crosses` is kept."""
+
+    @abstractmethod
+    def system(
+        self,
+        squares: Tensor,  # (B, m, m)
+        crosses: Tensor,  # (B, m, m)
+        state: SecantState,
+    ) -> Tensor:
+        """Matrix (B, m, m) of the system for gamma; where a sample is at rest too, not singular."""
+
+    def init(self, z0: Tensor) -> SecantState:
+        """Empty history."""
+        batch, width = z0.shape
+        matrix = z0.new_zeros(batch, self.memory, self.memory, dtype=small_dtype(z0))
+        unknown = z0.new_full((batch,), torch.inf)
+        return SecantState(
+            count=0,
+            pending=False,
+            window=0,
+            df=z0.new_empty(batch, self.memory, width),
+            left=z0.new_empty(batch, self.memory, width),
+            squares=matrix,
+            crosses=matrix.new_empty(batch, 0) if self.uses_residuals else matrix.clone(),
+            best=unknown,
+            then=unknown,
+            causes=torch.zeros(batch, len(_CAUSES), dtype=torch.int64, device=z0.device),
+        )
+
+    def resume(self, state: Any, z0: Tensor) -> SecantState:
+        """The columns are kept; the pending values belong to the old map and are dropped."""
+        expected = (z0.shape[0], self.memory, z0.shape[1])
+        if not isinstance(state, SecantState) or state.df.shape != expected or state.df.dtype != z0.dtype:
+            got = type(state).__name__
+            if isinstance(state, SecantState):
+                got = f"one of {tuple(state.df.shape)} in {state.df.dtype}"
+            raise ValueError(
+                f"state: expected the state of a {type(self).__name__} solve of {expected} "
+                f"(batch, memory, numbers a sample) in {z0.dtype}, got {got}; leave it out to start afresh"
+            )
+        if (state.crosses.dim() == 2) != self.uses_residuals:
+            raise ValueError(
+                f"state: it is not from a {type(self).__name__} with these settings; leave it out to start "
+                "afresh"
+            )
+        born = state.births().clone()
+        if state.pending and state.frozen is None:
+            born[:, state.count % self.memory] = -1
+        # Copies, so that a solution's state may start more than one solve.
+        return SecantState(
+            count=state.count,
+            pending=False,
+            window=0,
+            df=state.df.detach().clone(),
+            left=state.left.detach().clone(),
+            squares=state.squares.detach().clone(),
+            crosses=state.crosses.detach().clone(),
+            best=torch.full_like(state.best, torch.inf),
+            then=torch.full_like(state.best, torch.inf),
+            causes=torch.zeros_like(state.causes),
+            born=born,
+        )
+
+    def freeze(self, state: SecantState, finished: Tensor) -> SecantState:
+        """Leave the history of finished samples alone."""
+        born = state.births()
+        if state.pending:  # those frozen before keep theirs: they have nothing pending there
+            fresh = torch.ones_like(finished) if state.frozen is None else ~state.frozen
+            born = born.clone()
+            slot = state.count % self.memory
+            born[:, slot] = torch.where(fresh, -1, born[:, slot])
+        return replace(state, frozen=finished, born=born)
+
+    def rejections(self, state: SecantState) -> dict[str, Tensor]:
+        """By cause: the residual grew, the system was singular, the best residual stagnated."""
+        return {cause: state.causes[:, i] for i, cause in enumerate(_CAUSES)}
+
+    def step(self, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
+        """One evaluation is one step; the first is a Picard step."""
+        residual = fz - z
+        source = residual if self.uses_residuals else z
+        refused, state = self._judge(torch.linalg.vector_norm(residual.detach(), dim=1), state)
+        if state.pending:
+            state = self._close_column(fz, source, state)
+        if refused is not None:
+            state = _forget(state, refused, cause="growth")
+        gamma, state = self._coefficients(residual, state)
+        slot, size = state.count % self.memory, gamma.shape[1]
+        if refused is None and not self._needs_residual:
+            # The order saves a state of memory: the residual is freed before its place is needed.
+            left = _put(state.left, slot, source, state)
+            del residual, source
+            z_next = self._combine(fz, None, gamma, state)
+        else:
+            z_next = self._combine(fz, residual, gamma, state)
+            if refused is not None:
+                # Back to the iterate before, whose values the newest column still leads to.
+                last, again = (state.count - 1) % self.memory, refused.unsqueeze(1)
+                fz = torch.where(again, fz + state.df[:, last], fz)
+                source = torch.where(again, source + state.left[:, last], source)
+                half = fz - 0.5 * source if self.uses_residuals else 0.5 * (fz + source)
+                z_next = torch.where(again, half, z_next)
+            left = _put(state.left, slot, source, state)
+        born = state.born
+        if born is not None and size == self.memory:
+            born = _set_birth(born, slot, -1, state.frozen)
+        df = _put(state.df, slot, fz, state)
+        return z_next, replace(state, pending=True, df=df, left=left, born=born)
+
+    @property
+    def _needs_residual(self) -> bool:
+        """Whether `_combine` does."""
+        return False
+
+    def _combine(self, fz: Tensor, residual: Tensor | None, gamma: Tensor, state: SecantState) -> Tensor:
+        """f(z) - dF gamma."""
+        size = gamma.shape[1]
+        if size == 0:
+            return fz
+        return torch.baddbmm(fz.unsqueeze(1), gamma.unsqueeze(1), state.df[:, :size], alpha=-1).squeeze(1)
+
+    def _judge(self, norm: Tensor, state: SecantState) -> tuple[Tensor | None, SecantState]:
+        """Which samples must undo their last step (None: none); stagnating ones forget their history."""
+        looking = can_look(norm)
+        refused = None
+        # A plain step is never refused, so refusing cannot go on for ever.
+        if state.count and not (looking and not bool((norm > state.best).any())):
+            refused = norm > self.growth * state.best
+            if looking and not bool(refused.any()):
+                refused = None
+            elif state.born is not None:
+                refused = refused & (state.born >= 0).any(1)
+        if refused is not None and state.frozen is not None:
+            refused = refused & ~state.frozen
+        best, window = torch.fmin(state.best, norm), state.window + 1
+        if self.restart is None or window < self.restart:
+            return refused, replace(state, best=best, window=window)
+        stagnated = (best >= state.then) & (best < torch.inf)
+        if state.frozen is not None:
+            stagnated = stagnated & ~state.frozen
+        state = replace(state, best=best, then=best, window=0)
+        if state.count and not (looking and not bool(stagnated.any())):
+            state = _forget(state, stagnated, cause="stagnation")
+        return refused, state
+
+    def _close_column(self, fz: Tensor, source: Tensor, state: SecantState) -> SecantState:
+        """Turn the pending values into a column and compute its inner products."""
+        slot, size = state.count % self.memory, min(state.count + 1, self.memory)
+        df, left = _subtract(state.df, slot, fz, state), _subtract(state.left, slot, source, state)
+        newest = left[:, slot]
+        row = products(left[:, :size], newest)
+        squares = _write_cross(state.squares, slot, row, row, state)
+        crosses = state.crosses
+        if not self.uses_residuals:
+            down, across = products(left[:, :size], df[:, slot]), products(df[:, :size], newest)
+            crosses = _write_cross(crosses, slot, across, down, state)
+        born = state.born
+        if born is not None:
+            born = _set_birth(born, slot, state.count, state.frozen)
+        return replace(
+            state, count=state.count + 1, df=df, left=left, squares=squares, crosses=crosses, born=born
+        )
+
+    def _coefficients(self, residual: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
+        """gamma (B, columns), zero where the system cannot be solved: those samples start anew."""
+        size = min(state.count, self.memory)
+        if size == 0:
+            return residual.new_zeros(len(residual), 0), state
+        squares = state.squares[:, :size, :size]
+        rhs = products(state.left[:, :size], residual).to(squares.dtype)
+        crosses = squares if self.uses_residuals else state.crosses[:, :size, :size]
+        usable = None if state.born is None else state.born[:, :size] >= 0
+        gamma, failed = solve_small(self.system(squares, crosses, state), rhs, usable)
+        if failed is not None:
+            state = _forget(state, failed, cause="singular")
+        return gamma.to(residual.dtype), state
+
+
+def _common_births(state: SecantState) -> Tensor:
+    """The births (1, memory) that all samples share."""
+    memory = state.squares.shape[1]
+    slots = torch.arange(memory, device=state.squares.device)
+    return (state.count - 1 - (state.count - 1 - slots) % memory).clamp_min(-1).unsqueeze(0)
+
+
+def _set_birth(born: Tensor, slot: int, birth: int, frozen: Tensor | None) -> Tensor:
+    born = born.clone()
+    born[:, slot] = birth if frozen is None else torch.where(frozen, born[:, slot], birth)
+    return born
+
+
+def _forget(state: SecantState, which: Tensor, *, cause: str) -> SecantState:
+    """These samples lose their columns."""
+    causes = state.causes.clone()
+    causes[:, _CAUSES.index(cause)] += which
+    return replace(state, causes=causes, born=state.births().masked_fill(which.unsqueeze(1), -1))
+
+
+def _subtract(rows: Tensor, slot: int, value: Tensor, state: SecantState) -> Tensor:
+    """`rows` with `value` subtracted from one row, frozen samples left alone."""
+    if is_recorded(rows, value):
+        return write_row(rows, slot, rows[:, slot] - value)
+    if state.frozen is None:
+        rows[:, slot].sub_(value)
+    else:
+        rows[:, slot].addcmul_(value, (~state.frozen).to(value.dtype).unsqueeze(1), value=-1)
+    return rows
+
+
+def _put(rows: Tensor, slot: int, value: Tensor, state: SecantState) -> Tensor:
+    """`rows` with one row replaced, frozen samples left alone."""
+    if state.frozen is not None:
+        value = torch.where(state.frozen.unsqueeze(1), rows[:, slot], value)
+    return write_row(rows, slot, value)
+
+
+def _write_cross(matrix: Tensor, slot: int, row: Tensor, column: Tensor, state: SecantState) -> Tensor:
+    """`matrix` (B, m, m) with the first entries of one row and one column replaced."""
+    size = row.shape[1]
+    if state.frozen is not None:
+        frozen = state.frozen.unsqueeze(1)
+        row = torch.where(frozen, matrix[:, slot, :size], row.to(matrix.dtype))
+        column = torch.where(frozen, matrix[:, :size, slot], column.to(matrix.dtype))
+    if not is_recorded(matrix, row, column):
+        matrix[:, slot, :size] = row
+        matrix[:, :size, slot] = column
+        return matrix
+    rest = matrix.shape[1] - size
+    row, column = (torch.nn.functional.pad(e.to(matrix.dtype), (0, rest)) for e in (row, column))
+    return write_row(write_row(matrix, slot, row).mT, slot, column).mT
