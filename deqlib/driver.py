@@ -228,7 +228,7 @@ class _Progress:
         return [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
 
 
-@dataclass
+@dataclass(eq=False)  # a group is itself, whatever its tensors hold
 class _Group:
     """Samples that one method works on together."""
 

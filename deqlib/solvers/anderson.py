@@ -39,12 +39,12 @@ class Anderson(SecantSolver):
             begins a new history; `None` never does.
     """
 
-    memory: int = 6
+    memory: int = 8
     ridge: float = 1e-7
     damping: float = 1.0
     kind: Literal["I", "II"] = "II"
     growth: float = 10.0
-    restart: int | None = 12
+    restart: int | None = 25
 
     def __post_init__(self) -> None:
         """Validate."""

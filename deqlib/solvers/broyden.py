@@ -32,8 +32,8 @@ class Broyden(SecantSolver):
         restart: as in `Anderson`.
     """
 
-    memory: int = 20
-    growth: float = 100.0
+    memory: int = 30
+    growth: float = 1e4
     restart: int | None = None
 
     def __post_init__(self) -> None:

@@ -107,11 +107,21 @@ class NewtonKrylov(Solver):
         residual = fz - z
         norm = torch.linalg.vector_norm(residual.detach(), dim=1)
         worse = ~(norm < (1 - 1e-4 * state.length) * state.norm) & state.norm.isfinite() & ~state.finished
-        if state.tries < self.max_backtracks and not torch.compiler.is_compiling() and bool(worse.any()):
+        if state.tries <= self.max_backtracks and not torch.compiler.is_compiling() and bool(worse.any()):
             length = torch.where(worse, 0.5 * state.length, state.length)
-            tried = state.base + length.unsqueeze(1) * state.change
-            backtracks = state.backtracks + worse
-            return tried, replace(state, tries=state.tries + 1, length=length, backtracks=backtracks)
+            change = state.change
+            if state.tries == self.max_backtracks:
+                # No share of the step helps: half a Picard step instead, whatever it brings.
+                length = torch.where(worse, 0.5, length)
+                change = torch.where(worse.unsqueeze(1), state.residual, change)
+            state = replace(
+                state,
+                tries=state.tries + 1,
+                length=length,
+                change=change,
+                backtracks=state.backtracks + worse,
+            )
+            return state.base + length.unsqueeze(1) * change, state
         return self._begin(z, fz, residual, norm, state)
 
     def _begin(
