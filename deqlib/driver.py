@@ -327,14 +327,17 @@ class _Solve:
             known.best_step, known.improved_at = torch.full_like(known.best_step, known.improved_at), None
         known.active = known.active | moved
         known.status = torch.where(moved, int(Status.MAX_STEPS), known.status)
-        known.stage = known.stage + moved.to(known.stage.dtype)
         known.best_step = torch.where(moved, step, known.best_step)
+        everyone = torch.arange(len(moved), device=moved.device)
+        for group in list(self.groups):
+            going = group.of(moved & (known.stage == group.stage)).nonzero().squeeze(1)
+            if len(going):
+                rows, solver = group.of(everyone)[going], self.stages[group.stage + 1]
+                state = solver.adopt(take_samples(group.state, going), known.best[rows])
+                self.groups.append(_Group(group.stage + 1, solver, state, rows))
+        known.stage = known.stage + moved.to(known.stage.dtype)
         for group in [group for group in self.groups if not bool(self._owned(group).any())]:
             self._close(group)
-        for stage, solver in enumerate(self.stages):
-            rows = (moved & (known.stage == stage)).nonzero().squeeze(1)
-            if len(rows):
-                self.groups.append(_Group(stage, solver, solver.init(known.best[rows]), rows))
         return moved
 
     def _drop_finished(

@@ -58,7 +58,7 @@ class Solution:
         trace: relative residual at every evaluation of the loop, shape (evaluations, B); rows after a
             sample ended repeat it at its value. `None` if not measured.
         method: which of `methods` worked on each sample last, int64, shape (B,).
-        methods: the solver's name, or those of the methods it tries in turn.
+        methods: the solver's name, or those of the methods it tries in turn; a name may come twice.
         rejections: by cause, how many steps of each sample were refused, int64, shape (B,).
         state: the solver's last state; given to another solve it goes on with what was learnt.
     """
@@ -88,8 +88,12 @@ class Solution:
 
     def method_counts(self) -> dict[str, int]:
         """How many samples each method worked on last; methods without any are left out."""
-        codes, numbers = torch.unique(self.method, return_counts=True)
-        return {self.methods[code]: n for code, n in zip(codes.tolist(), numbers.tolist(), strict=True)}
+        counts: dict[str, int] = {}
+        for code, number in enumerate(torch.bincount(self.method, minlength=1).tolist()):
+            if number:
+                name = self.methods[code]
+                counts[name] = counts.get(name, 0) + number
+        return counts
 
     def __repr__(self) -> str:
         parts = [f"{number} {status.name.lower()}" for status, number in self.counts().items()]

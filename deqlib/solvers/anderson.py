@@ -39,7 +39,7 @@ class Anderson(SecantSolver):
             begins a new history; `None` never does.
     """
 
-    memory: int = 8
+    memory: int = 10
     ridge: float = 1e-7
     damping: float = 1.0
     kind: Literal["I", "II"] = "II"

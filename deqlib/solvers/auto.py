@@ -14,8 +14,8 @@ from .broyden import Broyden
 from .newton_krylov import NewtonKrylov
 
 
-def _default_stages() -> tuple[Solver, ...]:
-    return (Anderson(), Broyden(memory=30), NewtonKrylov())
+def _default_methods() -> tuple[Solver, ...]:
+    return (Anderson(), Broyden(memory=50), NewtonKrylov())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +25,20 @@ class Auto(Solver):
     A method gives up a sample that stalls or diverges by the stopping rule, or whose best residual did not
     improve for `patience` steps. Samples that the first method solves never see another, so on easy
     problems `Auto` is `Anderson`, evaluation for evaluation. `Solution.method` says who finished which
-    sample. Samples are handed on when the host looks (`Stopping.check_every`). With a fixed number of
-    steps nothing is measured, so the first method takes them all.
+    sample. Histories are handed on too, where the next method can use them. Samples change hands when the
+    host looks (`Stopping.check_every`). With a fixed number of steps nothing is measured, so the first
+    method takes them all.
 
     Args:
         methods: in order; the default is Anderson, then Broyden with a larger memory, then Newton-Krylov.
-        patience: steps without a better residual after which all methods but the last give up.
+        patience: steps without a better residual after which a method gives up, the last one excepted:
+            there `Stopping.patience` decides.
+        rounds: how often to go through the methods.
     """
 
-    methods: tuple[Solver, ...] = field(default_factory=_default_stages)
-    patience: int = 10
+    methods: tuple[Solver, ...] = field(default_factory=_default_methods)
+    patience: int = 20
+    rounds: int = 2
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -45,7 +49,7 @@ class Auto(Solver):
             check_instance("Auto", Solver, hint, **{f"methods[{i}]": method})
             if len(method.stages) > 1:
                 raise TypeError(f"Auto: methods[{i}] must be {hint}, got {method!r}")
-        check_integer("Auto", 1, patience=self.patience)
+        check_integer("Auto", 1, patience=self.patience, rounds=self.rounds)
 
     def init(self, z0: Tensor) -> Any:
         """State of the first method."""
@@ -56,7 +60,7 @@ class Auto(Solver):
         return self.methods[0].step(z, fz, state)
 
     def resume(self, state: Any, z0: Tensor) -> Any:
-        """See the first method."""
+        """As the first method."""
         return self.methods[0].resume(state, z0)
 
     def gives_up(self, since: Tensor) -> Tensor:
@@ -65,5 +69,5 @@ class Auto(Solver):
 
     @property
     def stages(self) -> tuple[Solver, ...]:
-        """The methods."""
-        return self.methods
+        """The methods, `rounds` times."""
+        return self.methods * self.rounds

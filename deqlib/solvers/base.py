@@ -49,6 +49,14 @@ class Solver(ABC):
         """
         return self.init(z0)
 
+    def adopt(
+        self,
+        state: Any,
+        z0: Tensor,  # (B, D)
+    ) -> Any:
+        """State to go on with from `z0`, where another method gave up with `state`. Default: as `init`."""
+        return self.init(z0)
+
     def freeze(
         self,
         state: Any,

@@ -98,28 +98,29 @@ class SecantSolver(Solver):
                 f"state: expected the state of a {type(self).__name__} solve of {expected} "
                 f"(batch, memory, numbers a sample) in {z0.dtype}, got {got}; leave it out to start afresh"
             )
-        if (state.crosses.dim() == 2) != self.uses_residuals:
-            raise ValueError(
-                f"state: it is not from a {type(self).__name__} with these settings; leave it out to start "
-                "afresh"
-            )
-        born = state.births().clone()
+        return self.adopt(state, z0)
+
+    def adopt(self, state: Any, z0: Tensor) -> SecantState:
+        """The newest columns of another history are kept, as many as there is room for."""
+        fresh = self.init(z0)
+        if not isinstance(state, SecantState):
+            return fresh
+        kept = min(state.count, state.df.shape[1], self.memory)
+        slots = [(state.count - kept + i) % state.df.shape[1] for i in range(kept)]
+        births = state.births().clone()
         if state.pending and state.frozen is None:
-            born[:, state.count % self.memory] = -1
-        # Copies, so that a solution's state may start more than one solve.
-        return SecantState(
-            count=state.count,
-            pending=False,
-            window=0,
-            df=state.df.detach().clone(),
-            left=state.left.detach().clone(),
-            squares=state.squares.detach().clone(),
-            crosses=state.crosses.detach().clone(),
-            best=torch.full_like(state.best, torch.inf),
-            then=torch.full_like(state.best, torch.inf),
-            causes=torch.zeros_like(state.causes),
-            born=born,
-        )
+            births[:, state.count % state.df.shape[1]] = -1
+        births = births[:, slots]
+        df, left = state.df[:, slots].detach(), state.left[:, slots].detach()
+        if (state.crosses.dim() == 2) != self.uses_residuals:
+            left = df - left  # differences of residuals and of iterates add up to those of f-values
+        fresh.df[:, :kept], fresh.left[:, :kept] = df, left
+        fresh.squares[:, :kept, :kept] = left @ left.mT
+        if not self.uses_residuals:
+            fresh.crosses[:, :kept, :kept] = left @ df.mT
+        born = torch.full_like(state.births(), -1)[:, :1].repeat(1, self.memory)
+        born[:, :kept] = torch.where(births >= 0, births.argsort(1).argsort(1), -1)
+        return replace(fresh, count=kept, born=born)
 
     def freeze(self, state: SecantState, finished: Tensor) -> SecantState:
         """Leave the history of finished samples alone."""

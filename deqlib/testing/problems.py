@@ -48,7 +48,7 @@ class Problem:
         """Residual and relative residual of every sample at `z`, recomputed, (B,) each."""
         with torch.no_grad():
             fz = self.f(z)
-            residual = torch.linalg.vector_norm((fz - z).flatten(1), dim=1)
+            residual: Tensor = torch.linalg.vector_norm((fz - z).flatten(1), dim=1)
             scale: Tensor = torch.linalg.vector_norm(fz.flatten(1), dim=1)
             return residual, residual / scale
 
@@ -76,7 +76,8 @@ class _Draw:
         return torch.randint(0, 2, shape, generator=self.generator).to(torch.float64) * 2 - 1
 
     def orthogonal(self, width: int) -> Tensor:
-        return torch.linalg.qr(self.normal(width, width))[0]
+        basis: Tensor = torch.linalg.qr(self.normal(width, width))[0]
+        return basis
 
     def weight(self, *shape: int, gain: float = 1.0) -> Tensor:
         """Normal, scaled so that it keeps the size of what it multiplies, times `gain`."""
@@ -424,6 +425,6 @@ def suite() -> list[Problem]:
         mlp(batch=8, tokens=256, width=512, name="MLP 8x256x512"),
         mixer(batch=32, tokens=64, width=128),
         transformer(batch=16, tokens=64, width=128),
-        transformer(batch=16, tokens=64, width=128, gain=1.6, sharpness=3.0, name="transformer, hard"),
+        transformer(batch=8, tokens=32, width=64, gain=1.07, name="transformer, hard"),
         convolution(batch=16, channels=32, side=16),
     ]
