@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .solution import Solution, Status
 from .solvers import Solver
-from .solvers.base import can_look
+from .solvers.base import can_look, norms
 from .state import Map, put_samples, take_samples
 from .stopping import Stopping
 
@@ -56,7 +56,7 @@ def iterate(
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
         compact: `f` again if finished samples are to leave the batch that it sees.
     """
-    unit_norms = _sample_norms if unit_norms is None else unit_norms
+    unit_norms = norms if unit_norms is None else unit_norms
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
         return _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
@@ -111,12 +111,6 @@ def _evaluate(f: Map, z: Tensor, direction: Tensor | None) -> tuple[Tensor, Tens
         return fz, fz
     fz, product = torch.func.jvp(f, (z,), (direction,))[:2]
     return fz, product
-
-
-def _sample_norms(z: Tensor) -> Tensor:
-    """Euclidean norm of every sample, (B,)."""
-    norms: Tensor = torch.linalg.vector_norm(z, dim=1)
-    return norms
 
 
 def _measure(z: Tensor, fz: Tensor, unit_norms: UnitNorms, rule: Stopping) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +280,9 @@ class _Solve:
                 if self.num_active == 0:
                     break
                 z, fz, product, moved = self._drop_finished(step, z, fz, product, moved)
-            z = self._advance(z, fz, product, moved)
+            z = self._advance(z, fz, product)
+            del fz, product  # before more memory is asked for
+            z = self._hold(z, moved)
             step += 1
         return self._solution(step)
 
@@ -371,12 +367,16 @@ class _Solve:
         if self.samples is not None:
             self.everyone.put(self.samples, known)
 
-    def _advance(self, z: Tensor, fz: Tensor, product: Tensor, moved: Tensor | None) -> Tensor:
-        """The next iterate of every sample; finished ones stay at their best."""
+    def _advance(self, z: Tensor, fz: Tensor, product: Tensor) -> Tensor:
+        """What the methods make of an evaluation."""
         z_next = z
         for group in self.groups:
             stepped = group.step(z, fz, product)
             z_next = stepped if group.rows is None else z_next.index_copy(0, group.rows, stepped)
+        return z_next
+
+    def _hold(self, z_next: Tensor, moved: Tensor | None) -> Tensor:
+        """The next iterates, with samples that are finished or start again at their best."""
         if moved is None and self.progress.all_active:
             return z_next
         held = ~self.progress.active if moved is None else ~self.progress.active | moved

@@ -69,7 +69,9 @@ class Layout:
                     f"got {axes} for a leaf of shape {tuple(shape)}"
                 )
             leaf = part.reshape(len(flat), *shape[1:])
-            norms.append(torch.linalg.vector_norm(leaf, dim=axes).flatten(1) if leaf.dim() > 1 else leaf)
+            # In float64 where there is one: squares of small or large numbers leave float32.
+            exact = None if flat.device.type == "mps" else torch.float64
+            norms.append(torch.linalg.vector_norm(leaf, dim=axes, dtype=exact).to(flat.dtype).flatten(1))
         return torch.cat(norms, 1)
 
     def _checked(self, index: int, leaf: Any) -> Tensor:

@@ -101,6 +101,26 @@ def small_dtype(z: Tensor) -> torch.dtype:
     return z.dtype if z.device.type == "mps" else torch.float64
 
 
+def norms(
+    z: Tensor,  # (B, D)
+) -> Tensor:
+    """Euclidean norm of each sample, shape (B,), off the tape; right at every scale that the type holds."""
+    z = z.detach()
+    if z.dtype == torch.float32 and z.numel():
+        # Squares of numbers beyond 1e19, or all below 1e-19, leave the range of float32: then in float64.
+        # Always where the host cannot tell; there the memory is the limit, not the arithmetic.
+        if can_look(z):
+            found: Tensor = torch.linalg.vector_norm(z, dim=1)
+            low, high = found.aminmax()
+            if float(low) > 1e-15 and float(high) < 1e15:
+                return found
+        if small_dtype(z) == torch.float64:
+            found = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64).to(z.dtype)
+            return found
+    found = torch.linalg.vector_norm(z, dim=1)
+    return found
+
+
 def dot(
     a: Tensor,  # (B, D)
     b: Tensor,  # (B, D)
@@ -143,18 +163,21 @@ def solve_small(
     system: Tensor,  # (B, m, m)
     rhs: Tensor,  # (B, m)
     usable: Tensor | None = None,  # (B, m), bool; None: all
+    *,
+    limit: float = math.inf,
 ) -> tuple[Tensor, Tensor | None]:
     """Solution (B, m) over the usable unknowns, the others 0; and which samples have none, bool (B,).
 
-    Those samples get zeros; `None` says that there are none. Never raises: a system that is singular or not
-    finite stays its sample's own.
+    Those samples get zeros; `None` says that there are none. Samples have none where an unknown is not
+    finite or not below `limit`. Never raises: a singular system stays its sample's own.
     """
     if usable is not None:
         identity = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)
         system = torch.where(usable.unsqueeze(1) & usable.unsqueeze(2), system, identity)
         rhs = torch.where(usable, rhs, torch.zeros_like(rhs))
     found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
-    if can_look(found) and math.isfinite(float(found.detach().sum())):
+    size = found.detach().abs().amax(1)
+    if can_look(found) and bool((size < limit).all()):
         return found, None
-    failed = ~(found.detach().abs().amax(1) < torch.inf)  # true for NaN
+    failed = ~(size < limit)  # true for NaN
     return torch.where(failed.unsqueeze(1), torch.zeros_like(found), found), failed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import Solver, combination, products, small_dtype, solve_small, write_row
+from .base import Solver, combination, norms, products, small_dtype, solve_small, write_row
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class NewtonKrylov(Solver):
         if state.inner >= 0:
             return self._extend(fz, state)
         residual = fz - z
-        norm = torch.linalg.vector_norm(residual.detach(), dim=1)
+        norm = norms(residual)
         worse = ~(norm < (1 - 1e-4 * state.length) * state.norm) & state.norm.isfinite() & ~state.finished
         if state.tries <= self.max_backtracks and not torch.compiler.is_compiling() and bool(worse.any()):
             length = torch.where(worse, 0.5 * state.length, state.length)
@@ -131,9 +131,7 @@ class NewtonKrylov(Solver):
         # Eisenstat & Walker: as exact as the last step was good.
         forcing = (0.9 * (norm / state.norm) ** 2).clamp(1e-3, self.forcing)
         forcing = torch.where(state.norm.isfinite(), forcing, torch.full_like(norm, self.forcing))
-        size = torch.maximum(
-            torch.linalg.vector_norm(z.detach(), dim=1), torch.linalg.vector_norm(fz.detach(), dim=1)
-        )
+        size = torch.maximum(norms(z), norms(fz))
         state = replace(
             state,
             inner=0,
@@ -187,7 +185,10 @@ class NewtonKrylov(Solver):
         # What rounding leaves of a direction that adds nothing must not be divided by.
         floor = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1)
         gram = gram + floor[:, None, None] * torch.eye(n, dtype=h.dtype, device=h.device)
-        y, failed = solve_small(gram, h[:, 0], usable)
+        # A difference cannot tell smaller entries of H from its own error.
+        exact = self.derivative == "jvp"
+        limit = torch.inf if exact else torch.finfo(state.base.dtype).eps ** -0.5
+        y, failed = solve_small(gram, h[:, 0], usable, limit=limit)
         failed = ~usable.any(1) if failed is None else failed | ~usable.any(1)
         error = -(h @ y.unsqueeze(2)).squeeze(2)
         error = torch.cat([1 + error[:, :1], error[:, 1:]], 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Solver, can_look, is_recorded, products, small_dtype, solve_small, write_row
+from .base import Solver, can_look, is_recorded, norms, products, small_dtype, solve_small, write_row
 
 _CAUSES = ("growth", "singular", "stagnation")
 
@@ -140,33 +140,39 @@ class SecantSolver(Solver):
         """One evaluation is one step; the first is a Picard step."""
         residual = fz - z
         source = residual if self.uses_residuals else z
-        refused, state = self._judge(torch.linalg.vector_norm(residual.detach(), dim=1), state)
+        refused, state = self._judge(norms(residual), state)
         if state.pending:
-            state = self._close_column(fz, source, state)
+            state = self._close_column(fz, source, refused, state)
         if refused is not None:
             state = _forget(state, refused, cause="growth")
         gamma, state = self._coefficients(residual, state)
-        slot, size = state.count % self.memory, gamma.shape[1]
-        if refused is None and not self._needs_residual:
+        slot = state.count % self.memory
+        if self._needs_residual:
+            z_next = self._combine(fz, residual, gamma, state)
+            left = _put(state.left, slot, source, refused, state)
+        else:
             # The order saves a state of memory: the residual is freed before its place is needed.
-            left = _put(state.left, slot, source, state)
+            left = _put(state.left, slot, source, refused, state)
             del residual, source
             z_next = self._combine(fz, None, gamma, state)
-        else:
-            z_next = self._combine(fz, residual, gamma, state)
-            if refused is not None:
-                # Back to the iterate before, whose values the newest column still leads to.
-                last, again = (state.count - 1) % self.memory, refused.unsqueeze(1)
-                fz = torch.where(again, fz + state.df[:, last], fz)
-                source = torch.where(again, source + state.left[:, last], source)
-                half = fz - 0.5 * source if self.uses_residuals else 0.5 * (fz + source)
-                z_next = torch.where(again, half, z_next)
-            left = _put(state.left, slot, source, state)
+        df = _put(state.df, slot, fz, refused, state)
         born = state.born
-        if born is not None and size == self.memory:
+        if born is not None:
             born = _set_birth(born, slot, -1, state.frozen)
-        df = _put(state.df, slot, fz, state)
-        return z_next, replace(state, pending=True, df=df, left=left, born=born)
+        state = replace(state, pending=True, df=df, left=left, born=born)
+        if refused is not None:
+            z_next = self._half_step(z_next, refused, df[:, slot], left[:, slot])
+        return z_next, state
+
+    def _half_step(self, z_next: Tensor, refused: Tensor, fz: Tensor, source: Tensor) -> Tensor:
+        """`z_next`, where refused half a Picard step from the iterate before, whose values are given."""
+        again = refused.unsqueeze(1)
+        parts = (1.0, -0.5) if self.uses_residuals else (0.5, 0.5)
+        if is_recorded(z_next, fz, source):
+            return torch.where(again, parts[0] * fz + parts[1] * source, z_next)
+        share = again.to(z_next.dtype)
+        z_next = z_next.masked_fill_(again, 0)  # a tensor of its own: nothing is refused without columns
+        return z_next.addcmul_(fz, share, value=parts[0]).addcmul_(source, share, value=parts[1])
 
     @property
     def _needs_residual(self) -> bool:
@@ -204,10 +210,14 @@ class SecantSolver(Solver):
             state = _forget(state, stagnated, cause="stagnation")
         return refused, state
 
-    def _close_column(self, fz: Tensor, source: Tensor, state: SecantState) -> SecantState:
-        """Turn the pending values into a column and compute its inner products."""
+    def _close_column(
+        self, fz: Tensor, source: Tensor, refused: Tensor | None, state: SecantState
+    ) -> SecantState:
+        """Turn the pending values into a column, unless refused, and compute its inner products."""
         slot, size = state.count % self.memory, min(state.count + 1, self.memory)
-        df, left = _subtract(state.df, slot, fz, state), _subtract(state.left, slot, source, state)
+        spared = state.frozen if refused is None or state.frozen is None else state.frozen | refused
+        spared = refused if spared is None else spared
+        df, left = _subtract(state.df, slot, fz, spared), _subtract(state.left, slot, source, spared)
         newest = left[:, slot]
         row = products(left[:, :size], newest)
         squares = _write_cross(state.squares, slot, row, row, state)
@@ -231,7 +241,9 @@ class SecantSolver(Solver):
         rhs = products(state.left[:, :size], residual).to(squares.dtype)
         crosses = squares if self.uses_residuals else state.crosses[:, :size, :size]
         usable = None if state.born is None else state.born[:, :size] >= 0
-        gamma, failed = solve_small(self.system(squares, crosses, state), rhs, usable)
+        # Columns carry rounding errors, and gamma enlarges them: beyond this they are all that is left.
+        limit = 3 * torch.finfo(residual.dtype).eps ** -0.5
+        gamma, failed = solve_small(self.system(squares, crosses, state), rhs, usable, limit=limit)
         if failed is not None:
             state = _forget(state, failed, cause="singular")
         return gamma.to(residual.dtype), state
@@ -257,21 +269,31 @@ def _forget(state: SecantState, which: Tensor, *, cause: str) -> SecantState:
     return replace(state, causes=causes, born=state.births().masked_fill(which.unsqueeze(1), -1))
 
 
-def _subtract(rows: Tensor, slot: int, value: Tensor, state: SecantState) -> Tensor:
-    """`rows` with `value` subtracted from one row, frozen samples left alone."""
+def _subtract(rows: Tensor, slot: int, value: Tensor, spared: Tensor | None) -> Tensor:
+    """`rows` with `value` subtracted from one row, some samples spared."""
     if is_recorded(rows, value):
-        return write_row(rows, slot, rows[:, slot] - value)
-    if state.frozen is None:
+        old, new = rows[:, slot], rows[:, slot] - value
+        return write_row(rows, slot, new if spared is None else torch.where(spared.unsqueeze(1), old, new))
+    if spared is None:
         rows[:, slot].sub_(value)
     else:
-        rows[:, slot].addcmul_(value, (~state.frozen).to(value.dtype).unsqueeze(1), value=-1)
+        rows[:, slot].addcmul_(value, (~spared).to(value.dtype).unsqueeze(1), value=-1)
     return rows
 
 
-def _put(rows: Tensor, slot: int, value: Tensor, state: SecantState) -> Tensor:
-    """`rows` with one row replaced, frozen samples left alone."""
+def _put(rows: Tensor, slot: int, value: Tensor, refused: Tensor | None, state: SecantState) -> Tensor:
+    """`rows` with one row replaced: frozen samples keep theirs, refused ones what was pending before."""
+    choices = []
+    if refused is not None:
+        choices.append((refused, rows[:, (state.count - 1) % rows.shape[1]]))
     if state.frozen is not None:
-        value = torch.where(state.frozen.unsqueeze(1), rows[:, slot], value)
+        choices.append((state.frozen, rows[:, slot]))
+    if len(choices) == 1 and not is_recorded(rows, value) and not torch.compiler.is_compiling():
+        which, kept = choices[0]
+        torch.where(which.unsqueeze(1), kept, value, out=rows[:, slot])
+        return rows
+    for which, kept in choices:
+        value = torch.where(which.unsqueeze(1), kept, value)
     return write_row(rows, slot, value)
 
 

@@ -387,7 +387,7 @@ def mixed_difficulty(
     batch: int = 32,
     width: int = 64,
     easy: float = 0.3,
-    hard: float = 0.94,
+    hard: float = 0.95,
     num_hard: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import main, memory
+from benchmarks.__main__ import main
+from benchmarks.suites.memory import memory
 
 
 def test_saved_bytes_are_flat_in_the_steps_for_every_mode_but_unrolling() -> None:

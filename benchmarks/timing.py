@@ -1,0 +1,58 @@
+"""Times and ratios of times that can be compared.
+
+Contenders take turns within every round, so that what else the machine does, or how warm it is, meets all
+of them alike. Ratios are taken within a round, and their median is reported.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+
+def seconds(compute: Callable[[], object]) -> float:
+    """What one call takes."""
+    start = time.perf_counter()
+    compute()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    limit: float = math.inf,
+    warm_up: dict[str, float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round.
+
+    Args:
+        contenders: by name.
+        rounds: how many count.
+        limit: a contender whose warm-up takes longer than so many seconds is not run again: its warm-up
+            counts instead.
+        warm_up: seconds of a first round that was run already.
+    """
+    first = warm_up or {name: seconds(compute) for name, compute in contenders.items()}
+    slow = {name for name in contenders if first[name] > limit}
+    times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in contenders}
+    for _ in range(rounds):
+        for name, compute in contenders.items():
+            if name not in slow:
+                times[name].append(seconds(compute))
+    return times
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """Median over the rounds of the ratio within a round; who ran only once did so in every round."""
+    rounds = max(len(times), len(reference))
+    ours, theirs = (t * rounds if len(t) == 1 else t for t in (times, reference))
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers; NaN if there are none."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(statistics.fmean(logarithms)) if logarithms else math.nan

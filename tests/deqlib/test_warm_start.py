@@ -1,0 +1,139 @@
+"""Going on with what an earlier solve learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqlib import Anderson, Auto, Broyden, ImplicitLayer, NewtonKrylov, Picard, Solver, Stopping, fixed_point
+from deqlib.solvers.secant import SecantSolver
+from deqlib.testing import linear, mixed_difficulty, nearly_singular
+
+SECANT = {"anderson": Anderson(), "anderson I": Anderson(kind="I"), "broyden": Broyden(memory=12)}
+
+
+def solve(base: Any, solver: Solver, x: Tensor, z0: Tensor, **settings: Any) -> Any:
+    with torch.no_grad():
+        return fixed_point(
+            base.cell,
+            z0,
+            (x, *base.inputs[1:]),
+            solver=solver,
+            stopping=Stopping(rtol=1e-6, max_steps=200),
+            on_failure="raise",
+            **settings,
+        )
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("name", [*SECANT, "auto"])
+def test_a_resumed_solve_needs_fewer_steps_than_one_from_the_old_value(name: str, compact: bool) -> None:
+    solver = {**SECANT, "auto": Auto()}[name]
+    base = nearly_singular(batch=6, width=32, gap=1e-3, dtype=torch.float64)
+    first = solve(base, solver, base.inputs[0], base.z0, compact=compact)
+    moved = base.inputs[0] + 1e-3 * torch.randn(
+        base.z0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    old = solve(base, solver, moved, first.value)
+    resumed = solve(base, solver, moved, first.value, state=first.state)
+    assert resumed.nfe < old.nfe
+    torch.testing.assert_close(resumed.value, old.value, rtol=1e-2, atol=1e-2)
+    again = solve(base, solver, moved, first.value, state=first.state)
+    assert torch.equal(again.value, resumed.value)  # the state was not used up
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("name", SECANT)
+def test_what_was_learnt_of_a_sample_that_finished_early_is_not_overwritten(name: str, compact: bool) -> None:
+    solver = SECANT[name]
+    base = mixed_difficulty(batch=6, width=24, easy=0.3, hard=0.9, num_hard=2, dtype=torch.float64)
+    state = solve(base, solver, base.inputs[0], base.z0, compact=compact).state
+    kept = solver.resume(state, base.z0)
+    _, rates, basis = base.inputs
+    found = kept.born >= 0
+    # The easy samples took 11 steps or so, and the hard ones many more: all must have full histories.
+    assert (found.sum(1) >= min(solver.memory, 8) - 1).all()
+    # The map is linear, so every column that is kept must obey it.
+    left = kept.left if not solver.uses_residuals else kept.df - kept.left
+    expected = rates.unsqueeze(2) * (left @ basis)
+    torch.testing.assert_close(kept.df[found], expected[found], rtol=1e-8, atol=1e-12)
+    squares = kept.left @ kept.left.mT
+    pairs = found.unsqueeze(1) & found.unsqueeze(2)
+    torch.testing.assert_close(kept.squares[pairs], squares[pairs], rtol=1e-8, atol=1e-20)
+
+
+@pytest.mark.parametrize("new", [Anderson(ridge=0.0), Anderson(kind="I", ridge=0.0)], ids=["II", "I"])
+@pytest.mark.parametrize("old", SECANT.values(), ids=SECANT)
+def test_a_history_is_handed_from_one_method_to_another(old: SecantSolver, new: SecantSolver) -> None:
+    base = linear([0.9, -0.7, 0.5, 0.3, -0.1], batch=2, dtype=torch.float64)
+    z, state = base.z0, old.init(base.z0)
+    for _ in range(6):  # enough columns to span the space: the next step ends the problem
+        z, state = old.step(z, base.f(z), state)
+    z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z_next, _ = new.step(z, base.f(z), new.adopt(state, z))
+    torch.testing.assert_close(z_next, base.solution, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("old", SECANT.values(), ids=SECANT)
+def test_broyden_goes_on_with_the_pairs_of_another_method(old: SecantSolver) -> None:
+    base = linear([0.9, -0.7, 0.5, 0.3, -0.1], batch=1, dtype=torch.float64)
+    z, state = base.z0, old.init(base.z0)
+    images, points = [], []
+    for _ in range(5):
+        points.append(z[0])
+        images.append(base.f(z)[0])
+        z, state = old.step(z, base.f(z), state)
+    b = -torch.eye(5, dtype=torch.float64)
+    for k in range(4):
+        dz = points[k + 1] - points[k]
+        dr = images[k + 1] - images[k] - dz
+        b = b + torch.outer(dz - b @ dr, dz @ b) / (dz @ b @ dr)
+    new = Broyden()
+    z_next, _ = new.step(z, base.f(z), new.adopt(state, z))
+    torch.testing.assert_close(z_next[0], z[0] - b @ (base.f(z) - z)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_the_newest_columns_are_adopted_where_there_is_less_room() -> None:
+    base = linear(torch.linspace(-0.9, 0.9, 12), batch=2, dtype=torch.float64)
+    old, new = Anderson(memory=6), Anderson(memory=2)
+    z, state = base.z0, old.init(base.z0)
+    for _ in range(9):
+        z, state = old.step(z, base.f(z), state)
+    adopted = new.adopt(state, z)
+    newest = (state.count - 1) % 6
+    torch.testing.assert_close(adopted.df[:, 1], state.df[:, newest])
+    torch.testing.assert_close(adopted.df[:, 0], state.df[:, (newest - 1) % 6])
+    assert adopted.count == 2
+
+
+def test_solvers_without_memory_start_afresh() -> None:
+    base = linear([0.5, 0.2], dtype=torch.float64)
+    for solver in (Picard(), NewtonKrylov(memory=2)):
+        first = solve(base, solver, base.inputs[0], base.z0)
+        resumed = solve(base, solver, base.inputs[0], base.z0, state=first.state)
+        assert torch.equal(first.value, resumed.value)
+
+
+def test_a_layer_resumes_a_pytree_state() -> None:
+    layer = ImplicitLayer(lambda z, x: {"a": 0.9 * torch.sin(z["a"]) + x}, init=lambda x: {"a": 0 * x})
+    x = torch.randn(3, 5)
+    first = layer.solve(x)
+    resumed = layer.solve(x + 1e-4, z0=first.value, state=first.state)
+    assert resumed.nfe < first.nfe
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (3, "got int"),
+        (Broyden().init(torch.zeros(4, 8)), r"got one of \(4, 30, 8\) in torch.float32"),
+        (Anderson().init(torch.zeros(3, 8)), r"expected the state of a Anderson solve of \(4, 10, 8\)"),
+        (Anderson().init(torch.zeros(4, 8).double()), "in torch.float64; leave it out to start afresh"),
+    ],
+)
+def test_a_state_of_another_solve_is_refused(state: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fixed_point(lambda z: 0.5 * z + 1, torch.zeros(4, 8), solver=Anderson(), state=state)
