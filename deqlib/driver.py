@@ -70,14 +70,16 @@ def _iterate_fixed(
     z, trace = z0, []
     first = solver.stages[0]
     residual = relative = None
-    for step in range(stopping.max_steps + int(stopping.measure)):
+    for _ in range(stopping.max_steps):
         direction = first.direction(state)
         fz, product = _evaluate(f, z, direction)
         if stopping.measure:
-            residual, relative, _ = _measure(z, fz, unit_norms, stopping)
-            trace.append(relative)
-        if step < stopping.max_steps:
-            z, state = _step(first, z, fz if direction is None else product, state)
+            trace.append(_measure(z, fz, unit_norms, stopping)[1])
+        z, state = _step(first, z, fz if direction is None else product, state)
+    z = first.settle(z, state)
+    if stopping.measure:
+        residual, relative, _ = _measure(z, f(z), unit_norms, stopping)
+        trace.append(relative)
     nfe = stopping.max_steps + int(stopping.measure)
     zeros = torch.zeros(z0.shape[0], dtype=torch.int64, device=z0.device)
     return Solution(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_instance
 from ..solution import Solution
-from ..solvers import Anderson, Solver
+from ..solvers import Auto, Solver
 from ..state import Map
 from ..stopping import Stopping
 from .base import Backward, Solve, VectorJacobianProduct, attach, on_tape, solve_off_tape
@@ -32,7 +32,7 @@ class ImplicitDifferentiation(Backward):
         stopping: of the adjoint; its tolerance bounds the relative error of the gradient.
     """
 
-    solver: Solver = field(default_factory=Anderson)
+    solver: Solver = field(default_factory=Auto)
     stopping: Stopping = field(default_factory=lambda: Stopping(rtol=1e-4))
 
     def __post_init__(self) -> None:

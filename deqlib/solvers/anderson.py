@@ -73,6 +73,11 @@ class Anderson(SecantSolver):
             diagonal.sub_(self.ridge * squares.diagonal(dim1=1, dim2=2) + tiny)
         return system
 
+    def largest_coefficient(self, dtype: torch.dtype) -> float:
+        """In type I also what the ridge alone would give, where residuals do not change with the iterate."""
+        limit = super().largest_coefficient(dtype)
+        return limit if self.uses_residuals or self.ridge == 0 else min(limit, 0.1 / self.ridge)
+
     @property
     def _needs_residual(self) -> bool:
         return self.damping != 1

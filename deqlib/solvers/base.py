@@ -15,8 +15,8 @@ class Solver(ABC):
 
     Subclasses are frozen, keyword-only dataclasses of settings. All that changes during a solve lives in
     the state they return: any nest of dataclasses, tuples, lists and dicts whose tensors have the batch as
-    their first axis. A solver never calls `f`, never decides to stop, never sees a pytree; every sample is
-    treated by itself, so a sample that is not finite stays the only one.
+    their first axis. A solver never calls `f`, never decides to stop, never sees a pytree; the values of a
+    sample depend on nothing but that sample, so one that is not finite stays the only one.
 
     `init` and `step` are all a solver needs. The other methods are hooks for those that can do more.
     """
@@ -68,6 +68,14 @@ class Solver(ABC):
     def direction(self, state: Any) -> Tensor | None:
         """Direction v (B, D) if the next `step` wants the product J v in place of `fz`."""
         return None
+
+    def settle(
+        self,
+        z: Tensor,  # (B, D), from the last `step`
+        state: Any,
+    ) -> Tensor:
+        """What to return when a fixed number of steps ends with `z`."""
+        return z
 
     def rejections(self, state: Any) -> dict[str, Tensor]:
         """How often a step of each sample was refused, by cause, int64 (B,)."""

@@ -37,14 +37,16 @@ class NewtonKrylov(Solver):
 
     GMRES needs products J v only. "difference" gets each from one more evaluation of the cell,
     (f(z + h v) - f(z)) / h, which any cell allows and whose relative error is about the square root of the
-    rounding unit; "jvp" gets it exactly from forward-mode differentiation (`torch.func.jvp`), in one call
-    of the cell that costs about two. Either way every product is a solver step, counted in `nfe`. The
-    linear systems are solved as exactly as it pays (Eisenstat & Walker 1996, SIAM J. Sci. Comput. 17,
-    choice 2; Knoll & Keyes 2004, J. Comput. Phys. 193; GMRES: Saad & Schultz 1986).
+    rounding unit (of the state: a cell that works in half precision needs "jvp"). "jvp" gets it exactly
+    from forward-mode differentiation (`torch.func.jvp`), in one call of the cell that costs about two.
+    Either way every product is a solver step, counted in `nfe`. The linear systems are solved as exactly
+    as it pays (Eisenstat & Walker 1996, SIAM J. Sci. Comput. 17, choice 2; Knoll & Keyes 2004, J. Comput.
+    Phys. 193; GMRES: Saad & Schultz 1986).
 
     Evaluations come in bursts: up to `memory` without progress, then a large step. Give it room:
-    `Stopping.patience` counts every one of them. Reads one flag from the device a step. Memory:
-    `memory` + 8 states.
+    `Stopping.patience` counts every one of them. The samples of a batch go through these bursts together,
+    so a hard one may cost the others steps (not change what they converge to). Reads one flag from the
+    device a step. Memory: `memory` + 8 states.
 
     Args:
         memory: most products a Newton step.
@@ -95,6 +97,10 @@ class NewtonKrylov(Solver):
     def rejections(self, state: NewtonKrylovState) -> dict[str, Tensor]:
         """Newton steps that were shortened because the residual had grown."""
         return {"growth": state.backtracks}
+
+    def settle(self, z: Tensor, state: NewtonKrylovState) -> Tensor:
+        """Not a point that was only looked at for its derivative."""
+        return z if state.inner < 0 else state.base
 
     def direction(self, state: NewtonKrylovState) -> Tensor | None:
         """The basis vector whose product is wanted, with `derivative="jvp"`."""

@@ -69,6 +69,11 @@ class SecantSolver(Solver):
     ) -> Tensor:
         """Matrix (B, m, m) of the system for gamma; where a sample is at rest too, not singular."""
 
+    def largest_coefficient(self, dtype: torch.dtype) -> float:
+        """Entries of gamma from here on mean a singular system."""
+        # Columns carry rounding errors, and gamma enlarges them: beyond this they are all that is left.
+        return float(3 * torch.finfo(dtype).eps ** -0.5)
+
     def init(self, z0: Tensor) -> SecantState:
         """Empty history."""
         batch, width = z0.shape
@@ -241,8 +246,7 @@ class SecantSolver(Solver):
         rhs = products(state.left[:, :size], residual).to(squares.dtype)
         crosses = squares if self.uses_residuals else state.crosses[:, :size, :size]
         usable = None if state.born is None else state.born[:, :size] >= 0
-        # Columns carry rounding errors, and gamma enlarges them: beyond this they are all that is left.
-        limit = 3 * torch.finfo(residual.dtype).eps ** -0.5
+        limit = self.largest_coefficient(residual.dtype)
         gamma, failed = solve_small(self.system(squares, crosses, state), rhs, usable, limit=limit)
         if failed is not None:
             state = _forget(state, failed, cause="singular")
