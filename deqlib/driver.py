@@ -56,7 +56,6 @@ def iterate(
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
         compact: `f` again if finished samples are to leave the batch that it sees.
     """
-    unit_norms = norms if unit_norms is None else unit_norms
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
         return _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
@@ -64,7 +63,7 @@ def iterate(
 
 
 def _iterate_fixed(
-    f: Map, z0: Tensor, solver: Solver, state: Any, stopping: Stopping, unit_norms: UnitNorms
+    f: Map, z0: Tensor, solver: Solver, state: Any, stopping: Stopping, unit_norms: UnitNorms | None
 ) -> Solution:
     """A fixed number of steps: the value is the last iterate."""
     z, trace = z0, []
@@ -115,14 +114,16 @@ def _evaluate(f: Map, z: Tensor, direction: Tensor | None) -> tuple[Tensor, Tens
     return fz, product
 
 
-def _measure(z: Tensor, fz: Tensor, unit_norms: UnitNorms, rule: Stopping) -> tuple[Tensor, Tensor, Tensor]:
+def _measure(
+    z: Tensor, fz: Tensor, unit_norms: UnitNorms | None, rule: Stopping
+) -> tuple[Tensor, Tensor, Tensor]:
     """Residual, relative residual and whether the tolerance is met, (B,) each, off the tape.
 
     A sample of several units is as far off as the farthest of them.
     """
     if torch.is_grad_enabled():
         z, fz = z.detach(), fz.detach()
-    residual, scale = unit_norms(fz - z), unit_norms(fz)
+    residual, scale = norms(fz - z, fz) if unit_norms is None else (unit_norms(fz - z), unit_norms(fz))
     # 0 where the residual is 0, the fixed point at the origin included; NaN where both are infinite.
     relative = residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     if rule.atol:
@@ -175,9 +176,13 @@ class _Progress:
     ) -> None:
         """Keep the better iterates, retire the samples that are done."""
         looking = can_look(z)
+        if step == 0:  # a first iterate is the best so far, whatever it is
+            self.best, self.best_residual, self.best_relative = z, residual, relative
+            self._retire(step, self.active & met, ~(residual < torch.inf), looking)
+            return
         improved = residual < self.best_residual  # false for NaN
         # The way of most steps, and the cheapest: nobody is done before this step, everybody got better.
-        self.all_improved = looking and self.all_active and step > 0 and bool(improved.all())
+        self.all_improved = looking and self.all_active and bool(improved.all())
         if self.all_improved:
             self.best, self.best_residual, self.best_relative = z, residual, relative
             self.improved_at = step
@@ -189,27 +194,32 @@ class _Progress:
         active = self.active
         converged = active & met
         # Blow-up is judged before the best is updated.
-        sound = self.all_improved | (residual <= rule.blowup * self.best_residual) & (residual < torch.inf)
-        # A first iterate is the best so far, whatever it is.
-        better = converged | active & improved if step else active
-        if not self.all_improved:
+        unsound = ~((residual <= rule.blowup * self.best_residual) & (residual < torch.inf))
+        better = converged | active & improved
+        if not self.all_improved and not (looking and not bool(better.any())):
             self.best = torch.where(better.unsqueeze(1), z, self.best)
             self.best_residual = torch.where(better, residual, self.best_residual)
             self.best_relative = torch.where(better, relative, self.best_relative)
             self.best_step = torch.where(better, step, self.best_step)
-        diverged = active & ~sound & ~converged
-        finished = converged | diverged
-        outcomes = [(Status.CONVERGED, converged), (Status.DIVERGED, diverged)]
+        stalled = None
         if rule.patience is not None and step >= rule.patience:
-            stalled = active & (step - self.best_step >= rule.patience) & ~finished
-            finished = finished | stalled
-            outcomes.append((Status.STALLED, stalled))
+            stalled = active & (step - self.best_step >= rule.patience)
+        self._retire(step, converged, active & unsound, looking, stalled)
+
+    def _retire(
+        self, step: int, converged: Tensor, diverged: Tensor, looking: bool, stalled: Tensor | None = None
+    ) -> None:
+        """Samples that are done; a sample that is several of these is the first."""
+        finished = converged | diverged if stalled is None else converged | diverged | stalled
         if looking and not bool(finished.any()):
             return
-        for status, which in outcomes:
+        outcomes = [(Status.DIVERGED, diverged), (Status.CONVERGED, converged)]
+        if stalled is not None:
+            outcomes.insert(0, (Status.STALLED, stalled))
+        for status, which in outcomes:  # the last to be written counts
             self.status = torch.where(which, int(status), self.status)
         self.num_steps = torch.where(finished, step, self.num_steps)
-        self.active, self.all_active = active & ~finished, False
+        self.active, self.all_active = self.active & ~finished, False
 
     def take(self, samples: Tensor) -> _Progress:
         """Of these samples alone."""
@@ -254,7 +264,7 @@ class _Solve:
         solver: Solver,
         state: Any,
         stopping: Stopping,
-        unit_norms: UnitNorms,
+        unit_norms: UnitNorms | None,
         compact: Takeable | None,
     ) -> None:
         self.f, self.rule, self.unit_norms, self.compact = f, stopping, unit_norms, compact
@@ -342,8 +352,10 @@ class _Solve:
         self, step: int, z: Tensor, fz: Tensor, product: Tensor, moved: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Let finished samples leave the batch that the map sees, if asked and if it pays."""
+        if self.compact is None:
+            return z, fz, product, moved
         finished = len(z) - self.num_active
-        if self.compact is None or finished == 0 or finished < _DROP * len(z):
+        if finished == 0 or finished < _DROP * len(z):
             return z, fz, product, moved
         self._save_progress(step)
         keep = self.progress.active.nonzero().squeeze(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Layout:
 
     def ravel(self, tree: Any) -> Tensor:
         """Pytree of this layout -> (B, D). Raises `ValueError` when `tree` is of another layout."""
+        if self._fits(tree):  # the common case, without the cost of the general one
+            flat: Tensor = tree.flatten(1)
+            return flat
         leaves, spec = tree_flatten(tree)
         if spec != self.spec:
             raise ValueError(
@@ -43,12 +47,29 @@ class Layout:
 
     def unravel(self, flat: Tensor) -> Any:
         """(B, D) -> pytree, every leaf in its own shape and dtype."""
+        if self.is_plain:
+            return flat.view(self.shapes[0])
         parts = torch.split(flat, [_width(shape) for shape in self.shapes], 1)
         leaves = [
             part.reshape(shape).to(dtype)
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         ]
         return tree_unflatten(leaves, self.spec)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the state is one tensor that lies as it is, in its own type."""
+        shape = self.shapes[0]
+        return self.spec.is_leaf() and self.dtypes[0] == self.dtype and len(shape) > 1 and shape.numel() > 0
+
+    def _fits(self, tree: Any) -> bool:
+        return (
+            self.is_plain
+            and isinstance(tree, Tensor)
+            and tree.shape == self.shapes[0]
+            and tree.dtype == self.dtype
+            and tree.device == self.device
+        )
 
     def of_batch(self, batch: int) -> Layout:
         """The layout of another number of samples."""

@@ -110,23 +110,21 @@ def small_dtype(z: Tensor) -> torch.dtype:
 
 
 def norms(
-    z: Tensor,  # (B, D)
-) -> Tensor:
-    """Euclidean norm of each sample, shape (B,), off the tape; right at every scale that the type holds."""
-    z = z.detach()
-    if z.dtype == torch.float32 and z.numel():
-        # Squares of numbers beyond 1e19, or all below 1e-19, leave the range of float32: then in float64.
-        # Always where the host cannot tell; there the memory is the limit, not the arithmetic.
-        if can_look(z):
-            found: Tensor = torch.linalg.vector_norm(z, dim=1)
-            low, high = found.aminmax()
-            if float(low) > 1e-15 and float(high) < 1e15:
-                return found
-        if small_dtype(z) == torch.float64:
-            found = torch.linalg.vector_norm(z, dim=1, dtype=torch.float64).to(z.dtype)
-            return found
-    found = torch.linalg.vector_norm(z, dim=1)
-    return found
+    *vectors: Tensor,  # (B, D) each
+) -> tuple[Tensor, ...]:
+    """Euclidean norms of each sample, (B,) each, off the tape, right at every scale that the type holds."""
+    found = [torch.linalg.vector_norm(v.detach() if v.requires_grad else v, dim=1) for v in vectors]
+    first = vectors[0]
+    if first.dtype != torch.float32 or small_dtype(first) != torch.float64 or not first.numel():
+        return tuple(found)
+    # Squares of numbers beyond 1e19, or all below 1e-19, leave the range of float32: then in float64.
+    # Always where the host cannot tell; there the memory is the limit, not the arithmetic.
+    if can_look(first):
+        low, high = (torch.stack(found) if len(found) > 1 else found[0]).aminmax()
+        if float(low) > 1e-15 and float(high) < 1e15:
+            return tuple(found)
+    exact = (torch.linalg.vector_norm(v.detach(), dim=1, dtype=torch.float64) for v in vectors)
+    return tuple(norm.to(first.dtype) for norm in exact)
 
 
 def dot(

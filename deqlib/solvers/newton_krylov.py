@@ -111,7 +111,7 @@ class NewtonKrylov(Solver):
         if state.inner >= 0:
             return self._extend(fz, state)
         residual = fz - z
-        norm = norms(residual)
+        norm = norms(residual)[0]
         worse = ~(norm < (1 - 1e-4 * state.length) * state.norm) & state.norm.isfinite() & ~state.finished
         if state.tries <= self.max_backtracks and not torch.compiler.is_compiling() and bool(worse.any()):
             length = torch.where(worse, 0.5 * state.length, state.length)
@@ -137,7 +137,7 @@ class NewtonKrylov(Solver):
         # Eisenstat & Walker: as exact as the last step was good.
         forcing = (0.9 * (norm / state.norm) ** 2).clamp(1e-3, self.forcing)
         forcing = torch.where(state.norm.isfinite(), forcing, torch.full_like(norm, self.forcing))
-        size = torch.maximum(norms(z), norms(fz))
+        size = torch.maximum(*norms(z, fz))
         state = replace(
             state,
             inner=0,

@@ -145,7 +145,7 @@ class SecantSolver(Solver):
         """One evaluation is one step; the first is a Picard step."""
         residual = fz - z
         source = residual if self.uses_residuals else z
-        refused, state = self._judge(norms(residual), state)
+        refused, state = self._judge(norms(residual)[0], state)
         if state.pending:
             state = self._close_column(fz, source, refused, state)
         if refused is not None:
