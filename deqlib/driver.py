@@ -149,9 +149,11 @@ class _Progress:
     best_residual: Tensor
     best_relative: Tensor
     stage: Tensor  # which method a sample is on
+    doubtful: Tensor  # blown up at the last step, which the solver may take back
     # What the host knows without asking the device:
     all_active: bool = True  # nobody is done
     all_improved: bool = False  # everybody did at the last step
+    any_doubtful: bool = False  # somebody may be
     improved_at: int | None = None  # the step at which everybody did, if that is later than `best_step`
 
     @classmethod
@@ -169,10 +171,18 @@ class _Progress:
             best_residual=unknown,
             best_relative=unknown,
             stage=counts,
+            doubtful=torch.zeros_like(counts, dtype=torch.bool),
         )
 
     def observe(
-        self, step: int, z: Tensor, residual: Tensor, relative: Tensor, met: Tensor, rule: Stopping
+        self,
+        step: int,
+        z: Tensor,
+        residual: Tensor,
+        relative: Tensor,
+        met: Tensor,
+        rule: Stopping,
+        lenient: bool,
     ) -> None:
         """Keep the better iterates, retire the samples that are done."""
         looking = can_look(z)
@@ -186,6 +196,8 @@ class _Progress:
         if self.all_improved:
             self.best, self.best_residual, self.best_relative = z, residual, relative
             self.improved_at = step
+            if self.any_doubtful:
+                self.doubtful, self.any_doubtful = torch.zeros_like(self.doubtful), False
             if not bool(met.any()):
                 return
         if self.improved_at is not None:
@@ -201,10 +213,14 @@ class _Progress:
             self.best_residual = torch.where(better, residual, self.best_residual)
             self.best_relative = torch.where(better, relative, self.best_relative)
             self.best_step = torch.where(better, step, self.best_step)
+        diverged = active & unsound
+        if lenient:
+            diverged, self.doubtful = diverged & self.doubtful, unsound
+            self.any_doubtful = True
         stalled = None
         if rule.patience is not None and step >= rule.patience:
             stalled = active & (step - self.best_step >= rule.patience)
-        self._retire(step, converged, active & unsound, looking, stalled)
+        self._retire(step, converged, diverged, looking, stalled)
 
     def _retire(
         self, step: int, converged: Tensor, diverged: Tensor, looking: bool, stalled: Tensor | None = None
@@ -269,6 +285,7 @@ class _Solve:
     ) -> None:
         self.f, self.rule, self.unit_norms, self.compact = f, stopping, unit_norms, compact
         self.solver, self.stages = solver, solver.stages
+        self.lenient = any(stage.undoes for stage in self.stages)
         self.groups = [_Group(0, self.stages[0], state, None)]
         self.progress = self.everyone = _Progress.start(z0)
         self.samples: Tensor | None = None  # those that the map sees; None: all
@@ -301,7 +318,7 @@ class _Solve:
     def _observe(self, step: int, z: Tensor, fz: Tensor) -> None:
         """Take stock of an evaluation."""
         residual, relative, met = _measure(z, fz, self.unit_norms, self.rule)
-        self.progress.observe(step, z, residual, relative, met, self.rule)
+        self.progress.observe(step, z, residual, relative, met, self.rule, self.lenient)
         if self.samples is not None:
             relative = self.everyone.best_relative.index_copy(0, self.samples, relative)
         self.trace.append(relative)

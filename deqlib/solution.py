@@ -30,9 +30,10 @@ class Status(IntEnum):
 
 
 _ADVICE = {
-    Status.MAX_STEPS: "raise Stopping.max_steps, loosen rtol, or use a faster solver such as Anderson()",
+    Status.MAX_STEPS: "raise Stopping.max_steps, loosen rtol, or use a faster solver such as Auto()",
     Status.STALLED: (
-        "loosen rtol (the cell's precision may not reach it), or try Broyden() with a larger memory"
+        "loosen rtol (the cell's precision may not reach it), raise Stopping.patience, or use Auto(), which "
+        "tries several methods"
     ),
     Status.DIVERGED: (
         "make the cell contractive (normalise it, scale its weights down), use damping, "

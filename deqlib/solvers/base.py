@@ -89,6 +89,11 @@ class Solver(ABC):
         return torch.zeros_like(since, dtype=torch.bool)
 
     @property
+    def undoes(self) -> bool:
+        """Whether a step that blew up is taken back by the next one; then the driver waits for that."""
+        return False
+
+    @property
     def stages(self) -> tuple[Solver, ...]:
         """Solvers to try in turn; a sample that one gives up goes on with the next."""
         return (self,)

@@ -98,6 +98,11 @@ class NewtonKrylov(Solver):
         """Newton steps that were shortened because the residual had grown."""
         return {"growth": state.backtracks}
 
+    @property
+    def undoes(self) -> bool:
+        """Steps that grow the residual are shortened."""
+        return True
+
     def settle(self, z: Tensor, state: NewtonKrylovState) -> Tensor:
         """Not a point that was only looked at for its derivative."""
         return z if state.inner < 0 else state.base

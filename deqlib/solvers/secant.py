@@ -56,6 +56,11 @@ class SecantSolver(Solver):
     restart: int | None
 
     @property
+    def undoes(self) -> bool:
+        """Steps that grow the residual too much are refused."""
+        return True
+
+    @property
     @abstractmethod
     def uses_residuals(self) -> bool:
         """Whether `left` holds differences of residuals; else of iterates, and `crosses` is kept."""
@@ -196,8 +201,8 @@ class SecantSolver(Solver):
         looking = can_look(norm)
         refused = None
         # A plain step is never refused, so refusing cannot go on for ever.
-        if state.count and not (looking and not bool((norm > state.best).any())):
-            refused = norm > self.growth * state.best
+        if state.count and not (looking and bool((norm <= state.best).all())):
+            refused = ~(norm <= self.growth * state.best)  # true for NaN
             if looking and not bool(refused.any()):
                 refused = None
             elif state.born is not None:
