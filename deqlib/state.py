@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     dtype: torch.dtype  # of the flat tensor: the leaves' common type, at least float32
+    is_plain: bool  # the state is one tensor that lies as it is, in its own type
 
     def ravel(self, tree: Any) -> Tensor:
         """Pytree of this layout -> (B, D). Raises `ValueError` when `tree` is of another layout."""
@@ -55,12 +55,6 @@ class Layout:
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         ]
         return tree_unflatten(leaves, self.spec)
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether the state is one tensor that lies as it is, in its own type."""
-        shape = self.shapes[0]
-        return self.spec.is_leaf() and self.dtypes[0] == self.dtype and len(shape) > 1 and shape.numel() > 0
 
     def _fits(self, tree: Any) -> bool:
         return (
@@ -234,12 +228,15 @@ def flatten(cell: Callable[..., Any], z0: Any, inputs: tuple[Any, ...] = ()) -> 
     dtype = leaves[0].dtype
     for leaf in leaves[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
+    flat_dtype = torch.float32 if dtype in _HALF else dtype
+    first = leaves[0]
     layout = Layout(
         spec=spec,
         shapes=tuple(leaf.shape for leaf in leaves),
         dtypes=tuple(leaf.dtype for leaf in leaves),
         device=leaves[0].device,
-        dtype=torch.float32 if dtype in _HALF else dtype,
+        dtype=flat_dtype,
+        is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
     return FlatMap(cell, inputs, layout), layout.ravel(z0)
 
