@@ -348,8 +348,6 @@ class _Solve:
         moved = (failed | stuck) & (known.stage < len(self.stages) - 1) & (known.best_residual < torch.inf)
         if not bool(moved.any()):
             return None
-        if known.improved_at is not None:
-            known.best_step, known.improved_at = torch.full_like(known.best_step, known.improved_at), None
         known.active = known.active | moved
         known.status = torch.where(moved, int(Status.MAX_STEPS), known.status)
         known.best_step = torch.where(moved, step, known.best_step)
