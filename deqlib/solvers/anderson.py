@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import combination
+from .base import combination, products, small_dtype
 from .secant import SecantSolver, SecantState
 
 
@@ -62,16 +62,24 @@ class Anderson(SecantSolver):
         """Type II projects on differences of residuals, type I on those of iterates."""
         return self.kind == "II"
 
-    def system(self, squares: Tensor, crosses: Tensor, state: SecantState) -> Tensor:
-        """dR^T dR, or dZ^T dR = dZ^T dF - dZ^T dZ; away from singular by the ridge."""
-        system = squares.clone() if self.uses_residuals else crosses - squares
-        diagonal, tiny = system.diagonal(dim1=1, dim2=2), torch.finfo(system.dtype).tiny
+    @property
+    def method(self) -> str:
+        """Type I or II."""
+        return f"Anderson of type {self.kind}"
+
+    def entries(self, left: Tensor, df: Tensor, newest: int) -> tuple[Tensor, Tensor]:
+        """Of dR^T dR or dZ^T dR; the diagonal is moved away from zero by the ridge."""
+        row = products(left, left[:, newest])
         if self.uses_residuals:
-            diagonal.mul_(1 + self.ridge).add_(tiny)
+            column = row.to(small_dtype(row), copy=True)
+            column[:, newest].mul_(1 + self.ridge)
         else:
             # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
-            diagonal.sub_(self.ridge * squares.diagonal(dim1=1, dim2=2) + tiny)
-        return system
+            column = products(left, df[:, newest] - left[:, newest]).to(small_dtype(row), copy=True)
+            column[:, newest].sub_(self.ridge * row[:, newest])
+            row = products(df, left[:, newest]) - row
+        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
+        return row, column
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:
         """In type I also what the ridge alone would give, where residuals do not change with the iterate."""

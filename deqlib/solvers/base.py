@@ -187,8 +187,8 @@ def solve_small(
         system = torch.where(usable.unsqueeze(1) & usable.unsqueeze(2), system, identity)
         rhs = torch.where(usable, rhs, torch.zeros_like(rhs))
     found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
-    size = found.detach().abs().amax(1)
-    if can_look(found) and bool((size < limit).all()):
+    size = found.detach().abs()
+    if can_look(found) and size.numel() and float(size.max()) < limit:  # false for NaN
         return found, None
-    failed = ~(size < limit)  # true for NaN
+    failed = ~(size.amax(1) < limit)
     return torch.where(failed.unsqueeze(1), torch.zeros_like(found), found), failed

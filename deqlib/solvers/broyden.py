@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .secant import SecantSolver, SecantState
+from .base import products, small_dtype
+from .secant import SecantSolver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Broyden(SecantSolver):
     of dZ^T dZ. When the memory is full the oldest pair leaves and what remains is exactly the method run
     on the remaining pairs, so the newest secant equation B dr = dz always holds.
 
-    Costs five products with the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 4
+    Costs four products with the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 5
     more while a solve runs. Reaches fixed points that repel Picard.
 
     Args:
@@ -48,10 +49,14 @@ class Broyden(SecantSolver):
         """Projects on differences of iterates."""
         return False
 
-    def system(self, squares: Tensor, crosses: Tensor, state: SecantState) -> Tensor:
-        """dZ^T dR + L = dZ^T dF - dZ^T dZ + L."""
-        born = state.births()[:, : squares.shape[1]]
-        newer = born.unsqueeze(2) > born.unsqueeze(1)
-        system = crosses - torch.where(newer, torch.zeros_like(squares), squares)
-        system.diagonal(dim1=1, dim2=2).sub_(torch.finfo(system.dtype).tiny)
-        return system
+    @property
+    def method(self) -> str:
+        """Broyden."""
+        return "Broyden"
+
+    def entries(self, left: Tensor, df: Tensor, newest: int) -> tuple[Tensor, Tensor]:
+        """Of dZ^T dR + L: dZ^T dF where the row is newer, dZ^T dR elsewhere."""
+        dz = left[:, newest]
+        column = products(left, df[:, newest] - dz).to(small_dtype(dz), copy=True)
+        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
+        return products(df, dz), column

@@ -1,8 +1,9 @@
 """What Anderson acceleration and Broyden's method share: a history of differences, and safeguards.
 
 Both take z <- f(z) - dF gamma, with dF the last differences of f-values; they differ in the small system
-that gives gamma. Its entries are inner products of the columns dF with those of a second set, `left`:
-differences of residuals (Anderson, type II) or of iterates (type I and Broyden).
+that gives gamma. Its right side is left^T r, with a second set of columns, `left`: differences of residuals
+(Anderson, type II) or of iterates (type I and Broyden). Its matrix is kept, and a new column adds a row and
+a column to it.
 
 A column is made in place. Its slot first holds the value at an iterate ("pending"); when the next iterate
 arrives, that is subtracted. So the history takes 2 * memory states and nothing else of the past is kept.
@@ -12,33 +13,34 @@ The sign of a column does not matter as long as both sets agree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Solver, can_look, is_recorded, norms, products, small_dtype, solve_small, write_row
+from .base import Solver, can_look, is_recorded, products, small_dtype, solve_small, write_row
 
 _CAUSES = ("growth", "singular", "stagnation")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SecantState:
-    """History of a batch."""
+    """History of a batch. A step changes it in place."""
 
     count: int  # columns begun so far; the next one lies at count % memory
     pending: bool  # whether that slot holds the values of the iterate before
     window: int  # steps since `then` was taken
     df: Tensor  # (B, memory, D)
     left: Tensor  # (B, memory, D)
-    squares: Tensor  # (B, memory, memory), left times left
-    crosses: Tensor  # (B, memory, memory), left times df; (B, 0) where the system does not need it
+    system: Tensor  # (B, memory, memory), the matrix for gamma
     best: Tensor  # (B,), smallest residual
     then: Tensor  # (B,), what it was a window ago
     causes: Tensor  # (B, 3), steps refused, by cause
     born: Tensor | None = None  # (B, memory), see `births`; None while all samples have the same history
     frozen: Tensor | None = None  # (B,), samples whose history is to be left alone
+    uses_residuals: bool = True  # what `left` holds, see `SecantSolver`
+    method: str = ""  # whose matrix it is
 
     def births(self) -> Tensor:
         """The count at which each column was made, -1 where there is none, (B, memory)."""
@@ -65,14 +67,19 @@ class SecantSolver(Solver):
     def uses_residuals(self) -> bool:
         """Whether `left` holds differences of residuals; else of iterates, and `crosses` is kept."""
 
+    @property
     @abstractmethod
-    def system(
+    def method(self) -> str:
+        """Names the matrix, so that a history is not taken for another's."""
+
+    @abstractmethod
+    def entries(
         self,
-        squares: Tensor,  # (B, m, m)
-        crosses: Tensor,  # (B, m, m)
-        state: SecantState,
-    ) -> Tensor:
-        """Matrix (B, m, m) of the system for gamma; where a sample is at rest too, not singular."""
+        left: Tensor,  # (B, m, D)
+        df: Tensor,  # (B, m, D)
+        newest: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Row and column (B, m) that one of the columns adds to the matrix; the diagonal is the column's."""
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:
         """Entries of gamma from here on mean a singular system."""
@@ -82,7 +89,6 @@ class SecantSolver(Solver):
     def init(self, z0: Tensor) -> SecantState:
         """Empty history."""
         batch, width = z0.shape
-        matrix = z0.new_zeros(batch, self.memory, self.memory, dtype=small_dtype(z0))
         unknown = z0.new_full((batch,), torch.inf)
         return SecantState(
             count=0,
@@ -90,11 +96,12 @@ class SecantSolver(Solver):
             window=0,
             df=z0.new_empty(batch, self.memory, width),
             left=z0.new_empty(batch, self.memory, width),
-            squares=matrix,
-            crosses=matrix.new_empty(batch, 0) if self.uses_residuals else matrix.clone(),
+            system=z0.new_zeros(batch, self.memory, self.memory, dtype=small_dtype(z0)),
             best=unknown,
             then=unknown,
             causes=torch.zeros(batch, len(_CAUSES), dtype=torch.int64, device=z0.device),
+            uses_residuals=self.uses_residuals,
+            method=self.method,
         )
 
     def resume(self, state: Any, z0: Tensor) -> SecantState:
@@ -107,6 +114,11 @@ class SecantSolver(Solver):
             raise ValueError(
                 f"state: expected the state of a {type(self).__name__} solve of {expected} "
                 f"(batch, memory, numbers a sample) in {z0.dtype}, got {got}; leave it out to start afresh"
+            )
+        if state.method != self.method:
+            raise ValueError(
+                f"state: expected the state of a solve by {self.method}, got one by {state.method}; leave it "
+                "out to start afresh"
             )
         return self.adopt(state, z0)
 
@@ -122,15 +134,20 @@ class SecantSolver(Solver):
             births[:, state.count % state.df.shape[1]] = -1
         births = births[:, slots]
         df, left = state.df[:, slots].detach(), state.left[:, slots].detach()
-        if (state.crosses.dim() == 2) != self.uses_residuals:
+        if state.uses_residuals != self.uses_residuals:
             left = df - left  # differences of residuals and of iterates add up to those of f-values
         fresh.df[:, :kept], fresh.left[:, :kept] = df, left
-        fresh.squares[:, :kept, :kept] = left @ left.mT
-        if not self.uses_residuals:
-            fresh.crosses[:, :kept, :kept] = left @ df.mT
-        born = torch.full_like(state.births(), -1)[:, :1].repeat(1, self.memory)
-        born[:, :kept] = torch.where(births >= 0, births.argsort(1).argsort(1), -1)
-        return replace(fresh, count=kept, born=born)
+        if state.method == self.method:
+            fresh.system[:, :kept, :kept] = state.system[:, slots][:, :, slots]
+        else:
+            for newest in range(kept):
+                known = slice(newest + 1)
+                row, column = self.entries(left[:, known], df[:, known], newest)
+                fresh.system[:, newest, known], fresh.system[:, known, newest] = row, column
+        fresh.count = kept
+        fresh.born = births.new_full((len(births), self.memory), -1)
+        fresh.born[:, :kept] = torch.where(births >= 0, births.new_tensor(range(kept)), -1)
+        return fresh
 
     def freeze(self, state: SecantState, finished: Tensor) -> SecantState:
         """Leave the history of finished samples alone."""
@@ -140,7 +157,8 @@ class SecantSolver(Solver):
             born = born.clone()
             slot = state.count % self.memory
             born[:, slot] = torch.where(fresh, -1, born[:, slot])
-        return replace(state, frozen=finished, born=born)
+        state.frozen, state.born = finished, born
+        return state
 
     def rejections(self, state: SecantState) -> dict[str, Tensor]:
         """By cause: the residual grew, the system was singular, the best residual stagnated."""
@@ -150,28 +168,27 @@ class SecantSolver(Solver):
         """One evaluation is one step; the first is a Picard step."""
         residual = fz - z
         source = residual if self.uses_residuals else z
-        refused, state = self._judge(norms(residual)[0], state)
+        refused = self._judge(torch.linalg.vector_norm(residual.detach(), dim=1), state)
         if state.pending:
-            state = self._close_column(fz, source, refused, state)
+            self._close_column(fz, source, refused, state)
         if refused is not None:
-            state = _forget(state, refused, cause="growth")
-        gamma, state = self._coefficients(residual, state)
+            _forget(state, refused, cause="growth")
+        gamma = self._coefficients(residual, state)
         slot = state.count % self.memory
         if self._needs_residual:
             z_next = self._combine(fz, residual, gamma, state)
-            left = _put(state.left, slot, source, refused, state)
+            state.left = _put(state.left, slot, source, refused, state)
         else:
             # The order saves a state of memory: the residual is freed before its place is needed.
-            left = _put(state.left, slot, source, refused, state)
+            state.left = _put(state.left, slot, source, refused, state)
             del residual, source
             z_next = self._combine(fz, None, gamma, state)
-        df = _put(state.df, slot, fz, refused, state)
-        born = state.born
-        if born is not None:
-            born = _set_birth(born, slot, -1, state.frozen)
-        state = replace(state, pending=True, df=df, left=left, born=born)
+        state.df = _put(state.df, slot, fz, refused, state)
+        if state.born is not None:
+            state.born = _set_birth(state.born, slot, -1, state.frozen)
+        state.pending = True
         if refused is not None:
-            z_next = self._half_step(z_next, refused, df[:, slot], left[:, slot])
+            z_next = self._half_step(z_next, refused, state.df[:, slot], state.left[:, slot])
         return z_next, state
 
     def _half_step(self, z_next: Tensor, refused: Tensor, fz: Tensor, source: Tensor) -> Tensor:
@@ -196,7 +213,7 @@ class SecantSolver(Solver):
             return fz
         return torch.baddbmm(fz.unsqueeze(1), gamma.unsqueeze(1), state.df[:, :size], alpha=-1).squeeze(1)
 
-    def _judge(self, norm: Tensor, state: SecantState) -> tuple[Tensor | None, SecantState]:
+    def _judge(self, norm: Tensor, state: SecantState) -> Tensor | None:
         """Which samples must undo their last step (None: none); stagnating ones forget their history."""
         looking = can_look(norm)
         refused = None
@@ -209,59 +226,48 @@ class SecantSolver(Solver):
                 refused = refused & (state.born >= 0).any(1)
         if refused is not None and state.frozen is not None:
             refused = refused & ~state.frozen
-        best, window = torch.fmin(state.best, norm), state.window + 1
-        if self.restart is None or window < self.restart:
-            return refused, replace(state, best=best, window=window)
-        stagnated = (best >= state.then) & (best < torch.inf)
+        state.best, state.window = torch.fmin(state.best, norm), state.window + 1
+        if self.restart is None or state.window < self.restart:
+            return refused
+        stagnated = (state.best >= state.then) & (state.best < torch.inf)
         if state.frozen is not None:
             stagnated = stagnated & ~state.frozen
-        state = replace(state, best=best, then=best, window=0)
+        state.then, state.window = state.best, 0
         if state.count and not (looking and not bool(stagnated.any())):
-            state = _forget(state, stagnated, cause="stagnation")
-        return refused, state
+            _forget(state, stagnated, cause="stagnation")
+        return refused
 
-    def _close_column(
-        self, fz: Tensor, source: Tensor, refused: Tensor | None, state: SecantState
-    ) -> SecantState:
-        """Turn the pending values into a column, unless refused, and compute its inner products."""
+    def _close_column(self, fz: Tensor, source: Tensor, refused: Tensor | None, state: SecantState) -> None:
+        """Turn the pending values into a column, unless refused, and extend the matrix."""
         slot, size = state.count % self.memory, min(state.count + 1, self.memory)
         spared = state.frozen if refused is None or state.frozen is None else state.frozen | refused
         spared = refused if spared is None else spared
-        df, left = _subtract(state.df, slot, fz, spared), _subtract(state.left, slot, source, spared)
-        newest = left[:, slot]
-        row = products(left[:, :size], newest)
-        squares = _write_cross(state.squares, slot, row, row, state)
-        crosses = state.crosses
-        if not self.uses_residuals:
-            down, across = products(left[:, :size], df[:, slot]), products(df[:, :size], newest)
-            crosses = _write_cross(crosses, slot, across, down, state)
-        born = state.born
-        if born is not None:
-            born = _set_birth(born, slot, state.count, state.frozen)
-        return replace(
-            state, count=state.count + 1, df=df, left=left, squares=squares, crosses=crosses, born=born
-        )
+        state.df = _subtract(state.df, slot, fz, spared)
+        state.left = _subtract(state.left, slot, source, spared)
+        row, column = self.entries(state.left[:, :size], state.df[:, :size], slot)
+        state.system = _write_cross(state.system, slot, row, column, state.frozen)
+        if state.born is not None:
+            state.born = _set_birth(state.born, slot, state.count, state.frozen)
+        state.count += 1
 
-    def _coefficients(self, residual: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
+    def _coefficients(self, residual: Tensor, state: SecantState) -> Tensor:
         """gamma (B, columns), zero where the system cannot be solved: those samples start anew."""
         size = min(state.count, self.memory)
         if size == 0:
-            return residual.new_zeros(len(residual), 0), state
-        squares = state.squares[:, :size, :size]
-        rhs = products(state.left[:, :size], residual).to(squares.dtype)
-        crosses = squares if self.uses_residuals else state.crosses[:, :size, :size]
+            return residual.new_zeros(residual.shape[0], 0)
+        system = state.system[:, :size, :size]
+        rhs = products(state.left[:, :size], residual).to(system.dtype)
         usable = None if state.born is None else state.born[:, :size] >= 0
-        limit = self.largest_coefficient(residual.dtype)
-        gamma, failed = solve_small(self.system(squares, crosses, state), rhs, usable, limit=limit)
+        gamma, failed = solve_small(system, rhs, usable, limit=self.largest_coefficient(residual.dtype))
         if failed is not None:
-            state = _forget(state, failed, cause="singular")
-        return gamma.to(residual.dtype), state
+            _forget(state, failed, cause="singular")
+        return gamma.to(residual.dtype)
 
 
 def _common_births(state: SecantState) -> Tensor:
     """The births (1, memory) that all samples share."""
-    memory = state.squares.shape[1]
-    slots = torch.arange(memory, device=state.squares.device)
+    memory = state.system.shape[1]
+    slots = torch.arange(memory, device=state.system.device)
     return (state.count - 1 - (state.count - 1 - slots) % memory).clamp_min(-1).unsqueeze(0)
 
 
@@ -271,11 +277,11 @@ def _set_birth(born: Tensor, slot: int, birth: int, frozen: Tensor | None) -> Te
     return born
 
 
-def _forget(state: SecantState, which: Tensor, *, cause: str) -> SecantState:
+def _forget(state: SecantState, which: Tensor, *, cause: str) -> None:
     """These samples lose their columns."""
-    causes = state.causes.clone()
-    causes[:, _CAUSES.index(cause)] += which
-    return replace(state, causes=causes, born=state.births().masked_fill(which.unsqueeze(1), -1))
+    state.causes = state.causes.clone()
+    state.causes[:, _CAUSES.index(cause)] += which
+    state.born = state.births().masked_fill(which.unsqueeze(1), -1)
 
 
 def _subtract(rows: Tensor, slot: int, value: Tensor, spared: Tensor | None) -> Tensor:
@@ -306,11 +312,11 @@ def _put(rows: Tensor, slot: int, value: Tensor, refused: Tensor | None, state: 
     return write_row(rows, slot, value)
 
 
-def _write_cross(matrix: Tensor, slot: int, row: Tensor, column: Tensor, state: SecantState) -> Tensor:
+def _write_cross(matrix: Tensor, slot: int, row: Tensor, column: Tensor, frozen: Tensor | None) -> Tensor:
     """`matrix` (B, m, m) with the first entries of one row and one column replaced."""
     size = row.shape[1]
-    if state.frozen is not None:
-        frozen = state.frozen.unsqueeze(1)
+    if frozen is not None:
+        frozen = frozen.unsqueeze(1)
         row = torch.where(frozen, matrix[:, slot, :size], row.to(matrix.dtype))
         column = torch.where(frozen, matrix[:, :size, slot], column.to(matrix.dtype))
     if not is_recorded(matrix, row, column):

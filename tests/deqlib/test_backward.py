@@ -635,7 +635,10 @@ def test_weights_cast_off_the_tape_are_not_used_on_it(
 @by_mode({"implicit": exactly(), "jfb": JFB(), "stochastic": StochasticJFB(no_grad=(20, 20), grad=(9, 9))})
 def test_gradients_under_autocast_are_close_to_those_in_full_precision(backward: Backward) -> None:
     cell = Cell(8)
-    layer = ImplicitLayer(cell, backward=backward, stopping=Stopping(rtol=1e-2), on_failure="ignore")
+    # Picard: steps of the others beyond what half precision can resolve are made of its rounding errors.
+    layer = ImplicitLayer(
+        cell, solver=Picard(), backward=backward, stopping=Stopping(rtol=1e-2), on_failure="ignore"
+    )
     x = torch.randn(4, 8)
     found = []
     for context in (nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):

@@ -77,7 +77,7 @@ def test_init_makes_the_start_from_the_inputs() -> None:
 
 
 def test_an_init_module_is_registered() -> None:
-    layer = ImplicitLayer(lambda z, x: 0.5 * z, init=nn.Linear(2, 7), backward=Unroll())
+    layer = ImplicitLayer(lambda z, x: 0.5 * z + 1, init=nn.Linear(2, 7), backward=Unroll())
     assert "init.weight" in layer.state_dict()
     assert layer(torch.randn(3, 2)).shape == (3, 7)
 

@@ -60,9 +60,16 @@ def test_what_was_learnt_of_a_sample_that_finished_early_is_not_overwritten(name
     left = kept.left if not solver.uses_residuals else kept.df - kept.left
     expected = rates.unsqueeze(2) * (left @ basis)
     torch.testing.assert_close(kept.df[found], expected[found], rtol=1e-8, atol=1e-12)
-    squares = kept.left @ kept.left.mT
+    dr = kept.left if solver.uses_residuals else kept.df - kept.left
+    inner = kept.left @ dr.mT
     pairs = found.unsqueeze(1) & found.unsqueeze(2)
-    torch.testing.assert_close(kept.squares[pairs], squares[pairs], rtol=1e-8, atol=1e-20)
+    sizes = kept.left.norm(dim=2)
+    scale = (sizes.unsqueeze(1) * sizes.unsqueeze(2)).where(pairs, 1.0)
+    if isinstance(solver, Broyden):  # of two columns, the newer is a row: there dF stands for dR
+        newer = (kept.left @ kept.df.mT - kept.system).abs() < (inner - kept.system).abs()
+        assert (newer ^ newer.mT ^ torch.eye(solver.memory, dtype=torch.bool))[pairs].all()
+        inner = torch.where(newer, kept.left @ kept.df.mT, inner)
+    torch.testing.assert_close((kept.system / scale)[pairs], (inner / scale)[pairs], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("new", [Anderson(ridge=0.0), Anderson(kind="I", ridge=0.0)], ids=["II", "I"])
@@ -74,7 +81,7 @@ def test_a_history_is_handed_from_one_method_to_another(old: SecantSolver, new: 
         z, state = old.step(z, base.f(z), state)
     z = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z_next, _ = new.step(z, base.f(z), new.adopt(state, z))
-    torch.testing.assert_close(z_next, base.solution, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z_next, base.solution, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("old", SECANT.values(), ids=SECANT)
@@ -109,6 +116,14 @@ def test_the_newest_columns_are_adopted_where_there_is_less_room() -> None:
     assert adopted.count == 2
 
 
+def test_an_empty_history_may_be_adopted() -> None:
+    base = linear([0.5, 0.2], dtype=torch.float64)
+    for old in SECANT.values():
+        for new in SECANT.values():
+            state = new.adopt(old.init(base.z0), base.z0)
+            assert torch.equal(new.step(base.z0, base.f(base.z0), state)[0], base.f(base.z0))
+
+
 def test_solvers_without_memory_start_afresh() -> None:
     base = linear([0.5, 0.2], dtype=torch.float64)
     for solver in (Picard(), NewtonKrylov(memory=2)):
@@ -130,6 +145,7 @@ def test_a_layer_resumes_a_pytree_state() -> None:
     [
         (3, "got int"),
         (Broyden().init(torch.zeros(4, 8)), r"got one of \(4, 30, 8\) in torch.float32"),
+        (Broyden(memory=10).init(torch.zeros(4, 8)), "by Anderson of type II, got one by Broyden"),
         (Anderson().init(torch.zeros(3, 8)), r"expected the state of a Anderson solve of \(4, 10, 8\)"),
         (Anderson().init(torch.zeros(4, 8).double()), "in torch.float64; leave it out to start afresh"),
     ],
