@@ -258,6 +258,7 @@ class _Group:
     solver: Solver
     state: Any
     rows: Tensor | None  # where they are in the batch that the map sees; None: all of it
+    waits: bool = False  # for its samples to be evaluated where it starts
 
     def of(self, tensor: Tensor) -> Tensor:
         """The rows of a batch that are this group's."""
@@ -357,7 +358,7 @@ class _Solve:
             if len(going):
                 rows, solver = group.of(everyone)[going], self.stages[group.stage + 1]
                 state = solver.adopt(take_samples(group.state, going), known.best[rows])
-                self.groups.append(_Group(group.stage + 1, solver, state, rows))
+                self.groups.append(_Group(group.stage + 1, solver, state, rows, waits=True))
         known.stage = known.stage + moved.to(known.stage.dtype)
         for group in [group for group in self.groups if not bool(self._owned(group).any())]:
             self._close(group)
@@ -400,6 +401,9 @@ class _Solve:
         """What the methods make of an evaluation."""
         z_next = z
         for group in self.groups:
+            if group.waits:
+                group.waits = False
+                continue
             stepped = group.step(z, fz, product)
             z_next = stepped if group.rows is None else z_next.index_copy(0, group.rows, stepped)
         return z_next

@@ -65,7 +65,7 @@ class SecantSolver(Solver):
     @property
     @abstractmethod
     def uses_residuals(self) -> bool:
-        """Whether `left` holds differences of residuals; else of iterates, and `crosses` is kept."""
+        """Whether `left` holds differences of residuals; else of iterates."""
 
     @property
     @abstractmethod
@@ -134,6 +134,10 @@ class SecantSolver(Solver):
             births[:, state.count % state.df.shape[1]] = -1
         births = births[:, slots]
         df, left = state.df[:, slots].detach(), state.left[:, slots].detach()
+        # What a sample lost or blew up must not come back: a coefficient of zero does not silence NaN.
+        births = torch.where((df.sum(2) + left.sum(2)).isfinite(), births, -1)
+        kept_of = (births >= 0).unsqueeze(2)
+        df, left = (torch.where(kept_of, columns, torch.zeros_like(columns)) for columns in (df, left))
         if state.uses_residuals != self.uses_residuals:
             left = df - left  # differences of residuals and of iterates add up to those of f-values
         fresh.df[:, :kept], fresh.left[:, :kept] = df, left

@@ -146,6 +146,31 @@ def test_a_problem_without_solution_is_given_up_in_the_end() -> None:
     assert solution.value.isfinite().all()
 
 
+def test_a_sample_that_overflowed_goes_on_from_its_best_with_a_clean_history() -> None:
+    def cell(z: Tensor) -> Tensor:  # plain iteration from 0 runs into infinity; a fixed point is at 0.25
+        return torch.where(z.abs() > 2, torch.inf, 1 - 3 * z)
+
+    auto = Auto(methods=(Picard(), Anderson(), Broyden()), patience=5)
+    start = Anderson(growth=float("inf"))
+    for solver in (auto, Auto(methods=(start, Broyden()), patience=5)):
+        solution = fixed_point(
+            cell,
+            torch.tensor([[0.0], [0.2]]),
+            solver=solver,
+            stopping=Stopping(rtol=1e-4),
+            on_failure="raise",
+        )
+        torch.testing.assert_close(solution.value, torch.full((2, 1), 0.25), rtol=1e-2, atol=0)
+
+    history = start.init(torch.zeros(2, 1))
+    z = torch.zeros(2, 1)
+    for bad in (1.0, 2.0, torch.nan, 3.0):
+        z, history = start.step(z, torch.tensor([[1.0], [bad]]), history)
+    adopted = Broyden().adopt(history, torch.zeros(2, 1))
+    assert adopted.df[:, : adopted.count].isfinite().all()
+    assert (adopted.born[0] >= 0).any()
+
+
 def test_a_fixed_number_of_steps_is_the_first_methods() -> None:
     base = problem()
     auto = iterate(base.f, base.z0, Auto(), Stopping.steps(7))

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a solve that takes longer is timed once only (%(default)s)",
     )
     parser.add_argument(
-        "--overhead-steps", type=int, default=12, help="steps of a solve of `overhead` (%(default)s)"
+        "--overhead-steps", type=int, default=30, help="most steps of a solve of `overhead` (%(default)s)"
     )
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="of the problems only these")
