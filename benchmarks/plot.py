@@ -28,7 +28,8 @@ def traces(problems: list[Problem], rtol: float, evaluations: int, path: Path) -
         axis.set_axis_off()
     for axis, problem in zip(axes.flat, problems, strict=False):
         for name in SHOWN:
-            axis.plot(_trace(problem, name, rtol, evaluations), label=name, linewidth=1.2)
+            style = "--" if name == "Auto" else "-"  # it lies on Anderson wherever that arrives
+            axis.plot(_trace(problem, name, rtol, evaluations), style, label=name, linewidth=1.2)
         axis.axhline(rtol, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=problem.name, yscale="log", ylim=(rtol / 10, 10))
     axes[0, 0].legend(frameon=False, fontsize=8)

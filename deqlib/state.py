@@ -86,7 +86,8 @@ class Layout:
             leaf = part.reshape(len(flat), *shape[1:])
             # In float64 where there is one: squares of small or large numbers leave float32.
             exact = None if flat.device.type == "mps" else torch.float64
-            norms.append(torch.linalg.vector_norm(leaf, dim=axes, dtype=exact).to(flat.dtype).flatten(1))
+            found = torch.linalg.vector_norm(leaf, dim=axes, dtype=exact).to(flat.dtype)
+            norms.append(found.flatten(1) if found.dim() > 1 else found.unsqueeze(1))
         return torch.cat(norms, 1)
 
     def _checked(self, index: int, leaf: Any) -> Tensor:

@@ -49,7 +49,7 @@ class Stopping:
             raise TypeError(f"Stopping: norm_axes must be a tuple of axes or None, got {axes!r}")
         if self.rtol is None:
             check_integer("Stopping", 0, max_steps=self.max_steps)
-            names = ("atol", "check_every", "patience", "blowup")
+            names = ["atol", "check_every", "patience", "blowup"] + ["norm_axes"] * (not self.measure)
             given = {name: getattr(self, name) for name in names}
             inert = {name: value for name, value in given.items() if value != getattr(type(self), name)}
             if inert:

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from deqlib import Stopping
+from deqlib import Picard, Stopping, fixed_point
 
 
 def test_the_defaults_are_those_documented() -> None:
@@ -34,6 +36,9 @@ def test_steps_is_a_fixed_number_of_steps_that_measures_only_when_asked() -> Non
         ({"check_every": 0}, ValueError, "check_every"),
         ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
         ({"blowup": 1.0}, ValueError, r"blowup must be in \(1, inf\], got 1.0"),
+        ({"norm_axes": -1}, TypeError, "norm_axes must be a tuple of axes or None, got -1"),
+        ({"norm_axes": ()}, TypeError, "norm_axes must be a tuple of axes"),
+        ({"rtol": None, "measure": False, "norm_axes": (-1,)}, ValueError, "norm_axes.*has no effect"),
         ({"measure": False}, ValueError, r"measure=False needs a fixed number of steps.*Stopping.steps"),
         ({"rtol": None, "max_steps": -1}, ValueError, "max_steps must be at least 0, got -1"),
         ({"tolerance": 1e-3}, TypeError, "tolerance"),
@@ -62,3 +67,69 @@ def test_a_rule_is_a_value() -> None:
         Stopping().rtol = 1.0  # type: ignore[misc]
     with pytest.raises(TypeError):
         Stopping(1e-3)  # type: ignore[misc]
+
+
+def test_a_schedule_goes_from_one_rule_to_the_other() -> None:
+    start, end = Stopping(rtol=1e-1, max_steps=10, patience=7), Stopping(rtol=1e-3, max_steps=50, atol=1e-2)
+    assert start.towards(end, 0.0) == start
+    half = start.towards(end, 0.5)
+    assert half.rtol == pytest.approx(1e-2)  # geometrically
+    assert half.atol == pytest.approx(5e-3)  # linearly, as one of them is 0
+    assert (half.max_steps, half.patience) == (30, 7)
+    last = start.towards(end, 1.0)
+    assert (last.rtol, last.atol, last.max_steps) == (pytest.approx(1e-3), pytest.approx(1e-2), 50)
+    assert Stopping.steps(4).towards(Stopping.steps(9), 0.6) == Stopping.steps(7)
+
+
+def test_a_schedule_needs_rules_of_one_kind_and_a_fraction() -> None:
+    with pytest.raises(ValueError, match="both rules must have a tolerance"):
+        Stopping().towards(Stopping.steps(3), 0.5)
+    with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 1.5"):
+        Stopping().towards(Stopping(), 1.5)
+
+
+RATES = torch.tensor([0.1, 0.9, 0.5], dtype=torch.float64).view(1, 3, 1)  # of three tokens
+X = torch.tensor([100.0, 1e-3, 1.0], dtype=torch.float64).view(1, 3, 1).expand(2, 3, 4)  # and their sizes
+
+
+def tokens(z: Tensor) -> Tensor:
+    return RATES * z + X
+
+
+def test_with_norm_axes_every_place_converges_by_itself() -> None:
+    results = {}
+    for axes in (None, (-1,), (2,), (1, 2)):
+        rule = Stopping(rtol=1e-3, max_steps=200, norm_axes=axes)
+        with torch.no_grad():
+            results[axes] = fixed_point(tokens, torch.zeros(2, 3, 4).double(), solver=Picard(), stopping=rule)
+    worst = {}
+    for axes, solution in results.items():
+        fz = tokens(solution.value)
+        relative = (fz - solution.value).norm(dim=2) / fz.norm(dim=2)
+        worst[axes] = relative.amax(1)
+        assert solution.converged.all()
+    assert (worst[None] > 1e-2).all()  # the small slow token hides behind the large fast one
+    assert (worst[(-1,)] <= 1e-3).all()
+    torch.testing.assert_close(results[(-1,)].relative_residual, worst[(-1,)])
+    assert torch.equal(results[(-1,)].value, results[(2,)].value)
+    assert torch.equal(results[None].num_steps, results[(1, 2)].num_steps)
+
+
+def test_norm_axes_apply_to_every_leaf_and_must_exist() -> None:
+    z0 = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 5)}
+    cell = lambda z: {"a": 0.5 * z["a"] + 1, "b": 0.9 * z["b"] + 1}  # noqa: E731
+    with torch.no_grad():
+        solution = fixed_point(cell, z0, stopping=Stopping(norm_axes=(-1,)))
+    assert solution.converged.all()
+    for axes in ((2,), (0,), (-3,)):
+        with pytest.raises(ValueError, match="norm_axes must be axes of every leaf of the state"):
+            fixed_point(cell, z0, stopping=Stopping(norm_axes=axes))
+
+
+def test_norm_axes_and_measured_steps() -> None:
+    rule = Stopping(rtol=None, max_steps=3, norm_axes=(-1,))
+    with torch.no_grad():
+        solution = fixed_point(tokens, torch.zeros(2, 3, 4).double(), solver=Picard(), stopping=rule)
+    fz = tokens(solution.value)
+    relative = (fz - solution.value).norm(dim=2) / fz.norm(dim=2)
+    torch.testing.assert_close(solution.relative_residual, relative.amax(1))
