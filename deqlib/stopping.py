@@ -24,7 +24,8 @@ class Stopping:
             `check_every - 1` evaluations more.
         patience: a sample whose best residual was not improved on for so many steps is `STALLED`;
             `None` never gives up before `max_steps`.
-        blowup: a sample whose residual exceeds its best by this factor is `DIVERGED`.
+        blowup: a sample whose residual exceeds its best by this factor, or is not finite, is `DIVERGED`;
+            with solvers that take such a step back, if that did not help.
         norm_axes: axes of the state over which the norms are taken; every place on its other axes must
             then meet the tolerance by itself, and a sample's residual is that of its worst place. Default
             all but the batch: one norm a sample. `(-1,)` asks of a state (B, L, C) that every token

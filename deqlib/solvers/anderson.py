@@ -24,7 +24,7 @@ class Anderson(SecantSolver):
     Linear Algebra Appl. 16.)
 
     The matrix of inner products is kept, and a step computes one new row of it: the cost is
-    O(memory * D). Memory: 2 * `memory` states and at most 4 more while a solve runs.
+    O(memory * D). Memory: 2 * `memory` states and at most 4 more while a solve runs, 7 with damping.
 
     Args:
         memory: most differences kept.

@@ -46,7 +46,7 @@ class NewtonKrylov(Solver):
     Evaluations come in bursts: up to `memory` without progress, then a large step. Give it room:
     `Stopping.patience` counts every one of them. The samples of a batch go through these bursts together,
     so a hard one may cost the others steps (not change what they converge to). Reads one flag from the
-    device a step. Memory: `memory` + 8 states.
+    device a step. Memory: `memory` + 12 states while a solve runs.
 
     Args:
         memory: most products a Newton step.
