@@ -8,7 +8,7 @@ from the batch if asked, and stops. It works on flat states (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +74,7 @@ def _iterate_fixed(
         fz, product = _evaluate(f, z, direction)
         if stopping.measure:
             trace.append(_measure(z, fz, unit_norms, stopping)[1])
-        z, state = _step(first, z, fz if direction is None else product, state)
+        z, state = _step(first, z, product, state)
     z = first.settle(z, state)
     if stopping.measure:
         residual, relative, _ = _measure(z, f(z), unit_norms, stopping)
@@ -237,18 +237,6 @@ class _Progress:
         self.num_steps = torch.where(finished, step, self.num_steps)
         self.active, self.all_active = self.active & ~finished, False
 
-    def take(self, samples: Tensor) -> _Progress:
-        """Of these samples alone."""
-        return _Progress(**{name: getattr(self, name)[samples] for name in self._tensors()})
-
-    def put(self, samples: Tensor, part: _Progress) -> None:
-        """Write back what is known of these samples."""
-        for name in self._tensors():
-            setattr(self, name, getattr(self, name).index_copy(0, samples, getattr(part, name)))
-
-    def _tensors(self) -> list[str]:
-        return [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
-
 
 @dataclass(eq=False)  # a group is itself, whatever its tensors hold
 class _Group:
@@ -383,7 +371,8 @@ class _Solve:
             group.state = take_samples(group.state, stays.nonzero().squeeze(1))
             if group.rows is not None:
                 group.rows = where[group.rows[stays]]
-        self.progress = self.progress.take(keep)
+        self.progress = take_samples(self.progress, keep)
+        self.progress.all_active = True
         self.samples = keep if self.samples is None else self.samples[keep]
         self.f = self.compact.take(self.samples)
         return z[keep], fz[keep], product[keep], None if moved is None else moved[keep]
@@ -395,7 +384,7 @@ class _Solve:
         known.num_steps = torch.where(known.active, step, known.num_steps)
         self.counted = len(self.trace)
         if self.samples is not None:
-            self.everyone.put(self.samples, known)
+            self.everyone = put_samples(self.everyone, self.samples, known)
 
     def _advance(self, z: Tensor, fz: Tensor, product: Tensor) -> Tensor:
         """What the methods make of an evaluation."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from .solvers.base import small_dtype
+
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -85,8 +87,7 @@ class Layout:
                 )
             leaf = part.reshape(len(flat), *shape[1:])
             # In float64 where there is one: squares of small or large numbers leave float32.
-            exact = None if flat.device.type == "mps" else torch.float64
-            found = torch.linalg.vector_norm(leaf, dim=axes, dtype=exact).to(flat.dtype)
+            found = torch.linalg.vector_norm(leaf, dim=axes, dtype=small_dtype(flat)).to(flat.dtype)
             norms.append(found.flatten(1) if found.dim() > 1 else found.unsqueeze(1))
         return torch.cat(norms, 1)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_number
 from .base import combination, products, small_dtype
 from .secant import SecantSolver, SecantState
 
@@ -48,12 +48,9 @@ class Anderson(SecantSolver):
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_integer("Anderson", 1, memory=self.memory)
+        super().__post_init__()
         check_number("Anderson", 0, ridge=self.ridge)
         check_number("Anderson", 0, 1, open_minimum=True, damping=self.damping)
-        check_number("Anderson", 1, growth=self.growth)
-        if self.restart is not None:
-            check_integer("Anderson", 1, restart=self.restart)
         if self.kind not in ("I", "II"):
             raise ValueError(f"Anderson: kind must be 'I' or 'II', got {self.kind!r}")
 
@@ -71,14 +68,13 @@ class Anderson(SecantSolver):
         """Of dR^T dR or dZ^T dR; the diagonal is moved away from zero by the ridge."""
         row = products(left, left[:, newest])
         if self.uses_residuals:
-            column = row.to(small_dtype(row), copy=True)
+            column = row.to(small_dtype(row))  # may be the same: the diagonal is taken from the column
             column[:, newest].mul_(1 + self.ridge)
         else:
             # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
-            column = products(left, df[:, newest] - left[:, newest]).to(small_dtype(row), copy=True)
+            column = products(left, df[:, newest] - left[:, newest]).to(small_dtype(row))
             column[:, newest].sub_(self.ridge * row[:, newest])
             row = products(df, left[:, newest]) - row
-        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
         return row, column
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:

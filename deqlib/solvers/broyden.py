@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
-from .base import products, small_dtype
+from .base import products
 from .secant import SecantSolver
 
 
@@ -37,13 +35,6 @@ class Broyden(SecantSolver):
     growth: float = 1e4
     restart: int | None = None
 
-    def __post_init__(self) -> None:
-        """Validate."""
-        check_integer("Broyden", 1, memory=self.memory)
-        check_number("Broyden", 1, growth=self.growth)
-        if self.restart is not None:
-            check_integer("Broyden", 1, restart=self.restart)
-
     @property
     def uses_residuals(self) -> bool:
         """Projects on differences of iterates."""
@@ -57,6 +48,4 @@ class Broyden(SecantSolver):
     def entries(self, left: Tensor, df: Tensor, newest: int) -> tuple[Tensor, Tensor]:
         """Of dZ^T dR + L: dZ^T dF where the row is newer, dZ^T dR elsewhere."""
         dz = left[:, newest]
-        column = products(left, df[:, newest] - dz).to(small_dtype(dz), copy=True)
-        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
-        return products(df, dz), column
+        return products(df, dz), products(left, df[:, newest] - dz)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_integer, check_number
 from .base import Solver, can_look, is_recorded, products, small_dtype, solve_small, write_row
 
 _CAUSES = ("growth", "singular", "stagnation")
@@ -56,6 +57,14 @@ class SecantSolver(Solver):
     memory: int
     growth: float
     restart: int | None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        name = type(self).__name__
+        check_integer(name, 1, memory=self.memory)
+        check_number(name, 1, growth=self.growth)
+        if self.restart is not None:
+            check_integer(name, 1, restart=self.restart)
 
     @property
     def undoes(self) -> bool:
@@ -146,8 +155,7 @@ class SecantSolver(Solver):
         else:
             for newest in range(kept):
                 known = slice(newest + 1)
-                row, column = self.entries(left[:, known], df[:, known], newest)
-                fresh.system[:, newest, known], fresh.system[:, known, newest] = row, column
+                self._extend(fresh, left[:, known], df[:, known], newest)
         fresh.count = kept
         fresh.born = births.new_full((len(births), self.memory), -1)
         fresh.born[:, :kept] = torch.where(births >= 0, births.new_tensor(range(kept)), -1)
@@ -248,11 +256,17 @@ class SecantSolver(Solver):
         spared = refused if spared is None else spared
         state.df = _subtract(state.df, slot, fz, spared)
         state.left = _subtract(state.left, slot, source, spared)
-        row, column = self.entries(state.left[:, :size], state.df[:, :size], slot)
-        state.system = _write_cross(state.system, slot, row, column, state.frozen)
+        self._extend(state, state.left[:, :size], state.df[:, :size], slot)
         if state.born is not None:
             state.born = _set_birth(state.born, slot, state.count, state.frozen)
         state.count += 1
+
+    def _extend(self, state: SecantState, left: Tensor, df: Tensor, newest: int) -> None:
+        """Add the row and the column of the newest of these columns to the matrix."""
+        row, column = self.entries(left, df, newest)
+        column = column.to(state.system.dtype)
+        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
+        state.system = _write_cross(state.system, newest, row, column, state.frozen)
 
     def _coefficients(self, residual: Tensor, state: SecantState) -> Tensor:
         """gamma (B, columns), zero where the system cannot be solved: those samples start anew."""
