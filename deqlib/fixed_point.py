@@ -104,7 +104,7 @@ def fixed_point(
 
 
 def check_settings(
-    owner: str, solver: object, stopping: object, backward: object, on_failure: str, compact: object
+    owner: str, solver: Solver, stopping: Stopping, backward: Backward, on_failure: str, compact: Compact
 ) -> None:
     """Raise unless every setting of a solve is of its kind."""
     check_instance(owner, Solver, "a solver such as deqlib.Anderson(memory=5)", solver=solver)
@@ -113,13 +113,14 @@ def check_settings(
         owner, Backward, "a backward mode such as deqlib.ImplicitDifferentiation()", backward=backward
     )
     check_on_failure(owner, on_failure)
+    backward.check(solver, stopping)
     axes = compact if isinstance(compact, tuple) else ()
     if not (isinstance(compact, bool) or (isinstance(compact, tuple) and all(map(_is_axis, axes)))):
         raise TypeError(
             f"{owner}: compact must be True, False, or a tuple with the batch axis of every input "
             f"(None for one that samples share), got {compact!r}"
         )
-    if compact is not False and isinstance(stopping, Stopping) and stopping.is_fixed:
+    if compact is not False and stopping.is_fixed:
         raise ValueError(
             f"{owner}: compact has no effect with a fixed number of steps, where no sample finishes early"
         )

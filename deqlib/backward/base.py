@@ -43,6 +43,9 @@ class Solve(Protocol):
 class Backward(ABC):
     """How gradients pass through a solve. Subclasses are frozen, keyword-only dataclasses."""
 
+    def check(self, solver: Solver, stopping: Stopping) -> None:  # noqa: B027  # any settings will do
+        """Raise `ValueError` unless the mode works with these settings of the forward solve."""
+
     @abstractmethod
     def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
         """Solve for the fixed point of `f` from `z0` (B, D) and attach the gradient to its value."""
