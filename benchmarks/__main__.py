@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .suites import memory, solvers
+from .suites import gradients, memory, solvers
 
-SUITES = {"memory": memory, "solvers": solvers}
+SUITES = {"gradients": gradients, "memory": memory, "solvers": solvers}
 
 
 def main() -> None:

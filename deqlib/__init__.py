@@ -4,28 +4,48 @@
 differentiate through it, `Stopping` says when it is good enough, `Solution` what was found.
 """
 
+from . import nn as nn  # not in __all__: a star import must not hide torch.nn
+from . import regularizers as regularizers
 from .backward import (
     JFB,
+    AdjointStart,
     Backward,
     ImplicitDifferentiation,
     PhantomGradient,
+    ReconstructionError,
+    ReconstructionWarning,
+    Reversible,
+    SharedInverse,
     StochasticJFB,
     Unroll,
 )
+from .diagnostics import Diagnosis, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
-from .solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver
+from .solvers import (
+    GMRES,
+    Anderson,
+    Auto,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    ReversiblePicard,
+    Solver,
+)
 from .stopping import Stopping
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
     "JFB",
+    "AdjointStart",
     "Anderson",
     "Auto",
     "Backward",
     "Broyden",
+    "Diagnosis",
     "ImplicitDifferentiation",
     "ImplicitLayer",
     "NewtonKrylov",
@@ -34,11 +54,17 @@ __all__ = [
     "OnFailure",
     "PhantomGradient",
     "Picard",
+    "ReconstructionError",
+    "ReconstructionWarning",
+    "Reversible",
+    "ReversiblePicard",
+    "SharedInverse",
     "Solution",
     "Solver",
     "Status",
     "StochasticJFB",
     "Stopping",
     "Unroll",
+    "diagnose",
     "fixed_point",
 ]

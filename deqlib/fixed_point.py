@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._checks import check_instance
@@ -13,7 +14,7 @@ from .backward import Backward, ImplicitDifferentiation
 from .driver import iterate
 from .solution import OnFailure, Solution, check_on_failure, report_failure
 from .solvers import Auto, Solver
-from .state import Map, flatten
+from .state import FlatMap, Map, flatten
 from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
@@ -69,6 +70,28 @@ def fixed_point(
         raise ValueError(
             f"compact: expected one axis (or None) for each of {len(args)} inputs, got {compact}"
         )
+    if torch.compiler.is_compiling() and not (
+        stopping.is_fixed and (backward.is_traceable or not torch.is_grad_enabled())
+    ):
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "
+                "cannot be exported; use stopping=Stopping.steps(n) and export under torch.no_grad()"
+            )
+        from ._eager import solve_eagerly  # not before it is needed, see there
+
+        eager: Solution = solve_eagerly(
+            f,
+            z0,
+            args,
+            solver=solver,
+            stopping=stopping,
+            backward=backward,
+            on_failure=on_failure,
+            compact=compact,
+            state=state,
+        )
+        return eager
     outer_solver, outer_stopping = solver, stopping
     flat_f, flat_z0 = flatten(f, z0, args)
     layout = flat_f.layout
@@ -85,7 +108,7 @@ def fixed_point(
     ) -> Solution:
         rule = stopping or outer_stopping
         axes = rule.norm_axes
-        forward = f is flat_f
+        forward = isinstance(f, FlatMap)  # not the map of an adjoint
         solution = iterate(
             f,
             z0,
@@ -93,10 +116,12 @@ def fixed_point(
             rule,
             state=state if forward else None,
             unit_norms=None if axes is None else lambda z: layout.norms(z, axes),
-            compact=flat_f if forward and compact is not False else None,
+            compact=f if isinstance(f, FlatMap) and compact is not False else None,
         )
         if not rule.is_fixed:
-            report_failure(replace(solution, value=layout.unravel(solution.value)), on_failure, what)
+            # Under `vmap` one solve holds the samples of many batches.
+            whole = layout.of_batch(solution.value.shape[0])
+            report_failure(replace(solution, value=whole.unravel(solution.value)), on_failure, what)
         return solution
 
     solution = backward.apply(flat_f, flat_z0, solve)

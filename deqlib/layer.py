@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +88,10 @@ class ImplicitLayer(nn.Module):
 
         Raises:
             TypeError, ValueError, NonConvergenceError: see `deqlib.fixed_point`.
+            ValueError: the cell, or a module in it, is sharded by FSDP by itself: it would gather its
+                parameters at every evaluation, and processes evaluate it a different number of times.
         """
+        _refuse_sharded(self.cell)
         if z0 is None:
             z0 = self._start(inputs)
         return fixed_point(
@@ -117,3 +121,28 @@ class ImplicitLayer(nn.Module):
             f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}, "
             f"on_failure={self.on_failure!r}, compact={self.compact}"
         )
+
+
+def _refuse_sharded(cell: Callable[..., Any]) -> None:
+    """Raise `ValueError` where a module in the cell gathers its parameters by itself.
+
+    FSDP gathers in the hooks of the module it was applied to. In a cell that is at every evaluation and,
+    unless told otherwise, at every product of the adjoint with J^T: processes that take different numbers
+    of them wait for one another for ever. No setting of such a module avoids that and saves memory too.
+
+    Looked up at every solve, since a model is sharded after it was built. Where FSDP was never imported
+    this is one look into a dictionary, and it must not be imported for this.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(cell, nn.Module) or not torch.distributed.is_initialized():
+        return
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    for name, module in cell.named_modules():
+        if isinstance(module, kinds):
+            where = f"cell.{name}" if name else "cell"
+            raise ValueError(
+                f"ImplicitLayer: the cell must not be sharded by itself, got FSDP on {where} "
+                f"({type(module).__name__}): it would gather its parameters at every evaluation, and "
+                "processes that take different numbers of evaluations would wait for one another for ever; "
+                "call fully_shard on the ImplicitLayer, or on a block that holds it, and on nothing inside it"
+            )

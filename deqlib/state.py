@@ -7,13 +7,14 @@ tensor of shape (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from ._scope import Scope, current, current_or_new
 from .solvers.base import small_dtype
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
@@ -122,11 +123,16 @@ class FlatMap:
     inputs: tuple[Any, ...]
     layout: Layout
     axes: tuple[int | None, ...] | None = None  # the batch axis of every input; None: see `cut`
+    scope: Scope = field(default_factory=current_or_new)  # what modules in the cell remember
 
     def __call__(self, z: Tensor) -> Tensor:
         """The cell at `z`, (B, D) -> (B, D)."""
         before = _version(z)
-        image = self.layout.ravel(self.cell(self.layout.unravel(z), *self.inputs))
+        outer, current.scope = current.scope, self.scope
+        try:
+            image = self.layout.ravel(self.cell(self.layout.unravel(z), *self.inputs))
+        finally:
+            current.scope = outer
         if _version(z) != before:
             raise ValueError(
                 "cell: the state must not be changed in place, got a cell that writes to its argument; "
@@ -139,7 +145,8 @@ class FlatMap:
         batch = self.layout.shapes[0][0]
         axes = self.axes if self.axes is not None else (AUTOMATIC,) * len(self.inputs)
         inputs = tuple(cut(x, axis, batch, samples) for x, axis in zip(self.inputs, axes, strict=True))
-        return replace(self, inputs=inputs, layout=self.layout.of_batch(len(samples)))
+        scope = self.scope.take(samples, batch)
+        return replace(self, inputs=inputs, layout=self.layout.of_batch(len(samples)), scope=scope)
 
 
 AUTOMATIC = "automatic"

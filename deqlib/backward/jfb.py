@@ -21,6 +21,11 @@ class JFB(Backward):
     (Fung et al. 2022, arXiv 2103.12803; the one-step case of Geng et al. 2021, arXiv 2111.05177.)
     """
 
+    @property
+    def is_traceable(self) -> bool:
+        """See `Backward`."""
+        return True
+
     def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then evaluate once on it."""
         solution = solve_off_tape(f, z0, solve)

@@ -52,6 +52,11 @@ class PhantomGradient(Backward):
         if self.form not in _FORMS:
             raise ValueError(f"PhantomGradient: form must be one of {_FORMS}, got {self.form!r}")
 
+    @property
+    def is_traceable(self) -> bool:
+        """See `Backward`."""
+        return self.form == "unroll"
+
     def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then take the steps on it or sum the series in the backward pass."""
         solution = solve_off_tape(f, z0, solve)

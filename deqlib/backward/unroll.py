@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch.utils import checkpoint as checkpoints
 
+from .._checks import check_instance
+from .._scope import checkpoint_contexts
 from ..solution import Solution
-from ..state import Map
+from ..state import FlatMap, Map
 from .base import Backward, Solve
+from .capture import is_transformed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unroll(Backward):
     """The whole solve on the tape: the exact gradient of the iteration, of every order.
 
-    Also the only mode that carries gradient to the starting point. Memory: every evaluation. Cost: one
-    vector-Jacobian product an evaluation.
+    Besides `Reversible` the only mode that carries gradient to the starting point. Memory: every
+    evaluation. Cost: one vector-Jacobian product an evaluation.
+
+    Args:
+        checkpoint: keep of each evaluation only the state that it was made at, and evaluate again in the
+            backward pass (`torch.utils.checkpoint`, not reentrant). Gradients of every order are the same.
+            Memory: one state an evaluation (and the state of the random number generators, 5 kB on the
+            CPU), what the solver's own steps save, and one evaluation during the backward pass. Cost: each
+            evaluation once more, in the backward pass; `Solution.nfe` counts those of the forward pass.
+            Random numbers are drawn as before; other side effects of the cell (running statistics,
+            counters) happen twice. Evaluations inside a function transform, such as the Jacobian products
+            of `NewtonKrylov`, are kept whole: PyTorch cannot checkpoint them.
     """
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_instance("Unroll", bool, "True or False", checkpoint=self.checkpoint)
+
+    @property
+    def is_traceable(self) -> bool:
+        """See `Backward`."""
+        return not self.checkpoint
+
+    def apply(self, f: Map, z0: torch.Tensor, solve: Solve) -> Solution:
         """Just the solve."""
-        return solve(f, z0)
+        return solve(_checkpointed(f) if self.checkpoint and torch.is_grad_enabled() else f, z0)
+
+
+def _checkpointed(f: Map) -> Map:
+    """The map with every evaluation checkpointed."""
+    return replace(f, cell=_Checkpointed(f.cell)) if isinstance(f, FlatMap) else _Checkpointed(f)
+
+
+@dataclass(frozen=True)
+class _Checkpointed:
+    """A function that keeps its arguments and is evaluated again in the backward pass."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        if is_transformed():
+            return self.function(*args)
+        return checkpoints.checkpoint(
+            self.function, *args, use_reentrant=False, context_fn=checkpoint_contexts
+        )

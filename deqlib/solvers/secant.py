@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import Solver, can_look, is_recorded, products, small_dtype, solve_small, write_row
+from .base import (
+    Solver,
+    can_look,
+    combination,
+    is_recorded,
+    products,
+    small_dtype,
+    solve_small,
+    write_row,
+)
 
 _CAUSES = ("growth", "singular", "stagnation")
 
@@ -47,7 +56,34 @@ class SecantState:
         """The count at which each column was made, -1 where there is none, (B, memory)."""
         if self.born is not None:
             return self.born
-        return _common_births(self).expand(len(self.best), -1)
+        return _common_births(self).expand(self.best.shape[0], -1)
+
+    def closed(self) -> Tensor:
+        """The births without those of pending values, which are no columns yet, (B, memory)."""
+        births = self.births().clone()
+        if self.pending and self.frozen is None:  # else `born` says it already
+            births[:, self.count % births.shape[1]] = -1
+        return births
+
+    def transposed(
+        self,
+        g: Tensor,  # (B, D)
+    ) -> Tensor:
+        """-B^T g (B, D), with B the estimate of (J - I)^-1 that the steps z <- z - B r amount to.
+
+        z - B r = f(z) - dF M^-1 left^T r, so -B^T g = g - left M^-T dF^T g. Values still
+        pending are left out; samples without columns, or whose system is singular, get g. The history is
+        left as it is.
+        """
+        size = min(self.count, self.system.shape[1])
+        if size == 0:
+            return g
+        usable = self.closed()[:, :size] >= 0
+        rhs = products(self.df[:, :size], g).to(self.system.dtype)
+        coefficients, _ = solve_small(self.system[:, :size, :size].mT, rhs, usable)
+        # What a sample lost may not be finite, and a coefficient of zero does not silence NaN.
+        left = torch.where(usable.unsqueeze(2), self.left[:, :size], 0)
+        return g - combination(coefficients.to(g.dtype), left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +135,14 @@ class SecantSolver(Solver):
         """Empty history."""
         batch, width = z0.shape
         unknown = z0.new_full((batch,), torch.inf)
+        # What was never written is never used, but its gradient is: zero times what happens to lie there.
+        columns = z0.new_zeros if torch.is_grad_enabled() else z0.new_empty
         return SecantState(
             count=0,
             pending=False,
             window=0,
-            df=z0.new_empty(batch, self.memory, width),
-            left=z0.new_empty(batch, self.memory, width),
+            df=columns(batch, self.memory, width),
+            left=columns(batch, self.memory, width),
             system=z0.new_zeros(batch, self.memory, self.memory, dtype=small_dtype(z0)),
             best=unknown,
             then=unknown,
@@ -138,10 +176,7 @@ class SecantSolver(Solver):
             return fresh
         kept = min(state.count, state.df.shape[1], self.memory)
         slots = [(state.count - kept + i) % state.df.shape[1] for i in range(kept)]
-        births = state.births().clone()
-        if state.pending and state.frozen is None:
-            births[:, state.count % state.df.shape[1]] = -1
-        births = births[:, slots]
+        births = state.closed()[:, slots]
         df, left = state.df[:, slots].detach(), state.left[:, slots].detach()
         # What a sample lost or blew up must not come back: a coefficient of zero does not silence NaN.
         births = torch.where((df.sum(2) + left.sum(2)).isfinite(), births, -1)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deqlib import (
+    GMRES,
     JFB,
+    AdjointStart,
     Anderson,
     Backward,
     Broyden,
@@ -37,6 +39,7 @@ ADJOINT_SOLVERS: dict[str, Solver] = {
     "anderson": Anderson(),
     "broyden": Broyden(),
     "broyden memory below the steps": Broyden(memory=4),
+    "gmres": GMRES(),
 }
 BACKWARDS: dict[str, Backward] = {
     "implicit": ImplicitDifferentiation(),
@@ -46,8 +49,8 @@ BACKWARDS: dict[str, Backward] = {
     "stochastic": StochasticJFB(no_grad=(3, 3), grad=(2, 2)),
     "unroll": Unroll(),
 }
-FIRST_ORDER = {name: mode for name, mode in BACKWARDS.items() if name != "unroll"}
-OFF_TAPE = {name: mode for name, mode in FIRST_ORDER.items() if name != "stochastic"}
+FIRST_ORDER = {name: mode for name, mode in BACKWARDS.items() if name not in ("unroll", "implicit")}
+OFF_TAPE = {name: mode for name, mode in BACKWARDS.items() if name not in ("unroll", "stochastic")}
 
 
 def exactly(solver: Solver | None = None) -> ImplicitDifferentiation:
@@ -145,6 +148,77 @@ def test_the_adjoints_tolerance_bounds_the_gradients_error() -> None:
         backward = ImplicitDifferentiation(solver=Picard(), stopping=Stopping(rtol=rtol, max_steps=300))
         error = (gradients(base, backward, g)[0] - exact).norm() / exact.norm()
         assert error < 10 * rtol / (1 - base.contraction)
+
+
+# Warm-started adjoints ----------------------------------------------------------------------------------
+
+
+def adjoint_products(base: Problem, g: Tensor, start: AdjointStart | None) -> tuple[tuple[Tensor, ...], int]:
+    """Gradients, and how many products with J^T the backward pass took."""
+    count = 0
+
+    class Counting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.view_as(z)
+
+        @staticmethod
+        def backward(ctx: Any, u: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return u
+
+    stopping = Stopping(rtol=1e-10, max_steps=500, patience=None)
+    backward = ImplicitDifferentiation(solver=Picard(), stopping=stopping, warm_start=start)
+    f = lambda z: base.f(Counting.apply(z))  # noqa: E731
+    value = fixed_point(f, base.z0, stopping=EXACT, backward=backward).value
+    return torch.autograd.grad(value, base.tensors, g), count
+
+
+def test_an_adjoint_started_from_the_last_one_is_the_same_and_takes_fewer_products() -> None:
+    base = problem("mlp", contraction=0.9).requiring_grad()
+    start, g = AdjointStart(), torch.randn(base.x.shape, dtype=torch.float64)
+    expected, cold = adjoint_products(base, g, None)
+    first, at_first = adjoint_products(base, g, start)
+    torch.testing.assert_close(first, expected, rtol=0, atol=0)
+    assert at_first == cold
+    again, repeated = adjoint_products(base, g, start)
+    torch.testing.assert_close(again, expected, rtol=1e-8, atol=1e-10)
+    assert repeated <= 2  # the one that measures, the one that passes the gradient on
+    scaled, rescaled = adjoint_products(base, -3 * g, start)
+    torch.testing.assert_close(scaled, tuple(-3 * t for t in expected), rtol=1e-8, atol=1e-10)
+    assert rescaled <= 2
+    nearby, near = adjoint_products(base, g + 1e-4 * torch.randn_like(g), start)
+    assert near < 0.8 * cold
+    close_to = sum(float((a - b).norm()) for a, b in zip(nearby, expected, strict=True))
+    assert 0 < close_to < 1e-1
+
+
+def test_a_start_that_does_not_fit_is_no_worse_than_none() -> None:
+    base = problem("mlp", contraction=0.9).requiring_grad()
+    start = AdjointStart()
+    g = torch.zeros(base.x.shape, dtype=torch.float64)
+    g[:, 0] = 1
+    adjoint_products(base, g, start)
+    other = g.roll(1, 1)  # at right angles
+    expected, cold = adjoint_products(base, other, None)
+    found, taken = adjoint_products(base, other, start)
+    assert taken == cold
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    smaller = problem("mlp", batch=2, contraction=0.9).requiring_grad()  # another shape: afresh
+    torch.testing.assert_close(
+        adjoint_products(smaller, g[:2], start), adjoint_products(smaller, g[:2], None), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_last_gradient_that_was_nothing_or_not_finite_is_forgotten(bad: float) -> None:
+    start = AdjointStart()
+    g = torch.ones(2, 3)
+    g[1] = bad
+    start.remember(g, 2 * g)
+    guess = start.guess(torch.ones(2, 3))
+    assert guess.tolist() == [[2.0] * 3, [1.0] * 3]
 
 
 # Who receives gradient ----------------------------------------------------------------------------------
@@ -429,13 +503,18 @@ def test_unrolling_can_be_differentiated_twice(kind: str, solver: Solver, stoppi
 
 @by_mode(FIRST_ORDER)
 def test_other_modes_refuse_to_be_differentiated_twice(backward: Backward) -> None:
-    base = problem().requiring_grad()
+    base = problem("linear").requiring_grad()  # whose second derivatives pass the fixed point alone
     value = fixed_point(base.f, base.z0, backward=backward).value
+
+    def second_derivative() -> None:
+        first = torch.autograd.grad(value.sum(), base.tensors, create_graph=True)
+        torch.autograd.grad(first[1].sum(), base.tensors[1])
+
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backward=Unroll\(\)"):
-        torch.autograd.grad(value.sum(), base.tensors, create_graph=True)
+        second_derivative()
 
 
-@by_mode(FIRST_ORDER)
+@by_mode(BACKWARDS)
 def test_second_derivatives_that_do_not_pass_the_solve_are_no_concern(backward: Backward) -> None:
     base = problem().requiring_grad()
     y = torch.ones(3, requires_grad=True)
@@ -611,7 +690,7 @@ def test_weights_get_their_gradient_under_autocast(backward: Backward, start: to
         assert (with_cache - without).norm() < 0.02 * without.norm()  # without, sums are in float32
 
 
-@by_mode(FIRST_ORDER)
+@by_mode({**FIRST_ORDER, "implicit": ImplicitDifferentiation()})
 def test_weights_cast_off_the_tape_are_not_used_on_it(
     backward: Backward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -680,6 +759,11 @@ def test_a_bfloat16_cell_works_without_autocast(backward: Backward) -> None:
         (lambda: ImplicitDifferentiation(solver=Anderson), TypeError, "solver must be a deqlib solver"),
         (lambda: ImplicitDifferentiation(stopping=1e-3), TypeError, "stopping must be a deqlib.Stopping"),
         (lambda: ImplicitDifferentiation(rtol=1e-3), TypeError, "rtol"),
+        (
+            lambda: ImplicitDifferentiation(warm_start=True),
+            TypeError,
+            r"warm_start must be a deqlib.AdjointStart",
+        ),
         (lambda: JFB(steps=2), TypeError, "steps"),
         (lambda: Unroll(True), TypeError, "positional"),
     ],

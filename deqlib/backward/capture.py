@@ -1,0 +1,265 @@
+"""What a map depends on besides its argument, found by watching one evaluation.
+
+A cell may use tensors in three ways: as inputs, as parameters, and by closure. Where they have to be known
+one by one (derivatives of higher order, function transforms), one evaluation is watched, and every tensor
+that enters a PyTorch function and was not made during the evaluation is one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..state import FlatMap, Map
+
+
+def watched(f: Map, z: Tensor) -> tuple[Tensor, Watch]:
+    """f(z), and what was seen on the way. The evaluation is recorded on the tape as any other."""
+    with Watch(z) as watch:
+        image = f(z)
+    return image, watch
+
+
+def watched_constant(f: Map, z: Tensor) -> Watch:
+    """What f uses at `z`, from an evaluation that no derivative is taken of."""
+    with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+        return watched(f, z)[1]
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
+    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
+
+
+def forward_mode() -> AbstractContextManager[Any]:
+    """A context for the `jvp` of a function, where an outer level of forward mode is to see what is done.
+
+    PyTorch switches forward mode off there. With it on, the tangents of this level are to be taken off its
+    tensors, see `primal`.
+    """
+    context: AbstractContextManager[Any] = torch.autograd.forward_ad._set_fwd_grad_enabled(True)
+    return context
+
+
+def primal(tensor: Tensor) -> Tensor:
+    """`tensor` without the tangent of the innermost level of forward mode."""
+    stripped: Tensor = torch.autograd.forward_ad.unpack_dual(tensor).primal  # type: ignore[no-untyped-call]
+    return stripped
+
+
+_SIMPLE = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+
+
+class Watch(TorchFunctionMode):
+    """Notes the tensors that an evaluation at `z` uses and does not make.
+
+    Attributes:
+        found: by name (id), those that a derivative may be taken of: they require gradient, carry a tangent,
+            or belong to a function transform of `torch.func`. Neither `z` nor what it was made from.
+        parameters: names of all parameters, constants included.
+        device_type: that of `z`.
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self.parameters: set[int] = set()
+        self.device_type = z.device.type
+        self.transformed = is_transformed()
+        # What the evaluation makes is younger than `z`; its leaves are not, and under a transform age says
+        # nothing: those are kept, so that no other tensor gets the name (the id) of one that is gone.
+        node = z.grad_fn
+        self.age = node._sequence_nr() if node is not None and not self.transformed else None
+        self.made = {id(z): z}
+        self.judged: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in args:  # the most common cases first: this runs once an operation
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter:
+                if id(value) not in self.judged:
+                    self._judge(value)
+            elif kind not in _SIMPLE:
+                self._judge_all(value)
+        if kwargs:
+            self._judge_all(kwargs)
+            result = func(*args, **kwargs)
+        else:
+            result = func(*args)
+        if self.transformed or type(result) is not Tensor or (result.requires_grad and result.is_leaf):
+            for tensor in _tensors(result):
+                if self.transformed or (tensor.requires_grad and tensor.is_leaf):
+                    self.made[id(tensor)] = tensor
+        return result
+
+    def _judge_all(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            if id(tensor) not in self.judged:
+                self._judge(tensor)
+
+    def _judge(self, tensor: Tensor) -> None:
+        """Decide where a tensor comes from. Once: what comes from outside outlives the evaluation, so
+        nothing that is made in it can get its name later."""
+        name = id(tensor)
+        self.judged.add(name)
+        if name not in self.made and self._is_outside(tensor):
+            self.found[name] = tensor
+        if type(tensor) is nn.Parameter:
+            self.parameters.add(name)
+
+    def _is_outside(self, tensor: Tensor) -> bool:
+        if self.transformed:
+            return _needs_derivative(tensor)
+        if not tensor.requires_grad:
+            return False
+        node = tensor.grad_fn
+        return node is None or self.age is None or node._sequence_nr() < self.age
+
+
+@dataclass(frozen=True, eq=False)
+class ExplicitMap:
+    """A map that takes what it depends on as arguments, and may be evaluated when the solve is long over.
+
+    Attributes:
+        f: the map.
+        tensors: what it depends on, as it was when the solve was asked for.
+        constants: names (ids) of parameters that it uses, but that no derivative is taken of.
+        state: parameters and buffers that the cell had then, by name, if it is a module: later
+            `functional_call` may have put others back.
+        autocast: in force then.
+    """
+
+    f: Map
+    tensors: Sequence[Tensor]
+    constants: Container[int]
+    state: dict[str, Tensor]
+    autocast: _Autocast
+
+    @classmethod
+    def of(cls, f: Map, watch: Watch) -> ExplicitMap:
+        """The map that `watch` saw an evaluation of."""
+        found, constants, state = dict(watch.found), set(watch.parameters), {}
+        if isinstance(f, FlatMap) and isinstance(f.cell, nn.Module):
+            state = {**dict(f.cell.named_parameters()), **dict(f.cell.named_buffers())}
+            found |= {id(tensor): tensor for tensor in state.values() if _needs_derivative(tensor)}
+            constants |= {id(tensor) for tensor in state.values()}
+        return cls(f, list(found.values()), constants, state, _Autocast.now(watch.device_type))
+
+    def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """f(z), its tensors replaced by the given ones."""
+        f = self.f
+        if self.state:
+            assert isinstance(f, FlatMap)
+            new = {id(old): tensor for old, tensor in zip(self.tensors, tensors, strict=True)}
+            state = {name: new.get(id(tensor), tensor) for name, tensor in self.state.items()}
+            f = replace(f, cell=_Pinned(f.cell, state))
+        with self.autocast.again(), _Substituted(self.tensors, tensors, self.constants):
+            return f(z)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pinned:
+    """A module with these parameters and buffers."""
+
+    module: Any
+    state: dict[str, Tensor]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return torch.func.functional_call(self.module, self.state, inputs)
+
+
+class _Substituted(TorchFunctionMode):
+    """Within it, PyTorch functions see `new[i]` wherever they are given `old[i]`.
+
+    Raises:
+        RuntimeError: a function is given a parameter that is neither in `old` nor in `constants`.
+    """
+
+    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor], constants: Container[int]) -> None:
+        super().__init__()
+        self.new = {id(a): b for a, b in zip(old, new, strict=True)}
+        self.constants = constants
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self._replace(args), **(self._replace(kwargs) if kwargs else {}))
+
+    def _replace(self, value: Any) -> Any:
+        """`value` itself if there is nothing to replace in it."""
+        if isinstance(value, Tensor):
+            found = self.new.get(id(value), value)
+            if type(found) is nn.Parameter and found is value and id(value) not in self.constants:
+                raise RuntimeError(
+                    f"the cell used a parameter of shape {tuple(value.shape)} that it had not used before, "
+                    "so its derivative is not known: either its parameters were swapped by functional_call "
+                    "around a solve whose cell is a function, or it does not use the same ones every time; "
+                    "give the module itself as the cell, or pass its parameters as inputs"
+                )
+            return found
+        if isinstance(value, tuple | list):
+            parts = [self._replace(part) for part in value]
+            if all(a is b for a, b in zip(parts, value, strict=True)):
+                return value
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if isinstance(value, dict):
+            return {key: self._replace(part) for key, part in value.items()}
+        return value
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """The autocast settings at some time, for a type of device."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cached: bool
+
+    @classmethod
+    def now(cls, device_type: str) -> _Autocast:
+        """Those in force."""
+        return cls(
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def again(self) -> AbstractContextManager[Any]:
+        """A context with them in force."""
+        if not (self.enabled or torch.is_autocast_enabled(self.device_type)):
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype, self.enabled, self.cached)
+
+
+def _needs_derivative(tensor: Tensor) -> bool:
+    """Whether a derivative may be taken of `tensor`, or it belongs to a function transform."""
+    return tensor.requires_grad or _is_wrapped(tensor) or _has_tangent(tensor)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    with forward_mode():  # else it would hide them
+        return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)

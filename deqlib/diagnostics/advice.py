@@ -1,0 +1,198 @@
+"""What to change, said by explicit thresholds on the numbers of a diagnosis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..backward import ImplicitDifferentiation
+from ..solvers import Picard
+
+if TYPE_CHECKING:
+    from .report import Diagnosis, GradientReport, SolveReport
+
+GOOD_COSINE = 0.95  # from here on a cheap gradient is good enough
+POOR_COSINE = 0.8  # below, the layer's own mode is worth changing
+SAVING = 0.8  # another solver is worth naming where it needs at most this share of the evaluations
+SLOW_RATE = 0.95  # from this spectral radius on plain iteration needs over 45 steps a digit
+ADJOINT_RESIDUAL = 1e-2  # relative residual up to which the exact gradient counts as known
+PATH_DEPENDENCE = 1e-2  # relative distance of two fixed points that counts as two
+
+
+def advise(found: Diagnosis) -> tuple[str, ...]:
+    """Short sentences in order of importance, the cause before what follows from it."""
+    rules = (_soundness, _tolerance, _stability, _speed, _adjoint, _gradient, _paths)
+    lines = tuple(line for rule in rules for line in rule(found))
+    return lines or ("Nothing to change: the layer converges, and no cheaper setting does as well.",)
+
+
+def _soundness(found: Diagnosis) -> Iterator[str]:
+    """A cell that is not finite, or not a function."""
+    bad = int(found.reference.relative_residual.isinf().sum())
+    if bad:
+        yield (
+            f"The cell is not finite for {_samples(bad, found)}: look for NaN in the inputs and parameters; "
+            "what is said of gradients below may suffer from it."
+        )
+    if not found.deterministic:
+        yield (
+            "The cell gives different values at one point (dropout, or statistics that it updates): a fixed "
+            "point is not defined; diagnose it in eval mode, and draw random numbers once a solve."
+        )
+
+
+def _tolerance(found: Diagnosis) -> Iterator[str]:
+    """Who meets the tolerance, and whether anybody can."""
+    if found.layer.num_failed:
+        yield (
+            f"The layer's solver misses its tolerance for {_samples(found.layer.num_failed, found)} "
+            f"({found.layer.outcome})."
+        )
+    reach = [report for report in found.solvers if not report.num_failed]
+    rtol = found.stopping.rtol or 0.0
+    if reach:
+        return
+    eps = torch.finfo(found.dtype).eps
+    if rtol < eps:
+        yield (
+            f"rtol={rtol:.0e} is beyond what the cell computes in ({str(found.dtype).removeprefix('torch.')} "
+            f"resolves {eps:.0e}): use rtol={2 * eps:.0e}, for the adjoint too, or a finer type."
+        )
+    elif found.reference.num_failed or _worst(found.reference) > rtol:
+        yield (
+            "No solver compared reaches the tolerance for all samples: make the cell contractive "
+            "(deqlib.nn), allow more steps, or loosen rtol."
+        )
+    else:
+        yield (
+            "No solver compared reaches the tolerance within the steps allowed, yet there are fixed points "
+            f"({found.reference.nfe} evaluations): raise Stopping.max_steps, or use Auto()."
+        )
+
+
+def _stability(found: Diagnosis) -> Iterator[str]:
+    """What the spectral radius says of plain iteration."""
+    radius = found.spectral_radius
+    unstable = int((radius >= 1).sum())
+    if unstable:
+        yield (
+            f"The spectral radius is 1 or more for {_samples(unstable, found)} (largest {_top(radius):.2f}): "
+            "Picard cannot converge there. Use Anderson or Broyden, or make the cell contractive with "
+            "deqlib.nn.spectral_norm or a penalty on the Jacobian (deqlib.regularizers)."
+        )
+    slow = int(((radius >= SLOW_RATE) & (radius < 1)).sum())
+    if slow and isinstance(found.layer.solver, Picard):
+        digits = math.log(0.1) / math.log(_top(radius[radius < 1]))
+        yield (
+            f"The spectral radius is close to 1 for {_samples(slow, found)}: Picard needs about "
+            f"{digits:.0f} steps a digit; use Anderson or Broyden."
+        )
+
+
+def _speed(found: Diagnosis) -> Iterator[str]:
+    """A solver with fewer evaluations than the layer's."""
+    reach = [report for report in found.solvers if not report.num_failed]
+    if not reach:
+        return
+    best = min(reach, key=lambda report: report.nfe)
+    layer, rtol = found.layer, found.stopping.rtol or 0.0
+    if best.solver == layer.solver and not layer.num_failed and _worst(layer) <= rtol:
+        return
+    if layer.num_failed:
+        yield f"{best.name} reaches the tolerance for all samples, in {best.nfe} evaluations: use it."
+    elif _worst(layer) > rtol and layer not in found.solvers:
+        yield (
+            f"The layer's fixed number of steps leaves a relative residual of {_worst(layer):.0e}; "
+            f"{best.name} reaches {rtol:.0e} in {best.nfe} evaluations."
+        )
+    elif best.nfe <= SAVING * layer.nfe:
+        yield (
+            f"{best.name} reaches the tolerance in {best.nfe} evaluations, the layer's {layer.name} takes "
+            f"{layer.nfe}."
+        )
+
+
+def _adjoint(found: Diagnosis) -> Iterator[str]:
+    """A backward solve that fails."""
+    solve = found.adjoint if _is_implicit(found) else found.exact_adjoint
+    if _is_implicit(found) and solve.num_failed:
+        yield (
+            f"The adjoint misses its tolerance for {_samples(solve.num_failed, found)} ({solve.outcome}, "
+            f"relative residual up to {_worst(solve):.0e}): gradients are that much off there. Give "
+            "ImplicitDifferentiation more steps, another solver, or an rtol that the cell's type allows."
+        )
+    elif _worst(found.exact_adjoint) > ADJOINT_RESIDUAL:
+        yield (
+            "The exact gradient is not known, since its adjoint does not converge (relative residual "
+            f"{_worst(found.exact_adjoint):.0e}): cosines say nothing."
+        )
+
+
+def _gradient(found: Diagnosis) -> Iterator[str]:
+    """A mode that is as good and cheaper, or one that is not good enough."""
+    if not _worst(found.exact_adjoint) <= ADJOINT_RESIDUAL:
+        return
+    own, *others = found.gradients
+    good = [mode for mode in others if mode.worst_cosine >= GOOD_COSINE and _cost(mode) < _cost(own)]
+    if good:
+        best = min(good, key=_cost)
+        solver = f" with {type(best.solver).__name__}" if best.solver != found.layer.solver else ""
+        yield (
+            f"{best.name}{solver} is good enough (cosine {best.worst_cosine:.2f} to the exact gradient, norm "
+            f"ratio {_norm_ratio(best):.2f}) and saves {_cost(own) - _cost(best)} evaluations and products a "
+            "training step."
+        )
+    if own.worst_cosine < POOR_COSINE and not _is_implicit(found):
+        yield (
+            f"The layer's {own.name} has a cosine of {own.worst_cosine:.2f} to the exact gradient: take more "
+            "terms, or ImplicitDifferentiation()."
+        )
+
+
+def _paths(found: Diagnosis) -> Iterator[str]:
+    """Several fixed points, or starts that lead to none."""
+    path = found.path
+    if path is None:
+        return
+    several = int((path.distance > PATH_DEPENDENCE).sum())
+    if several:
+        yield (
+            f"Different starts lead to different fixed points for {_samples(several, found)} (relative "
+            f"distance up to {_top(path.distance):.2g}): the output depends on init, so keep it the same in "
+            "training and use, or make the cell contractive."
+        )
+    lost = int((path.reached < path.num_starts).sum())
+    if lost and not found.solvers[0].num_failed:
+        yield (
+            f"From some of {path.num_starts} starts the layer's solver does not converge for "
+            f"{_samples(lost, found)}: it depends on a good init."
+        )
+
+
+def _cost(mode: GradientReport) -> int:
+    return mode.evaluations + mode.products
+
+
+def _norm_ratio(mode: GradientReport) -> float:
+    ratio = mode.norm_ratio if mode.norm_ratio is not None else mode.input_norm_ratio
+    return math.nan if ratio is None else ratio
+
+
+def _is_implicit(found: Diagnosis) -> bool:
+    return isinstance(found.gradients[0].mode, ImplicitDifferentiation)
+
+
+def _worst(report: SolveReport) -> float:
+    return float(report.relative_residual.max())
+
+
+def _samples(count: int, found: Diagnosis) -> str:
+    return f"{count} of {found.batch} samples"
+
+
+def _top(values: Tensor) -> float:
+    return float(values[~values.isnan()].max())
