@@ -49,7 +49,7 @@ class GMRES(Solver):
     safeguards: no step is refused, though the driver returns the best iterate seen. Prefer `Anderson` or
     `Auto` there. Unlike their normal equations the orthonormal basis does not square the condition number.
 
-    Costs five passes over the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 10 more
+    Costs seven passes over the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 10 more
     while a solve runs. Nothing is learnt for a later solve.
 
     Args:
@@ -65,12 +65,13 @@ class GMRES(Solver):
     def init(self, z0: Tensor) -> GMRESState:
         """Nothing known."""
         batch, width = z0.shape
+        columns = z0.new_zeros if torch.is_grad_enabled() else z0.new_empty  # as for secant solvers
         return GMRESState(
             count=-1,
             x=z0,
             residual=z0,
-            directions=z0.new_empty(batch, self.memory, width),
-            images=z0.new_empty(batch, self.memory, width),
+            directions=columns(batch, self.memory, width),
+            images=columns(batch, self.memory, width),
             coarse=torch.zeros(batch, dtype=torch.bool, device=z0.device),
         )
 
@@ -84,7 +85,6 @@ class GMRES(Solver):
         image = state.residual - residual
         before, picard = norms(state.residual, residual)
         noise = 8 * torch.finfo(z.dtype).eps * torch.maximum(*norms(image, fz))
-        del residual
         first = products(images, image)
         q = image - combination(first, images)
         second = products(images, q)  # classical Gram-Schmidt loses orthogonality unless done twice
@@ -96,10 +96,13 @@ class GMRES(Solver):
         q, p = scale * q, scale * p
         share = dot(q, state.residual)
         stagnates = (share.detach().abs() <= _STAGNATION * before) & (scale.detach().squeeze(1) > 0)
-        x = torch.addcmul(state.x, share.unsqueeze(1), p)
-        r = torch.addcmul(state.residual, share.unsqueeze(1), q, value=-1)
+        # From z, whose residual was measured, rather than from x, whose residual is the result of a
+        # recurrence: the same in exact arithmetic, but errors do not pile up. The oldest column still counts.
+        shares, newest = products(images, residual), dot(q, residual).unsqueeze(1)
+        x = torch.addcmul(z + combination(shares, basis), newest, p)
+        r = torch.addcmul(residual - combination(shares, images), newest, q, value=-1)
         directions, images = write_row(state.directions, slot, p), write_row(state.images, slot, q)
-        del p
+        del p, residual
         ahead = torch.where(stagnates.unsqueeze(1), norms(r)[0].unsqueeze(1) * q, r)
         state = GMRESState(
             count=state.count + 1,
