@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import check_instance
 from .backward import Backward, ImplicitDifferentiation
+from .backward.capture import is_transformed
 from .driver import iterate
 from .solution import OnFailure, Solution, check_on_failure, report_failure
 from .solvers import Auto, Solver
@@ -48,9 +49,11 @@ def fixed_point(
             for a hard one. `True` cuts every tensor in `args` whose first axis is as long as the batch,
             and passes everything else as it is; a tuple says it for each argument: the axis of the batch
             of the tensors in it, or `None` for an argument that samples share. What `f` captures cannot
-            be cut: pass it in `args`. The adjoint solve always sees the whole batch.
+            be cut: pass it in `args`. The adjoint solve always sees the whole batch, and so do solves
+            under `torch.func` transforms and forward-mode differentiation.
         state: `Solution.state` of an earlier solve of the same shape and solver, to go on with what that
-            learnt; pass its `value` as `z0`. For when f changed a little since.
+            learnt; pass its `value` as `z0`. For when f changed a little since. Not under `torch.func`
+            transforms, where `Solution.state` is `None`.
 
     Returns:
         `Solution`, whose `value` has the structure of `z0` and carries gradient.
@@ -92,6 +95,11 @@ def fixed_point(
             state=state,
         )
         return eager
+    if state is not None and is_transformed():
+        raise ValueError(
+            "state: a solve under torch.func transforms or forward-mode differentiation begins afresh; leave "
+            "it out there"
+        )
     outer_solver, outer_stopping = solver, stopping
     flat_f, flat_z0 = flatten(f, z0, args)
     layout = flat_f.layout

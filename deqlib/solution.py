@@ -61,7 +61,8 @@ class Solution:
         method: which of `methods` worked on each sample last, int64, shape (B,).
         methods: the solver's name, or those of the methods it tries in turn; a name may come twice.
         rejections: by cause, how many steps of each sample were refused, int64, shape (B,).
-        state: the solver's last state; given to another solve it goes on with what was learnt.
+        state: the solver's last state; given to another solve it goes on with what was learnt. `None` where
+            the solve ran under `torch.func` transforms.
     """
 
     value: Any

@@ -49,8 +49,8 @@ class GMRES(Solver):
     safeguards: no step is refused, though the driver returns the best iterate seen. Prefer `Anderson` or
     `Auto` there. Unlike their normal equations the orthonormal basis does not square the condition number.
 
-    Costs seven passes over the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 10 more
-    while a solve runs. Nothing is learnt for a later solve.
+    Costs seven passes over the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 10
+    more while a solve runs. Nothing is learnt for a later solve.
 
     Args:
         memory: most columns kept, at least 1; steps beyond it truncate.

@@ -394,6 +394,13 @@ def test_a_solution_under_vmap_tells_of_every_solve() -> None:
     assert (status[:2] == Status.CONVERGED).all()
 
 
+def test_an_earlier_state_is_refused_under_a_transform() -> None:
+    x = torch.randn(2, 3)
+    found = fixed_point(lambda z: 0.5 * z + x, torch.zeros_like(x))
+    with pytest.raises(ValueError, match=r"^state: .*torch\.func"):
+        grad(lambda x: fixed_point(lambda z: 0.5 * z + x, found.value, state=found.state).value.sum())(x)
+
+
 def test_a_failed_solve_under_a_transform_is_reported() -> None:
     stopping = Stopping(rtol=1e-9, max_steps=3)
 
