@@ -80,7 +80,7 @@ class ImplicitDifferentiation(Backward):
     Derivatives of every order, forward mode (t = J t + b, a fixed point too) and all transforms of
     `torch.func` work; each is found by solves of the same settings. There the cell is evaluated anew, once
     forward and once a derivative, which needs what the cell does to go through PyTorch functions in Python,
-    in the thread of the solve. Compiled functions in the cell and `compact` have no effect on them.
+    in the thread of the solve, with the same tensors whatever the state. `compact` has no effect there.
 
     Args:
         solver: of the adjoint, and of the tangent in forward mode.

@@ -113,8 +113,9 @@ class Reversible(Backward):
         if not torch.is_grad_enabled():
             return solution
         value: Tensor = solution.value
+        explicit = _explicit(f, value)
         points, counts = _end(solution)
-        walk = _Walk(_explicit(f, value), solution.state.damping, self)
+        walk = _Walk(explicit, solution.state.damping, self)
         value = _rebuild(walk, value, z0, points, counts)
         return replace(solution, value=value, nfe=solution.nfe + 1)
 

@@ -69,13 +69,13 @@ class SharedInverse(Backward):
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
             return solution
+        source, output = on_tape(f, solution.value)
         history = solution.state
         assert isinstance(history, SecantState)
 
         def adjoint(g: Tensor, vjp: VectorJacobianProduct) -> Tensor:
             return self._adjoint(g, vjp, history, solve)
 
-        source, output = on_tape(f, solution.value)
         return attach(solution, output, adjoint, source, nfe=1)
 
     def _adjoint(self, g: Tensor, vjp: VectorJacobianProduct, history: SecantState, solve: Solve) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import backward as _backward
 from .._checks import check_instance, check_integer
-from ..backward import JFB, Backward, ImplicitDifferentiation, PhantomGradient
+from ..backward import JFB, Backward, ImplicitDifferentiation, PhantomGradient, SharedInverse
 from ..backward.base import on_tape, product
 from ..fixed_point import fixed_point
 from ..layer import ImplicitLayer
@@ -103,9 +102,8 @@ def _settings(
     if solvers is None:
         solvers = (Picard(), Anderson(), Broyden())
     if modes is None:
-        modes = (JFB(), PhantomGradient(), PhantomGradient(form="neumann"), ImplicitDifferentiation())
-        shared = getattr(_backward, "SharedInverse", None)
-        modes = modes if shared is None else (*modes, shared())
+        phantoms = (PhantomGradient(), PhantomGradient(form="neumann"))
+        modes = (JFB(), *phantoms, SharedInverse(), ImplicitDifferentiation())
     for name, kind, given in (("solvers", Solver, solvers), ("modes", Backward, modes)):
         if not isinstance(given, list | tuple):
             raise TypeError(f"diagnose: {name} must be a list or tuple, got {type(given).__name__}")

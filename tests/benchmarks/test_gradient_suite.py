@@ -156,30 +156,37 @@ def made_up(case: str, contender: str, seconds: float, reached: bool = True) -> 
     return times.Row(case, 1e-3, contender, 1e-3, 10, 1e-4, reached, seconds, [seconds, 2 * seconds])
 
 
-def test_bars_compare_with_the_fastest_that_arrives_and_with_the_default() -> None:
+def test_bars_compare_with_the_default_the_fastest_that_arrives_and_the_same_solver() -> None:
     rows = [
         made_up("a", times.OURS, 1.0),
+        made_up("a", "deqlib Anderson", 0.5),
         made_up("a", times.THEIR_DEFAULT, 4.0),
         made_up("a", "torchdeq anderson", 2.0),
         made_up("a", "torchdeq broyden", 0.1, reached=False),
         made_up("b", times.OURS, 1.0),
-        made_up("b", times.THEIR_DEFAULT, 0.5, reached=False),
+        made_up("b", "deqlib Anderson", 2.0, reached=False),
+        made_up("b", times.THEIR_DEFAULT, 1.0, reached=False),
         made_up("b", "torchdeq anderson", 8.0),
+        made_up("c", times.OURS, 9.0, reached=False),
+        made_up("c", times.THEIR_DEFAULT, 1.0, reached=False),
+        made_up("c", "torchdeq anderson", 1.0, reached=False),
     ]
-    raises, misses, fastest, fastest_worst, default, default_worst = times.bars(rows)
+    raises, misses, both, bound, fastest, picard, anderson, broyden = times.bars(rows)
     assert raises.value == misses.value == 0
+    assert both.value == pytest.approx(0.25)
+    assert bound.value == pytest.approx(0.5)  # 1/4 and at most 1/1
+    assert "b 1e-03: 1.00 (bound)" in bound.note
+    assert "c 1e-03" not in bound.note
     assert fastest.value == pytest.approx(0.25)  # 1/2 and 1/8
-    assert fastest_worst.value == pytest.approx(0.5)
-    assert fastest_worst.note == "a 1e-03"
-    assert default.value == default_worst.value == pytest.approx(0.25)
-    assert "b 1e-03" in default.note
-    assert {bar.verdict for bar in (fastest, default)} == {"pass"}
+    assert anderson.value == pytest.approx(0.25)
+    assert {bar.verdict for bar in (both, bound, fastest, anderson)} == {"pass"}
+    assert {bar.verdict for bar in (picard, broyden)} == {"not measured"}
     slower = [
         replace(row, times=[t * 3 for t in row.times]) if row.contender == times.OURS else row for row in rows
     ]
     assert times.bars(slower)[2].verdict == "FAIL"
     lost = [replace(row, reached=False) if row.contender == times.OURS else row for row in rows]
-    assert times.bars(lost)[1].value == 2
+    assert times.bars(lost)[1].value == 2  # "c" torchdeq misses as well
     assert times.bars(lost)[2].verdict == "not measured"
 
 

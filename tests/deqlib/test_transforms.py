@@ -24,6 +24,9 @@ from deqlib import (
     NonConvergenceWarning,
     PhantomGradient,
     Picard,
+    Reversible,
+    ReversiblePicard,
+    SharedInverse,
     Solver,
     Status,
     StochasticJFB,
@@ -494,9 +497,18 @@ def test_second_derivatives_of_modes_that_have_none_are_refused(name: str, twice
         twice(lambda x: value(x, base.tensors[1]), base.x)
 
 
-def test_modes_that_need_a_recorded_graph_say_so_under_transforms() -> None:
+@pytest.mark.parametrize(
+    ("backward", "solver"),
+    [
+        (PhantomGradient(form="neumann"), Anderson()),
+        (SharedInverse(), Broyden()),
+        (Reversible(), ReversiblePicard()),
+    ],
+    ids=["neumann", "shared inverse", "reversible"],
+)
+def test_modes_that_need_a_recorded_graph_say_so_under_transforms(backward: Backward, solver: Solver) -> None:
     base = make("tanh")
-    value = implicit(base, backward=PhantomGradient(form="neumann"))
+    value = implicit(base, backward=backward, solver=solver, stopping=Stopping(rtol=1e-8))
     with pytest.raises(RuntimeError, match=r"torch\.func.*use backward=ImplicitDifferentiation\(\)"):
         grad(loss(value))(*base.tensors)
     with torch.no_grad():
