@@ -187,9 +187,6 @@ def solve_explicitly(problem: Problem, z0: Tensor, tensors: Sequence[Tensor]) ->
     Its `state` is `None`.
     """
     report = _Report()
-    # Through a plain function: there an outer map's tensors are substituted, and wrappers of transforms that
-    # have ended come off.
-    z0, *tensors = (tensor.view_as(tensor) for tensor in (z0, *tensors))
     value, *measures = _apply(problem, report, z0, *tensors)
     known = dict(zip(report.names, measures, strict=True))
     assert report.solution is not None

@@ -350,6 +350,7 @@ def test_nested_layers_have_second_derivatives() -> None:
     close(*(grad(lambda *t, f=f: f(*t).sin().sum(), (0, 1, 2))(*tensors) for f in (nested, loops)))
     close(*(hessian(lambda *t, f=f: f(*t).sin().sum(), (0, 1, 2))(*tensors) for f in (nested, loops)))
     required = tuple(t.requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(nested, required, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(nested, required)
 
 
