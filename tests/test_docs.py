@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?P<indent> *)```python\b(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
 PRINTED = re.compile(r"^ *# > ?(.*)$", re.M)
-MUST_RUN = ("docs/quickstart.md", "docs/concepts.md")
+MUST_RUN = ("docs/quickstart.md", "docs/concepts.md", "docs/stability.md", "docs/diagnostics.md")
 
 
 @dataclass(frozen=True)
