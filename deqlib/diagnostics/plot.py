@@ -81,7 +81,8 @@ def _cosines(axes: Any, found: Diagnosis) -> None:
     axes.set_yticks(places.tolist(), names, fontsize=8)
     axes.invert_yaxis()
     axes.set(title="gradients", xlabel="cosine to the exact gradient")
-    axes.legend(framealpha=1, fontsize=8, loc="lower left")
+    # Below the axis: within it bars would lie under the legend.
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _paths(axes: Any, found: Diagnosis) -> None:
