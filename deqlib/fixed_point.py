@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ._checks import check_instance
 from .backward import Backward, ImplicitDifferentiation
@@ -133,7 +134,11 @@ def fixed_point(
         return solution
 
     solution = backward.apply(flat_f, flat_z0, solve)
-    return replace(solution, value=layout.unravel(solution.value))
+    value = layout.unravel(solution.value)
+    if solution.value.requires_grad:
+        # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
+        value = tree_map(torch.clone, value)
+    return replace(solution, value=value)
 
 
 def check_settings(

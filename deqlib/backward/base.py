@@ -92,7 +92,7 @@ def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor 
         return replace(solution, value=_pass(output, solution.value))
     if not asks_for_gradient(output):
         return solution
-    return replace(solution, value=released(_apply(_Attach, output, source, solution.value, adjoint)))
+    return replace(solution, value=_apply(_Attach, output, source, solution.value, adjoint))
 
 
 def on_tape(f: Map, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,12 +177,7 @@ def first_order_only(value: Tensor) -> Tensor:
 
 def _pass(output: Tensor, value: Tensor) -> Tensor:
     """`value`, sending what arrives to `output`; to first order."""
-    return released(_apply(_PassedForward if is_transformed() else _Passed, output, value))
-
-
-def released(value: Tensor) -> Tensor:
-    """A copy that whoever gets it may write to: the backward pass needs the fixed point as it was."""
-    return value.clone()
+    return _apply(_PassedForward if is_transformed() else _Passed, output, value)
 
 
 def identity_adjoint(g: Tensor, vjp: VectorJacobianProduct) -> Tensor:

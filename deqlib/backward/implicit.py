@@ -23,7 +23,6 @@ from .base import (
     leads_to,
     product,
     refuse_batched_gradients,
-    released,
     solve_off_tape,
     start_of_tape,
 )
@@ -124,7 +123,7 @@ class ImplicitDifferentiation(Backward):
         problem = self._problem(f, watch, solve)
         start = self.warm_start
         value = _Implicit.apply(start, problem, output, source, solution.value, *problem.tensors)  # type: ignore[no-untyped-call]
-        return replace(solution, value=released(value))
+        return replace(solution, value=value)
 
     def _problem(self, f: Map, watch: Watch, solve: Solve) -> CellProblem:
         def linear(f: Map, z0: Tensor, what: str) -> Solution:

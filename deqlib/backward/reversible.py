@@ -22,7 +22,6 @@ from .base import (
     ends,
     refuse_batched_gradients,
     refuse_second_order,
-    released,
     solve_off_tape,
     start_of_tape,
 )
@@ -285,7 +284,7 @@ def _check_cut(image: Tensor, tensors: Sequence[Tensor]) -> None:
 def _rebuild(walk: _Walk, value: Tensor, z0: Tensor, points: Points, counts: Tensor) -> Tensor:
     parts = (points.previous, points.current, points.steps, points.largest, counts)
     output: Tensor = _Rebuild.apply(walk, value, z0, *parts, *walk.f.tensors)  # type: ignore[no-untyped-call]
-    return released(output)
+    return output
 
 
 class _Rebuild(torch.autograd.Function):

@@ -43,6 +43,7 @@ MODES: dict[str, Any] = {
     "phantom neumann": PhantomGradient(steps=3, form="neumann"),
     "stochastic": StochasticJFB(no_grad=(3, 3), grad=(2, 2)),
     "unroll": Unroll(),
+    "unroll, checkpoints": Unroll(checkpoint=True),
 }
 by_mode = pytest.mark.parametrize("backward", MODES.values(), ids=MODES)
 
