@@ -86,11 +86,12 @@ def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor 
         nfe: evaluations spent on `output`.
     """
     solution = replace(solution, nfe=solution.nfe + nfe)
-    if source is None:
+    if source is None and adjoint is identity_adjoint:
         if not (output.requires_grad or is_transformed()):
             return solution
         return replace(solution, value=_pass(output, solution.value))
-    if not asks_for_gradient(output):
+    _refuse_transforms()
+    if not (output.requires_grad if source is None else asks_for_gradient(output)):
         return solution
     return replace(solution, value=_apply(_Attach, output, source, solution.value, adjoint))
 
@@ -107,12 +108,16 @@ def start_of_tape(z: Tensor) -> Tensor:
     Raises:
         RuntimeError: under a transform of `torch.func`, whose graphs cannot be kept.
     """
+    _refuse_transforms()
+    return _apply(_GraphEnd, z.detach().requires_grad_())
+
+
+def _refuse_transforms() -> None:
     if is_transformed():
         raise RuntimeError(
             "this backward mode does not work under torch.func transforms and forward-mode differentiation; "
             'use backward=ImplicitDifferentiation(), JFB() or PhantomGradient(form="unroll")'
         )
-    return _apply(_GraphEnd, z.detach().requires_grad_())
 
 
 def product(u: Tensor, output: Tensor, source: Tensor) -> Tensor:
@@ -265,9 +270,10 @@ class _Attach(torch.autograd.Function):
     """`value` in the forward pass, `adjoint` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, source: Tensor, value: Tensor, adjoint: Adjoint) -> Tensor:
+    def forward(ctx: Any, output: Tensor, source: Tensor | None, value: Tensor, adjoint: Adjoint) -> Tensor:
         ctx.adjoint = adjoint
-        ctx.save_for_backward(output, source)
+        if source is not None:
+            ctx.save_for_backward(output, source)
         return value.detach()
 
     @staticmethod
@@ -275,7 +281,6 @@ class _Attach(torch.autograd.Function):
         refuse_second_order()
         refuse_batched_gradients(grads[0])
         saved = ctx.saved_tensors  # once: under activation checkpointing a second unpacking is an error
-
         return ctx.adjoint(grads[0], lambda u: product(u, *saved)), None, None, None
 
 

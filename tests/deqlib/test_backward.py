@@ -31,6 +31,7 @@ from deqlib import (
     Unroll,
     fixed_point,
 )
+from deqlib.backward.base import attach
 
 EXACT = Stopping(rtol=TIGHT, max_steps=500, patience=None)
 ADJOINT_SOLVERS: dict[str, Solver] = {
@@ -512,6 +513,14 @@ def test_other_modes_refuse_to_be_differentiated_twice(backward: Backward) -> No
 
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backward=Unroll\(\)"):
         second_derivative()
+
+
+def test_an_adjoint_that_needs_no_products_is_applied_too() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    solution = fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3))
+    tripled = attach(solution, 2 * x, lambda g, vjp: 3 * g, None, nfe=1)
+    assert torch.autograd.grad(tripled.value.sum(), x)[0].tolist() == [[6.0] * 3] * 2
+    assert tripled.nfe == solution.nfe + 1
 
 
 @by_mode(BACKWARDS)
