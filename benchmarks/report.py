@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import math
 import platform
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from deqlib.testing import Problem
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,52 @@ def bars_table(bars: list[Bar]) -> Table:
         verdict = f"[{style}]{bar.verdict}[/]"
         table.add_row(bar.name, f"{bar.value:.4g}", f"{bar.limit:g}", verdict, escape(bar.note))
     return table
+
+
+Measured = tuple[Any, list[Bar], Table]  # the figures of a part, its bars and its table
+
+
+def measure_parts(
+    arguments: argparse.Namespace,
+    parts: Mapping[str, Callable[[list[Problem], argparse.Namespace], Measured]],
+    problems: list[Problem],
+    console: Console,
+) -> dict[str, Any]:
+    """Measure the parts of a suite that `arguments.part` asks for, print tables and bars; the figures.
+
+    Args:
+        arguments: of the command line, with `part`, `threads` and `out`.
+        parts: by name, in the order in which they run.
+        problems: what is measured.
+        console: to print to.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
+    figures: dict[str, Any] = {"machine": machine(), "settings": settings, "parts": {}}
+    bars: list[Bar] = []
+    for part, measure in parts.items():
+        if part in arguments.part:
+            figures["parts"][part], found, table = measure(problems, arguments)
+            console.print(table)
+            bars += found
+    console.print(bars_table(bars))
+    figures["bars"] = [bar.record() for bar in bars]
+    return figures
+
+
+def choose(problems: list[Problem], names: list[str] | None) -> list[Problem]:
+    """Those with these names, in their order; all if there are none. Ends the program at a name unknown."""
+    named = {problem.name: problem for problem in problems}
+    unknown = set(names or ()) - set(named)
+    if unknown:
+        raise SystemExit(f"--problems: got {sorted(unknown)}, expected names among {list(named)}")
+    return [named[name] for name in names or named]
+
+
+def terminal() -> Console:
+    """Where a suite prints; a file has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def machine() -> dict[str, Any]:

@@ -147,10 +147,10 @@ def report_failure(solution: Solution, on_failure: OnFailure, what: str) -> None
     )
     if on_failure == "raise":
         raise NonConvergenceError(message, solution)
-    warnings.warn(message, NonConvergenceWarning, stacklevel=_levels_to_caller())
+    warnings.warn(message, NonConvergenceWarning, stacklevel=levels_to_caller())
 
 
-def _levels_to_caller() -> int:
+def levels_to_caller() -> int:
     """Stack level, as `warnings.warn` in the calling function counts, of the first frame outside the library.
 
     A warning that names the user's line is shown once a line by Python's default filter.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
-from ..solution import OnFailure, Solution, Status, _levels_to_caller
+from ..solution import OnFailure, Solution, Status, levels_to_caller
 from ..solvers import Solver
+from ..solvers.base import norms
 from ..solvers.reversible import Points, ReversiblePicard, ReversibleState, choose, same
 from ..state import Map
 from ..stopping import Stopping
@@ -133,7 +134,7 @@ class Reversible(Backward):
         )
         if self.on_drift == "raise":
             raise ReconstructionError(message)
-        warnings.warn(message, ReconstructionWarning, stacklevel=_levels_to_caller())
+        warnings.warn(message, ReconstructionWarning, stacklevel=levels_to_caller())
 
 
 def _explicit(f: Map, z: Tensor) -> ExplicitMap:
@@ -187,7 +188,7 @@ class _Walk:
         for step in range(int(steps.max()) if steps.numel() else 0, 0, -1):
             image = evaluation.at(previous)
             rebuilt = (current - b * image) / (1 - b)
-            size = _norm(rebuilt)
+            size = norms(rebuilt)[0]
             lost = (step <= steps) & ~((size <= _RANGE * end.largest) & (size < torch.inf))
             if bool(lost.any()):
                 steps, counts = steps.masked_fill(lost, -1), counts.masked_fill(lost, -1)
@@ -208,17 +209,11 @@ class _Walk:
                 torch.where(moves, rebuilt, previous),
             )
         arrived = steps >= 0
-        distance = _norm(torch.cat([current - z0, previous - z0], 1))
+        distance = norms(torch.cat([current - z0, previous - z0], 1))[0]
         drift = torch.where(distance == 0, 0, distance / end.largest)
         drift = torch.where(arrived, drift.clamp_max(1), 1)
-        self.mode.report(drift * _norm(torch.cat([upper, lower], 1)) / _norm(g))
+        self.mode.report(drift * norms(torch.cat([upper, lower], 1))[0] / norms(g)[0])
         return torch.where(arrived.unsqueeze(1), upper + lower, 0).to(z0.dtype), evaluation.totals()
-
-
-def _norm(vectors: Tensor) -> Tensor:
-    """Of each sample, (B,)."""
-    found: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return found
 
 
 class _Evaluation:

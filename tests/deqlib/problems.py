@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from deqlib import Anderson, Broyden, Picard, Solver
 
@@ -139,6 +139,31 @@ class Spy:
         output = self.cell(z, *inputs)
         self.outputs_on_tape.append(isinstance(output, Tensor) and output.requires_grad)
         return output
+
+
+class Cell(nn.Module):
+    """tanh(W z + b + x) on states of `dim` numbers, a contraction."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, dim)
+        with torch.no_grad():
+            self.inner.weight *= 0.5
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(z) + x)
+
+
+def as_pytree(base: Problem) -> tuple[Callable[[Any], Any], Any]:
+    """A problem of 3 samples of 7 numbers as one of a dict with a tuple in it, and its starting point."""
+
+    def cell(state: dict[str, Any]) -> dict[str, Any]:
+        h, (image,) = state["h"], state["rest"]
+        flat = base.f(torch.cat([h, image.flatten(1)], 1))
+        return {"h": flat[:, :3], "rest": (flat[:, 3:].unflatten(1, (2, 2)),)}
+
+    z0 = {"h": torch.zeros(3, 3, dtype=torch.float64), "rest": (torch.zeros(3, 2, 2, dtype=torch.float64),)}
+    return cell, z0
 
 
 def residuals(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from problems import KINDS, TIGHT, Problem, Spy, dense_gradients, problem, problems
+from problems import KINDS, TIGHT, Cell, Problem, Spy, as_pytree, dense_gradients, problem, problems
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -237,20 +237,9 @@ def test_gradcheck_passes_for_arguments(kind: str, backward: Backward) -> None:
     assert torch.autograd.gradcheck(value, base.tensors)
 
 
-class Cell(nn.Module):
-    def __init__(self, dim: int = 5) -> None:
-        super().__init__()
-        self.inner = nn.Linear(dim, dim)
-        with torch.no_grad():
-            self.inner.weight *= 0.5
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(z) + x)
-
-
 @by_mode(BACKWARDS)
 def test_arguments_closures_and_parameters_receive_the_same_gradient(backward: Backward) -> None:
-    cell = Cell().double()
+    cell = Cell(5).double()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     z0, settings = torch.zeros_like(x), {"backward": backward, "stopping": Stopping(rtol=1e-9)}
     wanted = (x, *cell.parameters())
@@ -272,12 +261,7 @@ def test_arguments_closures_and_parameters_receive_the_same_gradient(backward: B
 def test_a_pytree_state_has_the_gradients_of_the_same_numbers_in_one_tensor(backward: Backward) -> None:
     base = problem("mlp", dim=7).requiring_grad()
 
-    def cell(state: dict[str, Any]) -> dict[str, Any]:
-        h, (image,) = state["h"], state["rest"]
-        flat = base.f(torch.cat([h, image.flatten(1)], 1))
-        return {"h": flat[:, :3], "rest": (flat[:, 3:].unflatten(1, (2, 2)),)}
-
-    z0 = {"h": torch.zeros(3, 3, dtype=torch.float64), "rest": (torch.zeros(3, 2, 2, dtype=torch.float64),)}
+    cell, z0 = as_pytree(base)
     g = torch.randn(3, 7, dtype=torch.float64)
     settings = {"backward": backward, "stopping": Stopping(rtol=1e-9)}
     tree = fixed_point(cell, z0, **settings).value
@@ -537,7 +521,7 @@ def test_second_derivatives_that_do_not_pass_the_solve_are_no_concern(backward: 
 
 @by_mode(BACKWARDS)
 def test_two_forwards_before_one_backward_are_independent(backward: Backward) -> None:
-    layer = ImplicitLayer(Cell(), backward=backward, stopping=Stopping(rtol=1e-5))
+    layer = ImplicitLayer(Cell(5), backward=backward, stopping=Stopping(rtol=1e-5))
     xs = [torch.randn(2, 5, requires_grad=True) for _ in range(2)]
     apart = []
     for x in xs:
@@ -654,7 +638,7 @@ def test_all_a_solve_saved_is_freed_without_the_garbage_collector(
 )
 def test_gradients_pass_a_checkpoint(name: str, reentrant: bool) -> None:
     backward = BACKWARDS[name]
-    layer = ImplicitLayer(Cell(), backward=backward, stopping=Stopping(rtol=1e-5))
+    layer = ImplicitLayer(Cell(5), backward=backward, stopping=Stopping(rtol=1e-5))
     x = torch.randn(2, 5, requires_grad=True)
     wanted = (x, *layer.parameters())
     layer(x).square().sum().backward()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import TIGHT
+from problems import TIGHT, Cell
 from torch import Tensor, nn
 
 from deqlib import (
@@ -25,19 +25,8 @@ from deqlib import (
 )
 
 
-class Cell(nn.Module):
-    def __init__(self, dim: int = 4) -> None:
-        super().__init__()
-        self.inner = nn.Linear(dim, dim)
-        with torch.no_grad():
-            self.inner.weight *= 0.5
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(z) + x)
-
-
 def test_a_layer_drops_into_sequential_and_trains() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), ImplicitLayer(Cell()), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(3, 4), ImplicitLayer(Cell(4)), nn.Linear(4, 1))
     x, y = torch.randn(32, 3), torch.randn(32, 1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
@@ -52,7 +41,7 @@ def test_a_layer_drops_into_sequential_and_trains() -> None:
 
 
 def test_the_output_is_the_fixed_point_of_the_cell() -> None:
-    layer = ImplicitLayer(Cell().double(), stopping=Stopping(rtol=TIGHT))
+    layer = ImplicitLayer(Cell(4).double(), stopping=Stopping(rtol=TIGHT))
     x = torch.randn(3, 4, dtype=torch.float64)
     z = layer(x)
     torch.testing.assert_close(z, layer.cell(z, x), rtol=0, atol=1e-12)
@@ -90,7 +79,7 @@ def test_a_cell_without_inputs_needs_a_start() -> None:
 
 
 def test_z0_of_a_call_warm_starts_it() -> None:
-    layer = ImplicitLayer(Cell())
+    layer = ImplicitLayer(Cell(4))
     x = torch.randn(3, 4)
     cold = layer.solve(x)
     warm = layer.solve(x, z0=cold.value)
@@ -99,7 +88,7 @@ def test_z0_of_a_call_warm_starts_it() -> None:
 
 
 def test_solver_and_stopping_of_a_call_replace_the_layers_for_that_call_only() -> None:
-    layer = ImplicitLayer(Cell(), solver=Picard(), stopping=Stopping.steps(9))
+    layer = ImplicitLayer(Cell(4), solver=Picard(), stopping=Stopping.steps(9))
     x = torch.randn(3, 4)
     assert layer.solve(x, stopping=Stopping.steps(2)).num_steps.tolist() == [2] * 3
     assert layer.solve(x, solver=Broyden(memory=3)).state.df.shape == (3, 3, 4)
@@ -108,7 +97,7 @@ def test_solver_and_stopping_of_a_call_replace_the_layers_for_that_call_only() -
 
 
 def test_the_policy_of_the_layer_applies() -> None:
-    layer = ImplicitLayer(Cell(), stopping=Stopping(rtol=1e-9, max_steps=1), on_failure="raise")
+    layer = ImplicitLayer(Cell(4), stopping=Stopping(rtol=1e-9, max_steps=1), on_failure="raise")
     with pytest.raises(NonConvergenceError):
         layer(torch.randn(3, 4))
 
@@ -149,17 +138,17 @@ def test_a_pytree_input_starts_a_pytree_state() -> None:
 
 
 def test_the_state_dict_holds_the_cells_parameters_and_nothing_of_a_solve() -> None:
-    layer = ImplicitLayer(Cell())
+    layer = ImplicitLayer(Cell(4))
     layer(torch.randn(3, 4))
     assert list(layer.state_dict()) == ["cell.inner.weight", "cell.inner.bias"]
-    other = ImplicitLayer(Cell())
+    other = ImplicitLayer(Cell(4))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 4)
     assert torch.equal(layer(x), other(x))
 
 
 def test_a_solve_leaves_nothing_on_the_layer() -> None:
-    layer = ImplicitLayer(Cell())
+    layer = ImplicitLayer(Cell(4))
     before = dict(vars(layer))
     layer(torch.randn(3, 4)).sum().backward()
     after = dict(vars(layer))
@@ -173,7 +162,7 @@ def test_a_solve_leaves_nothing_on_the_layer() -> None:
 def test_a_copy_solves_the_same_and_is_independent(clone: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     layer = ImplicitLayer(
-        Cell(), solver=Broyden(memory=4), backward=StochasticJFB(generator=generator), on_failure="ignore"
+        Cell(4), solver=Broyden(memory=4), backward=StochasticJFB(generator=generator), on_failure="ignore"
     )
     layer(torch.randn(3, 4)).sum().backward()
     twin = clone(layer)
@@ -187,12 +176,12 @@ def test_a_copy_solves_the_same_and_is_independent(clone: Any) -> None:
 
 
 def test_the_layer_moves_with_to() -> None:
-    layer = ImplicitLayer(Cell()).double()
+    layer = ImplicitLayer(Cell(4)).double()
     assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_print_shows_the_settings() -> None:
-    text = repr(ImplicitLayer(Cell(), solver=Anderson(memory=3), backward=JFB()))
+    text = repr(ImplicitLayer(Cell(4), solver=Anderson(memory=3), backward=JFB()))
     for words in (
         "solver=Anderson(memory=3,",
         "backward=JFB()",
@@ -225,13 +214,13 @@ def test_a_setting_of_the_wrong_kind_is_refused_by_name(
     settings: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        ImplicitLayer(Cell(), **settings)
+        ImplicitLayer(Cell(4), **settings)
     with pytest.raises(error, match=words):
         fixed_point(lambda z: z, torch.zeros(1, 1), **settings)
 
 
 def test_overrides_of_the_wrong_kind_are_refused_by_name() -> None:
-    layer, x = ImplicitLayer(Cell()), torch.randn(3, 4)
+    layer, x = ImplicitLayer(Cell(4)), torch.randn(3, 4)
     with pytest.raises(TypeError, match="solver must be a solver"):
         layer.solve(x, solver="picard")
     with pytest.raises(TypeError, match="stopping must be"):
@@ -244,11 +233,11 @@ def test_cell_init_and_args_of_the_wrong_kind_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match="cell must be callable, got Tensor"):
         ImplicitLayer(torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="init must be callable or None, got Tensor"):
-        ImplicitLayer(Cell(), init=torch.zeros(1))  # type: ignore[arg-type]
+        ImplicitLayer(Cell(4), init=torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="args must be a tuple, got Tensor"):
         fixed_point(lambda z: z, torch.zeros(1, 1), torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="positional"):
-        ImplicitLayer(Cell(), Anderson())  # type: ignore[misc]
+        ImplicitLayer(Cell(4), Anderson())  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

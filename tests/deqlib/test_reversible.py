@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import KINDS, Problem, Spy, dense_gradients, problem, problems
+from problems import KINDS, Cell, Problem, Spy, as_pytree, dense_gradients, problem, problems
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -259,19 +259,8 @@ def test_a_fixed_number_of_steps_differentiates_the_last_iterate_even_where_an_e
 # Who receives gradient ----------------------------------------------------------------------------------
 
 
-class Cell(nn.Module):
-    def __init__(self, dim: int = 5) -> None:
-        super().__init__()
-        self.inner = nn.Linear(dim, dim)
-        with torch.no_grad():
-            self.inner.weight *= 0.5
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(z) + x)
-
-
 def test_arguments_closures_and_parameters_receive_the_same_gradient() -> None:
-    cell = Cell().double()
+    cell = Cell(5).double()
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     wanted = (x, *cell.parameters())
     written = lambda z, x, w, b: torch.tanh(z @ w.T + b + x)  # noqa: E731
@@ -289,7 +278,7 @@ def test_arguments_closures_and_parameters_receive_the_same_gradient() -> None:
 
 
 def test_backward_accumulates_into_leaves_and_grad_leaves_them_alone() -> None:
-    cell = Cell()
+    cell = Cell(5)
     x = torch.randn(2, 5, requires_grad=True)
     value = reversible(cell, torch.zeros(2, 5), args=(x,)).value
     wanted = (x, *cell.parameters())
@@ -352,11 +341,7 @@ def test_a_tensor_with_a_history_given_to_a_custom_function_is_refused() -> None
 def test_a_pytree_state_has_the_gradients_of_the_same_numbers_in_one_tensor() -> None:
     base = problem("mlp", dim=7).requiring_grad()
 
-    def cell(state: dict[str, Any]) -> dict[str, Any]:
-        flat = base.f(torch.cat([state["h"], state["rest"][0].flatten(1)], 1))
-        return {"h": flat[:, :3], "rest": (flat[:, 3:].unflatten(1, (2, 2)),)}
-
-    start = {"h": torch.zeros(3, 3).double(), "rest": (torch.zeros(3, 2, 2).double(),)}
+    cell, start = as_pytree(base)
     tree = reversible(cell, start, stopping=Stopping(rtol=1e-6)).value
     flat = reversible(base.f, base.z0, stopping=Stopping(rtol=1e-6)).value
     ours = torch.autograd.grad(tree["h"].sin().sum(), base.tensors)
@@ -497,7 +482,7 @@ def test_a_cell_that_is_not_a_function_is_found_out() -> None:
 
 
 def test_tensors_changed_before_the_backward_pass_are_found_out() -> None:
-    cell = Cell()
+    cell = Cell(5)
     x = torch.randn(2, 5)
     value = reversible(cell, torch.zeros(2, 5), args=(x,)).value
     with torch.no_grad():
@@ -604,7 +589,7 @@ def test_all_a_solve_saved_is_freed_without_the_garbage_collector(differentiate:
 
 
 def test_two_forwards_before_one_backward_are_independent() -> None:
-    layer = ImplicitLayer(Cell(), solver=ReversiblePicard(), backward=STRICT)
+    layer = ImplicitLayer(Cell(5), solver=ReversiblePicard(), backward=STRICT)
     xs = [torch.randn(2, 5, requires_grad=True) for _ in range(2)]
     apart = [torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters())) for x in xs]
     first, second = layer(xs[0]), layer(xs[1])
@@ -640,7 +625,7 @@ def test_batched_gradients_are_refused() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradients_pass_a_checkpoint(reentrant: bool) -> None:
-    layer = ImplicitLayer(Cell(), solver=ReversiblePicard(), backward=STRICT)
+    layer = ImplicitLayer(Cell(5), solver=ReversiblePicard(), backward=STRICT)
     x = torch.randn(2, 5, requires_grad=True)
     wanted = (x, *layer.parameters())
     layer(x.sin()).square().sum().backward()
@@ -654,7 +639,7 @@ def test_gradients_pass_a_checkpoint(reentrant: bool) -> None:
 
 
 def test_gradients_pass_checkpoints_inside_the_cell() -> None:
-    cell = Cell().double()
+    cell = Cell(5).double()
     x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     made = x.sin()
     inside = lambda z: checkpoint(cell, z, made, use_reentrant=False)  # noqa: E731
@@ -733,10 +718,10 @@ def test_settings_out_of_range_are_refused_by_name(make: Any, error: type[Except
 def test_solvers_whose_steps_cannot_be_undone_are_refused() -> None:
     words = r"needs a solver whose steps can be undone, got solver=A.*solver=ReversiblePicard\(\)"
     with pytest.raises(ValueError, match=words):
-        ImplicitLayer(Cell(), backward=Reversible())
+        ImplicitLayer(Cell(5), backward=Reversible())
     with pytest.raises(ValueError, match=words):
         fixed_point(lambda z: z, torch.zeros(1, 1), solver=Anderson(), backward=Reversible())
-    layer = ImplicitLayer(Cell(), solver=ReversiblePicard(), backward=Reversible())
+    layer = ImplicitLayer(Cell(5), solver=ReversiblePicard(), backward=Reversible())
     with pytest.raises(ValueError, match=words):
         layer.solve(torch.zeros(1, 5), solver=Anderson())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Problem, Spy, dense_gradients, problem, problems
+from problems import Problem, Spy, as_pytree, dense_gradients, problem, problems
 from torch import Tensor
 
 from deqlib import (
@@ -353,12 +353,7 @@ def test_finished_samples_may_leave_the_batch() -> None:
 def test_a_pytree_state_has_the_gradients_of_the_same_numbers_in_one_tensor() -> None:
     base = problem("mlp", dim=7).requiring_grad()
 
-    def cell(state: dict[str, Any]) -> dict[str, Any]:
-        h, (image,) = state["h"], state["rest"]
-        flat = base.f(torch.cat([h, image.flatten(1)], 1))
-        return {"h": flat[:, :3], "rest": (flat[:, 3:].unflatten(1, (2, 2)),)}
-
-    z0 = {"h": torch.zeros(3, 3, dtype=torch.float64), "rest": (torch.zeros(3, 2, 2, dtype=torch.float64),)}
+    cell, z0 = as_pytree(base)
     g = normal(0, 3, 7)
     settings = {"solver": Broyden(), "backward": SharedInverse(refine=2), "stopping": Stopping(rtol=1e-9)}
     tree = fixed_point(cell, z0, **settings).value

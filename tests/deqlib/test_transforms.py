@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from problems import KINDS, TIGHT, Problem, Spy, problem, problems
+from problems import KINDS, TIGHT, Cell, Problem, Spy, problem, problems
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -178,19 +178,8 @@ def test_forward_and_reverse_mode_are_transposes(base: Problem) -> None:
 # What derivatives are taken of --------------------------------------------------------------------------
 
 
-class Cell(nn.Module):
-    def __init__(self, dim: int = 3) -> None:
-        super().__init__()
-        self.inner = nn.Linear(dim, dim)
-        with torch.no_grad():
-            self.inner.weight *= 0.5
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.inner(z) + x)
-
-
 def test_inputs_parameters_and_captured_tensors_have_the_same_derivatives() -> None:
-    cell = Cell().double()
+    cell = Cell(3).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     settings = {"stopping": EXACT, "backward": ImplicitDifferentiation(stopping=EXACT)}
     layer = ImplicitLayer(cell, **settings)
@@ -218,7 +207,7 @@ def test_inputs_parameters_and_captured_tensors_have_the_same_derivatives() -> N
 
 
 def test_parameters_put_back_before_the_backward_pass_do_not_mislead_it() -> None:
-    layer = ImplicitLayer(Cell(), stopping=Stopping(rtol=1e-6))
+    layer = ImplicitLayer(Cell(3), stopping=Stopping(rtol=1e-6))
     x = torch.randn(2, 3)
     swapped = {name: (0.7 * p).detach().requires_grad_() for name, p in layer.named_parameters()}
     value = functional_call(layer, swapped, x)
@@ -237,7 +226,7 @@ def test_parameters_swapped_around_a_function_that_is_the_cell_are_refused_not_m
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell = Cell()
+            self.cell = Cell(3)
 
         def forward(self, x: Tensor) -> Tensor:
             return fixed_point(lambda z: self.cell(z, x), torch.zeros_like(x)).value
@@ -251,7 +240,7 @@ def test_parameters_swapped_around_a_function_that_is_the_cell_are_refused_not_m
 
 
 def test_an_ensemble_of_layers_is_a_vmap_over_their_parameters() -> None:
-    layers = [ImplicitLayer(Cell(), stopping=Stopping(rtol=1e-6)) for _ in range(3)]
+    layers = [ImplicitLayer(Cell(3), stopping=Stopping(rtol=1e-6)) for _ in range(3)]
     parameters, _ = torch.func.stack_module_state(layers)
     x = torch.randn(5, 3)
     together = vmap(lambda p, x: functional_call(layers[0], p, x), (0, None))(parameters, x)

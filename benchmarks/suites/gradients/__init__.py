@@ -14,18 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from deqlib.testing import Problem
 
-from ...report import Bar, bars_table, machine
+from ...report import Measured, choose, measure_parts, terminal
 from . import accuracy, memory, times
 
 PARTS = ("time", "accuracy", "memory")
@@ -56,35 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the tables and the bars, write JSON."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    problems = _problems(arguments.problems)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
-    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
-    figures: dict[str, Any] = {"machine": machine(), "settings": settings, "parts": {}}
-    bars: list[Bar] = []
-    for part in PARTS:
-        if part in arguments.part:
-            figures["parts"][part], found, table = _MEASURES[part](problems, arguments)
-            console.print(table)
-            bars += found
-    console.print(bars_table(bars))
-    figures["bars"] = [bar.record() for bar in bars]
+    problems, console = choose(times.cases(), arguments.problems), terminal()
+    figures = measure_parts(arguments, _MEASURES, problems, console)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2, allow_nan=False))
     console.print(f"figures: {arguments.out}")
-
-
-def _problems(names: list[str] | None) -> list[Problem]:
-    """Those with these names; all if there are none."""
-    problems = {problem.name: problem for problem in times.cases()}
-    unknown = set(names or ()) - set(problems)
-    if unknown:
-        raise SystemExit(f"--problems: got {sorted(unknown)}, expected names among {list(problems)}")
-    return [problems[name] for name in names or problems]
-
-
-Measured = tuple[Any, list[Bar], Table]
 
 
 def _time(problems: list[Problem], arguments: argparse.Namespace) -> Measured:

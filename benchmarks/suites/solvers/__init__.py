@@ -15,19 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from deqlib.testing import Problem, suite
 
 from ...plot import traces
-from ...report import Bar, bars_table, machine
+from ...report import Measured, choose, measure_parts, terminal
 from . import compact, memory, overhead, robustness, solves
 
 PARTS = ("solves", "overhead", "compact", "memory", "robustness")
@@ -73,20 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print the tables and the bars, write JSON and picture."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    problems = _problems(arguments.problems)
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width of its own
-    settings = {name: value for name, value in vars(arguments).items() if name != "out"}
-    figures: dict[str, Any] = {"machine": machine(), "settings": settings, "parts": {}}
-    bars: list[Bar] = []
-    for part in PARTS:
-        if part in arguments.part:
-            figures["parts"][part], found, table = _MEASURES[part](problems, arguments)
-            console.print(table)
-            bars += found
-    console.print(bars_table(bars))
-    figures["bars"] = [bar.record() for bar in bars]
+    problems, console = choose(suite(), arguments.problems), terminal()
+    figures = measure_parts(arguments, _MEASURES, problems, console)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(figures, indent=2))
     console.print(f"figures: {arguments.out}")
@@ -94,18 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
         picture = arguments.out.with_suffix(".png")
         traces(problems, min(solves.TOLERANCES), arguments.max_steps + 1, picture)
         console.print(f"residuals: {picture}")
-
-
-def _problems(names: list[str] | None) -> list[Problem]:
-    """Those of the suite with these names; all if there are none."""
-    problems = {problem.name: problem for problem in suite()}
-    unknown = set(names or ()) - set(problems)
-    if unknown:
-        raise SystemExit(f"--problems: got {sorted(unknown)}, expected names among {list(problems)}")
-    return [problems[name] for name in names or problems]
-
-
-Measured = tuple[Any, list[Bar], Table]
 
 
 def _solves(problems: list[Problem], arguments: argparse.Namespace) -> Measured:
