@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .choice import TokenNoise, choose
 from .iterations import Iterations
 from .scales import scale_slices
 from .tokenizer import Tokenizer
@@ -19,6 +19,8 @@ from .transformer import NextScaleTransformer
 
 # (scale, sampled embeddings (B, Z, p_k, p_k)) -> embeddings to go on with
 Replace = Callable[[int, Tensor], Tensor]
+# (scale, f_hat (B, Z, p_K, p_K) with that scale added) -> f_hat to go on with
+Hold = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Sample:
     Attributes:
         tokens: sampled tokens, K tensors (B, p_k^2).
         f_hat: sum of all scales, (B, Z, p_K, p_K).
+        certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.choice`: computed in
+            float32 in a batch of another size, it gets the same tokens.
         cache_bytes: keys and values held at the end, which is their peak.
     """
 
     tokens: list[Tensor]
     f_hat: Tensor
+    certain: Tensor
     cache_bytes: int
 
 
@@ -107,10 +112,12 @@ def sample_tokens(
     first_index: int = 0,
     cache: str = "equilibrium",
     replace: Replace | None = None,
+    hold: Hold | None = None,
 ) -> Sample:
     """The sampler under `generate` and `edit`: same arguments, tokens instead of images.
 
-    `replace`, if given, sees the embeddings sampled at each scale and returns those to go on with.
+    `replace`, if given, sees the embeddings sampled at each scale and returns those to go on with; `hold`
+    does the same with f_hat once they are added.
     """
     check_pair(model, tokenizer)
     check_sampling(cfg, top_k, top_p, seed, first_index)
@@ -127,7 +134,8 @@ def sample_tokens(
     both = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     embedding_BC, cond = model.condition(both)
     slices = scale_slices(sides)
-    noise_BL = uniform_noise(len(labels), slices[-1].stop, seed, first_index).to(device)
+    noise = TokenNoise.of_images(len(labels), seed, first_index, device)
+    certain = torch.ones(len(labels), dtype=torch.bool, device=device)
     f_hat = torch.zeros(len(labels), model.config.code_channels, sides[-1], sides[-1], device=device)
     next_input, tokens = None, []
     for scale, where in enumerate(slices):
@@ -136,16 +144,20 @@ def sample_tokens(
         logits_BlV = model.logits(x_BLC, embedding_BC)
         if guided:
             logits_BlV = guide(logits_BlV, cfg * guidance_ramp(scale, len(sides)))
-        tokens.append(choose(logits_BlV, noise_BL[:, where], top_k, top_p))
-        embeddings = quantizer.embed(tokens[-1])
+        choice = choose(logits_BlV, noise, where.start, top_k, top_p)
+        tokens.append(choice.tokens)
+        certain &= choice.certain
+        embeddings = quantizer.embed(choice.tokens)
         if replace is not None:
             embeddings = replace(scale, embeddings)
         f_hat = quantizer.accumulate(f_hat, embeddings, scale)
+        if hold is not None:
+            f_hat = hold(scale, f_hat)
         if scale < len(sides) - 1:
             next_input = quantizer.next_input(f_hat, scale)
             if guided:
                 next_input = next_input.repeat(2, 1, 1, 1)
-    return Sample(tokens=tokens, f_hat=f_hat, cache_bytes=memory.num_bytes)
+    return Sample(tokens=tokens, f_hat=f_hat, certain=certain, cache_bytes=memory.num_bytes)
 
 
 def guidance_ramp(scale: int, num_scales: int) -> float:
@@ -160,42 +172,6 @@ def guide(
     """Classifier-free guidance: (1 + t) cond - t null, (B, l, V). (Ho & Salimans, arXiv 2207.12598.)"""
     cond, null = logits_2BlV.chunk(2)
     return (1 + strength) * cond - strength * null
-
-
-def choose(
-    logits_BlV: Tensor,
-    noise_Bl: Tensor,  # uniform in [0, 1)
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    """Sample tokens (B, l) after top-k and top-p, by inverting the cumulative distribution at `noise_Bl`."""
-    if top_k == 1:
-        return logits_BlV.argmax(-1)
-    if top_k is not None and top_k < logits_BlV.shape[-1]:
-        kth = logits_BlV.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ascending, order = logits_BlV.sort(-1)
-        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        tail[..., -1] = False  # the most likely token always stays
-        logits_BlV = logits_BlV.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-    cumulative = logits_BlV.softmax(-1).cumsum(-1)
-    total = cumulative[..., -1:].contiguous()
-    found = torch.searchsorted(cumulative, noise_Bl.unsqueeze(-1) * total, right=True).squeeze(-1)
-    # Rounding may push the product up to the total: then the last token with any probability is meant.
-    return found.minimum((cumulative < total).sum(-1))
-
-
-def uniform_noise(num_images: int, num_tokens: int, seed: int, first_index: int) -> Tensor:
-    """Float32 (images, tokens) uniform in [0, 1); a row depends on (seed, index of its image) alone.
-
-    Philox is counter-based, so any image's numbers can be had without drawing those before it.
-    """
-    rows = [
-        np.random.Generator(np.random.Philox(key=[seed, first_index + i])).random(num_tokens, np.float32)
-        for i in range(num_images)
-    ]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, num_tokens)
 
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:

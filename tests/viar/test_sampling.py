@@ -13,18 +13,16 @@ from golden_reference import (
     golden_tokenizer,
     golden_transformer,
 )
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer
 from torch import Tensor
 
 from deqlib import Anderson
 from viar import Adaptive, NextScaleTransformer, Tokenizer, generate, sample_tokens
-from viar.sampling import choose, guidance_ramp, guide, uniform_noise
+from viar.choice import TokenNoise, choose
+from viar.sampling import guidance_ramp, guide
 from viar.scales import scale_slices
 
 SCHEDULES = golden_config()["gen_iterations"]
-LAST_NOISE = 1 - 2**-24  # the largest float32 below 1
 
 # Published numbers
 
@@ -68,137 +66,6 @@ def test_generation_matches_the_published_program(
     torch.testing.assert_close(images, golden[f"{name}.image"], atol=2e-4, rtol=0)
 
 
-# Choice of a token
-
-
-def kept_tokens(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
-    """Which tokens of (V,) may be chosen and with what probability, by the definition, in float64."""
-    probability = logits.double().softmax(0)
-    order = probability.argsort(descending=True).tolist()
-    if top_k is not None:
-        order = order[:top_k]
-    kept = torch.zeros(len(logits), dtype=torch.bool)
-    kept[order] = True
-    probability = torch.where(kept, probability, 0)
-    probability /= probability.sum()
-    if top_p is not None:
-        kept[:] = False
-        mass = 0.0
-        for token in order:  # the smallest set with at least this probability, most likely first
-            kept[token] = True
-            mass += float(probability[token])
-            if mass >= top_p:
-                break
-        probability = torch.where(kept, probability, 0)
-        probability /= probability.sum()
-    return kept, probability
-
-
-def chosen(logits: Tensor, noise: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Tokens of logits (V,) at every noise (n,)."""
-    return choose(logits.expand(1, len(noise), -1), noise[None], top_k, top_p)[0]
-
-
-@given(
-    st.lists(st.integers(-20, 20), min_size=1, max_size=12, unique=True),
-    st.none() | st.integers(1, 14),
-    st.none() | st.floats(0.05, 1.0),
-)
-def test_tokens_are_drawn_from_the_top_k_and_top_p_set_with_their_probabilities(
-    values: list[int], top_k: int | None, top_p: float | None
-) -> None:
-    logits = torch.tensor(values) * 0.3  # no two alike: then the sets are unique
-    kept, probability = kept_tokens(logits, top_k, top_p)
-    if top_p is not None:  # where rounding decides which token is the last one, nothing can be said
-        full = kept_tokens(logits, top_k, None)[1].sort(descending=True).values.cumsum(0)
-        assume(float((full[:-1] - top_p).abs().min()) > 1e-5 if len(full) > 1 else True)
-    noise = (torch.arange(4096) + 0.5) / 4096
-    counts = chosen(logits, noise, top_k, top_p).bincount(minlength=len(values))
-    assert not counts[~kept].any()
-    torch.testing.assert_close(counts / 4096, probability.float(), atol=1.5 / 4096, rtol=0)
-    assert (counts[kept & (probability > 2 / 4096)] > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "expected"),
-    [
-        (None, None, 4),
-        (None, 1.0, 4),
-        (None, 0.75, 3),  # exactly reached: the next token is not needed
-        (None, 0.5, 2),
-        (None, 0.51, 3),
-        (None, 0.25, 1),
-        (None, 0.01, 1),
-        (2, None, 4),  # ties with the last token kept stay
-        (99, None, 4),
-        (4, None, 4),
-    ],
-)
-def test_equal_logits_show_the_boundaries_of_top_k_and_top_p(
-    top_k: int | None, top_p: float | None, expected: int
-) -> None:
-    noise = (torch.arange(64) + 0.5) / 64
-    assert len(chosen(torch.zeros(4), noise, top_k, top_p).unique()) == expected
-
-
-@pytest.mark.parametrize("top_p", [1e-3, 1e-9, 1e-30])
-def test_the_most_likely_token_stays_however_small_top_p_is(top_p: float) -> None:
-    logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    assert chosen(logits, torch.tensor([0.0, 0.5, LAST_NOISE]), top_p=top_p).unique() == logits.argmax()
-
-
-def test_top_p_counts_the_probability_left_by_top_k() -> None:
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    noise = (torch.arange(64) + 0.5) / 64
-    # of the two that top-k keeps the first has 4/7: above 0.5, so it alone stays; alone it has 0.4
-    assert chosen(logits, noise, top_k=2, top_p=0.5).unique().tolist() == [0]
-    assert chosen(logits, noise, top_p=0.5).unique().tolist() == [0, 1]
-
-
-@given(st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40), st.integers(1, 40))
-def test_top_k_of_one_is_argmax_whatever_the_noise(values: list[float], top_p: int) -> None:
-    logits = torch.tensor(values)
-    tokens = chosen(logits, torch.tensor([0.0, 0.5, LAST_NOISE]), top_k=1, top_p=top_p / 40)
-    assert (tokens == logits.argmax()).all()
-
-
-@given(
-    st.lists(st.sampled_from([-torch.inf, -80.0, -3.0, 0.0, 0.1, 3.0, 80.0]), min_size=1, max_size=64),
-    st.none() | st.integers(2, 5),
-    st.sampled_from([None, 0.3, 0.9]),
-)
-def test_the_most_extreme_noise_never_picks_a_token_without_probability(
-    values: list[float], top_k: int | None, top_p: float | None
-) -> None:
-    logits = torch.tensor(values)
-    assume(bool(logits.isfinite().any()))
-    noise = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-23, LAST_NOISE])
-    tokens = chosen(logits, noise, top_k, top_p)
-    assert (logits.softmax(0)[tokens] > 0).all()
-    if top_k is not None and top_k < len(logits):
-        assert (logits[tokens] >= logits.topk(top_k).values.min()).all()
-
-
-@pytest.mark.parametrize("size", [4096, 10_000])
-def test_rounding_of_a_large_codebook_does_not_reach_past_its_last_likely_token(size: int) -> None:
-    for seed in range(20):
-        logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
-        logits[-100:] = -torch.inf
-        logits[:100] = -torch.inf
-        logits[-101] = 3.0  # likely enough to be seen at the end of the sum
-        tokens = chosen(logits, torch.tensor([0.0, LAST_NOISE, 1.0]))  # products are rounded up to 1
-        assert tokens.tolist() == [100, size - 101, size - 101]
-
-
-def test_sampled_frequencies_match_the_probabilities() -> None:
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
-    noise = uniform_noise(100, 100, seed=7, first_index=0).flatten()
-    counts = chosen(logits, noise).bincount(minlength=5)
-    expected = logits.softmax(0) * len(noise)
-    chi_square = float(((counts - expected).square() / expected).sum())
-    assert chi_square < 18.5  # 99.9 % of the chi-square distribution with 4 degrees of freedom
-
-
 # Guidance
 
 
@@ -231,7 +98,7 @@ def teacher_forced_tokens(
 ) -> list[Tensor]:
     """What each scale's tokens ought to be, given those before, from joint forward passes."""
     inputs = tokenizer.next_scale_inputs(tokens)
-    noise = uniform_noise(len(labels), inputs.shape[1] + 1, seed, first_index)
+    noise = TokenNoise.of_images(len(labels), seed, first_index, labels.device)
     with torch.no_grad():
         cond = model(labels, inputs)
         null = model(torch.full_like(labels, model.null_class), inputs)
@@ -239,7 +106,7 @@ def teacher_forced_tokens(
     for scale, where in enumerate(scale_slices(SIDES)):
         strength = cfg * scale / (len(SIDES) - 1)
         logits = (1 + strength) * cond[:, where] - strength * null[:, where]
-        expected.append(choose(logits, noise[:, where], top_k, top_p))
+        expected.append(choose(logits, noise, where.start, top_k, top_p).tokens)
     return expected
 
 
@@ -325,15 +192,6 @@ def test_sampling_neither_reads_nor_moves_the_global_generator() -> None:
     assert torch.get_rng_state().equal(before)
     torch.manual_seed(2)
     assert generate(model, tokenizer, [0, 1]).equal(first)
-
-
-@given(st.integers(0, 2**40), st.integers(0, 1000), st.integers(1, 5))
-def test_noise_of_an_image_can_be_had_without_that_of_others(seed: int, index: int, count: int) -> None:
-    noise = uniform_noise(count, 30, seed, index)
-    assert noise.dtype == torch.float32
-    assert 0 <= noise.min() <= noise.max() < 1
-    assert noise[-1:].equal(uniform_noise(1, 30, seed, index + count - 1))
-    assert len(torch.cat([noise, uniform_noise(count, 30, seed + 1, index)]).unique(dim=0)) == 2 * count
 
 
 def test_embeddings_can_be_replaced_scale_by_scale() -> None:
