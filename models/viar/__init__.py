@@ -6,6 +6,7 @@ ones before, `generate` and `edit` put them to work.
 
 from .cache import EquilibriumCache, IterateCache
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .convert import export_official, load_official
 from .editing import edit
 from .iterations import Adaptive
 from .sampling import Sample, generate, sample_tokens
@@ -27,6 +28,8 @@ __all__ = [
     "TokenizerConfig",
     "TransformerConfig",
     "edit",
+    "export_official",
     "generate",
+    "load_official",
     "sample_tokens",
 ]

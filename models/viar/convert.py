@@ -1,74 +1,328 @@
-"""Names of the published checkpoints in terms of this package's modules."""
+"""Published checkpoints to models and back, in memory and as files."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-# Rewrites of the keys of `vae_ch160v4096z32`: pattern, replacement. All that match apply, in this order.
-TOKENIZER_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^encoder\.down\.", "encoder.levels."),
-    (r"^decoder\.up\.", "decoder.levels."),  # index 0 is full resolution on both sides
-    (r"\.block\.", ".blocks."),
-    (r"\.attn\.", ".attentions."),
-    (r"\.mid\.block_", ".middle.block"),
-    (r"\.mid\.attn_1\.", ".middle.attention."),
-    (r"\.(down|up)sample\.", ".resample."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".project."),
-    (r"^quantize\.ema_vocab_hit_SV$", "quantizer.usage"),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phi."),
-    (r"^quantize\.embedding\.", "quantizer.codebook."),
-    (r"^quant_conv\.", "pre_quantizer."),
-    (r"^post_quant_conv\.", "post_quantizer."),
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .official import (
+    NUM_GROUPS,
+    PHI_RATIO,
+    Model,
+    listed,
+    official_config,
+    official_names,
+    official_tensors,
 )
+from .scales import block_causal_mask, scale_ids
+from .tokenizer import Tokenizer
+from .transformer import NextScaleTransformer
+
+LEVELS = ("trainer", "var_wo_ddp", "vae_local", "model", "state_dict")  # a transformer before its tokenizer
+PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
-def tokenizer_key(published_key: str) -> str:
-    """Our name of a tensor of the published tokenizer.
+def load_official(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    sides: Sequence[int] | None = None,
+    num_heads: int | None = None,
+) -> Model:
+    """A published tokenizer, VAR or VIAR, recognised by its tensors, in evaluation mode on the CPU.
 
-    A key that no rule of `TOKENIZER_NAMES` matches comes back as it is, as do the keys that are the same
-    on both sides, so loading must be strict.
+    Sizes are read off the tensors, and the buffers that are derived here (scale of each token, mask, zero
+    bias of the keys) must equal ours. What no tensor tells is as published: 32 groups and a ratio of 0.5 in
+    the tokenizer; drop path, label dropout and the iterations of VIAR as in `TransformerConfig`. The depth D
+    of a VIAR, which sets its drop path, is its width / 64 (1920 / 64 = 30), rounded down, or the number of
+    its blocks where that is more.
+
+    Parameters are float32, whatever the type in the checkpoint, contiguous, and require gradient. No random
+    number is drawn. Float32 tensors of a file are taken as they are and may stay mapped to it, so write no
+    other data into that file while the model lives; those of a state dict are copied.
+
+    Args:
+        path_or_state_dict: a `.safetensors`, or a file of `torch.save` (any other ending), which is read
+            without running code. Wrappings of the published programs (`{"trainer": {"var_wo_ddp": ...}}`,
+            "vae_local", "model", "state_dict") and prefixes (`module.`, `_orig_mod.`) are taken off. Where a
+            transformer comes with its tokenizer, the transformer is meant.
+        sides: of a tokenizer, default the 256-pixel ladder (1, 2, 3, 4, 5, 6, 8, 10, 13, 16); a transformer
+            has its own, which must then be equal.
+        num_heads: of a transformer without a learned attention scale, default heads 64 wide.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no checkpoint, or holds code; tensors are missing, unexpected, of another
+            shape, or derived buffers of another value (one message lists them all); `sides` or `num_heads`
+            contradict the tensors.
     """
-    return _rename(published_key, TOKENIZER_NAMES)
+    from_file = isinstance(path_or_state_dict, str | os.PathLike)
+    origin = str(path_or_state_dict) if from_file else "the state dict"
+    with torch.device("cpu"):  # whatever the default device is
+        values = _read(Path(path_or_state_dict)) if from_file else path_or_state_dict
+        state = _tensors(values, origin)
+        try:
+            model = _on_meta(official_config(state, None if sides is None else tuple(sides), num_heads))
+            _check_tensors(state, model)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+    names = official_names(model).items()
+    ours = {key: _float32(state[name], copy=not from_file) for name, key in names if key is not None}
+    model.load_state_dict(ours, assign=True)
+    return model.eval()
 
 
-# Rewrites of the keys of `var_d*` and `viar`.
-TRANSFORMER_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^pos_1LC$", "pos_embed"),
-    (r"^word_embed\.", "input_projection."),
-    (r"^class_emb\.", "class_embed."),
-    (r"^lvl_embed\.", "level_embed."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."),
-    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
-    (r"^implicit_block_projection\.0\.", "trunk.layer.cell.projection_in."),
-    (r"^implicit_block_projection\.2\.", "trunk.layer.cell.projection_out."),
-    (r"^implicit_block\.", "trunk.layer.cell.block."),
-    (r"^(pre|post)_blocks\.", r"trunk.\1."),
-    (r"^blocks\.", "trunk.blocks."),
-    (r"\.attn\.mat_qkv\.", ".attention.qkv."),
-    (r"\.attn\.scale_mul_1H11$", ".attention.log_scale"),
-    (r"\.attn\.proj\.", ".attention.out."),
-    (r"\.attn\.(q_bias|v_bias)$", r".attention.\1"),
-    (r"\.ffn\.", "."),
-    (r"\.ada_lin\.1\.", ".modulation."),
-    (r"\.ada_gss$", ".modulation_offset"),
-)
+def export_official(model: Model) -> dict[str, Tensor]:
+    """State dict of `model` under the published names, in the published order, derived buffers included.
 
-# Buffers the published transformers store and ours derive: scale of each token, mask, zero bias of keys.
-DERIVED = re.compile(r"^(lvl_1L|attn_bias_for_masking)$|\.zero_k_bias$")
+    The inverse of `load_official`. The tensors share memory with the model's. What the published state dict
+    does not hold is lost: of both, what concerns training only; of VIAR, depth and default iterations; the
+    number of heads where they have no learned scale; the sides of a tokenizer.
 
-
-def transformer_key(published_key: str) -> str | None:
-    """Our name of a tensor of a published transformer; `None` for a buffer that ours derives.
-
-    Names that are the same on both sides come back as they are, so loading must be strict.
+    Raises:
+        TypeError: neither a `Tokenizer` nor a `NextScaleTransformer`.
+        ValueError: a tokenizer with settings that the published program does not have.
     """
-    if DERIVED.search(published_key):
-        return None
-    return _rename(published_key, TRANSFORMER_NAMES)
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model: expected a Tokenizer or a NextScaleTransformer, got {type(model).__name__}; "
+            "unwrap a compiled or distributed model first"
+        )
+    if isinstance(model, Tokenizer):
+        for name, published in (("num_groups", NUM_GROUPS), ("phi_ratio", PHI_RATIO)):
+            if getattr(model.config, name) != published:
+                raise ValueError(
+                    f"model: the published tokenizer has {name}={published}, which its tensors do not tell, "
+                    f"got {getattr(model.config, name)}; use save_pretrained"
+                )
+    return official_tensors(model)
 
 
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
+def convert_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    sides: Sequence[int] | None = None,
+    num_heads: int | None = None,
+    overwrite: bool = False,
+) -> Model:
+    """Write a published checkpoint as a folder of `save_pretrained`, or such a folder as a checkpoint.
+
+    The direction is what `source` asks for. Everything is written beside `out` first, then moved there; an
+    existing folder loses only the files that are written anew.
+
+    Args:
+        source: file for `load_official`, or a folder with config.json and model.safetensors.
+        out: folder; or file, ending in .safetensors or .pth.
+        sides: see `load_official`.
+        num_heads: see `load_official`.
+        overwrite: replace what `out` holds.
+
+    Returns:
+        The model that was converted.
+
+    Raises:
+        FileNotFoundError: `source` does not exist.
+        ValueError: `out` exists and `overwrite` is not given, or has the wrong ending; `sides` or
+            `num_heads` given for a folder, whose config.json has them; see also `load_official`.
+    """
+    if source.is_dir():
+        if sides is not None or num_heads is not None:
+            raise ValueError(f"sides, num_heads: {source} is a folder whose config.json has them; leave them")
+        _check_out(out, (".safetensors", ".pth"), overwrite)
+        model = _load_folder(source)
+        tensors = export_official(model)
+        save = save_file if out.suffix == ".safetensors" else torch.save
+        _write(out, lambda fresh: save(tensors, fresh))
+    else:
+        _check_out(out, None, overwrite)
+        model = load_official(source, sides=sides, num_heads=num_heads)
+        _write(out, model.save_pretrained)
+    return model
+
+
+def describe(model: Model) -> dict[str, str]:
+    """What a model is, for people: kind, sizes, number of parameters."""
+    config = model.config
+    common = {
+        "sides": " ".join(map(str, config.sides)),
+        "codes": f"{config.codebook_size} of {config.code_channels} channels",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+    }
+    if isinstance(config, TokenizerConfig):
+        channels = " ".join(str(config.base_channels * multiplier) for multiplier in config.multipliers)
+        return {"kind": "tokenizer", "pixels": str(config.image_side), "channels": channels, **common}
+    trunk, kind, blocks = config.trunk, "VAR", str(config.depth)
+    if isinstance(trunk, ImplicitTrunkConfig):
+        kind, blocks = "VIAR", f"{trunk.num_pre} + implicit + {trunk.num_post}"
+    return {
+        "kind": kind,
+        "blocks": blocks,
+        "depth": str(config.depth),
+        "width": str(config.width),
+        "heads": str(config.num_heads),
+        "classes": str(config.num_classes),
+        **common,
+    }
+
+
+# Files
+
+
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, expected a file; read folders with from_pretrained")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    path.open("rb").close()  # a file that may not be read is no damaged one
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings(action="ignore"):  # about pickles that then fail
+            # Files from before torch 1.6 are no archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except Exception as error:  # the unpickler ends on foreign bytes in whatever way they lead to
+        if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
+            raise ValueError(
+                f"{path}: holds {code[1]}, which is code and not a tensor, and code is not run; where you "
+                "trust the file, read it with torch.load(weights_only=False) and save its state dict alone"
+            ) from None
+        raise ValueError(
+            f"{path}: not a checkpoint, or a damaged one; expected a file of torch.save or a .safetensors"
+        ) from error
+
+
+def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
+    """The state dict inside of `values`, without prefixes."""
+    while isinstance(values, Mapping) and not any(isinstance(value, Tensor) for value in values.values()):
+        level = next((name for name in LEVELS if isinstance(values.get(name), Mapping)), None)
+        if level is None:
+            break
+        values = values[level]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{origin}: expected a dictionary of tensors, got {type(values).__name__}")
+    if not values:
+        raise ValueError(f"{origin}: expected a dictionary of tensors, got an empty one")
+    if others := [str(key) for key, value in values.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{origin}: expected tensors alone, found other values under {listed(others)}; pass the state "
+            "dict inside, if there is one"
+        )
+    state = {str(key): value for key, value in values.items()}
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _load_folder(folder: Path) -> Model:
+    """Like `from_pretrained`, without drawing initial weights."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: expected a folder of save_pretrained, but it has no {name}")
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
+        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a model of this package: {error}") from error
+    return model
+
+
+def _check_out(out: Path, endings: tuple[str, ...] | None, overwrite: bool) -> None:
+    """Raise unless `out` may be written: a file with one of `endings`, or a folder."""
+    if endings and out.suffix not in endings:
+        raise ValueError(f"out: a folder becomes a file ending in {' or '.join(endings)}, got {out}")
+    if not endings and out.suffix in (".safetensors", ".pth"):
+        raise ValueError(f"out: a checkpoint becomes a folder, got {out}")
+    if not out.exists():
+        return
+    if out.is_dir() == bool(endings):
+        raise ValueError(f"out: {out} is a {'folder' if endings else 'file'}; give another name")
+    if not overwrite and (endings or any(out.iterdir())):
+        raise ValueError(f"out: {out} exists; give another name, or overwrite (--overwrite)")
+
+
+def _write(out: Path, save: Callable[[Path], object]) -> None:
+    """`save` to a place beside `out`, then move what it wrote there."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        fresh = Path(folder, out.name)
+        save(fresh)
+        if out.is_dir():  # may be where somebody stands, so even an empty one stays
+            for file in fresh.iterdir():
+                os.replace(file, out / file.name)
+        else:
+            os.replace(fresh, out)
+
+
+# Building and checking
+
+
+def _on_meta(config: TokenizerConfig | TransformerConfig) -> Model:
+    """The model without weights, but with the buffers that no state dict holds."""
+    with torch.device("meta"):
+        if isinstance(config, TokenizerConfig):
+            return Tokenizer(config)
+        model = NextScaleTransformer(config)
+    with torch.device("cpu"):
+        model.mask_LL, model.scale_ids = block_causal_mask(config.sides), scale_ids(config.sides)
+    return model
+
+
+def _float32(tensor: Tensor, *, copy: bool) -> Tensor:
+    """On the CPU, unless it has no values."""
+    device = "meta" if tensor.is_meta else "cpu"
+    return tensor.detach().to(device, torch.float32, copy=copy).contiguous()
+
+
+def _check_tensors(state: dict[str, Tensor], model: Model) -> None:
+    """Raise with everything in which `state` is not what `model` needs."""
+    expected = official_tensors(model)
+    derived = [name for name, key in official_names(model).items() if key is None]
+    common = [(name, tensor, state[name]) for name, tensor in expected.items() if name in state]
+    same_shape = [(name, tensor, found) for name, tensor, found in common if tensor.shape == found.shape]
+    groups = {
+        "missing": [f"{name} {_shape(tensor)}" for name, tensor in expected.items() if name not in state],
+        "unexpected": [f"{name} {_shape(tensor)}" for name, tensor in state.items() if name not in expected],
+        "of another shape": [
+            f"{name}: expected {_shape(tensor)}, found {_shape(found)}"
+            for name, tensor, found in common
+            if tensor.shape != found.shape
+        ],
+        "of another type": [
+            f"{name}: expected floating point, found {found.dtype}"
+            for name, tensor, found in common
+            if tensor.is_floating_point() and not found.is_floating_point()
+        ],
+        "of another value than scales, mask and absent key biases have": [
+            name for name, tensor, found in same_shape if name in derived and not _equal(tensor, found)
+        ],
+    }
+    if lines := [f"\n  {len(group)} {what}: {listed(group)}" for what, group in groups.items() if group]:
+        what = ", ".join(f"{name} {value}" for name, value in describe(model).items() if name != "parameters")
+        raise ValueError(f"not the tensors of the model it looks like ({what}):{''.join(lines)}")
+
+
+def _equal(tensor: Tensor, found: Tensor) -> bool:
+    """Whether values agree, in whatever type they are stored; those of a meta tensor are taken to."""
+    return found.is_meta or torch.equal(torch.empty_like(tensor).copy_(found), tensor)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from viar.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from viar.convert import tokenizer_key, transformer_key
+from viar.official import official_names
 from viar.scales import block_causal_mask, scale_ids
 from viar.tokenizer import Tokenizer
 from viar.transformer import NextScaleTransformer
@@ -95,8 +95,7 @@ def golden_tokenizer_config() -> TokenizerConfig:
 def golden_tokenizer() -> Tokenizer:
     """The tiny tokenizer with its weights, in evaluation mode."""
     tokenizer = Tokenizer(golden_tokenizer_config())
-    tokenizer.load_state_dict({tokenizer_key(key): value for key, value in golden_state("vae").items()})
-    return tokenizer.eval()
+    return _with_golden_state(tokenizer, "vae")
 
 
 def golden_transformer(model: str, **trunk: Any) -> NextScaleTransformer:
@@ -121,10 +120,13 @@ def golden_transformer(model: str, **trunk: Any) -> NextScaleTransformer:
             trunk=ExplicitTrunkConfig() if model == "var" else ImplicitTrunkConfig(**trunk),
         )
     )
-    renamed = {transformer_key(key): value for key, value in golden_state(model).items()}
-    renamed.pop(None)
-    transformer.load_state_dict(renamed)
-    return transformer.eval()
+    return _with_golden_state(transformer, model)
+
+
+def _with_golden_state(module: Any, model: str) -> Any:
+    state = golden_state(model)
+    module.load_state_dict({ours: state[name] for name, ours in official_names(module).items() if ours})
+    return module.eval()
 
 
 def golden_labels() -> Tensor:

@@ -26,6 +26,7 @@ from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
 from viar.demo import DemoConfig, Stage, Stages, print_summary, run_demo
 from viar.evaluate import balanced_labels
 from viar.pictures import save_grid
+from viar.series import SeriesReport
 
 FINGERPRINT, RUN_TOGETHER = viar.demo._fingerprint_of_code, Stages.run_together  # before any patch
 TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
@@ -80,7 +81,16 @@ def test_the_command_is_installed_under_its_name() -> None:
         (("train", "digits-viar"), ["--model.trunk.num-pre", "--train.mixed-precision", "--model.depth"]),
         (
             ("generate",),
-            ["--labels", "--per-class", "--iterations", "--adaptive", "--cfg", "--top-p", "--cache"],
+            [
+                "--labels",
+                "--per-class",
+                "--iterations",
+                "--adaptive",
+                "--cfg",
+                "--top-p",
+                "--num",
+                "--device",
+            ],
         ),
         (("evaluate",), ["--model", "--tokenizer", "--data", "--per-class", "--seed"]),
         (("demo",), ["--out", "--tokenizer-seconds", "--classifier-steps", "--iterations", "--cfg"]),
@@ -122,6 +132,74 @@ def test_generate_writes_a_row_a_class(trained: Path, tmp_path: Path) -> None:
     assert call("generate", *models, "--out", some, "--labels", 7, 1, "--seed", 3)[0] == 0
     with Image.open(some) as image:
         assert image.size == (150, 100)
+
+
+def test_generate_makes_a_series_and_goes_on_with_it(trained: Path, tmp_path: Path) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--labels", 7, 1)
+    flags = ("--out", tmp_path / "s", "--batch-size", 2, "--seed", 3)
+    code, output, errors = call("generate", *models, *flags, "--num", 3, "--format", "png")
+    assert (code, errors) == (0, "")
+    assert f"3 images in {tmp_path / 's'}; 3 made now" in " ".join(output.split())
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "series.json",
+    ]
+    code, output, _ = call("generate", *models, *flags, "--num-images", 5)
+    assert code == 0
+    assert "samples_5x8x8x3.npz; 2 made now" in " ".join(output.split())
+    code, _, errors = call("generate", *models, *flags, "--num", 5, "--cfg", 2)
+    assert code == 2
+    assert "cfg: 1.5 there, 2.0 now" in errors
+
+
+def test_every_sampling_flag_reaches_a_series(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def noted(*arguments: Any, **settings: Any) -> SeriesReport:
+        calls.append((arguments[2:], settings))
+        return SeriesReport(Path("a"), 4, 4, 0, None, 1.0)
+
+    monkeypatch.setattr(viar.cli, "generate_series", noted)
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    flags = ("--top-k", 5, "--top-p", 0.5, "--cache", "iterate", "--iterations", 3, 2, "--format", "npz")
+    assert call("generate", *models, "--num", 4, *flags, "--labels", 1, "--cfg", 2)[0] == 0
+    ((arguments, settings),) = calls
+    assert arguments == (Path("samples"), 4)
+    del settings["console"]
+    assert settings == {
+        "labels": (1,),
+        "formats": ("npz",),
+        "batch_size": 100,
+        "iterations": (3, 2),
+        "cfg": 2.0,
+        "top_k": 5,
+        "top_p": 0.5,
+        "seed": 0,
+        "cache": "iterate",
+    }
+
+
+def test_published_checkpoints_are_read_from_files(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"model": tmp_path / "viar.pth", "tokenizer": tmp_path / "vae.pth"}
+    loaded = {
+        str(files["model"]): NextScaleTransformer.from_pretrained(trained / "viar"),
+        str(files["tokenizer"]): Tokenizer.from_pretrained(trained / "tokenizer"),
+    }
+    for file in files.values():
+        file.touch()
+    monkeypatch.setattr(viar.cli, "load_official", loaded.__getitem__)
+    flags = ("--out", tmp_path / "a.png", "--per-class", 1)
+    code, _, errors = call("generate", "--model", files["model"], "--tokenizer", files["tokenizer"], *flags)
+    assert (code, errors) == (0, "")
+    code, _, errors = call("generate", "--model", files["tokenizer"], "--tokenizer", files["model"], *flags)
+    assert code == 2
+    assert "--model: expected a NextScaleTransformer, found a Tokenizer" in errors
 
 
 @pytest.mark.parametrize(
@@ -230,6 +308,38 @@ def test_sampling_settings_out_of_range_end_with_a_message(
     assert errors.startswith("viar: ")
     assert message in errors
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num", 3, "--per-class", 2), "--num and --per-class exclude each other"),
+        (("--format", "png"), "--format: only with --num"),
+        (("--num", 0), "num must be at least 1, got 0"),
+        (("--num", 2, "--device", "gpu"), "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+    ],
+)
+def test_what_a_series_cannot_be_ends_with_a_message(
+    flags: tuple[object, ...], message: str, trained: Path, tmp_path: Path
+) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    code, _, errors = call("generate", *models, "--out", tmp_path / "a", *flags)
+    assert (code, message in errors) == (2, True), errors
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_gpu_that_is_not_there_ends_with_a_message(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--out", tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, errors = call("generate", *models, "--device", "cuda")
+    assert (code, "PyTorch finds no GPU; use cpu" in errors) == (2, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code, _, errors = call("generate", *models)
+    assert (code, "no GPU 1, PyTorch finds 1" in errors) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer"])

@@ -13,10 +13,8 @@ from golden_reference import (
     golden_config,
     golden_grad_norms,
     golden_labels,
-    golden_state,
     golden_tensors,
     golden_transformer,
-    official_shapes,
     uniform,
 )
 from hypothesis import given
@@ -27,7 +25,7 @@ from torch import Tensor
 from viar import Adaptive, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
 from viar.attention import Attention
 from viar.blocks import Block, DropPath
-from viar.convert import transformer_key
+from viar.official import official_names
 from viar.scales import block_causal_mask, scale_ids, scale_slices
 from viar.trunk import drop_path_rates
 
@@ -74,7 +72,8 @@ def test_logits_and_gradients_of_the_implicit_trunk_match_the_published_program(
 
     probe = torch.from_numpy(uniform("probe", tuple(logits.shape))).float()
     (logits * probe).mean().backward()
-    expected = {transformer_key(key): norm for key, norm in golden_grad_norms()[rounds].items()}
+    ours = official_names(model)
+    expected = {ours[key]: norm for key, norm in golden_grad_norms()[rounds].items()}
     assert set(expected) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         norm = float(parameter.grad.norm())
@@ -90,43 +89,6 @@ def test_logits_without_gradient_are_those_of_as_many_iterations(
     for settings in ({}, {"iterations": total}):
         actual = logits_of(model, golden_labels(), golden["teacher_input"], **settings)
         close(actual, golden[f"viar.logits.{rounds}"])
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "config", "parameters"),
-    [
-        ("var_d16.pth", TransformerConfig(depth=16), 310_283_520),
-        ("var_d30.pth", TransformerConfig(depth=30), 2_010_020_356),
-        ("viar.pth", TransformerConfig(depth=30, trunk=ImplicitTrunkConfig()), 770_884_426),
-    ],
-)
-def test_published_sizes_and_tensors_map_one_to_one(
-    checkpoint: str, config: TransformerConfig, parameters: int
-) -> None:
-    with torch.device("meta"):
-        model = NextScaleTransformer(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    shapes = official_shapes(checkpoint)
-    renamed = [(transformer_key(key), shape) for key, shape in shapes.items() if transformer_key(key)]
-    assert len(dict(renamed)) == len(renamed)  # no two published names become one of ours
-    assert dict(renamed) == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    derived = [key.split(".")[-1] for key in shapes if transformer_key(key) is None]
-    assert set(derived) == {"lvl_1L", "attn_bias_for_masking", "zero_k_bias"}
-
-
-@pytest.mark.parametrize("kind", ["var", "viar"])
-def test_buffers_the_published_models_store_are_the_ones_derived_here(kind: str) -> None:
-    state, model = golden_state(kind), golden_transformer(kind)
-    assert model.scale_ids.equal(state["lvl_1L"][0])
-    assert model.mask_LL.equal(state["attn_bias_for_masking"][0, 0] == 0)
-    assert not any(state[key].any() for key in state if key.endswith("zero_k_bias"))
-
-
-def test_shared_modulation_takes_the_published_names() -> None:
-    assert transformer_key("shared_ada_lin.1.weight") == "shared_modulation.weight"
-    assert transformer_key("blocks.3.ada_gss") == "trunk.blocks.3.modulation_offset"
-    names = set(tiny_transformer("explicit", shared_modulation=True).state_dict())
-    assert {"shared_modulation.weight", "trunk.blocks.2.modulation_offset"} <= names
 
 
 # The ladder
