@@ -1,4 +1,13 @@
-"""In-painting, out-painting and class-conditional editing with the sampler of `viar.sampling`."""
+"""In-painting, out-painting and class-conditional editing with the sampler of `viar.sampling`.
+
+Two ways of keeping a region. "codes" is the published one: the image's own codes take the place of sampled
+ones. They stand for the region only roughly, and those near the border, and all coarse ones, know what the
+hidden pixels were. "features" asks at every scale what the kept pixels mean beside what was made so far:
+the picture so far is decoded, the kept pixels are put into it, and its encoding is held in the kept region.
+In the end the kept pixels themselves are put back. Hidden pixels are never looked at.
+
+Shape letters: B images, Z code channels, P = p_K side of the last scale.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .iterations import Iterations
-from .sampling import decode_images, sample_tokens
+from .sampling import Hold, Replace, decode_images, sample_tokens
 from .tokenizer import Tokenizer
 from .transformer import NextScaleTransformer
 
-COARSE_TOKENS = 3  # a scale of at most so many tokens is kept whole: it holds the layout of the image
+COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
+KEEPS = ("features", "codes")
 
 
 @torch.no_grad()
@@ -24,6 +34,8 @@ def edit(
     mask: Tensor,
     labels: Tensor | Sequence[int],
     *,
+    keep: str = "features",
+    border: int | None = None,
     iterations: Iterations | None = None,
     cfg: float = 1.5,
     top_k: int | None = 900,
@@ -34,42 +46,41 @@ def edit(
 ) -> Tensor:
     """Regenerate the part of images where `mask` is 0, keeping the rest.
 
-    At each scale the mask is resized and, where above a half, the image's own codes replace the sampled
-    ones; scales of at most 3 tokens are kept whole. The kept region is as good as its tokens: pixels
-    there are close to the tokenizer's reconstruction. (VAR, arXiv 2404.02905, zero-shot editing.)
+    With `keep="features"` the result does not depend on the regenerated pixels of `images`; pixels further
+    than `border` from them come back as they were, bit by bit; those nearer pass smoothly into the
+    regenerated part, which itself holds nothing of the old pixels. A mask of zeros is `generate`. Each scale
+    costs a call of the tokenizer's decoder and one of its encoder.
+
+    With `keep="codes"`, VAR's zero-shot editing (arXiv 2404.02905): at each scale the mask is resized
+    bilinearly and where it is above a half the image's own codes replace the sampled ones; scales of at
+    most 3 tokens are kept whole. The whole picture comes out of the decoder, so kept pixels are only close
+    to what they were, and hidden ones shine through.
 
     Args:
         model: VAR or VIAR, of the tokenizer's sizes.
         tokenizer: encodes the images and decodes the result.
-        images: (B, 3, H, W) in [0, 1].
-        mask: (h, w), or (B, h, w) with a mask an image; any resolution; 1 keeps, 0 regenerates.
-        labels: (B,) classes that guide the regenerated part.
+        images: (B, 3, H, W) floating point in [0, 1].
+        mask: (h, w), or (B, h, w) with a mask an image; any resolution and type, values in [0, 1]: 1 keeps,
+            0 regenerates. With "features" a pixel is kept where the mask, averaged over it, is above a half.
+        labels: (B,) classes in [0, N] that guide the regenerated part; N asks for no class in particular.
+        keep: "features" or "codes", see above.
+        border: of "features": pixels over which the kept side passes into the regenerated part; 0 cuts
+            hard. Default half a token, at least 1. A token is H / p_K pixels.
         iterations, cfg, top_k, top_p, seed, first_index, cache: see `viar.generate`.
 
     Returns:
-        (B, 3, H, W) in [0, 1].
+        (B, 3, H, W) in [0, 1], of the type of `images`.
 
     Raises:
-        ValueError: an argument of the wrong shape or out of range.
+        ValueError: an argument of the wrong shape or out of range, or a border with `keep="codes"`.
     """
-    if images.is_floating_point() and images.numel() and not 0 <= images.min() <= images.max() <= 1:
-        raise ValueError(
-            f"images: expected values in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
-        )
-    tokens = tokenizer.encode(images * 2 - 1)
-    keep_B1hw = _check_mask(mask, len(images)).to(images.device, torch.float32)
     labels = torch.as_tensor(labels)
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected shape ({len(images)},), one an image, got {tuple(labels.shape)}")
-
-    def keep_own_codes(scale: int, sampled: Tensor) -> Tensor:
-        side = sampled.shape[-1]
-        own = tokenizer.quantizer.embed(tokens[scale])
-        if side * side <= COARSE_TOKENS:
-            return own
-        keep = F.interpolate(keep_B1hw, size=(side, side), mode="bilinear", align_corners=False) > 0.5
-        return torch.where(keep, own, sampled)
-
+    _check_images(images, labels, tokenizer.config.image_side)
+    token = images.shape[-1] // tokenizer.config.sides[-1]
+    border = _check_keep(keep, border, default=max(1, token // 2))
+    mask_B1hw = _check_mask(mask, len(images)).to(images.device, torch.float32)
+    kept_B1HW = F.interpolate(mask_B1hw, size=images.shape[-2:], mode="area") > 0.5
+    own = images.to(tokenizer.quantizer.codebook.weight.dtype)
     sample = sample_tokens(
         model,
         tokenizer,
@@ -81,9 +92,107 @@ def edit(
         seed=seed,
         first_index=first_index,
         cache=cache,
-        replace=keep_own_codes,
+        replace=_own_codes(tokenizer, own, mask_B1hw) if keep == "codes" else None,
+        hold=_own_features(tokenizer, own, kept_B1HW) if keep == "features" else None,
     )
-    return decode_images(tokenizer, sample)
+    made = decode_images(tokenizer, sample).to(images.dtype)
+    if keep == "codes":
+        return made
+    # lerp is exact at both ends: the very pixels that were, the very pixels that were made.
+    return images.lerp(made, made_share(kept_B1HW, border).to(images.dtype))
+
+
+def box_mask(
+    box: Sequence[float],  # top, left, bottom, right as fractions of the picture
+    side: int,
+) -> Tensor:
+    """Mask (side, side) for `edit`: 0 where a pixel's centre is inside the box, else 1.
+
+    Raises:
+        ValueError: not four fractions with top < bottom and left < right, or a box that holds no pixel.
+    """
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(
+            "box: expected fractions (top, left, bottom, right) in [0, 1], top below bottom and left below "
+            f"right in value, got {tuple(box)}"
+        )
+    top, left, bottom, right = box
+    centres = (torch.arange(side) + 0.5) / side
+    rows, columns = (centres >= top) & (centres < bottom), (centres >= left) & (centres < right)
+    if not (rows.any() and columns.any()):
+        raise ValueError(f"box: {tuple(box)} holds no pixel of a picture of side {side}; make it larger")
+    return 1 - torch.outer(rows.float(), columns.float())
+
+
+def made_share(kept_B1HW: Tensor, border: int) -> Tensor:
+    """How much of each pixel is new, (B, 1, H, W): 1 where not kept, falling to 0 beyond `border`.
+
+    Over the kept side it falls linearly with the distance, the larger one of rows and columns.
+    """
+    near = 1 - kept_B1HW.float()
+    share = near.clone()
+    for distance in range(1, border + 1):
+        near = F.max_pool2d(near, 3, stride=1, padding=1)
+        share = share.maximum(near * (1 - distance / (border + 1)))
+    return share
+
+
+def _own_codes(tokenizer: Tokenizer, images: Tensor, mask_B1hw: Tensor) -> Replace:
+    tokens = tokenizer.encode(images * 2 - 1)
+
+    def replace(scale: int, sampled: Tensor) -> Tensor:
+        side = sampled.shape[-1]
+        own = tokenizer.quantizer.embed(tokens[scale])
+        if side * side <= COARSE_TOKENS:
+            return own
+        keep = F.interpolate(mask_B1hw, size=(side, side), mode="bilinear", align_corners=False) > 0.5
+        return torch.where(keep, own, sampled)
+
+    return replace
+
+
+def _own_features(tokenizer: Tokenizer, images: Tensor, kept_B1HW: Tensor) -> Hold:
+    sides, quantizer = tokenizer.config.sides, tokenizer.quantizer
+    share_B1PP = F.interpolate(kept_B1HW.float(), size=(sides[-1], sides[-1]), mode="area")
+
+    def hold(scale: int, f_hat: Tensor) -> Tensor:
+        if not kept_B1HW.any():
+            return f_hat
+        # The encoder sees the whole picture from every position. Put into what was made so far, the kept
+        # pixels have features that fit their new surroundings; beside a plain colour in the hole, they
+        # would tell the model that the hole is plain.
+        picture = torch.where(kept_B1HW, images * 2 - 1, tokenizer.decode_f_hat(f_hat))
+        own = tokenizer.features(picture)
+        if scale < len(sides) - 1:  # the model is used to what codes can say; the decoder takes it all
+            own = quantizer.decode_tokens(quantizer.encode(own)[: scale + 1])
+        return f_hat.lerp(own, share_B1PP)
+
+    return hold
+
+
+def _check_images(images: Tensor, labels: Tensor, side: int) -> None:
+    if tuple(images.shape[1:]) != (3, side, side) or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point of shape (B, 3, {side}, {side}), "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
+    if images.numel() and not 0 <= images.min() <= images.max() <= 1:
+        raise ValueError(
+            f"images: expected values in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected shape ({len(images)},), one an image, got {tuple(labels.shape)}")
+
+
+def _check_keep(keep: str, border: int | None, *, default: int) -> int:
+    """The border in pixels."""
+    if keep not in KEEPS:
+        raise ValueError(f"keep: expected one of {list(KEEPS)}, got {keep!r}")
+    if keep == "codes" and border is not None:
+        raise ValueError(f"border: keep='codes' blends nothing, so expected None, got {border}")
+    if border is not None and border < 0:
+        raise ValueError(f"border: expected at least 0 pixels, got {border}")
+    return default if border is None else border
 
 
 def _check_mask(mask: Tensor, batch: int) -> Tensor:

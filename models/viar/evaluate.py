@@ -19,7 +19,11 @@ from torch.utils.data import Dataset
 from deqlib.diagnostics import saved_bytes
 
 from .data import Batch, EndlessBatches, all_batches
+from .editing import edit
+from .iterations import Iterations
 from .optim import build_optimizer, lr_factor
+from .tokenizer import Tokenizer
+from .transformer import NextScaleTransformer
 
 
 class Classifier(nn.Module):
@@ -110,6 +114,44 @@ def class_consistency(
 ) -> float:
     """Share of generated images in which `classifier` sees the class that was asked for."""
     return float((classifier(images * 2 - 1).argmax(1) == labels).float().mean())
+
+
+def inpainting_consistency(
+    classifier: Classifier,
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    data: Dataset[Batch],
+    mask: Tensor,  # (h, w), 0 hides
+    *,
+    keep: str = "features",
+    border: int | None = None,
+    iterations: Iterations | None = None,
+    cfg: float = 1.5,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> float:
+    """Share of images that keep their class in the eyes of `classifier` when a part is made anew.
+
+    Every image of `data` is edited once, guided by its true label; settings as in `viar.edit`.
+    """
+    hits, start = 0.0, 0
+    for images, labels in all_batches(data, batch_size):
+        edited = edit(
+            model,
+            tokenizer,
+            (images + 1) / 2,
+            mask,
+            labels,
+            keep=keep,
+            border=border,
+            iterations=iterations,
+            cfg=cfg,
+            seed=seed,
+            first_index=start,
+        )
+        hits += class_consistency(classifier, edited, labels) * len(labels)
+        start += len(labels)
+    return hits / len(data)
 
 
 def balanced_labels(num_classes: int, per_class: int) -> Tensor:

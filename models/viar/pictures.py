@@ -1,17 +1,78 @@
-"""Pictures: grids of images, and the compute knob."""
+"""Pictures: read and written, grids of images, edits side by side, and the compute knob."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .data import ImageFolder
+
 VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
+
+
+def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """A picture file as (3, side, side) in [0, 1], and the width and height the file has.
+
+    One of side x side pixels is taken as it is; of any other the centre is cut out as `viar.data` does for
+    validation.
+
+    Raises:
+        ValueError: the file is no picture.
+        FileNotFoundError: there is none.
+    """
+    try:
+        with Image.open(path) as file:
+            size, pixels = file.size, np.array(file.convert("RGB"), dtype=np.float32)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG file") from error
+    if size == (side, side):
+        return torch.from_numpy(pixels).permute(2, 0, 1) / 255, size
+    (image,), _ = ImageFolder([(path, 0)], side, train=False).__getitems__([0])
+    return image.add(1).div(2), size
+
+
+def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
+    """A mask (side, side) for `viar.edit` from a picture file: 1, keep, where it is lighter than mid-grey.
+
+    It is cut as the picture of `size` (width, height) that it belongs to.
+
+    Raises:
+        ValueError: the file is no picture, or of another size.
+        FileNotFoundError: there is none.
+    """
+    image, found = read_picture(path, side)
+    if found != size:
+        raise ValueError(
+            f"mask: {path} has {found[0]} x {found[1]} pixels, the picture {size[0]} x {size[1]}; "
+            "they must be of one size"
+        )
+    return (image.mean(0) > 0.5).float()
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """Write an image (3, H, W) in [0, 1] as a PNG of H x W pixels of 8 bits."""
+    _write(Image.fromarray(_pixels(image)), path)
+
+
+def save_edit(
+    before: Tensor,  # (3, H, W) in [0, 1]
+    mask: Tensor,  # (h, w) in [0, 1], enlarged as it is
+    after: Tensor,  # (B, 3, H, W) in [0, 1]
+    path: Path,
+) -> None:
+    """Write one PNG strip: the image before, the mask (kept is white), and each result."""
+    shade = F.interpolate(mask[None, None].float().cpu(), size=before.shape[-2:], mode="area")
+    strip = torch.cat([before[None].cpu(), shade.expand(1, 3, -1, -1), after.cpu()])
+    save_grid(strip, path, columns=len(strip))
 
 
 def save_grid(
@@ -28,9 +89,9 @@ def save_grid(
     height, width = images.shape[-2:]
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for index, image in enumerate(images):
-        pixels = image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-        sheet.paste(Image.fromarray(pixels), (index % columns * width, index // columns * height))
-    sheet.save(path)
+        place = (index % columns * width, index // columns * height)
+        sheet.paste(Image.fromarray(_pixels(image)), place)
+    _write(sheet, path)
 
 
 def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
@@ -64,3 +125,13 @@ def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
     axes[0].legend(frameon=False, loc="lower right")
     figure.suptitle("One trained VIAR, its compute chosen at inference")
     figure.savefig(path, dpi=150)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    return image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _write(sheet: Image.Image, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    sheet.save(partial, "png")
+    os.replace(partial, path)
