@@ -1,12 +1,12 @@
-"""`python -m benchmarks SUITE`: measurements of deqlib."""
+"""`python -m benchmarks SUITE`: measurements of deqlib and viar."""
 
 from __future__ import annotations
 
 import argparse
 
-from .suites import gradients, memory, solvers
+from .suites import gradients, memory, solvers, viar
 
-SUITES = {"gradients": gradients, "memory": memory, "solvers": solvers}
+SUITES = {"gradients": gradients, "memory": memory, "solvers": solvers, "viar": viar}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -68,12 +68,13 @@ def bars_table(bars: list[Bar]) -> Table:
 
 
 Measured = tuple[Any, list[Bar], Table]  # the figures of a part, its bars and its table
+Subject = TypeVar("Subject")
 
 
 def measure_parts(
     arguments: argparse.Namespace,
-    parts: Mapping[str, Callable[[list[Problem], argparse.Namespace], Measured]],
-    problems: list[Problem],
+    parts: Mapping[str, Callable[[Subject, argparse.Namespace], Measured]],
+    subject: Subject,
     console: Console,
 ) -> dict[str, Any]:
     """Measure the parts of a suite that `arguments.part` asks for, print tables and bars; the figures.
@@ -81,7 +82,7 @@ def measure_parts(
     Args:
         arguments: of the command line, with `part`, `threads` and `out`.
         parts: by name, in the order in which they run.
-        problems: what is measured.
+        subject: what is measured, handed to every part.
         console: to print to.
     """
     if arguments.threads:
@@ -91,7 +92,7 @@ def measure_parts(
     bars: list[Bar] = []
     for part, measure in parts.items():
         if part in arguments.part:
-            figures["parts"][part], found, table = measure(problems, arguments)
+            figures["parts"][part], found, table = measure(subject, arguments)
             console.print(table)
             bars += found
     console.print(bars_table(bars))
@@ -120,6 +121,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -1,0 +1,1 @@
+"""Straightforward implementations that suites compare with."""
