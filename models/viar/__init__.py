@@ -7,7 +7,9 @@ ones before, `generate` and `edit` put them to work.
 from .cache import EquilibriumCache, IterateCache
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from .editing import edit
-from .iterations import Adaptive
+from .inference import prepare_inference
+from .iterations import Adaptive, Budget
+from .report import GenerationReport, ScaleReport
 from .sampling import Sample, generate, sample_tokens
 from .tokenizer import Tokenizer
 from .transformer import NextScaleTransformer
@@ -15,18 +17,22 @@ from .trunk import ExplicitTrunk, ImplicitTrunk
 
 __all__ = [
     "Adaptive",
+    "Budget",
     "EquilibriumCache",
     "ExplicitTrunk",
     "ExplicitTrunkConfig",
+    "GenerationReport",
     "ImplicitTrunk",
     "ImplicitTrunkConfig",
     "IterateCache",
     "NextScaleTransformer",
     "Sample",
+    "ScaleReport",
     "Tokenizer",
     "TokenizerConfig",
     "TransformerConfig",
     "edit",
     "generate",
+    "prepare_inference",
     "sample_tokens",
 ]
