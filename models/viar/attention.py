@@ -1,4 +1,4 @@
-"""Multi-head self-attention without state: keys and values of the past go in, new ones come out."""
+"""Multi-head self-attention without state: where its keys and values go is the caller's to say."""
 
 from __future__ import annotations
 
@@ -35,19 +35,27 @@ class Attention(nn.Module):
         self,
         x_BLC: Tensor,
         mask_LL: Tensor | None = None,  # true where row may attend to column; None: everywhere
-        past: KeyValue | None = None,  # of earlier tokens, all of which are attended to
-    ) -> tuple[Tensor, KeyValue]:
-        """Attended tokens (B, L, C), and the keys and values of `x_BLC` alone."""
+        slot: KeyValue | None = None,  # keys and values of earlier tokens, and room for those of `x_BLC`
+    ) -> Tensor:
+        """Attended tokens (B, L, C).
+
+        With a `slot`, the last L places of its keys and values are written, and all of it is attended to.
+        """
         B, L, C = x_BLC.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x_BLC, self.qkv.weight, bias.to(self.qkv.weight.dtype))
         q, k, v = qkv.view(B, L, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
-            # Normalising computes in float32 under autocast; attention runs in the type of the values.
-            q = (F.normalize(q, dim=-1) * self.log_scale.clamp_max(self.max_log_scale).exp()).to(v.dtype)
-            k = F.normalize(k, dim=-1).to(v.dtype)
-        new = (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            # Factors instead of unit vectors: one pass each. Under autocast they come out in float32;
+            # attention runs in the type of the values.
+            q_norm, k_norm = (
+                torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, k)
+            )
+            q = q * (self.log_scale.clamp_max(self.max_log_scale).exp() / q_norm).to(v.dtype)
+            k = k * k_norm.reciprocal().to(v.dtype)
+        if slot is not None:
+            slot[0][:, :, -L:] = k
+            slot[1][:, :, -L:] = v
+            k, v = slot
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=self.scale)
-        return self.out(x.transpose(1, 2).reshape(B, L, C)), new
+        return self.out(x.transpose(1, 2).reshape(B, L, C))

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from deqlib import Picard, Solver, Stopping
+from torch import Tensor
+
+from deqlib import Picard, Solver, Stopping, fixed_point
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """Iterate each sample of each scale until its relative residual is small.
+    """Iterate at each scale until the relative residual is small.
 
     Args:
         rtol: relative residual to reach.
         max_steps: most solver steps a scale.
         solver: any solver of deqlib.
+        per_sample: stop each sample by its own residual, so that it does not depend on the others.
+            Otherwise a scale stops as a whole, by the residual over all samples computed together.
     """
 
     rtol: float = 1e-2
     max_steps: int = 20
     solver: Solver = field(default_factory=Picard)
+    per_sample: bool = True
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -36,8 +42,72 @@ class Adaptive:
         """The rule the driver follows."""
         return Stopping(rtol=self.rtol, max_steps=self.max_steps)
 
+    @property
+    def rule(self) -> dict[str, Any]:
+        """How a `deqlib.ImplicitLayer` is asked to solve."""
+        return {"solver": self.solver, "stopping": self.stopping}
 
-Iterations = int | tuple[int, int] | Sequence[int] | Adaptive
+    def solve(self, f: Callable[[Tensor], Tensor], z0: Tensor) -> tuple[Tensor, Tensor]:
+        """The state (B, L, C) at the tolerance or the cap, and the evaluations each sample took, (B,)."""
+        if self.per_sample:
+            solution = fixed_point(f, z0, on_failure="ignore", **self.rule)
+            return solution.value, solution.sample_nfe
+        # One sample in the eyes of the solver.
+        solution = fixed_point(lambda z: f(z[0])[None], z0[None], on_failure="ignore", **self.rule)
+        return solution.value[0], solution.sample_nfe.expand(len(z0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """So many evaluations of the cell in all, spread over the scales.
+
+    Counts fall linearly from the first scale to the last, where most of the tokens are; each scale gets at
+    least one, and together they are exactly the budget.
+
+    Args:
+        evaluations: sum of the counts of all scales.
+        ratio: count of the first scale to that of the last, as near as whole numbers allow; 1 spreads
+            evenly. The default is that of the fastest setting of the VIAR paper, 10 to 2.
+    """
+
+    evaluations: int
+    ratio: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if type(self.evaluations) is not int or self.evaluations < 1:
+            raise ValueError(
+                f"Budget: evaluations must be an integer of at least 1, got {self.evaluations!r}"
+            )
+        if not 1 <= self.ratio < float("inf"):
+            raise ValueError(f"Budget: ratio must be a number of at least 1, got {self.ratio}")
+
+    def counts(self, num_scales: int) -> list[int]:
+        """One count a scale, never rising.
+
+        Raises:
+            ValueError: fewer evaluations than scales.
+        """
+        if self.evaluations < num_scales:
+            raise ValueError(
+                f"Budget: {num_scales} scales need at least one evaluation each, got {self.evaluations}"
+            )
+        spans = max(num_scales - 1, 1)
+        shares = [self.ratio + (1 - self.ratio) * k / spans for k in range(num_scales)]
+        exact = [max(1.0, self.evaluations * share / sum(shares)) for share in shares]
+        # Where the last scales are lifted to one, the others pay in proportion to what they have above one.
+        above = sum(exact) - num_scales
+        if above > 0:
+            keep = (self.evaluations - num_scales) / above
+            exact = [1 + (value - 1) * keep for value in exact]
+        counts = [int(value + 1e-9) for value in exact]
+        by_remainder = sorted(range(num_scales), key=lambda k: (counts[k] - exact[k], k))
+        for k in by_remainder[: self.evaluations - sum(counts)]:
+            counts[k] += 1
+        return sorted(counts, reverse=True)  # equal remainders may be rounded apart
+
+
+Iterations = int | tuple[int, int] | Sequence[int] | Adaptive | Budget
 
 
 def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | list[Adaptive]:
@@ -45,7 +115,7 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
 
     Args:
         iterations: an int, for all scales; a tuple (first, last), linear over the scales and truncated to
-            int; a list with one int a scale; or `Adaptive`.
+            int; a list with one int a scale; `Adaptive`; or `Budget`.
         num_scales: K.
 
     Raises:
@@ -53,6 +123,8 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
     """
     if isinstance(iterations, Adaptive):
         return [iterations] * num_scales
+    if isinstance(iterations, Budget):
+        return iterations.counts(num_scales)
     if isinstance(iterations, int) and not isinstance(iterations, bool):
         counts = [iterations] * num_scales
     elif isinstance(iterations, tuple | list) and all(type(n) is int for n in iterations):
@@ -70,7 +142,7 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
     else:
         raise TypeError(
             "iterations: expected an int, a tuple (first, last), a list with one int a scale, "
-            f"or viar.Adaptive(...), got {iterations!r}"
+            f"viar.Adaptive(...) or viar.Budget(...), got {iterations!r}"
         )
     if min(counts) < 1:
         raise ValueError(f"iterations: every scale needs at least 1 iteration, got {iterations!r}")

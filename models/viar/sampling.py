@@ -5,17 +5,24 @@ Shape letters: B images, K scales of side p_k, L = sum p_k^2 tokens, V codebook,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from .cache import EquilibriumCache
 from .choice import TokenNoise, choose
 from .iterations import Iterations
-from .scales import scale_slices
+from .report import GenerationReport, ScaleReport
+from .scales import resize_tokens, scale_slices
 from .tokenizer import Tokenizer
 from .transformer import NextScaleTransformer
+
+# Pixels decoded at a time: enough to keep a device busy.
+DECODED_PIXELS = {"cpu": 2**16, "cuda": 2**19}
 
 # (scale, sampled embeddings (B, Z, p_k, p_k)) -> embeddings to go on with
 Replace = Callable[[int, Tensor], Tensor]
@@ -33,14 +40,50 @@ class Sample:
         certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.choice`: computed in
             float32 in a batch of another size, it gets the same tokens.
         cache_bytes: keys and values held at the end, which is their peak.
+        scales: what each scale took, if it was measured.
     """
 
     tokens: list[Tensor]
     f_hat: Tensor
     certain: Tensor
     cache_bytes: int
+    scales: tuple[ScaleReport, ...] = ()
 
 
+@overload
+def generate(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor | Sequence[int],
+    *,
+    iterations: Iterations | None = ...,
+    cfg: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    first_index: int = ...,
+    cache: str = ...,
+    warm_start: bool = ...,
+    guidance_reuse: int = ...,
+    return_report: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def generate(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor | Sequence[int],
+    *,
+    iterations: Iterations | None = ...,
+    cfg: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    seed: int = ...,
+    first_index: int = ...,
+    cache: str = ...,
+    warm_start: bool = ...,
+    guidance_reuse: int = ...,
+    return_report: Literal[True],
+) -> tuple[Tensor, GenerationReport]: ...
 def generate(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
@@ -53,7 +96,10 @@ def generate(
     seed: int = 0,
     first_index: int = 0,
     cache: str = "equilibrium",
-) -> Tensor:
+    warm_start: bool = False,
+    guidance_reuse: int = 0,
+    return_report: bool = False,
+) -> Tensor | tuple[Tensor, GenerationReport]:
     """Images of the classes asked for.
 
     Image i depends on (`seed`, `first_index` + i) and its label, not on the rest of the batch.
@@ -62,14 +108,19 @@ def generate(
         model: VAR or VIAR, of the tokenizer's sizes.
         tokenizer: turns tokens into images.
         labels: (B,) classes in [0, N]; N asks for no class in particular.
-        iterations: of the implicit block at each scale: an int, (first, last), a list, or `Adaptive`;
-            default the config's. An explicit trunk takes none.
+        iterations: of the implicit block at each scale: an int, (first, last), a list, `Adaptive` or
+            `Budget`; default the config's. An explicit trunk takes none.
         cfg: guidance, rising linearly from 0 at the first scale to this at the last; 0 switches it off.
         top_k: keep the most likely tokens only; `None`, or a number above V, keeps all; 1 is argmax.
         top_p: keep the smallest set of tokens with at least this probability; `None` keeps all.
         seed: non-negative.
         first_index: index of the first image, to generate one series in several calls.
         cache: "equilibrium" or "iterate", see `viar.cache`.
+        warm_start: start the implicit block at each scale where the scale before suggests, instead of at the
+            output of the blocks before it. Other results with few iterations, the same at convergence.
+        guidance_reuse: so many of the last scales are computed with their class alone; the direction of
+            guidance is that of the scale before them, enlarged. Saves half their time; an approximation.
+        return_report: return (images, `GenerationReport`); measuring waits for the device at every scale.
 
     Returns:
         (B, 3, H, W) in [0, 1].
@@ -88,14 +139,23 @@ def generate(
         seed=seed,
         first_index=first_index,
         cache=cache,
+        warm_start=warm_start,
+        guidance_reuse=guidance_reuse,
+        measure=return_report,
     )
-    return decode_images(tokenizer, sample)
+    start = time.perf_counter()
+    images = decode_images(tokenizer, sample)
+    if not return_report:
+        return images
+    return images, GenerationReport(sample.scales, _since(start, images.device))
 
 
 @torch.no_grad()
 def decode_images(tokenizer: Tokenizer, sample: Sample) -> Tensor:
-    """Images of a sample, (B, 3, H, W) in [0, 1]."""
-    return tokenizer.decode_f_hat(sample.f_hat).add(1).div(2)
+    """Images of a sample, (B, 3, H, W) in [0, 1]; a few at a time, so that memory does not grow with B."""
+    pixels = DECODED_PIXELS.get(sample.f_hat.device.type, DECODED_PIXELS["cuda"])
+    chunk = max(1, pixels // tokenizer.config.image_side**2)
+    return torch.cat([tokenizer.decode_f_hat(part).add_(1).div_(2) for part in sample.f_hat.split(chunk)])
 
 
 @torch.no_grad()
@@ -111,13 +171,16 @@ def sample_tokens(
     seed: int = 0,
     first_index: int = 0,
     cache: str = "equilibrium",
+    warm_start: bool = False,
+    guidance_reuse: int = 0,
+    measure: bool = False,
     replace: Replace | None = None,
     hold: Hold | None = None,
 ) -> Sample:
     """The sampler under `generate` and `edit`: same arguments, tokens instead of images.
 
-    `replace`, if given, sees the embeddings sampled at each scale and returns those to go on with; `hold`
-    does the same with f_hat once they are added.
+    `measure` fills `Sample.scales`. `replace`, if given, sees the embeddings sampled at each scale and
+    returns those to go on with; `hold` does the same with f_hat once they are added.
     """
     check_pair(model, tokenizer)
     check_sampling(cfg, top_k, top_p, seed, first_index)
@@ -126,25 +189,45 @@ def sample_tokens(
     device = model.pos_embed.device
     labels = torch.as_tensor(labels, device=device)
     model.check_labels(labels)
+    sides, quantizer, guided = model.config.sides, tokenizer.quantizer, cfg != 0
+    if not 0 <= guidance_reuse < len(sides) or (guidance_reuse and not guided):
+        raise ValueError(
+            f"guidance_reuse: expected 0 to {len(sides) - 1} of the {len(sides)} scales, and guidance to "
+            f"reuse, got {guidance_reuse} with cfg={cfg}"
+        )
     schedule = model.trunk.schedule(iterations)
-    memory = model.trunk.new_cache(cache, schedule)
-
-    sides, quantizer = model.config.sides, tokenizer.quantizer
-    guided = cfg != 0
     both = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
+    memory = model.trunk.new_cache(cache, schedule, measure=measure, warm_start=warm_start)
+
     embedding_BC, cond = model.condition(both)
+    head_modulation = model.modulate_head(embedding_BC)
     slices = scale_slices(sides)
     noise = TokenNoise.of_images(len(labels), seed, first_index, device)
     certain = torch.ones(len(labels), dtype=torch.bool, device=device)
     f_hat = torch.zeros(len(labels), model.config.code_channels, sides[-1], sides[-1], device=device)
-    next_input, tokens = None, []
+    next_input: Tensor | None = None
+    direction_BlC: Tensor | None = None  # of guidance, kept where a later scale reuses it
+    tokens, scales = [], []
     for scale, where in enumerate(slices):
-        x_BLC = model.embed_scale(scale, embedding_BC, next_input)
-        x_BLC = model.trunk(x_BLC, cond, cache=memory, iterations=schedule[scale])
-        logits_BlV = model.logits(x_BLC, embedding_BC)
-        if guided:
-            logits_BlV = guide(logits_BlV, cfg * guidance_ramp(scale, len(sides)))
-        choice = choose(logits_BlV, noise, where.start, top_k, top_p)
+        start = time.perf_counter()
+        strength = cfg * guidance_ramp(scale, len(sides))
+        reuse = scale >= len(sides) - guidance_reuse
+        samples = slice(len(labels)) if reuse else slice(None)
+        if next_input is not None and guided and not reuse:
+            next_input = next_input.repeat(2, 1, 1, 1)
+        x_BLC = model.embed_scale(scale, embedding_BC[samples], next_input)
+        x_BLC = model.trunk(x_BLC, cond[samples], cache=memory, iterations=schedule[scale])
+        hidden_BlC = model.head_input(x_BLC, head_modulation[:, samples])
+        if reuse:
+            assert direction_BlC is not None
+            direction_BlC = resize_tokens(direction_BlC, sides[scale])
+            hidden_BlC = hidden_BlC + strength * direction_BlC
+        elif guided:
+            # The head is linear: guiding what it takes guides the logits, at half the work.
+            if guidance_reuse:
+                direction_BlC = hidden_BlC[: len(labels)] - hidden_BlC[len(labels) :]
+            hidden_BlC = guide(hidden_BlC, strength)
+        choice = choose(model.head(hidden_BlC), noise, where.start, top_k, top_p)
         tokens.append(choice.tokens)
         certain &= choice.certain
         embeddings = quantizer.embed(choice.tokens)
@@ -155,9 +238,27 @@ def sample_tokens(
             f_hat = hold(scale, f_hat)
         if scale < len(sides) - 1:
             next_input = quantizer.next_input(f_hat, scale)
-            if guided:
-                next_input = next_input.repeat(2, 1, 1, 1)
-    return Sample(tokens=tokens, f_hat=f_hat, certain=certain, cache_bytes=memory.num_bytes)
+        if measure:
+            scales.append(_report(sides[scale], memory, _since(start, device)))
+    return Sample(tokens, f_hat, certain, memory.num_bytes, tuple(scales))
+
+
+def _report(side: int, cache: EquilibriumCache, seconds: float) -> ScaleReport:
+    solve = cache.solves[-1] if cache.solves else None
+    return ScaleReport(
+        side=side,
+        evaluations=None if solve is None else float(solve.evaluations.double().mean()),
+        residual=None if solve is None or solve.residual is None else float(solve.residual.max()),
+        seconds=seconds,
+        cache_bytes=cache.used_bytes,
+    )
+
+
+def _since(start: float, device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def guidance_ramp(scale: int, num_scales: int) -> float:
@@ -166,12 +267,12 @@ def guidance_ramp(scale: int, num_scales: int) -> float:
 
 
 def guide(
-    logits_2BlV: Tensor,  # with the class, then without
+    both_2BlC: Tensor,  # with the class, then without
     strength: float,
 ) -> Tensor:
-    """Classifier-free guidance: (1 + t) cond - t null, (B, l, V). (Ho & Salimans, arXiv 2207.12598.)"""
-    cond, null = logits_2BlV.chunk(2)
-    return (1 + strength) * cond - strength * null
+    """Classifier-free guidance: (1 + t) cond - t null, (B, l, C). (Ho & Salimans, arXiv 2207.12598.)"""
+    cond, null = both_2BlC.chunk(2)
+    return torch.lerp(null, cond, 1 + strength) if strength else cond
 
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:

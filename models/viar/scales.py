@@ -6,10 +6,12 @@ Shape letters used in this package: B batch, K scales of side p_1 < ... < p_K, L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,3 +39,11 @@ def block_causal_mask(sides: Sequence[int]) -> Tensor:
     """
     ids = scale_ids(sides)
     return ids[:, None] >= ids[None, :]
+
+
+def resize_tokens(x_BLC: Tensor, side: int) -> Tensor:
+    """A map of tokens (B, p * p, C) at another side, (B, side * side, C), bilinear."""
+    old = math.isqrt(x_BLC.shape[1])
+    x_BChw = x_BLC.transpose(1, 2).unflatten(2, (old, old))
+    resized = F.interpolate(x_BChw, size=(side, side), mode="bilinear", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)

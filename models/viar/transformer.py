@@ -134,8 +134,21 @@ class NextScaleTransformer(nn.Module, Pretrained):
     def logits(self, x_BLC: Tensor, embedding_BC: Tensor) -> Tensor:
         """Modulated head in float32, (B, L, V)."""
         with torch.autocast(x_BLC.device.type, enabled=False):
-            scale, shift = self.head_modulation(F.silu(embedding_BC.float())).unsqueeze(1).chunk(2, 2)
-            return self.head(norm(x_BLC.float()) * (1 + scale) + shift)
+            return self.head(self.head_input(x_BLC, self.modulate_head(embedding_BC)))
+
+    def modulate_head(self, embedding_BC: Tensor) -> Tensor:
+        """1 + scale and shift of the head, (2, B, 1, C); the same for all scales."""
+        scale, shift = self.head_modulation(F.silu(embedding_BC.float())).unsqueeze(1).chunk(2, 2)
+        return torch.stack([1 + scale, shift])
+
+    def head_input(
+        self,
+        x_BLC: Tensor,
+        modulation: Tensor,  # (2, B, 1, C), from `modulate_head`
+    ) -> Tensor:
+        """What the last linear layer takes, (B, L, C) float32."""
+        scale, shift = modulation
+        return torch.addcmul(shift, norm(x_BLC.float()), scale)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless `labels` is (B,) of classes in [0, N]."""

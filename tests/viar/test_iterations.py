@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deqlib import Anderson, Picard
-from viar import Adaptive
+from viar import Adaptive, Budget
 from viar.iterations import iteration_schedule
 
 
@@ -57,6 +57,50 @@ def test_adaptive_holds_for_all_scales_and_carries_its_rule() -> None:
     assert iteration_schedule(adaptive, 3) == [adaptive] * 3
     assert (adaptive.stopping.rtol, adaptive.stopping.max_steps) == (1e-3, 7)
     assert Adaptive().solver == Picard()
+
+
+@given(st.integers(1, 14), st.integers(0, 300), st.floats(1, 50))
+def test_a_budget_is_spent_exactly_and_counts_never_rise(num_scales: int, extra: int, ratio: float) -> None:
+    counts = iteration_schedule(Budget(evaluations=num_scales + extra, ratio=ratio), num_scales)
+    assert len(counts) == num_scales
+    assert sum(counts) == num_scales + extra
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] >= 1
+
+
+@given(st.integers(2, 14), st.integers(1, 30))
+def test_a_budget_of_ratio_one_spreads_evenly(num_scales: int, each: int) -> None:
+    assert (
+        iteration_schedule(Budget(evaluations=each * num_scales, ratio=1), num_scales) == [each] * num_scales
+    )
+
+
+def test_a_budget_falls_linearly_with_its_ratio() -> None:
+    assert Budget(evaluations=60).counts(10) == [10, 9, 8, 7, 6, 6, 5, 4, 3, 2]
+    exact = [10 - 8 * k / 9 for k in range(10)]
+    for count, wanted in zip(Budget(evaluations=60).counts(10), exact, strict=True):
+        assert abs(count - wanted) < 1
+    assert Budget(evaluations=10).counts(10) == [1] * 10
+    assert Budget(evaluations=7).counts(1) == [7]
+
+
+def test_a_budget_below_one_evaluation_a_scale_is_refused() -> None:
+    with pytest.raises(ValueError, match="Budget: 3 scales need at least one evaluation each, got 2"):
+        iteration_schedule(Budget(evaluations=2), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluations": 0}, "evaluations must be an integer of at least 1, got 0"),
+        ({"evaluations": 2.0}, "evaluations must be an integer of at least 1, got 2.0"),
+        ({"evaluations": 5, "ratio": 0.5}, "ratio must be a number of at least 1, got 0.5"),
+        ({"evaluations": 5, "ratio": float("nan")}, "ratio must be"),
+    ],
+)
+def test_a_budget_names_the_setting_that_is_wrong(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Budget: {message}"):
+        Budget(**settings)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from golden_reference import (
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer
 from torch import Tensor
 
+import viar.sampling
 from deqlib import Anderson
 from viar import Adaptive, NextScaleTransformer, Tokenizer, generate, sample_tokens
 from viar.choice import TokenNoise, choose
 from viar.sampling import guidance_ramp, guide
-from viar.scales import scale_slices
+from viar.scales import resize_tokens, scale_slices
 
 SCHEDULES = golden_config()["gen_iterations"]
 
@@ -234,6 +235,107 @@ def test_the_equilibrium_cache_keeps_what_the_explicit_trunk_of_as_many_blocks_k
 # Errors
 
 
+# Report, warm start, reuse of guidance
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_a_report_tells_what_every_scale_took(kind: str) -> None:
+    model, tokenizer = tiny_transformer(kind), tiny_tokenizer()
+    settings = {} if kind == "explicit" else {"iterations": (4, 2)}
+    images, report = generate(model, tokenizer, [0, 1], return_report=True, **settings)
+    assert images.equal(generate(model, tokenizer, [0, 1], **settings))
+    assert [scale.side for scale in report.scales] == list(SIDES)
+    evaluations = [scale.evaluations for scale in report.scales]
+    assert evaluations == ([4, 3, 2] if kind == "implicit" else [None] * 3)
+    assert report.evaluations == (9 if kind == "implicit" else None)
+    assert all((scale.residual is not None) == (kind == "implicit") for scale in report.scales)
+    held = [scale.cache_bytes for scale in report.scales]
+    assert held[-1] == report.cache_bytes == sample_tokens(model, tokenizer, [0, 1], **settings).cache_bytes
+    assert [14 * n for n in held] == [n * report.cache_bytes for n in (1, 5, 14)]  # as tokens so far
+    assert 0 < report.decode_seconds < report.seconds
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + 3 + 2
+    assert lines[3].split()[:4] == ["3", "x", "3", "2.0" if kind == "implicit" else "-"]
+
+
+def test_adaptive_reports_the_evaluations_it_used() -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    loose, tight = (
+        generate(model, tokenizer, [0, 1], iterations=Adaptive(rtol=rtol, max_steps=60), return_report=True)[
+            1
+        ]
+        for rtol in (1e-1, 1e-4)
+    )
+    assert loose.evaluations < tight.evaluations
+    assert max(scale.residual for scale in tight.scales) < 1e-4
+
+
+def test_reused_guidance_is_that_of_the_scale_before() -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    labels = torch.tensor([0, 1, 2])
+    settings = {"cfg": 3.0, "top_k": 1}
+    full = sample_tokens(model, tokenizer, labels, **settings)
+    reused = sample_tokens(model, tokenizer, labels, guidance_reuse=1, **settings)
+    for before, after in zip(full.tokens[:-1], reused.tokens[:-1], strict=True):
+        assert before.equal(after)
+    # The last scale by hand: the direction of the second, enlarged, on top of the third with class alone.
+    inputs = tokenizer.next_scale_inputs(full.tokens)
+    where = scale_slices(SIDES)
+
+    def hidden(classes: Tensor, scale: int) -> Tensor:
+        embedding, cond = model.condition(classes)
+        memory = model.trunk.new_cache("equilibrium", [3] * 3)
+        for k in range(scale + 1):
+            given = None
+            if k:  # inputs begin at the second scale, one token later
+                given = inputs[:, where[k].start - 1 : where[k].stop - 1].mT.unflatten(2, (k + 1, k + 1))
+            x = model.embed_scale(k, embedding, given)
+            x = model.trunk(x, cond, cache=memory, iterations=3)
+        return model.head_input(x, model.modulate_head(embedding))
+
+    with torch.no_grad():
+        null = torch.full_like(labels, model.null_class)
+        direction = hidden(labels, 1) - hidden(null, 1)
+        direction = resize_tokens(direction, 3)
+        expected = model.head(hidden(labels, 2) + 3.0 * direction).argmax(-1)
+    assert reused.tokens[-1].equal(expected)
+    assert not reused.tokens[-1].equal(full.tokens[-1])
+
+
+def test_reused_guidance_computes_no_null_class_on_those_scales() -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    rows = []
+    model.trunk.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    sample_tokens(model, tokenizer, [0, 1], guidance_reuse=2)
+    assert rows == [4, 2, 2]
+
+
+def test_guidance_without_a_class_may_be_reused_without_a_difference() -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    labels = [model.null_class] * 3
+    plain, reused = (sample_tokens(model, tokenizer, labels, guidance_reuse=n) for n in (0, 2))
+    assert torch.cat(plain.tokens, 1).equal(torch.cat(reused.tokens, 1))
+
+
+def test_a_warm_start_reaches_the_sampler() -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    cold, warm = (
+        sample_tokens(model, tokenizer, [0, 1, 2], warm_start=w, measure=True) for w in (False, True)
+    )
+    assert cold.scales[0].residual == warm.scales[0].residual
+    assert cold.scales[1].residual != warm.scales[1].residual
+
+
+def test_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_transformer(), tiny_tokenizer()
+    together = generate(model, tokenizer, [0, 1, 2, 0, 1])
+    batches = []
+    tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    monkeypatch.setitem(viar.sampling.DECODED_PIXELS, "cpu", 2 * 36)  # two pictures of 6 x 6
+    torch.testing.assert_close(generate(model, tokenizer, [0, 1, 2, 0, 1]), together)
+    assert batches == [2, 2, 1]
+
+
 def test_a_model_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model: expected evaluation mode.*model\.eval\(\)"):
         generate(tiny_transformer().train(), tiny_tokenizer(), [0])
@@ -260,6 +362,9 @@ def test_a_tokenizer_of_other_sizes_is_refused(changes: dict[str, Any], message:
         ({"top_k": 0}, "top_k: expected at least 1, or None"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], or None"),
         ({"top_p": 1.5}, "top_p: .* got 1.5"),
+        ({"guidance_reuse": 3}, "guidance_reuse: expected 0 to 2 of the 3 scales"),
+        ({"guidance_reuse": -1}, "guidance_reuse: "),
+        ({"guidance_reuse": 1, "cfg": 0.0}, "guidance_reuse: .* got 1 with cfg=0.0"),
         ({"seed": -1}, "seed: expected an integer from 0"),
         ({"first_index": -1}, "first_index: expected an integer from 0"),
         ({"seed": 2**63}, "seed: expected an integer"),

@@ -239,10 +239,14 @@ def test_attention_is_that_of_its_definition(qk_norm: bool) -> None:
         weights = normed(q[..., part], qk_norm) * scale @ keys.mT
         expected.append(weights.masked_fill(~mask, -torch.inf).softmax(-1) @ values)
     expected = torch.cat(expected, -1) @ attention.out.weight.T + attention.out.bias
-    actual, (keys, values) = attention(x, mask, tuple(past))
-    torch.testing.assert_close(actual, expected)
-    assert keys.shape == values.shape == (2, 3, 5, 4)  # of x alone
-    torch.testing.assert_close(values.transpose(1, 2).flatten(2), v)
+    slot = tuple(torch.cat([t, torch.full((2, 3, 5, 4), torch.nan).double()], 2) for t in past)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, mask, slot), expected)
+    torch.testing.assert_close(slot[1][:, :, 2:].transpose(1, 2).flatten(2), v)
+    assert slot[0][:, :, :2].equal(past[0])
+    assert slot[1][:, :, :2].equal(past[1])
+    own = attention(x, mask[:, 2:].clone().fill_(True))
+    torch.testing.assert_close(own, attention(x))
 
 
 def normed(x: Tensor, wanted: bool) -> Tensor:
@@ -264,10 +268,12 @@ def test_a_block_is_modulated_as_defined(shared: bool) -> None:
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
-    h = x + g1 * block.attention(plain(x) * (1 + s1) + b1)[0]
+    h = x + g1 * block.attention(plain(x) * (1 + s1) + b1)
     hidden = torch.nn.functional.gelu(block.fc1(plain(h) * (1 + s2) + b2), approximate="tanh")
-    actual, _ = block(x, block.modulate(cond))
-    torch.testing.assert_close(actual, h + g2 * block.fc2(hidden))
+    expected = h + g2 * block.fc2(hidden)
+    torch.testing.assert_close(block(x, block.modulate(cond)), expected)
+    with torch.no_grad():  # other kernels, the same function
+        torch.testing.assert_close(block(x, block.modulate(cond)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

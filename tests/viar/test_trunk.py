@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
 from torch import Tensor, nn
 
+import viar.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
 from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
 from viar.scales import block_causal_mask, scale_slices
@@ -51,9 +52,11 @@ def jointly(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any) -> Tensor:
 
 
 @torch.no_grad()
-def scale_by_scale(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any, cache: str) -> Tensor:
+def scale_by_scale(
+    trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any, cache: str, warm_start: bool = False
+) -> Tensor:
     schedule = trunk.schedule(iterations)
-    memory = trunk.new_cache(cache, schedule)
+    memory = trunk.new_cache(cache, schedule, warm_start=warm_start)
     return torch.cat(
         [
             trunk(x[:, where], cond, cache=memory, iterations=count)
@@ -165,23 +168,20 @@ def test_the_layer_starts_from_what_the_blocks_before_it_put_out() -> None:
         for _ in range(3):
             both = torch.cat([z, x], -1)  # as published: the state first
             hidden = nn.functional.gelu(cell.projection_in(both), approximate="tanh")
-            z, _ = cell.block(cell.projection_out(hidden), modulation, mask)
+            z = cell.block(cell.projection_out(hidden), modulation, mask)
     close(jointly(trunk, x, cond, 3), z)
 
 
 def count_evaluations(trunk: ImplicitTrunk, run: Any) -> list[tuple[int, int]]:
     """Evaluations of the cell in each solve, told apart by their number of tokens."""
-    evaluate, counts = trunk.layer.cell.evaluate, {}
+    counts: dict[int, int] = {}
 
-    def counted(z: Tensor, *rest: Any) -> Any:
-        counts[z.shape[1]] = counts.get(z.shape[1], 0) + 1
-        return evaluate(z, *rest)
+    def counted(_: Any, inputs: tuple[Any, ...]) -> None:
+        counts[inputs[0].shape[1]] = counts.get(inputs[0].shape[1], 0) + 1
 
-    trunk.layer.cell.evaluate = counted
-    try:
-        run()
-    finally:
-        del trunk.layer.cell.evaluate
+    handle = trunk.layer.cell.register_forward_pre_hook(counted)
+    run()
+    handle.remove()
     return sorted(counts.items())
 
 
@@ -191,18 +191,17 @@ def count_evaluations(trunk: ImplicitTrunk, run: Any) -> list[tuple[int, int]]:
 def draws_of(trunk: ImplicitTrunk, calls: int) -> list[tuple[int, int]]:
     """Evaluations without and with gradient of each of so many training calls."""
     x, cond, mask = torch.randn(1, 14, 16), torch.randn(1, 16), block_causal_mask(SIDES)
-    evaluate, draws = trunk.layer.cell.evaluate, []
+    draws: list[tuple[int, int]] = []
 
-    def counted(*args: Any) -> Any:
+    def counted(*_: Any) -> None:
         free, taped = draws[-1]
         draws[-1] = (free, taped + 1) if torch.is_grad_enabled() else (free + 1, taped)
-        return evaluate(*args)
 
-    trunk.layer.cell.evaluate = counted
+    handle = trunk.layer.cell.register_forward_pre_hook(counted)
     for _ in range(calls):
         draws.append((0, 0))
         trunk(x, cond, mask_LL=mask)
-    del trunk.layer.cell.evaluate
+    handle.remove()
     return draws
 
 
@@ -318,17 +317,149 @@ def test_the_iterate_cache_holds_what_each_iteration_of_each_scale_saw(iteration
     assert bytes_after(tiny_transformer().trunk, iterations, "iterate") == (2 * 14 + sets) * TOKEN
 
 
-def test_a_cache_gives_back_what_was_committed_and_nothing_else() -> None:
-    cache = EquilibriumCache((1, 2))
-    assert cache.past("a") is None
-    pieces = [(torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 4)) for tokens in (1, 4)]
-    for count, piece in enumerate(pieces, start=1):
-        cache.commit("a", piece)
-        keys, values = cache.past("a")
-        assert keys.equal(torch.cat([keys for keys, _ in pieces[:count]], 2))
-        assert values.equal(torch.cat([values for _, values in pieces[:count]], 2))
-    assert cache.past("b") is None
-    assert cache.past("a", 1) is None
+def test_a_slot_holds_what_was_written_before_and_room_for_the_open_scale() -> None:
+    cache, like = EquilibriumCache((1, 2, 3)), torch.empty(2, 3, 0, 4, dtype=torch.float64)
+    pieces = [[torch.randn(2, 3, tokens, 4).double() for _ in range(2)] for tokens in (1, 4)]
+    for count, (piece, tokens) in enumerate(zip(pieces, (1, 4), strict=True), start=1):
+        cache.open_scale(tokens, like)
+        for rows in (slice(0, 1), slice(1, 2)):
+            for buffer, new in zip(cache.slot("a", rows), piece, strict=True):
+                buffer[:, :, -tokens:] = new[rows]
+        for buffer, whole in zip(cache.slot("a"), zip(*pieces[:count], strict=True), strict=True):
+            assert buffer.dtype == torch.float64
+            assert buffer.equal(torch.cat(whole, 2))
+    assert cache.slot("b")[0].shape == (2, 3, 5, 4)
+    cache.slot("b")[0].fill_(0)
+    cache.slot("a", iteration=1)[0].fill_(0)
+    assert cache.slot("a")[0][:, :, :1].equal(pieces[0][0])
+    one_token = 2 * 2 * 3 * 4 * 8  # keys and values, 2 samples, 3 heads 4 wide, float64
+    assert cache.num_bytes == 3 * 14 * one_token
+    assert cache.used_bytes == 3 * 5 * one_token
+
+
+def test_a_cache_serves_one_generation() -> None:
+    trunk, x, cond = a_case()
+    memory = trunk.new_cache("equilibrium", trunk.schedule(None))
+    with torch.no_grad():
+        for where in scale_slices(SIDES):
+            trunk(x[:, where], cond, cache=memory)
+        with pytest.raises(
+            ValueError, match="cache: 1 tokens after 14 are more than its 14; make a new cache"
+        ):
+            trunk(x[:, :1], cond, cache=memory)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_a_cache_is_refused_where_gradients_are_recorded(kind: str) -> None:
+    trunk = tiny_transformer(kind).trunk
+    memory = trunk.new_cache("equilibrium", trunk.schedule(None))
+    with pytest.raises(ValueError, match=r"cache: .* call under torch.no_grad\(\)"):
+        trunk(torch.randn(2, 1, 16), torch.randn(2, 16), cache=memory)
+
+
+@pytest.mark.parametrize("iterations", [3, Adaptive(rtol=1e-4, max_steps=30)])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_number_of_samples_computed_at_a_time_does_not_matter(
+    iterations: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    trunk = enlarge(build_trunk(tiny_config())).double().eval()
+    x, cond = torch.randn(5, 14, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    together = scale_by_scale(trunk, x, cond, iterations, "equilibrium")
+    chunks = []
+    monkeypatch.setattr(
+        viar.trunk,
+        "row_chunks",
+        lambda t: chunks.append(t) or [slice(i, min(i + rows, 5)) for i in range(0, 5, rows)],
+    )
+    close(scale_by_scale(trunk, x, cond, iterations, "equilibrium"), together)
+    assert chunks
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 10), (7, 100, 1000), (64, 4, 64), (3, 500, 2000), (0, 4, 8)])
+def test_chunks_of_samples_cover_the_batch_and_fit_the_caches_of_a_cpu(shape: tuple[int, ...]) -> None:
+    chunks = list(viar.trunk.row_chunks(torch.empty(shape)))
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(shape[0]))
+    for chunk in chunks:
+        rows = chunk.stop - chunk.start
+        assert rows <= 1 or rows * shape[1] * shape[2] <= viar.trunk.CPU_CHUNK
+    assert list(viar.trunk.row_chunks(torch.empty(shape, device="meta"))) == [slice(0, shape[0])]
+
+
+# Warm start
+
+
+@given(cases(contraction=0.02))
+def test_a_warm_start_ends_at_the_same_fixed_point(case: Case) -> None:
+    trunk, x, cond = case
+    warm = scale_by_scale(trunk, x, cond, 30, "equilibrium", warm_start=True)
+    close(warm, limit(trunk, x, cond))
+
+
+def test_a_warm_start_begins_where_the_scale_before_ended_relative_to_its_input() -> None:
+    trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
+    starts = []
+    trunk.layer.cell.register_forward_pre_hook(lambda _, inputs: starts.append(inputs[0].clone()))
+    after = scale_by_scale(trunk, x, cond, 1, "equilibrium", warm_start=True)
+    assert starts[0].equal(x[:, :1])
+    moved = (after - x)[:, :1]  # of one token, so it is the same everywhere at the next scale
+    close(starts[1], x[:, 1:5] + moved)
+    moved = (after - x)[:, 1:5].transpose(1, 2).unflatten(2, (2, 2))
+    moved = nn.functional.interpolate(moved, size=(3, 3), mode="bilinear")
+    close(starts[2], x[:, 5:] + moved.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("explicit", "equilibrium"), ("implicit", "iterate")])
+def test_a_warm_start_is_refused_where_it_has_no_meaning(kind: str, cache: str) -> None:
+    trunk = tiny_transformer(kind).trunk
+    with pytest.raises(ValueError, match="warm_start: "):
+        trunk.new_cache(cache, trunk.schedule(None), warm_start=True)
+
+
+# What a scale took
+
+
+def test_evaluations_and_residuals_are_those_of_their_definition() -> None:
+    trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
+    memory = trunk.new_cache("equilibrium", [3], measure=True)
+    states = []
+    trunk.layer.cell.register_forward_hook(lambda _, inputs, z: states.append((inputs[0].clone(), z.clone())))
+    with torch.no_grad():
+        trunk(x[:, :1], cond, cache=memory, iterations=3)
+    (solve,) = memory.solves
+    z, fz = (t.flatten(1) for t in states[-1])
+    assert solve.evaluations.tolist() == [3, 3]
+    torch.testing.assert_close(solve.residual.double(), (fz - z).norm(dim=1) / fz.norm(dim=1))
+
+
+def test_adaptive_stops_each_sample_or_the_scale_as_a_whole() -> None:
+    torch.manual_seed(0)
+    trunk = (
+        enlarge(build_trunk(tiny_config(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0)))).double().eval()
+    )
+    with torch.no_grad():
+        trunk.layer.cell.projection_in.weight[:, :16].mul_(0.3)
+    x, cond = torch.randn(6, 1, 16, dtype=torch.float64), torch.randn(6, 16, dtype=torch.float64)
+
+    def solve(**settings: Any) -> tuple[Tensor, Any]:
+        memory = trunk.new_cache("equilibrium", [None], measure=True)
+        with torch.no_grad():
+            z = trunk(x, cond, cache=memory, iterations=Adaptive(rtol=1e-6, max_steps=50, **settings))
+        return z, memory.solves[0]
+
+    (own, each), (shared, whole) = solve(), solve(per_sample=False)
+    assert each.residual.max() < 1e-6
+    assert len(whole.evaluations.unique()) == 1
+    close(own, torch.cat([solve_one(trunk, x, cond, i) for i in range(6)]))
+    torch.testing.assert_close(own, shared, atol=1e-4, rtol=1e-4)
+    assert not own.equal(shared)
+
+
+def solve_one(trunk: Trunk, x: Tensor, cond: Tensor, i: int) -> Tensor:
+    memory = trunk.new_cache("equilibrium", [None])
+    with torch.no_grad():
+        adaptive = Adaptive(rtol=1e-6, max_steps=50)
+        return trunk(x[i : i + 1], cond[i : i + 1], cache=memory, iterations=adaptive)
 
 
 @pytest.mark.parametrize("counts", [[1, 2, 3], [3, 3, 4], [2, 1, 2]])

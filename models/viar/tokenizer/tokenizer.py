@@ -112,7 +112,8 @@ class Tokenizer(nn.Module, Pretrained):
             ValueError: `f_hat` has another shape.
         """
         self.quantizer.check_feature_map("f_hat", f_hat_BZhw)
-        return self.decoder(self.post_quantizer(f_hat_BZhw)).clamp(-1, 1)
+        x_BZhw = f_hat_BZhw.to(self.post_quantizer.weight.dtype)  # a lower precision only if asked for
+        return self.decoder(self.post_quantizer(x_BZhw)).to(f_hat_BZhw.dtype).clamp(-1, 1)
 
     def next_scale_inputs(self, tokens: Sequence[Tensor]) -> Tensor:
         """What a transformer is fed under teacher forcing: (B, L - p_1 ** 2, Z) float32.

@@ -1,0 +1,54 @@
+"""Getting a model ready to generate: lower precision, compilation."""
+
+from __future__ import annotations
+
+import torch
+
+from .tokenizer import Tokenizer
+from .transformer import NextScaleTransformer
+from .trunk import computes_in
+
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def prepare_inference(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    compile: bool | str = False,
+) -> None:
+    """Put model and tokenizer into evaluation mode and, if asked, lower precision; in place.
+
+    Embeddings, positions, the head, the logits, the quantizer and the encoder stay float32: they cost
+    little, and tokens hang on them. The trunk's weights, and with them its activations, keys and values,
+    take `dtype`, and so does the decoder. A CPU without instructions for `dtype` keeps the trunk's weights in
+    it and computes in float32, a block's weights widened at a time; its decoder stays float32.
+
+    Args:
+        model: VAR or VIAR, on the device it will run on.
+        tokenizer: its tokenizer, if images are to be decoded.
+        dtype: of the weights; default as they are.
+        compile: compile the blocks with `torch.compile`, which takes minutes at the first image; a name is
+            that of its backend.
+
+    Raises:
+        ValueError: another `dtype`.
+    """
+    model.eval()
+    if tokenizer is not None:
+        tokenizer.eval()
+    if dtype is not None:
+        if dtype not in PRECISIONS:
+            raise ValueError(
+                f"dtype: expected one of {', '.join(map(str, PRECISIONS))}, or None to change nothing, "
+                f"got {dtype}"
+            )
+        model.trunk.to(dtype)
+        if tokenizer is not None and computes_in(dtype, tokenizer.post_quantizer.weight.device):
+            tokenizer.post_quantizer.to(dtype)
+            tokenizer.decoder.to(dtype)
+    if compile:
+        for module in model.trunk.compiled_parts():
+            # One compilation for all scales: sizes differ, the code does not.
+            module.compile(dynamic=True, backend="inductor" if compile is True else compile)
