@@ -30,7 +30,7 @@ from .scales import resize_tokens
 CACHES = ("equilibrium", "iterate")
 
 # What a CPU works on at a time, in numbers of a state: a block's activations then stay in its caches.
-CPU_CHUNK = 200_000
+CPU_CHUNK = 400_000
 
 
 class Trunk(nn.Module, ABC):
