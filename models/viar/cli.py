@@ -24,7 +24,8 @@ from .data import load_data
 from .demo import DemoConfig, run_demo
 from .editing import box_mask, edit
 from .evaluate import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
-from .iterations import Adaptive, Iterations
+from .inference import prepare_inference
+from .iterations import Adaptive, Budget, Iterations
 from .pictures import read_mask, read_picture, save_edit, save_grid, save_picture
 from .presets import TOKENIZERS, TRANSFORMERS
 from .sampling import generate
@@ -47,6 +48,9 @@ class Sampling:
 
     iterations: tuple[int, ...] = ()  # one for all scales, two for first and last, or one a scale
     adaptive: float | None = None  # instead: iterate until the relative residual is below this
+    budget: int | None = None  # instead: evaluations in all, falling from the first scale to the last
+    warm_start: bool = False  # start each scale where the fixed point of the one before suggests
+    guidance_reuse: int = 0  # last scales that reuse the guidance of the scale before them; an approximation
     cfg: float = 1.5  # guidance; 0 switches it off
     top_k: int | None = 900  # most likely tokens kept
     top_p: float | None = 0.96  # probability kept
@@ -54,22 +58,27 @@ class Sampling:
     cache: Literal["equilibrium", "iterate"] = "equilibrium"
     batch_size: int = 100  # images generated at a time; changes memory, not the images (but see --num)
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
+    compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
 
-    def run(self, model: NextScaleTransformer, tokenizer: Tokenizer, labels: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] of all labels, on the CPU, with a progress bar."""
-        starts = range(0, len(labels), self.batch_size)
-        return torch.cat(
-            [
-                generate(
-                    model,
-                    tokenizer,
-                    labels[start : start + self.batch_size],
-                    first_index=start,
-                    **self.settings(),
-                ).cpu()
-                for start in track(starts, "generate", console=console)
-            ]
-        )
+    def run(
+        self, model: NextScaleTransformer, tokenizer: Tokenizer, labels: torch.Tensor, report: bool = False
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] of all labels, on the CPU, with a progress bar.
+
+        `report` prints what each scale of each batch took.
+        """
+        images = []
+        for start in track(range(0, len(labels), self.batch_size), "generate", console=console):
+            chunk = labels[start : start + self.batch_size]
+            settings = {"first_index": start, **self.settings()}
+            if report:
+                made, took = generate(model, tokenizer, chunk, return_report=True, **settings)
+                console.print(f"from image {start}\n{took}", highlight=False)
+            else:
+                made = generate(model, tokenizer, chunk, **settings)
+            images.append(made.cpu())
+        return torch.cat(images)
 
     def settings(self) -> dict[str, Any]:
         """What every function that samples takes by these names."""
@@ -80,13 +89,18 @@ class Sampling:
             "top_p": self.top_p,
             "seed": self.seed,
             "cache": self.cache,
+            "warm_start": self.warm_start,
+            "guidance_reuse": self.guidance_reuse,
         }
 
     def _iterations(self) -> Iterations | None:
+        given = {"iterations": bool(self.iterations), "adaptive": self.adaptive, "budget": self.budget}
+        if sum(value not in (None, False) for value in given.values()) > 1:
+            raise ValueError("--iterations, --adaptive and --budget exclude each other; give one of them")
         if self.adaptive is not None:
-            if self.iterations:
-                raise ValueError("--iterations and --adaptive exclude each other; give one of them")
             return Adaptive(rtol=self.adaptive)
+        if self.budget is not None:
+            return Budget(evaluations=self.budget)
         if not self.iterations:
             return None
         if len(self.iterations) == 1:
@@ -138,6 +152,7 @@ def generate_command(
     per_class: int | None = None,
     num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None,
     format: tuple[Literal["png", "npz"], ...] = (),
+    report: bool = False,
     sampling: SamplingFlags = Sampling(),  # frozen
 ) -> None:
     """Generate images: into one PNG, a row a class, or with --num into a folder of numbered PNGs.
@@ -156,20 +171,23 @@ def generate_command(
         num: Images to generate into a folder. torchrun needs it spelled out, --num-images.
         format: Only with --num: png keeps the numbered pictures, npz writes one archive for evaluation;
             default both.
+        report: Print evaluations, residual, seconds and cache of each scale; not with --num.
         sampling: How to sample.
     """
     if num is not None:
         if per_class is not None:
             raise ValueError("--num and --per-class exclude each other; give one of them")
+        if report:
+            raise ValueError("--report: not with --num; generate a few images without it to see the report")
         _generate_series(model, tokenizer, out or Path("samples"), labels, num, format or FORMATS, sampling)
         return
     if format:
         raise ValueError("--format: only with --num; without it there is one PNG")
     out, per_class = out or Path("samples.png"), 10 if per_class is None else per_class
     check_at_least("viar generate", 1, per_class=per_class)
-    transformer, codec = _load(model, tokenizer, sampling.device)
+    transformer, codec = _load(model, tokenizer, sampling)
     classes = torch.tensor(labels or range(transformer.config.num_classes))
-    images = sampling.run(transformer, codec, classes.repeat_interleave(per_class))
+    images = sampling.run(transformer, codec, classes.repeat_interleave(per_class), report)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, out, columns=per_class)
     console.print(f"{len(images)} images in {out}")
@@ -184,7 +202,7 @@ def _generate_series(
     formats: tuple[str, ...],
     sampling: Sampling,
 ) -> None:
-    transformer, codec = _load(model, tokenizer, sampling.device)
+    transformer, codec = _load(model, tokenizer, sampling)
     report = generate_series(
         transformer,
         codec,
@@ -224,7 +242,7 @@ def evaluate_command(
         sampling: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
-    transformer, codec = _load(model, tokenizer, sampling.device)
+    transformer, codec = _load(model, tokenizer, sampling)
     source = load_data(data, codec.config.image_side)
     torch.manual_seed(0)
     classifier = Classifier(source.num_classes, codec.config.image_side)
@@ -274,7 +292,7 @@ def edit_command(
         sampling: How to sample.
     """
     check_at_least("viar edit", 1, num=num)
-    transformer, codec = _load(model, tokenizer, sampling.device)
+    transformer, codec = _load(model, tokenizer, sampling)
     side = codec.config.image_side
     picture, size = read_picture(image, side)
     if size != (side, side):
@@ -365,13 +383,14 @@ def _refuse_finished(out: Path) -> None:
         raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
 
 
-def _load(model: str, tokenizer: str, device: str = "auto") -> tuple[NextScaleTransformer, Tokenizer]:
-    """Both in evaluation mode, on the device."""
-    where = _device(device)
-    return (
-        _load_one(NextScaleTransformer, model, "--model").to(where),
-        _load_one(Tokenizer, tokenizer, "--tokenizer").to(where),
-    )
+def _load(model: str, tokenizer: str, sampling: Sampling) -> tuple[NextScaleTransformer, Tokenizer]:
+    """Both ready to generate, on the device."""
+    where = _device(sampling.device)
+    transformer = _load_one(NextScaleTransformer, model, "--model").to(where)
+    codec = _load_one(Tokenizer, tokenizer, "--tokenizer").to(where)
+    dtype = None if sampling.dtype is None else getattr(torch, sampling.dtype)
+    prepare_inference(transformer, codec, dtype=dtype, compile=sampling.compile)
+    return transformer, codec
 
 
 def _load_one(kind: type[Model], source: str, flag: str) -> Model:

@@ -43,6 +43,8 @@ def edit(
     seed: int = 0,
     first_index: int = 0,
     cache: str = "equilibrium",
+    warm_start: bool = False,
+    guidance_reuse: int = 0,
 ) -> Tensor:
     """Regenerate the part of images where `mask` is 0, keeping the rest.
 
@@ -66,7 +68,8 @@ def edit(
         keep: "features" or "codes", see above.
         border: of "features": pixels over which the kept side passes into the regenerated part; 0 cuts
             hard. Default half a token, at least 1. A token is H / p_K pixels.
-        iterations, cfg, top_k, top_p, seed, first_index, cache: see `viar.generate`.
+        iterations, cfg, top_k, top_p, seed, first_index, cache, warm_start, guidance_reuse: see
+            `viar.generate`.
 
     Returns:
         (B, 3, H, W) in [0, 1], of the type of `images`.
@@ -92,6 +95,8 @@ def edit(
         seed=seed,
         first_index=first_index,
         cache=cache,
+        warm_start=warm_start,
+        guidance_reuse=guidance_reuse,
         replace=_own_codes(tokenizer, own, mask_B1hw) if keep == "codes" else None,
         hold=_own_features(tokenizer, own, kept_B1HW) if keep == "features" else None,
     )

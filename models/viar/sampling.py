@@ -190,11 +190,7 @@ def sample_tokens(
     labels = torch.as_tensor(labels, device=device)
     model.check_labels(labels)
     sides, quantizer, guided = model.config.sides, tokenizer.quantizer, cfg != 0
-    if not 0 <= guidance_reuse < len(sides) or (guidance_reuse and not guided):
-        raise ValueError(
-            f"guidance_reuse: expected 0 to {len(sides) - 1} of the {len(sides)} scales, and guidance to "
-            f"reuse, got {guidance_reuse} with cfg={cfg}"
-        )
+    check_reuse(guidance_reuse, cfg, len(sides))
     schedule = model.trunk.schedule(iterations)
     both = torch.cat([labels, torch.full_like(labels, model.null_class)]) if guided else labels
     memory = model.trunk.new_cache(cache, schedule, measure=measure, warm_start=warm_start)
@@ -296,3 +292,12 @@ def check_sampling(cfg: float, top_k: int | None, top_p: float | None, seed: int
     for name, value in (("seed", seed), ("first_index", first_index)):
         if not 0 <= value < 2**63:
             raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {value}")
+
+
+def check_reuse(guidance_reuse: int, cfg: float, num_scales: int) -> None:
+    """Raise `ValueError` unless so many last scales can reuse the guidance of one before."""
+    if not 0 <= guidance_reuse < num_scales or (guidance_reuse and cfg == 0):
+        raise ValueError(
+            f"guidance_reuse: expected 0 to {num_scales - 1} of the {num_scales} scales, and guidance to "
+            f"reuse, got {guidance_reuse} with cfg={cfg}"
+        )

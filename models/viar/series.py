@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .config import check_at_least
 from .iterations import Adaptive, Iterations
-from .sampling import Sample, check_pair, check_sampling, sample_tokens
+from .sampling import Sample, check_pair, check_reuse, check_sampling, sample_tokens
 from .series_folder import SeriesFolder
 from .tokenizer import Tokenizer
 from .transformer import NextScaleTransformer
@@ -84,6 +84,8 @@ def generate_series(
     top_p: float | None = 0.96,
     seed: int = 0,
     cache: str = "equilibrium",
+    warm_start: bool = False,
+    guidance_reuse: int = 0,
     console: Console | None = None,
 ) -> SeriesReport:
     """Generate `num` images into a folder; goes on where an earlier call stopped.
@@ -106,12 +108,14 @@ def generate_series(
         formats: "png" and "npz"; the latter is samples_{num}x{H}x{W}x3.npz with arr_0 (num, H, W, 3) uint8
             and labels arr_1 (num,) int64. With "npz" alone the pictures are removed once it is written.
         batch_size: images sampled at a time.
-        iterations: see `viar.generate`, as for `cfg`, `top_k`, `top_p`, `seed` and `cache`.
+        iterations: see `viar.generate`, as for the settings below.
         cfg: guidance.
         top_k: most likely tokens kept.
         top_p: probability kept.
         seed: of the series.
         cache: "equilibrium" or "iterate".
+        warm_start: start each scale where the one before suggests.
+        guidance_reuse: last scales that reuse guidance.
         console: where the progress is shown.
 
     Raises:
@@ -120,10 +124,19 @@ def generate_series(
     """
     _check(model, tokenizer, num, formats, batch_size)
     check_sampling(cfg, top_k, top_p, seed, 0)
+    check_reuse(guidance_reuse, cfg, len(model.config.sides))
     classes = _classes(model, labels)
     schedule = model.trunk.schedule(iterations)
-    model.trunk.new_cache(cache, schedule)  # refuses what does not go together
-    sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed, "cache": cache}
+    model.trunk.new_cache(cache, schedule, warm_start=warm_start)  # refuses what does not go together
+    sampling = {
+        "cfg": cfg,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "cache": cache,
+        "warm_start": warm_start,
+        "guidance_reuse": guidance_reuse,
+    }
     inexact = _why_inexact(model, tokenizer, schedule)
     settings = {
         **sampling,

@@ -180,6 +180,8 @@ def test_every_sampling_flag_reaches_a_series(
         "top_p": 0.5,
         "seed": 0,
         "cache": "iterate",
+        "warm_start": False,
+        "guidance_reuse": 0,
     }
 
 
@@ -213,6 +215,8 @@ def test_published_checkpoints_are_read_from_files(
         (("--iterations", 4, 2, "--cache", "iterate"), {"iterations": (4, 2), "cache": "iterate"}),
         (("--iterations", 4, 3, 2, 1), {"iterations": [4, 3, 2, 1]}),
         (("--adaptive", 0.1), {"iterations": viar.Adaptive(rtol=0.1)}),
+        (("--budget", 9), {"iterations": viar.Budget(evaluations=9)}),
+        (("--warm-start", "--guidance-reuse", 2), {"warm_start": True, "guidance_reuse": 2}),
         (("--top-k", "None", "--top-p", 0.5, "--cfg", 0), {"top_k": None, "top_p": 0.5, "cfg": 0.0}),
     ],
 )
@@ -236,6 +240,27 @@ def test_sampling_flags_reach_the_sampler(
     assert [labels for labels, _ in calls] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
     assert [settings["first_index"] for _, settings in calls] == [0, 6]
     assert all(settings[name] == value for _, settings in calls for name, value in expected.items())
+
+
+def test_generate_reports_every_scale_of_every_batch(trained: Path, tmp_path: Path) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
+    flags = ("--out", tmp_path / "a.png", "--batch-size", 6, "--iterations", 3, 1, "--report")
+    code, output, _ = call("generate", *models, *flags)
+    assert code == 0
+    rows = [line.split() for line in output.splitlines() if " x " in line]
+    assert [(row[0], row[3]) for row in rows] == 2 * [("1", "3.0"), ("2", "2.0"), ("4", "1.0")]
+    code, _, errors = call("generate", *models[:4], "--num", 4, "--report")
+    assert code == 2
+    assert "--report: not with --num" in errors
+
+
+def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    monkeypatch.setattr(viar.cli, "prepare_inference", lambda *a, **settings: prepared.append(settings))
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
+    for flags in ((), ("--dtype", "bfloat16", "--compile")):
+        call("generate", *models, "--out", tmp_path / "a.png", *flags)
+    assert prepared == [{"dtype": None, "compile": False}, {"dtype": torch.bfloat16, "compile": True}]
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +318,9 @@ def test_what_is_wrong_ends_with_code_2_and_a_message_that_names_it(
         (("--labels", 10, 11), "labels: expected classes 0 to 9"),
         (("--iterations", 1, 2, 3, 4), "iterations: expected one count a scale (3)"),
         (("--iterations", 1, 2, "--cache", "iterate"), "use cache='equilibrium'"),
-        (("--iterations", 2, "--adaptive", 0.1), "--iterations and --adaptive exclude each other"),
+        (("--iterations", 2, "--adaptive", 0.1), "--iterations, --adaptive and --budget exclude each other"),
+        (("--budget", 30, "--adaptive", 0.1), "--adaptive and --budget exclude each other"),
+        (("--budget", 2), "Budget: 3 scales need at least one evaluation each, got 2"),
         (("--adaptive", -1), "rtol"),
         (("--per-class", 0), "per_class must be at least 1, got 0"),
         (("--per-class", -3), "per_class must be at least 1, got -3"),
