@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .data import ImageFolder
+from .files import replacing
 
 VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
 
@@ -60,7 +60,8 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
 
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image (3, H, W) in [0, 1] as a PNG of H x W pixels of 8 bits."""
-    _write(Image.fromarray(_pixels(image)), path)
+    with replacing(path) as file:
+        Image.fromarray(_pixels(image)).save(file, "png")
 
 
 def save_edit(
@@ -91,7 +92,8 @@ def save_grid(
     for index, image in enumerate(images):
         place = (index % columns * width, index // columns * height)
         sheet.paste(Image.fromarray(_pixels(image)), place)
-    _write(sheet, path)
+    with replacing(path) as file:
+        sheet.save(file, "png")
 
 
 def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
@@ -124,14 +126,9 @@ def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, loc="lower right")
     figure.suptitle("One trained VIAR, its compute chosen at inference")
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _pixels(image: Tensor) -> np.ndarray:
     return image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def _write(sheet: Image.Image, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    sheet.save(partial, "png")
-    os.replace(partial, path)

@@ -8,13 +8,14 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from .files import replacing
 
 SETTINGS = "series.json"
 FORMAT = 1  # of a series; to be raised with whatever changes the images of given settings
@@ -67,7 +68,7 @@ class SeriesFolder:
         if there or any(self.path.glob("samples_*.npz")):
             self._compare(settings)
         text = json.dumps(settings, indent=1)
-        with _replacing(self.path / SETTINGS) as file:
+        with replacing(self.path / SETTINGS) as file:
             file.write(text.encode())
         if "png" not in formats and self.has_archive(num):
             return []
@@ -82,7 +83,7 @@ class SeriesFolder:
 
     def write(self, index: int, pixels_HWC: np.ndarray) -> None:
         """Write a picture, uint8."""
-        with _replacing(self.picture(index)) as file:
+        with replacing(self.picture(index)) as file:
             Image.fromarray(pixels_HWC).save(file, "png")
 
     def read(self, index: int) -> np.ndarray:
@@ -105,7 +106,7 @@ class SeriesFolder:
             ("arr_0.npy", np.uint8, shape, self._read_all(num, pool)),
             ("arr_1.npy", np.int64, (num,), [np.fromiter(labels, np.int64, num)]),
         )
-        with _replacing(self.archive(num)) as file, zipfile.ZipFile(file, "w") as archive:
+        with replacing(self.archive(num)) as file, zipfile.ZipFile(file, "w") as archive:
             for name, dtype, shape, parts in arrays:
                 # A ZipInfo has a fixed date; a name alone would be given that of today.
                 with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
@@ -165,16 +166,3 @@ class SeriesFolder:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-16:]}"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

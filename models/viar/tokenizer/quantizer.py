@@ -11,6 +11,7 @@ Z code channels, N any number of vectors, p = p_k, h = w = p_K.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,23 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     return min(range(num_phi), key=lambda index: abs(ticks[index] - position))
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
-    # Half precision picks other codes: the residuals of late scales are small.
-    return torch.autocast(device_type=like.device.type, enabled=False)
+@contextmanager
+def _full_precision(like: Tensor) -> Iterator[None]:
+    """Float32 as such: no autocast, and on a GPU no TensorFloat32, the default of its convolutions.
+
+    Lower precision picks other codes: the residuals of late scales are small.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    with torch.autocast(device_type=like.device.type, enabled=False):
+        if not like.is_cuda:
+            yield
+            return
+        try:
+            cudnn.allow_tf32 = False
+            yield
+        finally:
+            cudnn.allow_tf32 = before
 
 
 class MultiScaleQuantizer(nn.Module):
