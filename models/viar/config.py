@@ -8,6 +8,7 @@ dictionaries (`to_dict`, `from_dict`; used by `save_pretrained`) and can be chan
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +114,8 @@ class ImplicitTrunkConfig:
     num_post: int = 5  # and after it
     no_grad: tuple[int, int] = (0, 10)  # training: least and most iterations without gradient
     grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
+    # Training: weight in the loss of the squared relative residual where the drawn iterations end
+    residual_weight: float = 0.0
     iterations: int = 10  # outside training, where the caller does not say
 
     def __post_init__(self) -> None:
@@ -126,6 +129,11 @@ class ImplicitTrunkConfig:
                     f"{minimum} <= least <= most, got {pair}"
                 )
         check_at_least("ImplicitTrunkConfig", 0, num_pre=self.num_pre, num_post=self.num_post)
+        if not 0 <= self.residual_weight < math.inf:
+            raise ValueError(
+                "ImplicitTrunkConfig: residual_weight must be a finite number of at least 0, "
+                f"got {self.residual_weight}"
+            )
         check_at_least("ImplicitTrunkConfig", 1, iterations=self.iterations)
 
 

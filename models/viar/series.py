@@ -143,6 +143,7 @@ def generate_series(
         "iterations": repr(schedule[0]) if isinstance(schedule[0], Adaptive) else schedule,
         "labels": classes,
         "batch_size": f"{batch_size}, because of {inexact}" if inexact else "any",
+        "compiled": _is_compiled(model),
         "model": _fingerprint(model),
         "tokenizer": _fingerprint(tokenizer),
         "machine": _machine(model.pos_embed.device),
@@ -209,6 +210,11 @@ def _why_inexact(
     if torch.get_float32_matmul_precision() != "highest":
         return f"float32 matmul precision {torch.get_float32_matmul_precision()}"
     return None
+
+
+def _is_compiled(model: NextScaleTransformer) -> bool:
+    """Whether the blocks are: other kernels round differently."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
 def _fingerprint(module: NextScaleTransformer | Tokenizer) -> str:

@@ -145,7 +145,8 @@ def train_transformer(
 ) -> dict[str, float]:
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
 
-    Images that are held in memory are tokenized once, others batch by batch.
+    Images that are held in memory are tokenized once, others batch by batch. The loss is the cross-entropy,
+    plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for one.
 
     Returns:
         The last logged metrics, with steps and seconds.
@@ -158,7 +159,10 @@ def train_transformer(
     def step_loss(wrapped: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         model.trunk.seed_depth(config.seed * 1_000_003 + step)
         inputs, targets, labels = batch if in_memory else tokenize(tokenizer.to(batch[0].device), *batch)
-        return cross_entropy(wrapped(labels, inputs), targets), {}
+        loss, penalty = cross_entropy(wrapped(labels, inputs), targets), model.trunk.take_penalty()
+        if penalty is None:
+            return loss, {}
+        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
 
     return fit(model, step_loss, samples, folder, config, name="transformer", console=console)
 

@@ -77,6 +77,10 @@ class Trunk(nn.Module, ABC):
     def seed_depth(self, seed: int) -> None:  # a hook, not a duty
         """Seed whatever the trunk draws in training; the same seed everywhere draws the same."""
 
+    def take_penalty(self) -> Tensor | None:  # a hook, not a duty
+        """What the last call that recorded gradients adds to the loss, a scalar, given out once; or None."""
+        return None
+
     @property
     def weight_type(self) -> torch.dtype:
         """Type of the weights."""
@@ -107,12 +111,15 @@ class Trunk(nn.Module, ABC):
             iterations: of the implicit block, one entry of `schedule`.
 
         Raises:
-            ValueError: `iterations` where they do not apply; a cache while gradients are recorded.
+            ValueError: `iterations` where they do not apply; a cache together with a mask, or while gradients
+                are recorded.
         """
         if cache is None:
             return self._joint(x_BLC, cond, mask_LL, iterations)
         if torch.is_grad_enabled():
             raise ValueError("cache: it is overwritten as scales go on, so call under torch.no_grad()")
+        if mask_LL is not None:
+            raise ValueError("mask_LL: a scale attends to all that its cache holds; give one of the two")
         x_BLC, cond = x_BLC.to(self.compute_type), cond.to(self.weight_type)
         cache.open_scale(x_BLC.shape[1], self._like(x_BLC))
         if not cache.modulations:
@@ -224,6 +231,11 @@ class ImplicitTrunk(Trunk):
 
     In training the number of iterations is drawn at every call (`StochasticJFB`) from `depth_generator`,
     which starts from one seed in every process, so that processes training together draw the same.
+
+    With a `residual_weight` w the block is also asked to stand still where those iterations end: one more
+    evaluation there gives the penalty w mean ||f(z) - z||^2 / ||f(z)||^2 over tokens, the denominator held
+    constant, for `take_penalty`. Few iterations are enough then, and both caches soon agree. Not part of
+    the published recipe. Drop path of the block counts as movement.
     """
 
     layer_name = "implicit"
@@ -234,6 +246,8 @@ class ImplicitTrunk(Trunk):
         assert isinstance(trunk, ImplicitTrunkConfig)
         rates = drop_path_rates(config)
         self.default_iterations = trunk.iterations
+        self.residual_weight = trunk.residual_weight
+        self._penalty: Tensor | None = None
         self.pre = nn.ModuleList(Block(config, rate) for rate in rates[: trunk.num_pre])
         self.depth_generator = torch.Generator().manual_seed(0)
         self.layer = ImplicitLayer(
@@ -249,6 +263,11 @@ class ImplicitTrunk(Trunk):
     def seed_depth(self, seed: int) -> None:
         """Seed the draw of iterations."""
         self.depth_generator.manual_seed(seed)
+
+    def take_penalty(self) -> Tensor | None:
+        """See `Trunk.take_penalty`; None without a `residual_weight`."""
+        penalty, self._penalty = self._penalty, None  # kept, it would keep the graph
+        return penalty
 
     def schedule(self, iterations: Iterations | None) -> list[int] | list[Adaptive]:
         """One count or `Adaptive` a scale."""
@@ -298,6 +317,8 @@ class ImplicitTrunk(Trunk):
         inputs = (self._cell.inject(u_BLC), self._cell.block.modulate(cond), mask_LL)
         if iterations is None:
             z_BLC = self.layer.solve(*inputs, z0=u_BLC).value
+            if self.residual_weight and torch.is_grad_enabled():
+                self._penalty = self.residual_weight * squared_residual(self._cell(z_BLC, *inputs), z_BLC)
         elif torch.is_grad_enabled():
             raise ValueError(
                 "iterations: while gradients are recorded the trunk draws its own number, "
@@ -319,9 +340,8 @@ class ImplicitTrunk(Trunk):
 
     def _solve_scale(self, u_BLC: Tensor, cache: EquilibriumCache, iterations: int | Adaptive) -> Tensor:
         """The implicit block at one scale; its keys and values are those of the last evaluation."""
-        cell = in_type_of(u_BLC, self._cell)
-        start_BLC, z_BLC = self._start(u_BLC, cache), torch.empty_like(u_BLC)
-        solves = []
+        cell, start_BLC = in_type_of(u_BLC, self._cell), self._start(u_BLC, cache)
+        parts, solves = [], []
         for rows in row_chunks(u_BLC):
             inputs = (self._cell.inject(u_BLC[rows]), cache.modulations[self.layer_name][:, rows], None)
 
@@ -335,9 +355,10 @@ class ImplicitTrunk(Trunk):
                 for i in range(iterations - 1):
                     before_last = f(before_last, i if cache.per_iteration else 0)
                 used = torch.full((len(before_last),), iterations - 1, device=u_BLC.device)
-            z_BLC[rows] = f(before_last, iterations - 1 if cache.per_iteration else 0)
-            residual = relative_change(z_BLC[rows], before_last) if cache.measure else None
+            parts.append(f(before_last, iterations - 1 if cache.per_iteration else 0))
+            residual = relative_change(parts[-1], before_last) if cache.measure else None
             solves.append(Solve(used + 1, residual))
+        z_BLC = torch.cat(parts)
         cache.solves.append(Solve.joined(solves))
         if cache.warm_start:
             cache.displacement = z_BLC - u_BLC
@@ -371,11 +392,13 @@ def run_blocks(blocks: nn.ModuleList, x_BLC: Tensor, cond: Tensor, mask_LL: Tens
 def advance_blocks(name: str, blocks: nn.ModuleList, x_BLC: Tensor, cache: EquilibriumCache) -> Tensor:
     """Explicit blocks in turn, the open scale alone."""
     for layer, block in _named(name, blocks):
-        run, y_BLC = in_type_of(x_BLC, block), torch.empty_like(x_BLC)
-        for rows in row_chunks(x_BLC):
-            modulation = cache.modulations[layer][:, rows]
-            y_BLC[rows] = run(x_BLC[rows], modulation, None, cache.slot(layer, rows))
-        x_BLC = y_BLC
+        run, modulation = in_type_of(x_BLC, block), cache.modulations[layer]
+        x_BLC = torch.cat(
+            [
+                run(x_BLC[rows], modulation[:, rows], None, cache.slot(layer, rows))
+                for rows in row_chunks(x_BLC)
+            ]
+        )
     return x_BLC
 
 
@@ -393,7 +416,11 @@ def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:
     parameters = dict(module.named_parameters())
     if all(p.dtype == x_BLC.dtype for p in parameters.values()):
         return module
-    widened: Mapping[str, Tensor] = {name: p.to(x_BLC.dtype) for name, p in parameters.items()}
+    widened: Mapping[str, Tensor] = {
+        name: p.to(x_BLC.dtype)
+        for name, p in parameters.items()
+        if "modulation" not in name  # a third of the weights, used once a generation
+    }
     return partial(_call_with, module, widened)
 
 
@@ -405,6 +432,13 @@ def relative_change(new_BLC: Tensor, old_BLC: Tensor) -> Tensor:
     """||new - old|| / ||new|| a sample, (B,)."""
     new, old = new_BLC.float().flatten(1), old_BLC.float().flatten(1)
     return (new - old).norm(dim=1) / new.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def squared_residual(new_BLC: Tensor, old_BLC: Tensor) -> Tensor:
+    """Mean over tokens of ||new - old||^2 / ||new||^2, scalar; no gradient through the denominator."""
+    new, old = new_BLC.float(), old_BLC.float()
+    size_BL = new.detach().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((new - old).square().sum(-1) / size_BL).mean()
 
 
 def _named(prefix: str, blocks: nn.ModuleList) -> Iterator[tuple[str, Block]]:

@@ -164,7 +164,8 @@ def test_every_contender_of_speed_runs_with_its_own_settings(monkeypatch: pytest
     def prepare(model: Any, tokenizer: Any, **settings: Any) -> None:
         prepared.append((id(model), settings))
 
-    monkeypatch.setattr(viar, "prepare_inference", prepare, raising=False)
+    monkeypatch.setattr(viar, "prepare_inference", prepare)
+    monkeypatch.setattr(speed, "computes_in", lambda dtype, device: True)
     rows = speed.measure(small_case(batch=2), 2, CPU, decode=True)
     assert list(rows) == [speed.BASELINE, speed.HALF_BASELINE, speed.OURS, *speed.PREPARED]
     assert [settings for _, settings in prepared] == list(speed.PREPARED.values())
@@ -174,6 +175,8 @@ def test_every_contender_of_speed_runs_with_its_own_settings(monkeypatch: pytest
         assert len(row["tokens"]) == 2
     prepared.clear()
     assert set(speed.contenders(small_case(), CPU, compiled=False)) == set(list(rows)[:4])
+    monkeypatch.setattr(speed, "computes_in", lambda dtype, device: False)
+    assert speed.HALF_BASELINE not in speed.contenders(small_case(), CPU, compiled=False)
     assert [settings for _, settings in prepared] == [{"dtype": torch.bfloat16}]
     speed.table(rows)
     json.dumps(speed.record(rows), allow_nan=False)
@@ -198,7 +201,7 @@ def test_the_bars_of_speed_are_medians_of_ratios_within_a_round() -> None:
 
 def test_depth30_compares_models_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[Any] = []
-    monkeypatch.setattr(viar, "prepare_inference", lambda *_, dtype: prepared.append(dtype), raising=False)
+    monkeypatch.setattr(viar, "prepare_inference", lambda *_, dtype: prepared.append(dtype))
     changes = {name: value for name, value in SMALL.items() if name != "depth"}
     shape = depth30.case(12, 2, num_explicit=(2, 2), **changes)
     rows = depth30.measure(shape, 1, CPU, torch.float32)
@@ -421,7 +424,7 @@ def test_the_series_is_made_by_the_command_line(folder: Path, tmp_path: Path) ->
 def test_the_command_writes_figures_and_pictures(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(viar, "prepare_inference", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(viar, "prepare_inference", lambda *_, **__: None)
     out = tmp_path / "folder" / "viar.json"
     parts = ["cache", "speed", "depth30", "digits", "inpainting", "knob"]
     settings = ["--quick", "--rounds", "1", "--depth", "12", "--no-compile", "--demo", str(folder)]

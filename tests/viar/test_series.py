@@ -26,7 +26,7 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar.choice
 import viar.series
-from viar import Adaptive, sample_tokens
+from viar import Adaptive, prepare_inference, sample_tokens
 from viar.series import SeriesReport, _runs, _whole_batches, generate_series
 
 NUM = 32
@@ -295,6 +295,10 @@ def test_a_folder_of_other_settings_is_refused_and_they_are_listed(
     with torch.no_grad():
         model.head.bias[0] += 1e-6
     with pytest.raises(ValueError, match=r"as they were: model: \"\w+\" there, \"\w+\" now$"):
+        generate_series(model, tokenizer, tmp_path, NUM)
+    model, tokenizer = models()
+    prepare_inference(model, compile="eager")
+    with pytest.raises(ValueError, match="as they were: compiled: false there, true now"):
         generate_series(model, tokenizer, tmp_path, NUM)
     assert make(tmp_path, iterations=3, labels=(0, 1, 2)).made == 0  # the same in other words
     assert files(tmp_path) == series

@@ -357,6 +357,13 @@ def test_a_cache_is_refused_where_gradients_are_recorded(kind: str) -> None:
         trunk(torch.randn(2, 1, 16), torch.randn(2, 16), cache=memory)
 
 
+def test_a_cache_together_with_a_mask_is_refused() -> None:
+    trunk, x, cond = a_case()
+    memory = trunk.new_cache("equilibrium", trunk.schedule(None))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"mask_LL: .* give one of the two"):
+        trunk(x[:, :1], cond, mask_LL=block_causal_mask((1,)), cache=memory)
+
+
 @pytest.mark.parametrize("iterations", [3, Adaptive(rtol=1e-4, max_steps=30)])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_the_number_of_samples_computed_at_a_time_does_not_matter(

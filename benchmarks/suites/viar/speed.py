@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 import viar
+from viar.trunk import computes_in
 
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
@@ -79,9 +80,11 @@ def contenders(case: Case, device: torch.device, *, compiled: bool = True) -> di
     baseline = Baseline.of(model)
     found = {
         BASELINE: Contender(partial(_baseline, baseline, tokenizer, case, None), tokenizer),
-        HALF_BASELINE: Contender(partial(_baseline, baseline, tokenizer, case, torch.bfloat16), tokenizer),
         OURS: Contender(partial(_ours, model, tokenizer, case), tokenizer),
     }
+    if computes_in(torch.bfloat16, device):  # elsewhere ten times as slow, which tells nothing
+        half = partial(_baseline, baseline, tokenizer, case, torch.bfloat16)
+        found[HALF_BASELINE] = Contender(half, tokenizer)
     for name, settings in PREPARED.items():
         if compiled or not settings.get("compile"):
             ready, codec = copy.deepcopy(model), copy.deepcopy(tokenizer)
