@@ -167,17 +167,18 @@ def test_every_contender_of_speed_runs_with_its_own_settings(monkeypatch: pytest
     monkeypatch.setattr(viar, "prepare_inference", prepare)
     monkeypatch.setattr(speed, "computes_in", lambda dtype, device: True)
     rows = speed.measure(small_case(batch=2), 2, CPU, decode=True)
-    assert list(rows) == [speed.BASELINE, speed.HALF_BASELINE, speed.OURS, *speed.PREPARED]
+    uncompiled = {speed.BASELINE, speed.OURS, speed.HALF_BASELINE, speed.HALF_OURS}
+    assert set(rows) == uncompiled | set(speed.PREPARED)
     assert [settings for _, settings in prepared] == list(speed.PREPARED.values())
     assert len({model for model, _ in prepared}) == len(prepared)
     for row in rows.values():
         assert all(whole > tokens for tokens, whole in zip(row["tokens"], row["with images"], strict=True))
         assert len(row["tokens"]) == 2
     prepared.clear()
-    assert set(speed.contenders(small_case(), CPU, compiled=False)) == set(list(rows)[:4])
+    assert set(speed.contenders(small_case(), CPU, compiled=False)) == uncompiled
     monkeypatch.setattr(speed, "computes_in", lambda dtype, device: False)
     assert speed.HALF_BASELINE not in speed.contenders(small_case(), CPU, compiled=False)
-    assert [settings for _, settings in prepared] == [{"dtype": torch.bfloat16}]
+    assert [settings for _, settings in prepared] == [{"dtype": torch.bfloat16}] * 2  # once a call
     speed.table(rows)
     json.dumps(speed.record(rows), allow_nan=False)
 
@@ -362,8 +363,10 @@ for i in range(num)[rank::world]:
     wrong = {"batch": batch == "1", "processes": world > 1, "resumed": resumed and world == 1}
     text = f"image {i}" + " wrong" * (i == 30 and wrong.get(fault, False))
     if not (fault == "lost" and world > 1 and i == 30):
-        path.write_text(text)
-    time.sleep(0.01 * (batch == "7"))  # one of its like gets killed
+        part = path.with_suffix(f".{rank}")
+        part.write_text(text)
+        part.replace(path)  # whole, whenever it gets killed
+    time.sleep(0.02 * (batch == "7"))  # one of its like gets killed
 """
 
 
