@@ -116,7 +116,7 @@ def test_an_unknown_precision_is_refused(pair: tuple[NextScaleTransformer, Token
 def test_compiled_blocks_give_the_same_images(kind: str) -> None:
     model, tokenizer = tiny_transformer(kind), tiny_tokenizer()
     expected = residual_state(model, tokenizer)
-    prepare_inference(model, tokenizer, compile="eager")  # the graphs alone: what a compiler makes of them is its own affair
+    prepare_inference(model, tokenizer, compile="eager")  # the graphs, without what a compiler makes of them
     torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(residual_state(model, tokenizer), expected)
     assert not torch._dynamo.utils.counters["graph_break"]
