@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -65,3 +65,16 @@ def geometric_mean(values: Iterable[float]) -> float:
     """Of positive numbers; NaN if there are none."""
     logarithms = [math.log(value) for value in values]
     return math.exp(statistics.fmean(logarithms)) if logarithms else math.nan
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half the distance between the quartiles; 0 of a single time."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    """Median and spread of seconds, in words."""
+    return f"{statistics.median(times) * 1e3:,.1f} ± {spread(times) * 1e3:,.1f}"

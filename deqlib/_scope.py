@@ -91,7 +91,8 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 class _Current(threading.local):
     """The scope in force in this thread. Not a context variable: torch.compile cannot trace those."""
 
-    scope: Scope | None = None
+    def __init__(self) -> None:  # in every thread; the compiler's guards ask for an attribute of the instance
+        self.scope: Scope | None = None
 
 
 current = _Current()

@@ -15,7 +15,7 @@ from ..backward import Backward
 from ..backward.base import ends
 from ..fixed_point import fixed_point
 from ..layer import ImplicitLayer
-from ..solvers import Anderson, Broyden, Picard, Solver
+from ..solvers import Anderson, Broyden, Picard, ReversiblePicard, Solver
 from ..solvers.base import small_dtype
 from ..stopping import Stopping
 from .memory import saved_bytes
@@ -122,18 +122,20 @@ def compare(
         solver=solver,
         cosine=cosine,
         norm_ratio=ratio,
+        error=_error(found.tensors, exact.tensors),
         input_cosine=input_cosine,
         input_norm_ratio=input_ratio,
+        input_error=_error(found.inputs, exact.inputs),
         evaluations=counted.evaluations,
         products=counted.products,
         saved_bytes=kept,
     )
 
 
-def _accepted(mode: Backward, solver: Solver, stopping: Stopping) -> Solver:
+def _accepted(mode: Backward, solver: Solver, stopping: Stopping, owner: str = "diagnose: modes") -> Solver:
     """The layer's solver, or the first of the usual ones that the mode works with."""
     reason = ""
-    for candidate in (solver, Broyden(), Picard(), Anderson()):
+    for candidate in (solver, Broyden(), Picard(), Anderson(), ReversiblePicard()):
         try:
             mode.check(candidate, stopping)
         except ValueError as error:
@@ -141,8 +143,8 @@ def _accepted(mode: Backward, solver: Solver, stopping: Stopping) -> Solver:
         else:
             return candidate
     raise ValueError(
-        f"diagnose: modes must work with the layer's solver, or Broyden, Picard or Anderson, and its "
-        f"stopping rule, got {mode}: {reason}"
+        f"{owner} must work with the layer's solver, or Broyden, Picard, Anderson or ReversiblePicard, and "
+        f"its stopping rule, got {mode}: {reason}"
     )
 
 
@@ -160,3 +162,16 @@ def _beside(found: list[Tensor], exact: list[Tensor]) -> tuple[float | None, flo
     cosine = inner / norms if 0 < norms < math.inf else math.nan
     ratio = math.sqrt(squared) / math.sqrt(squared_exact) if squared_exact > 0 else math.nan
     return cosine, ratio
+
+
+def _error(found: list[Tensor], exact: list[Tensor]) -> float | None:
+    """Relative distance, taken by itself: cosine and norm ratio tell it to the root of a rounding only."""
+    if not exact:
+        return None
+    apart = squared_exact = 0.0
+    for ours, theirs in zip(found, exact, strict=True):
+        a, b = (t.detach().flatten().to(small_dtype(t)) for t in (ours, theirs))
+        apart += float((a - b) @ (a - b))
+        squared_exact += float(b @ b)
+    known = squared_exact > 0 and math.isfinite(apart) and math.isfinite(squared_exact)
+    return math.sqrt(apart) / math.sqrt(squared_exact) if known else math.nan

@@ -1,7 +1,10 @@
-"""A diagnosis as a figure."""
+"""Diagnoses and ablations as figures."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,27 +13,80 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .ablate import Ablation
     from .report import Diagnosis
 
 _HIDDEN = 1e-20  # residuals of zero have no place on a logarithmic axis
+_BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 
 def draw(found: Diagnosis) -> Figure:
-    """Four panels; see `Diagnosis.plot`. Nothing global is touched: the figure belongs to no window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Diagnosis.plot: needs matplotlib, which is not installed; pip install matplotlib, or the extra "
-            "deqlib[viar]"
-        ) from error
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    """Four panels; see `Diagnosis.plot`."""
+    figure = _new_figure("Diagnosis.plot")
     panels = figure.subplots(2, 2)
     _residuals(panels[0, 0], found)
     _sizes(panels[0, 1], found)
     _cosines(panels[1, 0], found)
     _paths(panels[1, 1], found)
     return figure
+
+
+def draw_ablation(found: Ablation) -> Figure:
+    """Four panels; see `Ablation.plot`."""
+    figure = _new_figure("Ablation.plot")
+    panels = figure.subplots(2, 2)
+    evaluations = [list(range(1, len(row.curve) + 1)) for row in found.solvers]
+    times = [
+        [1e3 * row.seconds * count / len(row.curve) for count in counts]
+        for row, counts in zip(found.solvers, evaluations, strict=True)
+    ]
+    _solves(panels[0, 0], found, evaluations, "evaluations of the cell")
+    _solves(panels[0, 1], found, times, "ms, spread evenly over the evaluations")
+    _modes(panels[1, 0], found, [1e3 * row.seconds for row in found.backwards], "ms of solve and backward")
+    _modes(panels[1, 1], found, [row.saved_bytes / 1e6 for row in found.backwards], "MB kept for backward")
+    panels[1, 0].set_xlim(left=0)
+    panels[1, 1].set_xscale("symlog", linthresh=1e-3)
+    panels[1, 1].set_xlim(left=0)
+    # One legend a row, of both its panels.
+    for row in panels:
+        if row[0].get_legend_handles_labels()[0]:
+            row[1].legend(*row[0].get_legend_handles_labels(), frameon=False, fontsize=8, **_BESIDE)
+    return figure
+
+
+def _new_figure(owner: str) -> Figure:
+    """Nothing global is touched: the figure belongs to no window."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"{owner}: needs matplotlib, which is not installed; pip install matplotlib, or the extra "
+            "deqlib[viar]"
+        ) from error
+    return Figure(figsize=(9, 6), layout="constrained")
+
+
+def _solves(axes: Any, found: Ablation, places: Sequence[Sequence[float]], label: str) -> None:
+    """Worst residual of the batch, its end marked, the tolerance dotted."""
+    for row, where in zip(found.solvers, places, strict=True):
+        shown = _shown(torch.tensor(row.curve, dtype=torch.float64))
+        axes.plot(where, shown, label=row.name, linewidth=1.3, marker="o", markersize=4, markevery=[-1])
+    rtol = found.stopping.rtol or _HIDDEN
+    axes.axhline(rtol, color="grey", linestyle=":", linewidth=0.8)
+    axes.set(xlabel=label, ylabel="worst relative residual", yscale="log", ylim=(rtol / 10, 10))
+
+
+def _modes(axes: Any, found: Ablation, places: list[float], label: str) -> None:
+    """A point a mode: the larger error of its gradients over what it costs."""
+    errors = _shown(torch.tensor([row.worst_error for row in found.backwards], dtype=torch.float64))
+    axes.set(xlabel=label, ylabel="relative error of the gradient")
+    if all(map(math.isnan, errors)):  # a logarithmic axis without a value would be refused
+        axes.text(0.5, 0.5, "nothing to compare", ha="center", transform=axes.transAxes)
+        return
+    for row, where, error, marker in zip(found.backwards, places, errors, cycle("osD^vP*X<>"), strict=False):
+        axes.plot([where], [error], marker, label=row.name, markersize=6)
+    axes.set_yscale("log")
+    axes.margins(0.1)
 
 
 def _residuals(axes: Any, found: Diagnosis) -> None:

@@ -86,8 +86,10 @@ class GradientReport:
         cosine: between the two gradients of all trainable tensors of the cell together, in [-1, 1]; NaN
             where one of them is zero or not finite; `None` where there are no such tensors.
         norm_ratio: norm of the mode's gradient of these tensors over that of the exact one.
+        error: norm of the difference of the two over that of the exact one.
         input_cosine: as `cosine`, for the floating-point inputs together.
         input_norm_ratio: as `norm_ratio`, for the inputs.
+        input_error: as `error`, for the inputs.
         evaluations: of the cell on the tape.
         products: vector-Jacobian products with the cell in the backward pass.
         saved_bytes: what autograd keeps for the backward pass, parameters and inputs left out.
@@ -98,8 +100,10 @@ class GradientReport:
     solver: Solver
     cosine: float | None
     norm_ratio: float | None
+    error: float | None
     input_cosine: float | None
     input_norm_ratio: float | None
+    input_error: float | None
     evaluations: int
     products: int
     saved_bytes: int

@@ -34,7 +34,7 @@ class Subject:
     dtype: torch.dtype  # that type
 
     @classmethod
-    def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Subject:
+    def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...], owner: str = "diagnose") -> Subject:
         """The layer's cell at these inputs; raises where there is no state to speak of."""
         floating: list[Tensor] = []
 
@@ -52,7 +52,7 @@ class Subject:
         f, flat = flatten(layer.cell, z0, inputs)
         if not flat.numel():
             raise ValueError(
-                f"diagnose: the state must hold at least one number, got {flat.shape[0]} samples of "
+                f"{owner}: the state must hold at least one number, got {flat.shape[0]} samples of "
                 f"{flat.shape[1]} numbers"
             )
         types = list(f.layout.dtypes)

@@ -1,76 +1,314 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.__main__ import main
-from benchmarks.contenders import CONTENDERS
+from benchmarks import contenders, show
+from benchmarks.case import Bar, Case, Row, Run
+from benchmarks.contenders import CONTENDERS, SOLVERS, stopping, worst_residual
 from benchmarks.peak import peak_bytes
-from benchmarks.report import Bar
-from benchmarks.suites.solvers import compact, memory, overhead, robustness, solves
+from benchmarks.profiling import profiled
+from benchmarks.suites import solvers
+from benchmarks.suites.solvers import memory, overhead, problems, robustness, solves, traces
 from benchmarks.timing import geometric_mean, interleaved, ratio
-from deqlib import Solution, Status, fixed_point
-from deqlib.testing import expanding, linear, mlp
+from deqlib import Picard, Solution, Status, fixed_point
+from deqlib.testing import Problem, expanding, linear, mlp, suite
+
+CPU = torch.device("cpu")
+RUN = Run(CPU, 1, True)
+EASY = {"problem": "linear", "max_evaluations": 41}
 
 
-def test_every_contender_solves_an_easy_problem_within_its_budget() -> None:
-    rows = solves.measure([linear([0.5, -0.3, 0.1], batch=2)], rounds=1, max_steps=40)
+def figures(case: Case, run: Run = RUN, **settings: Any) -> list[Row]:
+    """Rows of a point as they come out of a file."""
+    point = json.loads(json.dumps([settings, list(case.build(run, **settings))], allow_nan=False))
+    return [{**point[0], **row} for row in point[1]]
+
+
+def value(bars: list[Bar], name: str) -> float:
+    return next(bar.value for bar in bars if bar.name == name)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Measure these problems by their names."""
+
+    def use(*those: Problem) -> None:
+        monkeypatch.setattr(problems, "by_name", lambda: {problem.name: problem for problem in those})
+
+    return use
+
+
+def test_the_names_are_those_of_the_suite() -> None:
+    assert [problem.name for problem in suite()] == list(problems.NAMES)
+    assert set(problems.QUICK) < set(problems.NAMES)
+    assert problems.named("linear, non-normal", CPU).name == "linear, non-normal"
+
+
+# solves -------------------------------------------------------------------------------------------------
+
+
+def test_every_contender_solves_an_easy_problem_within_its_budget(use: Callable[..., None]) -> None:
+    use(linear([0.5, -0.3, 0.1], batch=2))
+    rows = [row for rtol in solves.TOLERANCES for row in figures(solves.CASE, rtol=rtol, **EASY)]
     assert len(rows) == len(CONTENDERS) * len(solves.TOLERANCES)
     for row in rows:
-        assert row.error is None
-        assert row.reached
-        assert row.relative_residual is not None
-        assert row.relative_residual <= row.rtol * solves.ROUNDING
-        assert 1 < row.evaluations <= 41
-        assert len(row.times) == 1
-    evaluations = {(row.contender, row.rtol): row.evaluations for row in rows}
+        assert row["error"] is None
+        assert row["reached"]
+        assert row["relative_residual"] <= row["rtol"] * solves.ROUNDING
+        assert 1 < row["evaluations"] <= 41
+        assert len(row["seconds"]) == 1
+    evaluations = {(row["contender"], row["rtol"]): row["evaluations"] for row in rows}
     assert evaluations["deqlib Picard", 1e-3] == evaluations["torchdeq Picard", 1e-3]
-    counted = {bar.name: bar.verdict for bar in solves.bars(rows, 40) if "time" not in bar.name}
+    counted = {bar.name: bar.verdict for bar in solves.bars(rows) if "time" not in bar.name}
     assert set(counted.values()) == {"pass"}
+    assert [line[0] for line in solves.table(rows).lines] == ["linear 1e-03", "linear 1e-05"]
 
 
-def test_every_contender_may_evaluate_as_often() -> None:
-    rows = solves.measure([expanding(batch=2, width=24, rate=1.05)], rounds=0, max_steps=8, once=0)
-    assert {row.evaluations for row in rows if not row.reached} == {9}
+def test_every_contender_may_evaluate_as_often(use: Callable[..., None]) -> None:
+    use(expanding(batch=2, width=24, rate=1.05))
+    rows = figures(solves.CASE, problem="expanding", rtol=1e-3, max_evaluations=9)
+    assert {row["evaluations"] for row in rows if not row["reached"]} == {9}
+    assert {row["contender"].split()[0] for row in rows if not row["reached"]} == {
+        "deqlib",
+        "torchdeq",
+        "scipy",
+    }
 
 
-def test_a_contender_that_raises_loses_its_case_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scipy_stops_at_the_first_iterate_at_which_every_sample_meets_the_tolerance() -> None:
+    problem = linear(torch.linspace(-0.9, 0.9, 32), batch=4)
+    for name in ("scipy Anderson", "scipy Broyden"):  # without a line search every evaluation is an iterate
+        watched = traces.Watched(problem.cell)
+        with torch.no_grad():
+            found = CONTENDERS[name](replace(problem, cell=watched), 1e-3, 100)
+        assert float(problem.residuals(found)[1].max()) == pytest.approx(watched.residuals[-1], rel=1e-3)
+        assert watched.residuals[-1] <= 1e-3 < min(watched.residuals[:-1])
+
+
+def test_a_contender_that_raises_loses_its_case_alone(
+    use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("no")
 
     monkeypatch.setitem(CONTENDERS, "deqlib Broyden", broken)
-    rows = solves.measure([linear([0.5], batch=1)], rounds=1, max_steps=30)
-    raised = [row for row in rows if row.error]
-    assert {row.contender for row in raised} == {"deqlib Broyden"}
-    assert not any(row.reached for row in raised)
-    assert solves.bars(rows, 30)[0].value == len(raised) == 2
-    solves.table(rows)
+    use(linear([0.5], batch=1))
+    rows = figures(solves.CASE, rtol=1e-3, **EASY)
+    raised = [row for row in rows if row["error"]]
+    assert [row["contender"] for row in raised] == ["deqlib Broyden"]
+    assert not raised[0]["reached"]
+    assert solves.bars(rows)[0].value == 1
+    assert "raised" in solves.table(rows).lines[0]
+    seen = {row["contender"] for row in figures(traces.CASE, rtol=1e-3, **EASY)}
+    assert set(CONTENDERS) - seen == {"deqlib Broyden"}
 
 
-def test_overhead_compares_equal_numbers_of_evaluations() -> None:
-    rows = overhead.measure([mlp(batch=1, tokens=2, width=4)], rounds=1, steps=3, costly=0)
-    assert rows["MLP"]["evaluations"] == {"tracked": 4, "fixed": 3}
-    assert overhead.bars(overhead.measure([linear([0.5])], 1, 3))[0].verdict == "not measured"
+def test_scipy_is_left_out_where_the_state_is_large_and_the_row_says_so(
+    use: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(contenders, "SCIPY_LARGEST", 3)
+    use(linear([0.5, 0.1], batch=2))
+    rows = figures(solves.CASE, rtol=1e-3, **EASY)
+    left_out = {row["contender"]: row for row in rows if row["evaluations"] is None}
+    assert set(left_out) == {name for name in CONTENDERS if name.startswith("scipy")}
+    assert all("4 numbers" in row["error"] and row["seconds"] == [] for row in left_out.values())
+    assert solves.table(rows).lines[0][-len(left_out) :] == ("-",) * len(left_out)
+    assert value(solves.bars(rows), "solves of deqlib that raise") == 0
+    assert not set(solves.factors(rows, "time")) & set(left_out)
+    assert not {row["contender"] for row in figures(traces.CASE, rtol=1e-3, **EASY)} & set(left_out)
+    show.draw(solves.CASE, rows, tmp_path / "solves.png")
 
 
-def test_dropping_finished_samples_saves_most_of_the_work_where_one_is_hard() -> None:
-    row = compact.measure(rounds=0)
-    assert row["steps_ratio"] >= compact.STEPS_RATIO
-    assert row["work_ratio"] <= compact.WORK_LIMIT
-    assert compact.bars(row)[0].verdict == "pass"
-    assert compact.bars({**row, "steps_ratio": 19.0})[0].verdict == "FAIL"
+def test_bars_of_counts_break_where_deqlib_does_worse(use: Callable[..., None]) -> None:
+    use(linear([0.5, -0.3], batch=2))
+    rows = figures(solves.CASE, rtol=1e-5, **EASY)
+    best = {row["contender"]: row["evaluations"] for row in rows}
+
+    def broken(contender: str, **changes: Any) -> set[str]:
+        changed = [{**row, **changes} if row["contender"] == contender else row for row in rows]
+        return {bar.name for bar in solves.bars(changed) if bar.verdict == "FAIL" and "time" not in bar.name}
+
+    most = max(best["deqlib Picard"], best["torchdeq Anderson"])
+    assert broken("deqlib Anderson", evaluations=most + 3) == {
+        "Anderson needs more evaluations than torchdeq's",
+        "Anderson needs more evaluations than Picard + 2",
+        "Anderson arrives, Auto takes another number of evaluations",
+    }
+    assert broken("deqlib Anderson", reached=False) == {
+        "torchdeq Anderson arrives, deqlib's does not",
+        "Picard arrives, Anderson does not",
+    }
+    assert broken("deqlib Auto", reached=False) == {"some solver arrives at 1e-05, Auto does not"}
+    assert broken("deqlib Broyden", reached=False) == {"torchdeq Broyden arrives, deqlib's does not"}
+
+
+def test_bars_of_times_are_geometric_means_over_solves() -> None:
+    def row(problem: str, contender: str, seconds: float, reached: bool = True) -> Row:
+        return {
+            "problem": problem,
+            "rtol": 1e-5,
+            "max_evaluations": 9,
+            "contender": contender,
+            "evaluations": 5,
+            "reached": reached,
+            "seconds": [seconds],
+            "error": None,
+        }
+
+    rows = [
+        row(problem, name, seconds.get(name, 1.0), reached=(problem, name) != ("b", "torchdeq Anderson"))
+        for problem, seconds in (("a", {"deqlib Anderson": 2.0}), ("b", {"deqlib Anderson": 0.125}))
+        for name in CONTENDERS
+    ]
+    bars = solves.bars(rows)
+    assert value(bars, "deqlib / torchdeq Anderson, time, geometric mean") == pytest.approx(0.5)
+    assert value(bars, "deqlib / torchdeq Anderson, time, geometric mean where both arrive") == 2
+    assert value(bars, "deqlib / torchdeq Anderson, time, worst") == 2
+    assert value(bars, "deqlib / torchdeq Broyden, time, geometric mean") == 1
+    limits = {bar.name: bar.limit for bar in bars if bar.name.endswith("geometric mean")}
+    assert list(limits.values()) == [0.5, 0.15]
+    # The best of "a" takes a second, that of "b" an eighth.
+    assert solves.factors(rows, "time")["torchdeq Anderson"] == [1, math.inf]
+    assert solves.factors(rows, "time")["scipy Anderson"] == [1, 8]
+    assert solves.factors(rows, "evaluations")["deqlib Anderson"] == [1, 1]
+
+
+def test_a_profile_of_a_solve_tells_its_cell(use: Callable[..., None], tmp_path: Path) -> None:
+    use(linear([0.5, 0.1], batch=2))
+    assert solves.CASE.solve is not None
+    table = profiled(solves.CASE.solve(RUN, rtol=1e-3, **EASY), tmp_path / "trace.json")
+    evaluations = next(r for r in figures(solves.CASE, rtol=1e-3, **EASY) if r["contender"] == "deqlib Auto")
+    assert table.lines[-1][:2] == ("the cell", str(evaluations["evaluations"]))
+
+
+# traces -------------------------------------------------------------------------------------------------
+
+
+def test_traces_of_picard_are_those_of_a_geometric_series() -> None:
+    watched = traces.Watched(lambda z: z / 2 + 1)
+    rule = stopping(1e-30, 6)
+    with torch.no_grad():
+        fixed_point(watched, torch.zeros(3, 2), solver=Picard(), stopping=rule, on_failure="ignore")
+    expected = [0.5**k / (2 - 0.5**k) for k in range(6)]
+    assert watched.residuals == pytest.approx(expected, rel=1e-6)
+
+
+def test_everybody_is_seen_at_every_evaluation(use: Callable[..., None]) -> None:
+    problem = linear(torch.linspace(-0.9, 0.8, 12), batch=3)
+    use(problem)
+    rows = figures(traces.CASE, rtol=1e-3, **EASY)
+    counted = {row["contender"]: row["evaluations"] for row in figures(solves.CASE, rtol=1e-3, **EASY)}
+    assert {row["contender"]: len(row["residuals"]) for row in rows} == counted
+    for row in rows:
+        assert len(row["seconds"]) == len(row["residuals"])
+        assert row["seconds"] == sorted(row["seconds"])
+        assert row["seconds"][0] >= 0
+    ours = next(row for row in rows if row["contender"] == "deqlib Anderson")
+    solution = fixed_point(
+        problem.cell, problem.z0, problem.inputs, solver=SOLVERS["Anderson"], stopping=stopping(1e-3, 41)
+    )
+    assert solution.trace is not None
+    assert ours["residuals"] == pytest.approx(solution.trace.amax(1).tolist(), rel=1e-2)
+
+
+def test_the_worst_sample_decides_and_recording_is_off_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def cell(z: Tensor) -> Tensor:
+        nonlocal now
+        now += 1
+        return z + torch.tensor([[1.0], [3.0]])
+
+    def slow(z: Tensor, fz: Tensor) -> float:
+        nonlocal now
+        now += 100
+        return worst_residual(z, fz)
+
+    monkeypatch.setattr(traces, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(traces, "worst_residual", slow)
+    watched = traces.Watched(cell, begin=now)
+    for _ in range(3):
+        watched(torch.tensor([[1.0], [1.0]]))
+    assert watched.seconds == [1, 2, 3]
+    assert watched.residuals == [0.75] * 3
+
+
+def test_residuals_that_are_not_finite_do_not_count_as_the_smallest() -> None:
+    row = {
+        "problem": "a",
+        "rtol": 1,
+        "contender": "x",
+        "residuals": [2.0, None, 3.0, 1.0],
+        "seconds": [1] * 4,
+    }
+    assert traces.smallest(row) == [2, 2, 2, 1]
+    nothing = {**row, "contender": "y", "residuals": [None] * 4}
+    assert traces.table([row, nothing]).lines == [("a", "1e+00 / 1,000", "none is finite")]
+
+
+# overhead and memory ------------------------------------------------------------------------------------
+
+
+def test_overhead_compares_equal_numbers_of_evaluations(use: Callable[..., None]) -> None:
+    calls = 0
+    problem = mlp(batch=1, tokens=2, width=4)
+
+    def cell(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return problem.cell(*arguments)
+
+    use(replace(problem, cell=cell))
+    rows = figures(overhead.CASE, problem="MLP", max_steps=3)
+    assert {row["contender"]: row["evaluations"] for row in rows} == {
+        "tracked": 4,
+        "tracked, bare loop": 4,
+        "fixed": 3,
+        "fixed, bare loop": 3,
+    }
+    # The solve that counts steps, two that count evaluations, warm-up and one round of all, five alone.
+    assert calls == 4 + (4 + 3) + 2 * (4 + 4 + 3 + 3) + 5
+
+
+def test_overhead_is_judged_by_the_worst_of_the_costly_cells() -> None:
+    def rows(problem: str, evaluation: float, tracked: float, fixed: float) -> list[Row]:
+        seconds = {"tracked": tracked, "tracked, bare loop": 1, "fixed": fixed, "fixed, bare loop": 2}
+        return [
+            {
+                "problem": problem,
+                "contender": name,
+                "evaluations": 3,
+                "seconds": [taken],
+                "evaluation_seconds": evaluation,
+            }
+            for name, taken in seconds.items()
+        ]
+
+    cheap = rows("cheap", overhead.COSTLY / 2, 9, 9)
+    assert [bar.verdict for bar in overhead.bars(cheap)] == ["not measured"] * 2
+    both = [*cheap, *rows("one", overhead.COSTLY, 1.1, 2.2), *rows("two", 1.0, 1.2, 2.0)]
+    assert [(bar.value, bar.note, bar.verdict) for bar in overhead.bars(both)] == [
+        (1.2, "two", "FAIL"),
+        (1.1, "one", "FAIL"),
+    ]
+    assert [bar.limit for bar in overhead.bars(both)] == [1.15, 1.03]
+    assert overhead.table(both).lines[0] == ("cheap", "1.00", "3", "9.000", "4.500")
 
 
 def test_peak_bytes_is_the_most_that_lives_at_once_beyond_what_was_there() -> None:
     before = torch.zeros(50_000)
 
-    def compute() -> torch.Tensor:
+    def compute() -> Tensor:
         first = before + 1  # 1 alive
         second = torch.empty(2 * first.numel())  # 3 alive
         del first, second
@@ -81,36 +319,44 @@ def test_peak_bytes_is_the_most_that_lives_at_once_beyond_what_was_there() -> No
     assert 3 * before.nbytes <= peak_bytes(compute) < 3 * before.nbytes + 100
 
 
-@pytest.mark.parametrize("memory_length", memory.MEMORIES)
-def test_anderson_peaks_at_two_states_a_column_and_four(memory_length: int) -> None:
-    row = memory.measure(width=16384, memories=(memory_length,))[memory_length]
-    fewest, most = row["steps"]
-    assert fewest < most
-    assert most >= 3 * memory_length
+@pytest.mark.parametrize("length", [2, 5, 8])
+def test_anderson_peaks_at_two_states_a_column_and_four(length: int) -> None:
+    rows = figures(memory.CASE, memory=length, batch=16, width=16384)
+    row = rows[0]
+    assert row["fewest_steps"] < row["most_steps"]
+    assert row["most_steps"] >= 3 * length
     assert row["worse_iterates"] > 0
-    bar = memory.bars({memory_length: row})[0]
-    assert bar.limit == 2 * memory_length + 4
+    assert row["states"] * 16 * 16384 * 4 == row["peak_bytes"]
+    assert row["states"] > 2 * length
+    bar = memory.bars(rows)[0]
+    assert bar.limit == 2 * length + 4
     assert bar.verdict == "pass"
+    assert memory.bars([{**row, "states": row["states"] + 0.2}])[0].verdict == "FAIL"
+
+
+# robustness ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("largest_exponent", [12, robustness.LARGEST_EXPONENT])
 def test_random_problems_show_no_fault(largest_exponent: float) -> None:
-    found = robustness.measure(150, largest_exponent=largest_exponent)
-    assert found["failures"] == []
-    assert robustness.bars(found)[0].verdict == "pass"
-    assert set(found["endings"]) == {"CONVERGED", "MAX_STEPS", "STALLED", "DIVERGED"}
+    rows = figures(robustness.CASE, seed_from=0, seeds=150, largest_exponent=largest_exponent)
+    assert rows[0]["failures"] == []
+    assert robustness.bars(rows)[0].verdict == "pass"
+    assert set().union(*rows[0]["endings"].values()) == {"CONVERGED", "MAX_STEPS", "STALLED", "DIVERGED"}
+    samples = sum(len(robustness.draw(seed).z0) for seed in range(150))
+    assert sum(sum(ended.values()) for ended in robustness.endings(rows).values()) == samples
 
 
 def raising(*_: Any, **__: Any) -> Solution:
     raise ZeroDivisionError("no")
 
 
-def endless(f: Any, z0: torch.Tensor, args: tuple[Any, ...], **_: Any) -> Solution:
+def endless(f: Any, z0: Tensor, args: tuple[Any, ...], **_: Any) -> Solution:
     while True:
         f(z0, *args)
 
 
-def returning_the_start(f: Any, z0: torch.Tensor, *args: Any, **settings: Any) -> Solution:
+def returning_the_start(f: Any, z0: Tensor, *args: Any, **settings: Any) -> Solution:
     return replace(fixed_point(f, z0, *args, **settings), value=z0)
 
 
@@ -134,18 +380,41 @@ def claiming_success(*args: Any, **settings: Any) -> Solution:
         (claiming_success, "inconsistent"),
     ],
 )
-def test_a_solver_with_a_fault_is_caught(solve: Any, fault: str) -> None:
-    found = robustness.measure(40, largest_exponent=0, solve=solve)
-    assert found["faults"][fault] > 0
-    assert robustness.bars(found)[0].verdict == "FAIL"
-    robustness.table(found)
+def test_a_solver_with_a_fault_is_caught_and_its_seed_shows_it_again(solve: Any, fault: str) -> None:
+    settings = {"seed_from": 0, "seeds": 40, "largest_exponent": 0}
+    found = robustness.build(RUN, **settings, solve=solve)
+    rows = [{**settings, **row} for row in json.loads(json.dumps(found, allow_nan=False))]
+    assert rows[0]["faults"][fault] > 0
+    assert robustness.bars(rows)[0].verdict == "FAIL"
+    line = next(line for line in robustness.table(rows).lines if line[0] == fault)
+    failure = next(f for f in rows[0]["failures"] if fault in [kind for kind, _ in f["faults"]])
+    assert line[2].startswith(f"seed {failure['seed']}: ")
+    drawn = robustness.draw(failure["seed"], rows[0]["largest_exponent"])
+    assert str(drawn) == failure["problem"]
+    assert [list(told) for told in robustness.faults(drawn, solve)] == failure["faults"]
 
 
-def test_a_case_can_be_run_again_by_its_seed() -> None:
+def test_a_problem_can_be_drawn_again_by_its_seed() -> None:
     one, again = robustness.draw(17), robustness.draw(17)
     assert str(one) == str(again)
     assert torch.equal(one.x, again.x)
-    assert [failure["seed"] for failure in robustness.measure(2, 5, solve=raising)["failures"]] == [5, 6]
+    found = robustness.build(RUN, seed_from=5, seeds=2, largest_exponent=0, solve=raising)
+    assert [failure["seed"] for failure in found[0]["failures"]] == [5, 6]
+
+
+def test_chunks_of_seeds_add_up_to_ten_thousand() -> None:
+    seeds = [s for point in robustness.CASE.grid for s in range(point["seed_from"], point["seed_from"] + 500)]
+    assert seeds == list(range(10_000))
+    assert {point["seeds"] for point in robustness.CASE.grid} == {500}
+    chunks = [
+        {"seeds": 3, "faulty": 0, "faults": dict.fromkeys(robustness.FAULTS, 0), "failures": [], "endings": e}
+        for e in ({"linear": {"CONVERGED": 2}}, {"linear": {"CONVERGED": 1, "STALLED": 4}})
+    ]
+    assert robustness.endings(chunks) == {"linear": {"CONVERGED": 3, "STALLED": 4}}
+    assert robustness.bars(chunks)[0].note == "of 6"
+
+
+# what suites share --------------------------------------------------------------------------------------
 
 
 def test_contenders_take_turns_and_slow_ones_run_once() -> None:
@@ -163,25 +432,26 @@ def test_a_bar_without_a_figure_is_not_measured() -> None:
     assert Bar("", float("nan"), 1).record()["value"] is None
 
 
-def test_the_command_writes_figures_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(
-        "benchmarks.suites.solvers.suite", lambda: [linear([0.5, 0.1], batch=2), linear([0.3], name="other")]
-    )
-    out = tmp_path / "folder" / "solvers.json"
-    settings = ["--rounds", "1", "--max-steps", "30", "--problems", "linear", "--cases", "3"]
-    parts = ["--part", "solves", "robustness", "--largest-exponent", "0"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "solvers", *settings, *parts, "--out", str(out)])
-    main()
-    saved = json.loads(out.read_text())
-    assert saved["machine"]["torch"] == torch.__version__
-    assert {row["problem"] for row in saved["parts"]["solves"]} == {"linear"}
-    assert saved["parts"]["robustness"]["cases"] == 3
-    assert all(bar["verdict"] for bar in saved["bars"])
-    assert out.with_suffix(".png").stat().st_size > 1000
+SMALL: dict[str, dict[str, Any]] = {
+    "solves": {"rtol": 1e-3, **EASY},
+    "traces": {"rtol": 1e-3, **EASY},
+    "overhead": {"problem": "linear", "max_steps": 3},
+    "memory": {"memory": 2, "batch": 2, "width": 16},
+    "robustness": {"seed_from": 0, "seeds": 5, "largest_exponent": 0},
+}
 
 
-def test_an_unknown_problem_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.suites.solvers.suite", lambda: [linear([0.5])])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "solvers", "--problems", "nothing"])
-    with pytest.raises(SystemExit, match="nothing"):
-        main()
+@pytest.mark.parametrize("case", solvers.CASES, ids=lambda case: case.name)
+def test_every_case_shows_a_table_and_a_picture_of_rows_with_all_metrics(
+    case: Case, use: Callable[..., None], tmp_path: Path
+) -> None:
+    use(linear([0.5, 0.1], batch=2))
+    rows = figures(case, **SMALL[case.name])
+    for point in (*case.grid, *case.quick):
+        assert set(point) == set(SMALL[case.name])
+    for row in rows:
+        assert set(row) == {*SMALL[case.name], *case.metrics} | (row.keys() & {"contender"})
+    table = case.table(rows)
+    assert {len(line) for line in table.lines} == {len(table.head)}
+    show.draw(case, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -1,25 +1,37 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import viar
-from benchmarks.__main__ import main
 from benchmarks.baselines.viar import Baseline, draw, sample_tokens
-from benchmarks.suites.viar import cache, depth30, digits, fidelity, identity, inpainting, knob, models, speed
-from benchmarks.suites.viar.models import Case, Trained, implicit, random_tokenizer, random_transformer
+from benchmarks.case import Case, Row, Run
+from benchmarks.show import draw as draw_picture
+from benchmarks.suites import viar as suite
+from benchmarks.suites.viar import (
+    cache,
+    digits,
+    fidelity,
+    identity,
+    inpainting,
+    knob,
+    models,
+    paper,
+    speed,
+    trunks,
+)
+from benchmarks.suites.viar.models import Shape, implicit, random_tokenizer, random_transformer
 from viar.demo import DemoConfig
-from viar.evaluate import Classifier
-from viar.presets import TOKENIZERS, TRANSFORMERS
 
 CPU = torch.device("cpu")
+QUICK = Run(CPU, 1, True)
 SMALL = {
     "depth": 6,
     "width": 48,
@@ -31,34 +43,62 @@ SMALL = {
 }
 
 
-def small_case(batch: int = 3, iterations: int | tuple[int, int] = (6, 2), **changes: Any) -> Case:
+def small_shape(batch: int = 3, iterations: int | tuple[int, int] = (6, 2), **changes: Any) -> Shape:
     config = viar.TransformerConfig(**{**SMALL, "trunk": implicit(2, 1), **changes})
-    return Case.of(config, batch, iterations, real_coder=False)
+    return Shape.of(config, batch, iterations, real_coder=False)
 
 
 def verdicts(bars: list[Any]) -> list[str]:
     return [bar.verdict for bar in bars]
 
 
+def rows_of(case: Case, *points: dict[str, Any], run: Run = QUICK) -> list[Row]:
+    """Measured, and as they come back from a file."""
+    found = [{**point, **row} for point in points for row in case.build(run, **point)]
+    rows = json.loads(json.dumps(found, allow_nan=False))
+    table = case.table(rows)
+    assert {len(line) for line in table.lines} == {len(table.head)}
+    assert all(isinstance(cell, str) for line in table.lines for cell in line)
+    for name in case.metrics:
+        assert any(name in row for row in rows) or name in OPTIONAL
+    return rows
+
+
+OPTIONAL = {"image_seconds", "left_when_killed", "differing", "deviation"}
+
+
 # The baseline
 
 
 def test_golden_numbers_are_met_by_viar_and_by_the_baseline() -> None:
-    row = fidelity.measure(CPU)
-    cases = fidelity.reference().golden_config()["gen_iterations"]
-    wanted = {"var.generate", "encoding", *(f"viar.generate.{a}.{b}" for a, b in cases)}
-    assert set(row["tokens"]) == wanted | {f"{name}, baseline" for name in wanted - {"encoding"}}
-    assert set(row["tokens"].values()) == {0}
-    assert all(0 < value < fidelity.LIMIT for value in row["deviations"].values())
-    assert set(verdicts(fidelity.bars(row))) == {"pass"}
-    fidelity.table(row)
+    rows = rows_of(fidelity.CASE, *fidelity.CASE.grid)
+    schedules = fidelity.reference().golden_config()["gen_iterations"]
+    generated = {"tokens, var.generate", *(f"tokens, viar.generate.{a}.{b}" for a, b in schedules)}
+    tokens = {(row["contender"], row["what"]): row["differing"] for row in rows if "differing" in row}
+    assert set(tokens) == {
+        ("viar", "tokens, encoding"),
+        *(("viar", name) for name in generated),
+        *(("baseline", name) for name in generated),
+    }
+    assert set(tokens.values()) == {0}
+    deviations = fidelity.deviations(rows)
+    assert set(deviations) == {"images", "logits", "gradients"}
+    assert all(0 < value < fidelity.LIMIT for value in deviations.values())
+    assert verdicts(fidelity.bars(rows)) == ["pass"] * 4
 
 
 def test_a_single_wrong_golden_token_or_number_breaks_its_bar() -> None:
-    row = {"tokens": {"a": 0.0, "b": 1.0}, "deviations": {"images": 3e-4, "logits": 1e-4}}
-    tokens, images, logits = fidelity.bars(row)
+    rows = [
+        {"contender": "viar", "what": "tokens, a", "differing": 0},
+        {"contender": "baseline", "what": "tokens, b", "differing": 1},
+        {"contender": "viar", "what": "images", "deviation": 3e-4},
+        {"contender": "viar", "what": "images", "deviation": 1e-5},
+        {"contender": "viar", "what": "logits", "deviation": 1e-4},
+    ]
+    tokens, images, logits = fidelity.bars(rows)
     assert [tokens.verdict, images.verdict, logits.verdict] == ["FAIL", "FAIL", "pass"]
-    assert tokens.note == "b"
+    assert tokens.note == "baseline: tokens, b"
+    assert verdicts(fidelity.bars(rows[2:]))[0] == "not measured"
 
 
 @pytest.mark.parametrize(
@@ -71,14 +111,14 @@ def test_a_single_wrong_golden_token_or_number_breaks_its_bar() -> None:
     ],
 )
 def test_the_baseline_takes_the_tokens_that_viar_takes(changes: dict[str, Any]) -> None:
-    case = small_case(**changes)
-    model, tokenizer = random_transformer(case.transformer, CPU), random_tokenizer(case.tokenizer, CPU)
-    explicit = isinstance(case.transformer.trunk, viar.ExplicitTrunkConfig)
-    iterations, kind = (None, "equilibrium") if explicit else (case.iterations, "iterate")
-    ours = viar.sample_tokens(model, tokenizer, case.labels(CPU), iterations=iterations, top_k=1, cache=kind)
+    shape = small_shape(**changes)
+    model, tokenizer = random_transformer(shape.transformer, CPU), random_tokenizer(shape.tokenizer, CPU)
+    explicit = isinstance(shape.transformer.trunk, viar.ExplicitTrunkConfig)
+    iterations, kind = (None, "equilibrium") if explicit else (shape.iterations, "iterate")
+    ours = viar.sample_tokens(model, tokenizer, shape.labels(CPU), iterations=iterations, top_k=1, cache=kind)
     baseline = Baseline.of(model)
     for _ in range(2):  # the second time it must have forgotten the first
-        tokens, f_hat = sample_tokens(baseline, tokenizer, case.labels(CPU), iterations, 1.5, 1, 0.96, None)
+        tokens, f_hat = sample_tokens(baseline, tokenizer, shape.labels(CPU), iterations, 1.5, 1, 0.96, None)
         assert torch.cat(tokens, 1).equal(torch.cat(ours.tokens, 1))
         torch.testing.assert_close(f_hat, ours.f_hat)
         assert baseline.cache_bytes == ours.cache_bytes
@@ -86,10 +126,10 @@ def test_the_baseline_takes_the_tokens_that_viar_takes(changes: dict[str, Any]) 
 
 
 def test_a_baseline_keeps_its_weights_when_the_model_changes() -> None:
-    case = small_case()
-    model, tokenizer = random_transformer(case.transformer, CPU), random_tokenizer(case.tokenizer, CPU)
+    shape = small_shape()
+    model, tokenizer = random_transformer(shape.transformer, CPU), random_tokenizer(shape.tokenizer, CPU)
     baseline = Baseline.of(model)
-    settings = (case.labels(CPU), 2, 1.5, 1, 0.0, None)
+    settings = (shape.labels(CPU), 2, 1.5, 1, 0.0, None)
     before = sample_tokens(baseline, tokenizer, *settings)[1]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -133,27 +173,28 @@ def test_a_random_model_is_a_usual_one_with_other_weights(trunk: Any) -> None:
 
 
 def test_cache_bytes_are_those_of_the_full_width() -> None:
-    row = cache.measure(CPU, depth=4, num_explicit=(1, 1), sides=(1, 2), counts=(1, 3))
+    small = {"depth": 4, "num_explicit": (1, 1), "sides": [1, 2]}
+    rows = rows_of(cache.CASE, {**small, "iterations": 1}, {**small, "iterations": 3})
     token = 2 * 2 * 64 * 4 * 4  # with class and without, keys and values, width, float32
-    assert row["var"] == 4 * 5 * token
-    assert row["equilibrium"] == {1: 3 * 5 * token, 3: 3 * 5 * token}
-    assert row["iterate"] == {1: 3 * 5 * token, 3: 5 * 5 * token}
+    found = {(row["iterations"], row["contender"]): row["cache_bytes"] for row in rows}
+    assert found[1, "VAR"] == found[3, "VAR"] == 4 * 5 * token
+    assert found[1, "equilibrium"] == found[3, "equilibrium"] == 3 * 5 * token
+    assert found[1, "iterate"] == 3 * 5 * token
+    assert found[3, "iterate"] == 5 * 5 * token
     config = viar.TransformerConfig(**{**SMALL, "depth": 4, "width": 256, "num_heads": 4, "sides": (1, 2)})
-    tokenizer = random_tokenizer(Case.of(config, 1, 1, real_coder=False).tokenizer, CPU)
+    tokenizer = random_tokenizer(Shape.of(config, 1, 1, real_coder=False).tokenizer, CPU)
     full = viar.sample_tokens(random_transformer(config, CPU), tokenizer, [0])
-    assert full.cache_bytes == row["var"]
-    (bar,) = cache.bars(row)
+    assert full.cache_bytes == found[1, "VAR"]
+    (bar,) = cache.bars(rows)
     assert (bar.value, bar.verdict) == (0.75, "FAIL")
     assert "3: 1.25" in bar.note
-    cache.table(row)
-    json.dumps(cache.record(row), allow_nan=False)
 
 
 def test_the_published_shape_needs_37_percent_of_the_cache() -> None:
-    row = cache.measure(CPU, counts=(2, 20))
-    assert row["var"] == 2 * 2 * 30 * 680 * 1920 * 4
-    assert row["iterate"][20] == row["var"]
-    (bar,) = cache.bars(row)
+    rows = rows_of(cache.CASE, {"depth": 30, "iterations": 2}, {"depth": 30, "iterations": 20})
+    assert rows[0]["cache_bytes"] == 2 * 2 * 30 * 680 * 1920 * 4
+    assert cache.shares(rows, "iterate") == {2: pytest.approx(12 / 30), 20: 1}
+    (bar,) = cache.bars(rows)
     assert bar.value == pytest.approx(11 / 30)
     assert bar.verdict == "pass"
 
@@ -166,137 +207,160 @@ def test_every_contender_of_speed_runs_with_its_own_settings(monkeypatch: pytest
 
     monkeypatch.setattr(viar, "prepare_inference", prepare)
     monkeypatch.setattr(speed, "computes_in", lambda dtype, device: True)
-    rows = speed.measure(small_case(batch=2), 2, CPU, decode=True)
     uncompiled = {speed.BASELINE, speed.OURS, speed.HALF_BASELINE, speed.HALF_OURS}
-    assert set(rows) == uncompiled | set(speed.PREPARED)
+    assert set(speed.contenders(small_shape(), CPU, compiled=True)) == uncompiled | set(speed.PREPARED)
     assert [settings for _, settings in prepared] == list(speed.PREPARED.values())
     assert len({model for model, _ in prepared}) == len(prepared)
-    for row in rows.values():
-        assert all(whole > tokens for tokens, whole in zip(row["tokens"], row["with images"], strict=True))
-        assert len(row["tokens"]) == 2
     prepared.clear()
-    assert set(speed.contenders(small_case(), CPU, compiled=False)) == uncompiled
+    assert set(speed.contenders(small_shape(), CPU, compiled=False)) == uncompiled
     monkeypatch.setattr(speed, "computes_in", lambda dtype, device: False)
-    assert speed.HALF_BASELINE not in speed.contenders(small_case(), CPU, compiled=False)
+    assert speed.HALF_BASELINE not in speed.contenders(small_shape(), CPU, compiled=False)
     assert [settings for _, settings in prepared] == [{"dtype": torch.bfloat16}] * 2  # once a call
-    speed.table(rows)
-    json.dumps(speed.record(rows), allow_nan=False)
+
+
+def test_speed_times_tokens_and_with_decode_images() -> None:
+    points = [{"batch": 2, "decode": decode, "compile": False} for decode in (False, True)]
+    rows = rows_of(speed.CASE, *points, run=Run(CPU, 2, True))
+    assert {speed.BASELINE, speed.OURS, speed.HALF_OURS} <= {row["contender"] for row in rows}
+    assert {("image_seconds" in row) == row["decode"] for row in rows} == {True}
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        for tokens, whole in zip(row["seconds"], row.get("image_seconds", row["seconds"]), strict=True):
+            assert whole > tokens or not row["decode"]
+    assert verdicts(speed.bars(rows)) == ["not measured"] * 2  # batch 8 is judged
+    assert list(speed.build(QUICK, 2, False, compile=True)) == []  # no GPU
+
+
+def test_the_profiled_solve_marks_every_evaluation_of_the_implicit_block() -> None:
+    solve = speed.profiled(QUICK, 2, False, False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        solve()
+    num_scales = len(models.QUICK["sides"])
+    assert sum(event.name == "cell" for event in profiler.events()) == speed.ITERATIONS * num_scales
 
 
 def test_the_bars_of_speed_are_medians_of_ratios_within_a_round() -> None:
-    rows = {
-        speed.BASELINE: {"tokens": [10.0, 20.0, 40.0]},
-        speed.OURS: {"tokens": [10.0, 10.0, 30.0]},
-        speed.HALF_OURS: {"tokens": [5.0, 7.0, 10.0]},
-    }
-    single, half = speed.bars(rows)
+    point = {"batch": 8, "decode": False, "compile": False}
+
+    def judged(ours: list[float], half: list[float]) -> list[Any]:
+        times = {speed.BASELINE: [10.0, 20.0, 40.0], speed.OURS: ours, speed.HALF_OURS: half}
+        rows = [{**point, "contender": name, "seconds": found} for name, found in times.items()]
+        others = [{**row, "batch": 1, "seconds": [1.0, 1.0, 1.0]} for row in rows]
+        return speed.bars([*others, *({**row, "compile": True} for row in others), *rows])
+
+    single, half = judged([10.0, 10.0, 30.0], [5.0, 7.0, 10.0])
     assert single.value == pytest.approx(0.75)
     assert half.value == pytest.approx(0.35)
     assert verdicts([single, half]) == ["pass", "pass"]
     assert single.limit == pytest.approx(1 / 1.3)
     assert half.limit == pytest.approx(0.4)
-    rows[speed.OURS]["tokens"] = [8.0, 16.0, 10.0]  # 1.25 times as fast
-    rows[speed.HALF_OURS]["tokens"] = [5.0, 10.0, 10.0]  # twice
-    assert verdicts(speed.bars(rows)) == ["FAIL", "FAIL"]
+    # 1.25 times as fast, and twice
+    assert verdicts(judged([8.0, 16.0, 10.0], [5.0, 10.0, 10.0])) == ["FAIL", "FAIL"]
 
 
-def test_depth30_compares_models_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trunks_compares_models_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[Any] = []
     monkeypatch.setattr(viar, "prepare_inference", lambda *_, dtype: prepared.append(dtype))
-    changes = {name: value for name, value in SMALL.items() if name != "depth"}
-    shape = depth30.case(12, 2, num_explicit=(2, 2), **changes)
-    rows = depth30.measure(shape, 1, CPU, torch.float32)
+    config = viar.TransformerConfig(**{**SMALL, "depth": 12, "trunk": implicit(2, 2)})
+    shape = Shape.of(config, 2, (10, 2), real_coder=False)
+    found = list(trunks.measured(shape, QUICK, torch.float32, decode=False))
+    rows = {row["contender"]: row for row in found}
     assert prepared == []
     assert rows["VAR"]["parameters"] > 1.8 * rows["VIAR"]["parameters"]
-    for row in rows.values():
+    for row in found:
         assert row["images"] == 2
         assert len(row["seconds"]) == 1
         held = row["peak_bytes"] - row["weight_bytes"]
         tokens = sum(side * side for side in SMALL["sides"])
-        cached = 2 * 2 * 2 * (12 if row is rows["VAR"] else 5) * tokens * 48 * 4
+        cached = 2 * 2 * 2 * (12 if row["contender"] == "VAR" else 5) * tokens * 48 * 4
         assert held > cached  # the cache, and what the last scale takes
         assert row["weight_bytes"] > 4 * row["parameters"]
     assert rows["VIAR"]["peak_bytes"] < rows["VAR"]["peak_bytes"]
-    depth30.table(rows)
-    depth30.measure(shape, 0, CPU, torch.bfloat16)
+    list(trunks.measured(shape, Run(CPU, 0, True), torch.bfloat16, decode=False))
     assert prepared == [torch.bfloat16] * 2
 
 
-def test_the_bars_of_depth30_are_time_peak_and_on_a_gpu_the_peak_itself() -> None:
-    rows = {
+def test_trunks_leaves_what_is_for_a_gpu_to_a_gpu() -> None:
+    on_cpu = {**trunks.ON_CPU, "depth": 11}
+    rows = rows_of(trunks.CASE, on_cpu, {**on_cpu, "decode": True}, {**trunks.ON_GPU, "depth": 11})
+    assert [(row["contender"], row["batch"], row["decode"]) for row in rows] == [
+        *(("VAR", 1, False), ("VIAR", 1, False)),
+        *(("VAR", 1, True), ("VIAR", 1, True)),
+    ]
+
+
+def test_the_bars_of_trunks_are_time_peak_and_on_a_gpu_the_peak_itself() -> None:
+    figures = {
         "VAR": {"seconds": [8.0, 9.0], "peak_bytes": 10_000_000_000},
         "VIAR": {"seconds": [3.0, 4.0], "peak_bytes": 4_600_000_000},
     }
-    time, share, absolute = depth30.bars(rows, CPU)
+    rows = [{**trunks.ON_CPU, "contender": name, **figure} for name, figure in figures.items()]
+    others = [{**row, "depth": 16, "seconds": [1.0, 1.0]} for row in rows]
+    time, share, absolute = trunks.bars([*others, *rows])
     assert time.value == pytest.approx((3 / 8 + 4 / 9) / 2)
     assert share.value == pytest.approx(0.46)
     assert verdicts([time, share, absolute]) == ["pass", "FAIL", "not measured"]
-    on_gpu = depth30.bars(rows, torch.device("cuda"))[2]
-    assert on_gpu.value == pytest.approx(4.6)
-    assert on_gpu.verdict == "pass"
+    on_gpu = [{**row, **trunks.ON_GPU, "seconds": [1.0, 1.0]} for row in rows]
+    time, _, absolute = trunks.bars([*rows, *on_gpu])
+    assert time.value == 1  # a GPU's point counts where there is one
+    assert absolute.value == pytest.approx(4.6)
+    assert absolute.verdict == "pass"
+    assert verdicts(trunks.bars(others)) == ["not measured"] * 3
 
 
 # Trained models
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo leaves behind, with random weights."""
-    path = tmp_path_factory.mktemp("demo")
-    random_tokenizer(TOKENIZERS["digits"].model, CPU).save_pretrained(path / "tokenizer")
-    for name in ("viar", "var"):
-        random_transformer(TRANSFORMERS[f"digits-{name}"].model, CPU).save_pretrained(path / name)
-    (path / "classifier").mkdir()
-    torch.manual_seed(0)
-    Classifier(10, 8).save(path / "classifier" / "classifier.safetensors")
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path) -> Trained:
-    return Trained.load(folder, CPU, Console(quiet=True))
-
-
 def test_the_demo_runs_only_where_there_are_no_trained_models(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[DemoConfig] = []
+    made = models.digits_folder(QUICK)
 
     def demo(config: DemoConfig, console: Console) -> None:
         asked.append(config)
-        for part in folder.iterdir():
-            (tmp_path / "new" / part.name).parent.mkdir(exist_ok=True)
-            (tmp_path / "new" / part.name).symlink_to(part)
+        for part in made.iterdir():
+            (config.out / part.name).parent.mkdir(exist_ok=True)
+            (config.out / part.name).symlink_to(part)
 
     monkeypatch.setattr(models, "run_demo", demo)
-    Trained.load(folder, CPU, Console(quiet=True))
-    assert asked == []
-    found = Trained.load(tmp_path / "new", CPU, Console(quiet=True))
-    assert [config.out for config in asked] == [tmp_path / "new"]
+    monkeypatch.setattr(models, "DEMO", tmp_path / "demo")
+    full = Run(CPU, 1, False)
+    found = models.trained_digits(full)
+    assert [config.out for config in asked] == [tmp_path / "demo"]
+    assert models.trained_digits(full) is found  # for every point the same
+    assert len(asked) == 1
     assert not found.viar.training
+    (tmp_path / "demo" / "var").unlink()
+    monkeypatch.setattr(models, "run_demo", lambda config, console: asked.append(config))
+    models.digits_folder(full)
+    assert len(asked) == 2
 
 
-def test_the_caches_agree_exactly_at_one_iteration_and_not_at_two(trained: Trained) -> None:
-    rows = digits.measure(trained, per_class=2, counts=(1, 2), batch=7)
-    assert rows[1]["images"] == 20
-    assert rows[1]["differing"] == 0
-    assert rows[1]["equilibrium"] == rows[1]["iterate"]
-    assert rows[2]["differing"] > 0.2  # far from the fixed point with random weights
-    assert rows == digits.measure(trained, per_class=2, counts=(1, 2), batch=20)
-    digits.table(rows)
+def test_the_caches_agree_exactly_at_one_iteration_and_not_at_two() -> None:
+    points = [{"iterations": n, "per_class": 2} for n in (1, 2)]
+    rows = one, two = rows_of(digits.CASE, *points)
+    assert one["images"] == 20
+    assert one["differing"] == 0
+    assert one["equilibrium"] == one["iterate"]
+    assert two["differing"] > 0.2  # far from the fixed point with random weights
+    in_sevens = rows_of(digits.CASE, *({**point, "batch": 7} for point in points))
+    assert [{**row, "batch": 7} for row in rows] == in_sevens
 
 
 def test_the_bars_of_digits_judge_three_iterations_and_more() -> None:
-    rows = {
-        2: {"differing": 0.9, "equilibrium": 0.1, "iterate": 0.9},
-        3: {"differing": 0.05, "equilibrium": 0.98, "iterate": 0.97},
-        4: {"differing": 0.01, "equilibrium": 0.98, "iterate": 0.985},
-    }
+    rows = [
+        {"iterations": 2, "differing": 0.9, "equilibrium": 0.1, "iterate": 0.9},
+        {"iterations": 3, "differing": 0.05, "equilibrium": 0.98, "iterate": 0.97},
+        {"iterations": 4, "differing": 0.01, "equilibrium": 0.98, "iterate": 0.985},
+    ]
     images, classes = digits.bars(rows)
     assert images.value == 0.05
     assert classes.value == pytest.approx(0.01)
-    rows[4] = {"differing": 0.06, "equilibrium": 0.97, "iterate": 0.99}
+    assert verdicts([images]) == ["pass"]
+    rows[2] = {"iterations": 4, "differing": 0.06, "equilibrium": 0.97, "iterate": 0.99}
     assert verdicts(digits.bars(rows)) == ["FAIL", "FAIL"]
+    assert verdicts(digits.bars(rows[:1])) == ["not measured"] * 2
 
 
 def test_images_are_compared_as_a_png_holds_them() -> None:
@@ -304,47 +368,116 @@ def test_images_are_compared_as_a_png_holds_them() -> None:
     assert digits.eight_bit(pixels).tolist() == [0, 0, 1, 255]
 
 
-def test_inpainting_hides_the_centre_of_held_out_digits(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inpainting_hides_the_centre_of_held_out_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
 
     def perfect(model: Any, tokenizer: Any, images: Any, mask: Any, labels: Any, **_: Any) -> torch.Tensor:
         seen.extend([images, mask, labels])
         return images.where(mask.bool(), 0.25)
 
-    real = inpainting.measure(trained, 12)
-    assert real["images"] == 12
+    real = rows_of(inpainting.CASE, {"iterations": 2, "images": 12})
+    errors = {row["contender"]: row["kept_region_mean_error"] for row in real}
+    assert errors[inpainting.EDITED] > 0
+    assert errors[inpainting.REAL] == errors[inpainting.GREY] == 0
     monkeypatch.setattr(viar, "edit", perfect)
-    row = inpainting.measure(trained)
+    rows = rows_of(inpainting.CASE, {"iterations": 2, "images": 1000})
     images, mask, labels = seen
-    assert row["images"] == len(labels) == len(trained.data.validation)
-    assert row["hidden"] == 0.25
+    assert len(images) == len(labels) == 185
     assert mask[2:6, 2:6].sum() == 0
+    assert mask.sum() == 48
     assert 0 <= images.min() <= images.max() <= 1
-    assert row["kept_region_mean_error"] == 0
-    inpainting.table(row)
-    made_up = {"class": {"real": 1.0, "edited": 0.9, "hidden": 0.5}}
-    assert inpainting.bars(made_up)[0].value == pytest.approx(0.1)
-    made_up["class"]["edited"] = 0.89
-    assert inpainting.bars(made_up)[0].verdict == "FAIL"
+    assert {row["kept_region_mean_error"] for row in rows} == {0}
 
 
-def test_the_knob_counts_evaluations_of_the_implicit_block(trained: Trained) -> None:
-    settings = {
-        "3": 3,
-        "5 to 1": (5, 1),
-        "capped": viar.Adaptive(rtol=1e-12, max_steps=4),
-        "VAR": None,
+def test_the_bar_of_inpainting_is_the_share_that_loses_its_class_at_the_default_iterations() -> None:
+    assert models.TRANSFORMERS["digits-viar"].model.trunk.iterations == inpainting.JUDGED_AT
+
+    def judged(edited: float) -> Any:
+        shares = {inpainting.REAL: 1.0, inpainting.EDITED: edited, inpainting.GREY: 0.5}
+        rows = [
+            {"iterations": n, "contender": name, "class_consistency": share * (n == 5)}
+            for n in (1, 5)
+            for name, share in shares.items()
+        ]
+        (bar,) = inpainting.bars(rows)
+        return bar
+
+    assert judged(0.9).value == pytest.approx(0.1)
+    assert judged(0.95).verdict == "pass"
+    assert judged(0.89).verdict == "FAIL"
+
+
+def test_the_knob_counts_evaluations_of_the_implicit_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(knob.ADAPTIVE, "capped", viar.Adaptive(rtol=1e-12, max_steps=4))
+    monkeypatch.setattr(knob, "AT_ONCE", 7)
+    usual = {"cache": "equilibrium", "dtype": "float32", "batch": 3, "per_class": 1}
+    points = [{**usual, "iterations": iterations} for iterations in (3, [5, 1], "capped")]
+    points.append({**usual, "iterations": 3, "cache": "iterate", "dtype": "bfloat16"})
+    rows = rows_of(knob.CASE, *points)
+    ours, var = ([row for row in rows if row["contender"] == name] for name in ("VIAR", "VAR"))
+    assert [row["evaluations"] for row in ours[:2]] == [9, 9]
+    assert 3 * 4 < ours[2]["evaluations"] <= 3 * 6
+    assert ours[3]["evaluations"] == 9
+    assert {row["evaluations"] for row in var} == {0}
+    assert {row["cache_bytes"] for row in var} == {2 * 2 * 8 * 21 * 64 * 4}
+    assert [row["cache_bytes"] / var[0]["cache_bytes"] for row in ours] == [3 / 8, 3 / 8, 3 / 8, 5 / 8]
+    for row in rows:
+        assert len(row["seconds"]) == 1
+        assert 0 <= row["class_consistency"] <= 1
+        assert row["frechet"] >= 0
+
+
+def test_quality_does_not_depend_on_how_many_images_are_made_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    point = {"iterations": 2, "cache": "equilibrium", "dtype": "float32", "batch": 1, "per_class": 2}
+    quality = []
+    for at_once in (20, 7):
+        monkeypatch.setattr(knob, "AT_ONCE", at_once)
+        quality.append([row["frechet"] for row in rows_of(knob.CASE, point)])
+    assert quality[0] == pytest.approx(quality[1], rel=1e-4)
+
+
+def test_the_distance_of_gaussians_has_its_known_values() -> None:
+    sample = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 3)))
+    assert knob.frechet(sample, sample) == pytest.approx(0, abs=1e-9)
+    shift = torch.tensor([1.0, -2.0, 0.5])
+    assert knob.frechet(sample, sample + shift) == pytest.approx(1 + 4 + 0.25)
+    # Where covariances commute it is the squared difference of their roots.
+    variances = torch.linalg.eigvalsh(torch.cov(sample.T, correction=0))
+    centred = sample - sample.mean(0)
+    assert knob.frechet(centred, 3 * centred) == pytest.approx(4 * float(variances.sum()))
+
+
+# The papers
+
+
+def test_our_sizes_are_the_published_ones() -> None:
+    rows = rows_of(paper.CASE, *paper.CASE.grid)
+    counted = {row["contender"]: row for row in rows if "our_parameters" in row}
+    assert set(counted) == {"tokenizer", "VAR-d16", "VAR-d30", "VIAR"}
+    assert all(row["our_parameters"] == row["parameters"] for row in counted.values())
+    assert {row["contender"]: row["fid"] for row in rows if row.get("iterations") == 10} == {
+        "VIAR, cfg 2.0": 2.35,
+        "VIAR, cfg 1.5": 2.16,
     }
-    rows = knob.measure(trained, rounds=1, per_class=1, settings=settings)
-    assert [rows[name]["evaluations"] for name in ("3", "5 to 1", "VAR")] == [9, 9, 0]
-    assert 3 * 4 < rows["capped"]["evaluations"] <= 3 * 6
-    bytes_of = {name: row["cache_bytes"] for name, row in rows.items()}
-    assert bytes_of["3"] == bytes_of["5 to 1"] == bytes_of["capped"] == bytes_of["VAR"] * 3 / 8
-    assert bytes_of["VAR"] == 2 * 2 * 8 * 21 * 64 * 4
-    assert all(row["images_per_second"] > 0 for row in rows.values())
-    knob.table(rows)
+    assert all(row["source"] for row in rows)
+    (fastest,) = (row for row in rows if row["contender"] == "VIAR, fastest")
+    assert fastest["speed_share"] == pytest.approx(2.116, abs=1e-3)
+    assert fastest["memory_share"] == pytest.approx(0.4433, abs=1e-4)
+
+
+@pytest.mark.parametrize("iterations", [1, 4, [6, 2]])
+def test_shares_of_the_cache_without_weights_are_those_of_generations(iterations: Any) -> None:
+    shape = small_shape()
+    tokenizer = random_tokenizer(shape.tokenizer, CPU)
+    var = random_transformer(viar.TransformerConfig(**SMALL), CPU)
+    ours = random_transformer(shape.transformer, CPU)
+    whole = viar.sample_tokens(var, tokenizer, [0]).cache_bytes
+    schedule = tuple(iterations) if isinstance(iterations, list) else iterations
+    for kind in ("equilibrium", "iterate"):
+        sample = viar.sample_tokens(ours, tokenizer, [0], iterations=schedule, cache=kind)
+        assert paper.cache_share(ours, iterations, kind) == pytest.approx(sample.cache_bytes / whole)
 
 
 # The series
@@ -387,16 +520,13 @@ def test_a_writer_with_a_fault_is_caught(
         return [sys.executable, "-S", "-c", WRITER, str(num), str(batch), str(out), fault]
 
     monkeypatch.setattr(identity, "series_command", command)
-    rows = identity.measure(tmp_path, num=40, batches=(64, 7, 1))
-    assert list(rows) == [
-        *("batches of 64", "batches of 7", "batches of 1"),
-        *("two processes", "killed and started again"),
-    ]
-    assert {name for name, row in rows.items() if row["differing"]} == ({where} if where else set())
-    assert rows["two processes"]["missing"] == (fault == "lost")
-    assert 10 <= rows["killed and started again"]["left_when_killed"] < 40
+    monkeypatch.setattr(identity, "digits_folder", lambda run: tmp_path)
+    rows = rows_of(identity.CASE, *({"way": way, "images": 40} for way in identity.WAYS))
+    assert {row["way"] for row in rows if row["differing"]} == ({where} if where else set())
+    found = {row["way"]: row for row in rows}
+    assert found["two processes"]["missing"] == (fault == "lost")
+    assert 10 <= found["killed and started again"]["left_when_killed"] < 40
     assert verdicts(identity.bars(rows)) == ["FAIL" if where else "pass", "pass"]
-    identity.table(rows)
 
 
 def test_a_command_that_fails_is_an_error_that_says_why(
@@ -405,39 +535,40 @@ def test_a_command_that_fails_is_an_error_that_says_why(
     failing = [sys.executable, "-S", "-c", "raise SystemExit('no such model')"]
     monkeypatch.setattr(identity, "series_command", lambda *_: failing)
     with pytest.raises(RuntimeError, match="no such model"):
-        identity.make_series(tmp_path, 3, 2, 2, 60, tmp_path / "series")
+        identity.make_series(tmp_path, 3, 2, 2, tmp_path / "series")
 
 
 def test_a_kill_that_came_too_late_is_no_success() -> None:
-    rows = {
-        "a": {"images": 10, "missing": 0, "differing": 0},
-        "b": {"images": 10, "missing": 0, "differing": 0, "left_when_killed": 10},
-    }
+    rows = [
+        {"way": "a", "images": 10, "missing": 0, "differing": 0},
+        {"way": "b", "images": 10, "missing": 0, "differing": 0, "left_when_killed": 10},
+    ]
     assert verdicts(identity.bars(rows)) == ["pass", "FAIL"]
 
 
-def test_the_series_is_made_by_the_command_line(folder: Path, tmp_path: Path) -> None:
-    identity.make_series(folder, 3, 2, 1, 120, tmp_path / "series")
+def test_the_series_is_made_by_the_command_line(tmp_path: Path) -> None:
+    identity.make_series(models.digits_folder(QUICK), 3, 2, 1, tmp_path / "series")
     assert list(identity.pictures(tmp_path / "series")) == ["000000.png", "000001.png", "000002.png"]
 
 
-# The command
+# The suite
 
 
-def test_the_command_writes_figures_and_pictures(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+def test_the_points_of_every_grid_are_json() -> None:
+    for case in suite.CASES:  # or a resumed run would not know them
+        for grid in (case.grid, case.quick):
+            assert json.loads(json.dumps(grid)) == list(grid)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in suite.CASES if case is not identity.CASE], ids=lambda case: case.name
+)
+def test_every_picture_can_be_drawn_of_quick_rows(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(viar, "prepare_inference", lambda *_, **__: None)
-    out = tmp_path / "folder" / "viar.json"
-    parts = ["cache", "speed", "depth30", "digits", "inpainting", "knob"]
-    settings = ["--quick", "--rounds", "1", "--depth", "12", "--no-compile", "--demo", str(folder)]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "viar", *settings, "--part", *parts, "--out", str(out)])
-    main()
-    saved = json.loads(out.read_text())
-    assert list(saved["parts"]) == parts
-    assert saved["machine"]["torch"] == torch.__version__
-    assert saved["settings"]["quick"] is True
-    assert all(bar["verdict"] for bar in saved["bars"])
-    assert not any(math.isnan(bar["value"] or 0) for bar in saved["bars"])
-    for part in ("cache", "speed", "digits", "knob"):
-        assert (tmp_path / "folder" / f"viar_{part}.png").stat().st_size > 5000
+    rows = rows_of(case, *(case.quick if case in (fidelity.CASE, paper.CASE) else case.quick[:2]))
+    bars = case.bars(rows)
+    assert len({bar.name for bar in bars}) == len(bars)
+    draw_picture(case, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000

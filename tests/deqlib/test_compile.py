@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -147,3 +149,21 @@ def test_a_blind_solve_is_the_same_solve(solver: Solver, kind: str, request: pyt
     torch.testing.assert_close(looking.value, blind.value, rtol=1e-9, atol=1e-12)
     for cause, counts in looking.rejections.items():
         assert torch.equal(counts, blind.rejections[cause])
+
+
+TWO_LAYERS = """
+import torch
+from deqlib import ImplicitLayer, Picard, Stopping
+
+with torch.no_grad():
+    for rate in (0.5, 0.25):
+        cell = lambda z, x, rate=rate: rate * z + x
+        layer = ImplicitLayer(cell, solver=Picard(), stopping=Stopping.steps(2))
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        print(float(compiled(torch.ones(1, 1))))
+"""
+
+
+def test_a_second_layer_compiles_in_a_process_that_never_solved_eagerly() -> None:
+    done = subprocess.run([sys.executable, "-c", TWO_LAYERS], capture_output=True, text=True)
+    assert done.stdout.split() == ["1.5", "1.25"], done.stderr[-2000:]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from deqlib import Anderson, Solution, Stopping, fixed_point
 
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
 from ...peak import peak_bytes
-from ...report import Bar
-
-MEMORIES = (5, 8)
+from ...show import COLORS
 
 
 def limit(memory: int) -> int:
@@ -21,10 +18,8 @@ def limit(memory: int) -> int:
     return 2 * memory + 4
 
 
-def measure(
-    batch: int = 16, width: int = 65536, memories: tuple[int, ...] = MEMORIES
-) -> dict[int, dict[str, Any]]:
-    """By memory k: peak of a solve in states, and whether it went through all that costs memory.
+def build(run: Run, memory: int, batch: int, width: int) -> list[Row]:
+    """Peak of a solve in states, and whether it went through all that costs memory.
 
     The cell allocates its output and nothing else. Samples finish at different steps, the history wraps
     round, and some iterates are worse than the best one.
@@ -35,60 +30,89 @@ def measure(
     # residuals may grow.
     spread = torch.linspace(0.3, 1, batch).unsqueeze(1)
     rates = spread * (3 * torch.rand(batch, width, generator=generator) - 2.1)
+    x, rates = x.to(run.device), rates.to(run.device)
     z0 = torch.zeros_like(x)
-    rows = {}
-    for memory in memories:
-        solutions: list[Solution] = []
 
-        def solve(memory: int = memory, solutions: list[Solution] = solutions) -> None:
-            solutions.append(
-                fixed_point(
-                    _cell,
-                    z0,
-                    (x, rates),
-                    solver=Anderson(memory=memory),
-                    stopping=Stopping(rtol=1e-6, max_steps=10 * memory, patience=None),
-                    on_failure="ignore",
-                )
-            )
+    def solve() -> Solution:
+        return fixed_point(
+            _cell,
+            z0,
+            (x, rates),
+            solver=Anderson(memory=memory),
+            stopping=Stopping(rtol=1e-6, max_steps=10 * memory, patience=None),
+            on_failure="ignore",
+        )
 
-        with torch.no_grad():
-            peak = peak_bytes(solve)
-        solution = solutions[0]
-        assert solution.trace is not None
-        rows[memory] = {
+    with torch.no_grad():
+        solution = solve()  # what libraries allocate once is no solve's
+        peak = peak_bytes(solve, run.device)
+    assert solution.trace is not None
+    return [
+        {
+            "contender": "Anderson",
             "peak_bytes": peak,
-            "states": peak / (z0.numel() * z0.element_size()),
-            "steps": [int(solution.num_steps.min()), int(solution.num_steps.max())],
+            "states": peak / z0.nbytes,
+            "fewest_steps": int(solution.num_steps.min()),
+            "most_steps": int(solution.num_steps.max()),
             "worse_iterates": int((solution.trace[1:] > solution.trace.cummin(0).values[:-1]).sum()),
         }
-    return rows
+    ]
 
 
 def _cell(z: Tensor, x: Tensor, rates: Tensor) -> Tensor:
     return torch.addcmul(x, z, rates)
 
 
-def bars(rows: dict[int, dict[str, Any]]) -> list[Bar]:
+def bars(rows: list[Row]) -> list[Bar]:
     """One a memory."""
     return [
         Bar(
-            f"Anderson, memory {memory}: peak in states",
+            f"Anderson, memory {row['memory']}: peak in states",
             round(row["states"], 1),  # a trace and a few numbers a sample are no state
-            limit(memory),
-            "steps {} to {}, ".format(*row["steps"])
-            + f"{row['worse_iterates']} iterates worse than the best",
+            limit(row["memory"]),
+            f"steps {row['fewest_steps']} to {row['most_steps']}, "
+            f"{row['worse_iterates']} iterates worse than the best",
         )
-        for memory, row in rows.items()
+        for row in rows
     ]
 
 
-def table(rows: dict[int, dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """One line a memory."""
-    shown = Table(title="peak memory of an Anderson solve")
-    for column in ("memory", "MB", "states", "limit"):
-        shown.add_column(column, justify="right")
-    for memory, row in rows.items():
-        megabytes = f"{row['peak_bytes'] / 1e6:.1f}"
-        shown.add_row(str(memory), megabytes, f"{row['states']:.2f}", str(limit(memory)))
-    return shown
+    lines = [
+        (
+            str(row["memory"]),
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['states']:.2f}",
+            str(limit(row["memory"])),
+        )
+        for row in rows
+    ]
+    return Table("peak memory of an Anderson solve", ("memory", "MB", "states", "limit"), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    memories = [row["memory"] for row in rows]
+    axes[0].plot(memories, [limit(memory) for memory in memories], "--", color=COLORS[6], label="2k + 4")
+    axes[0].plot(memories, [row["states"] for row in rows], "o", color=COLORS[0], label="measured")
+    axes[0].set(xlabel="memory k", ylabel="states", ylim=(0, 1.05 * max(row["states"] for row in rows)))
+    axes[0].legend(frameon=False)
+
+
+CASE = Case(
+    "memory",
+    "peak of an Anderson solve, in states",
+    build,
+    grid=product(memory=[2, 5, 8, 16], batch=[16], width=[65536]),
+    quick=product(memory=[5, 8], batch=[16], width=[16384]),
+    metrics={
+        "peak_bytes": Metric(),
+        "states": Metric(),
+        "fewest_steps": Metric(better=None),
+        "most_steps": Metric(better=None),
+        "worse_iterates": Metric(better=None),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ["peak memory of an Anderson solve"]),
+)

@@ -1,4 +1,4 @@
-"""What a Picard solve takes beyond its evaluations: against a bare loop of as many, on costly cells.
+"""What a Picard solve takes beyond its evaluations: against a bare loop of as many.
 
 A solve takes the steps that Picard needs to 1e-5, with a cap: beyond convergence no iterate is better than
 the last, which is not what a solver does all day.
@@ -9,57 +9,50 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from rich.progress import track
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from deqlib import Picard, Solution, Stopping, fixed_point
 from deqlib.testing import Problem
 
-from ...report import Bar
+from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product
+from ...show import COLORS
 from ...timing import interleaved, ratio, seconds
+from . import problems
 
-COSTLY = 2e-3  # seconds an evaluation must take
+COSTLY = 2e-3  # seconds that an evaluation must take for the bars
 LIMITS = {"tracked": 1.15, "fixed": 1.03}
+BARE = "{}, bare loop"
 
 
-def measure(
-    problems: list[Problem], rounds: int, steps: int, costly: float = COSTLY
-) -> dict[str, dict[str, Any]]:
-    """By problem: milliseconds an evaluation, evaluations, and the ratio to a bare loop of as many."""
-    rows = {}
+def build(run: Run, problem: str, max_steps: int) -> list[Row]:
+    """Picard that measures residuals, Picard of a fixed number of steps, and a bare loop for each."""
+    subject = problems.named(problem, run.device)
     with torch.no_grad():
-        for problem in track(problems, "overhead"):
-            evaluation = _evaluation(problem)
-            if evaluation < costly:
-                continue
-            needed = int(_solver(problem, Stopping(rtol=1e-5, max_steps=steps))().num_steps.max())
-            rules = {
-                "tracked": Stopping(rtol=1e-30, max_steps=needed, patience=None),
-                "fixed": Stopping.steps(needed),
-            }
-            evaluations = {name: _solver(problem, rule)().nfe for name, rule in rules.items()}
-            contenders: dict[str, Callable[[], object]] = {}
-            for name, rule in rules.items():
-                contenders[name] = _solver(problem, rule)
-                contenders[f"{name}, bare loop"] = _loop(problem, evaluations[name])
-            times = interleaved(contenders, rounds)
-            rows[problem.name] = {
-                "evaluation_ms": evaluation * 1e3,
-                "evaluations": evaluations,
-                "ratios": {name: ratio(times[name], times[f"{name}, bare loop"]) for name in rules},
-                "times": times,
-            }
-    return rows
-
-
-def _evaluation(problem: Problem) -> float:
-    """Seconds an evaluation takes."""
-    problem.f(problem.z0)
-    return statistics.median(seconds(lambda: problem.f(problem.z0)) for _ in range(5))
+        needed = int(_solver(subject, Stopping(rtol=1e-5, max_steps=max_steps))().num_steps.max())
+        rules = {
+            "tracked": Stopping(rtol=1e-30, max_steps=needed, patience=None),
+            "fixed": Stopping.steps(needed),
+        }
+        evaluations: dict[str, int] = {}
+        contenders: dict[str, Callable[[], object]] = {}
+        for name, rule in rules.items():
+            contenders[name] = _solver(subject, rule)
+            evaluations[name] = evaluations[BARE.format(name)] = _solver(subject, rule)().nfe
+            contenders[BARE.format(name)] = _loop(subject, evaluations[name])
+        times = interleaved(contenders, run.rounds)
+        evaluation = statistics.median(seconds(lambda: subject.f(subject.z0)) for _ in range(5))
+    return [
+        {
+            "contender": name,
+            "evaluations": evaluations[name],
+            "seconds": times[name],
+            "evaluation_seconds": evaluation,
+        }
+        for name in contenders
+    ]
 
 
 def _solver(problem: Problem, rule: Stopping) -> Callable[[], Solution]:
@@ -78,23 +71,60 @@ def _loop(problem: Problem, evaluations: int) -> Callable[[], Tensor]:
     return loop
 
 
-def bars(rows: dict[str, dict[str, Any]]) -> list[Bar]:
-    """The worst cell decides."""
+def ratios(rows: list[Row], kind: str) -> dict[str, float]:
+    """By problem, time of Picard over that of its bare loop."""
+    times = {(row["problem"], row["contender"]): row["seconds"] for row in rows}
+    names = dict.fromkeys(row["problem"] for row in rows)
+    return {name: ratio(times[name, kind], times[name, BARE.format(kind)]) for name in names}
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """The worst of the costly cells decides."""
+    costly = [row for row in rows if row["evaluation_seconds"] >= COSTLY]
     found = []
-    for name, limit in LIMITS.items():
-        ratios = {problem: row["ratios"][name] for problem, row in rows.items()}
-        worst = max(ratios, key=lambda problem: ratios[problem], default="no cell is costly enough")
-        value = ratios.get(worst, math.nan)
-        found.append(Bar(f"Picard / bare loop, time, {name}, worst", value, limit, worst))
+    for kind, limit in LIMITS.items():
+        by_problem = ratios(costly, kind)
+        worst = max(by_problem, key=lambda name: by_problem[name], default="no cell is costly enough")
+        found.append(
+            Bar(f"Picard / bare loop, time, {kind}, worst", by_problem.get(worst, math.nan), limit, worst)
+        )
     return found
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """One line a cell."""
-    shown = Table(title="Picard / bare loop of as many evaluations, time")
-    for column in ("problem", "ms an evaluation", *LIMITS):
-        shown.add_column(column, justify="left" if column == "problem" else "right")
-    for name, row in rows.items():
-        ratios = (f"{row['ratios'][kind]:.3f}" for kind in LIMITS)
-        shown.add_row(name, f"{row['evaluation_ms']:.1f}", *ratios)
-    return shown
+    evaluation = {row["problem"]: row["evaluation_seconds"] for row in rows}
+    steps = {row["problem"]: row["evaluations"] for row in rows if row["contender"] == "fixed"}
+    found = {kind: ratios(rows, kind) for kind in LIMITS}
+    lines = []
+    for name, cost in evaluation.items():
+        cells = (f"{found[kind][name]:.3f}" for kind in LIMITS)
+        lines.append((name, f"{cost * 1e3:.2f}", str(steps[name]), *cells))
+    title = "time of Picard / of a bare loop of as many evaluations"
+    return Table(title, ("problem", "ms an evaluation", "steps", *LIMITS), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    costly = {row["problem"]: row["evaluation_seconds"] >= COSTLY for row in rows}
+    for axis, (kind, limit) in zip(axes, LIMITS.items(), strict=True):
+        found = ratios(rows, kind)
+        colors = [COLORS[0] if costly[name] else COLORS[6] for name in found]
+        axis.barh(list(found), [value - 1 for value in found.values()], left=1, color=colors)
+        axis.axvline(limit, color=COLORS[1], linewidth=1)
+        axis.set(xlabel="time / bare loop; grey: cells that are not costly")
+        axis.invert_yaxis()
+
+
+CASE = Case(
+    "overhead",
+    f"Picard against a bare loop of as many evaluations; cells of {COSTLY * 1e3:.0f} ms and more have bars",
+    build,
+    grid=product(problem=problems.NAMES, max_steps=[30]),
+    quick=product(problem=problems.QUICK, max_steps=[10]),
+    metrics={"evaluations": COUNT, "seconds": SECONDS, "evaluation_seconds": SECONDS},
+    table=table,
+    bars=bars,
+    picture=Picture(
+        _paint, lambda rows: [f"{kind}, bar {limit}" for kind, limit in LIMITS.items()], size=(5.2, 3.8)
+    ),
+)

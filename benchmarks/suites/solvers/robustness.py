@@ -1,6 +1,7 @@
 """Random small problems, hopeless ones among them: no solve may raise, hang, or return worse than it saw.
 
-What a solve claims is judged by what its cell was asked: every evaluation is recorded, in float64.
+What a solve claims is judged by what its cell was asked: every evaluation is recorded, in float64. A problem
+that shows a fault can be had again: `faults(draw(seed, largest_exponent))`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.progress import track
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from deqlib import (
@@ -33,7 +32,8 @@ from deqlib import (
     fixed_point,
 )
 
-from ...report import Bar
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
 
 SECONDS = 20  # what one of these solves may take before it counts as hanging
 LARGEST_EXPONENT = 30  # states are scaled by up to 10 to this power, and down likewise
@@ -83,7 +83,7 @@ MAPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Drawn:
     """A problem and the settings of its solve, all from one seed."""
 
     seed: int
@@ -104,6 +104,13 @@ class Case:
             return z  # the very tensor that came in
         return scale * MAPS[self.kind](z / scale, self.x[ids], self.a[ids]) + poison
 
+    def to(self, device: torch.device) -> Drawn:
+        """The same on another device."""
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **moved)
+
     def __str__(self) -> str:
         batch, width = self.z0.shape
         dtype = str(self.z0.dtype).removeprefix("torch.")
@@ -115,7 +122,7 @@ class Case:
         )
 
 
-def draw(seed: int, largest_exponent: float = LARGEST_EXPONENT) -> Case:
+def draw(seed: int, largest_exponent: float = LARGEST_EXPONENT) -> Drawn:
     """The case of this seed."""
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     kind, dtype = choose.choice(list(MAPS)), choose.choice(DTYPES)
@@ -133,7 +140,7 @@ def draw(seed: int, largest_exponent: float = LARGEST_EXPONENT) -> Case:
     if batch and choose.random() < 0.15:
         value = choose.choice([math.nan, math.inf, -math.inf])
         (z0 if choose.random() < 0.2 else poison)[choose.randrange(batch)] = value
-    return Case(
+    return Drawn(
         seed=seed,
         kind=kind,
         z0=z0.to(dtype),
@@ -223,7 +230,7 @@ class Sight:
 class Witness:
     """The cell of a case, which records what it is asked."""
 
-    case: Case
+    case: Drawn
     calls: int = 0
     seen: dict[int, list[Sight]] = field(default_factory=dict)  # by sample
 
@@ -270,9 +277,9 @@ def _alarm(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def faults(case: Case, solve: Solve = fixed_point) -> list[tuple[str, str]]:
+def faults(case: Drawn, solve: Solve = fixed_point) -> list[tuple[str, str]]:
     """What is wrong with the solve of a case: kind of fault, and what happened."""
-    witness, ids = Witness(case), torch.arange(len(case.z0))
+    witness, ids = Witness(case), torch.arange(len(case.z0), device=case.z0.device)
     try:
         with torch.no_grad(), _alarm(SECONDS):
             solution = solve(
@@ -309,7 +316,7 @@ class _Claim:
         self.residual = float(solution.residual[sample])
 
 
-def _wrong_counts(case: Case, witness: Witness, solution: Solution) -> list[str]:
+def _wrong_counts(case: Drawn, witness: Witness, solution: Solution) -> list[str]:
     """Of evaluations and shapes."""
     batch, wrong = len(case.z0), []
     if solution.value.shape != case.z0.shape or solution.value.dtype != case.z0.dtype:
@@ -354,59 +361,107 @@ def _wrong_end(
         yield "inconsistent", f"{said.steps} steps in {len(seen)} evaluations"
 
 
-def measure(
-    cases: int,
-    seed_from: int = 0,
-    largest_exponent: float = LARGEST_EXPONENT,
-    solve: Solve = fixed_point,
-) -> dict[str, Any]:
-    """Faults of so many cases, and how the samples ended.
+def build(
+    run: Run, seed_from: int, seeds: int, largest_exponent: float, solve: Solve = fixed_point
+) -> list[Row]:
+    """Faults of so many problems, and how the samples ended.
 
     Args:
-        cases: how many.
+        run: of which only the device counts.
         seed_from: seed of the first; the others follow.
+        seeds: how many.
         largest_exponent: see `LARGEST_EXPONENT`.
         solve: what is called as `fixed_point`.
     """
     failures: list[dict[str, Any]] = []
-    endings = Counter[str]()
+    endings: dict[str, Counter[str]] = {kind: Counter() for kind in MAPS}
+    for seed in range(seed_from, seed_from + seeds):
+        drawn = draw(seed, largest_exponent).to(run.device)
 
-    def counted(*args: Any, **settings: Any) -> Solution:
-        solution = solve(*args, **settings)
-        endings.update(Status(code).name for code in solution.status.tolist())
-        return solution
+        def counted(*args: Any, ended: Counter[str] = endings[drawn.kind], **settings: Any) -> Solution:
+            solution = solve(*args, **settings)
+            ended.update(Status(code).name for code in solution.status.tolist())
+            return solution
 
-    for seed in track(range(seed_from, seed_from + cases), "robustness"):
-        case = draw(seed, largest_exponent)
-        if found := faults(case, counted):
-            failures.append({"seed": seed, "case": str(case), "faults": found})
+        if found := faults(drawn, counted):
+            failures.append({"seed": seed, "problem": str(drawn), "faults": found})
     kinds = Counter(kind for failure in failures for kind in {kind for kind, _ in failure["faults"]})
-    return {
-        "cases": cases,
-        "largest_exponent": largest_exponent,
-        "faults": {kind: kinds[kind] for kind in FAULTS},
-        "failures": failures,
-        "endings": dict(endings),
-    }
+    return [
+        {
+            "faulty": len(failures),
+            "faults": {kind: kinds[kind] for kind in FAULTS},
+            "failures": failures,
+            "endings": {kind: dict(ended) for kind, ended in endings.items()},
+        }
+    ]
 
 
-def bars(row: dict[str, Any]) -> list[Bar]:
+def bars(rows: list[Row]) -> list[Bar]:
     """No fault at all."""
-    seeds = [str(failure["seed"]) for failure in row["failures"]]
+    seeds = [str(failure["seed"]) for row in rows for failure in row["failures"]]
     more = f" and {len(seeds) - 10} more" if len(seeds) > 10 else ""
-    note = f"of {row['cases']}" + (f"; seeds {', '.join(seeds[:10])}{more}" if seeds else "")
+    note = f"of {_drawn(rows)}" + (f"; seeds {', '.join(seeds[:10])}{more}" if seeds else "")
     return [Bar("random problems with a fault", len(seeds), 0, note)]
 
 
-def table(row: dict[str, Any]) -> Table:
-    """Faults by kind, and the first failures."""
-    endings = ", ".join(f"{count} {status.lower()}" for status, count in sorted(row["endings"].items()))
-    shown = Table(title=f"robustness, {row['cases']} cases; samples: {endings}")
-    for column in ("seed", "fault", "case"):
-        shown.add_column(column, overflow="fold")
-    for kind, count in row["faults"].items():
-        shown.add_row("", kind, str(count))
-    for failure in row["failures"][:10]:
-        told = "; ".join(f"{kind}: {what}" for kind, what in failure["faults"])
-        shown.add_row(str(failure["seed"]), escape(told), escape(failure["case"]))
-    return shown
+def _drawn(rows: list[Row]) -> int:
+    return sum(row["seeds"] for row in rows)
+
+
+def endings(rows: list[Row]) -> dict[str, Counter[str]]:
+    """By kind of map, how many samples ended with which status."""
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        for kind, ended in row["endings"].items():
+            found.setdefault(kind, Counter()).update(ended)
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a kind of fault, with the first problem that shows it."""
+    failures = [failure for row in rows for failure in row["failures"]]
+    lines = []
+    for kind in FAULTS:
+        told = [
+            f"seed {failure['seed']}: {what}; {failure['problem']}"
+            for failure in failures
+            for fault, what in failure["faults"]
+            if fault == kind
+        ]
+        lines.append((kind, str(sum(row["faults"][kind] for row in rows)), *(told[:1] or [""])))
+    total = sum(endings(rows).values(), Counter[str]())
+    ended = ", ".join(f"{count:,} {status.lower()}" for status, count in sorted(total.items()))
+    return Table(f"{_drawn(rows):,} random problems; samples: {ended}", ("fault", "problems", "first"), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    found = {kind: ended for kind, ended in endings(rows).items() if ended}
+    before = [0.0] * len(found)
+    for status, color in zip(("CONVERGED", "STALLED", "DIVERGED", "MAX_STEPS"), COLORS, strict=False):
+        shares = [ended[status] / sum(ended.values()) for ended in found.values()]
+        axes[0].barh(list(found), shares, left=before, color=color, label=status.lower().replace("_", " "))
+        before = [a + b for a, b in zip(before, shares, strict=True)]
+    axes[0].set(xlim=(0, 1), xlabel="share of samples")
+    axes[0].invert_yaxis()
+    axes[0].set_axisbelow(True)
+    axes[0].figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+CHUNK = 500
+
+CASE = Case(
+    "robustness",
+    "random small problems, hopeless ones among them: faults, which must be 0",
+    build,
+    grid=product(seed_from=range(0, 10_000, CHUNK), seeds=[CHUNK], largest_exponent=[LARGEST_EXPONENT]),
+    quick=product(seed_from=[0, 100], seeds=[100], largest_exponent=[LARGEST_EXPONENT]),
+    metrics={
+        "faulty": Metric(),
+        "faults": Metric(better=None),
+        "failures": Metric(better=None),
+        "endings": Metric(better=None),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: [f"how {_drawn(rows):,} random problems end"], size=(6.4, 4.2)),
+)

@@ -1,49 +1,30 @@
-"""Evaluations, success and time of deqlib's solvers and torchdeq's on problems with known answers."""
+"""Evaluations, success and time of everybody's solvers on problems with known answers."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import track
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from deqlib.testing import Problem
 
-from ...contenders import CONTENDERS, Contender
-from ...report import Bar, none_of
-from ...timing import geometric_mean, interleaved, ratio
+from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
+from ...contenders import CONTENDERS, not_run, style
+from ...profiling import marked
+from ...timing import geometric_mean, interleaved, ratio, seconds
+from . import problems
 
 TOLERANCES = (1e-3, 1e-5)
 ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
 ONCE = 20.0  # seconds; a solve that takes longer is timed once
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender on one problem to one tolerance; None where there is no figure."""
-
-    problem: str
-    rtol: float
-    contender: str
-    evaluations: int
-    relative_residual: float | None  # worst of the samples, recomputed at the value returned
-    reached: bool
-    seconds: float
-    times: list[float]
-    error: str | None
-
-    @property
-    def case(self) -> str:
-        """Problem and tolerance."""
-        return f"{self.problem} {self.rtol:.0e}"
+FARTHEST = 16  # times the best, in the picture
 
 
 class Counted:
@@ -58,94 +39,99 @@ class Counted:
         return self.cell(z, *inputs)
 
 
-def measure(problems: list[Problem], rounds: int, max_steps: int, once: float = ONCE) -> list[Row]:
-    """All contenders on all problems to all tolerances, with `max_steps + 1` evaluations each.
-
-    Who takes longer than `once` seconds in the round that counts evaluations is not run again.
-    """
-    cases = [(problem, rtol) for problem in problems for rtol in TOLERANCES]
-    with torch.no_grad():
-        return [
-            row
-            for problem, rtol in track(cases, "solves")
-            for row in _case(problem, rtol, rounds, max_steps + 1, once)
-        ]
-
-
-def _case(problem: Problem, rtol: float, rounds: int, evaluations: int, once: float) -> list[Row]:
+def build(run: Run, problem: str, rtol: float, max_evaluations: int) -> list[Row]:
     """All contenders on one problem. The round that counts evaluations warms up."""
-    rows = [_counted(problem, rtol, name, evaluations) for name in CONTENDERS]
-    runs = {
-        row.contender: partial(CONTENDERS[row.contender], problem, rtol, evaluations)
-        for row in rows
-        if row.error is None
+    subject = problems.named(problem, run.device)
+    with torch.no_grad():
+        rows = [_row(subject, rtol, name, max_evaluations) for name in CONTENDERS]
+        able = [row for row in rows if row["error"] is None]
+        solves = {
+            row["contender"]: partial(CONTENDERS[row["contender"]], subject, rtol, max_evaluations)
+            for row in able
+        }
+        first = {row["contender"]: row["seconds"][0] for row in able}
+        times = interleaved(solves, run.rounds, limit=ONCE, warm_up=first)
+    for row in able:
+        row["seconds"] = times[row["contender"]]
+    return rows
+
+
+def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
+    """One solve, counted; None where there is no figure."""
+    row: Row = {
+        "contender": name,
+        "evaluations": None,
+        "relative_residual": None,  # worst of the samples, recomputed at the value returned
+        "reached": None,
+        "seconds": [],
+        "error": not_run(name, problem),
     }
-    first = {row.contender: row.seconds for row in rows}
-    times = interleaved(runs, rounds, limit=once, warm_up=first)
-    taken = [times.get(row.contender, row.times) for row in rows]
-    return [replace(row, times=t, seconds=statistics.median(t)) for row, t in zip(rows, taken, strict=True)]
+    if row["error"] is not None:
+        return row
+    cell, found = Counted(problem.cell), list[Tensor]()
+
+    def attempt() -> None:
+        # Who raises loses this problem, not everybody theirs.
+        try:
+            found.append(CONTENDERS[name](replace(problem, cell=cell), rtol, evaluations))
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"
+
+    row["seconds"] = [seconds(attempt)]
+    worst = float(problem.residuals(found[0])[1].max()) if found else math.nan
+    row |= {
+        "evaluations": cell.count,
+        "relative_residual": worst if math.isfinite(worst) else None,
+        "reached": worst <= ROUNDING * rtol,
+    }
+    return row
 
 
-def _counted(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
-    cell, solve = Counted(problem.cell), CONTENDERS[name]
-    start = time.perf_counter()
-    value, error = _attempt(solve, replace(problem, cell=cell), rtol, evaluations)
-    elapsed = time.perf_counter() - start
-    worst = math.nan if value is None else float(problem.residuals(value)[1].max())
-    return Row(
-        problem=problem.name,
-        rtol=rtol,
-        contender=name,
-        evaluations=cell.count,
-        relative_residual=worst if math.isfinite(worst) else None,  # JSON has no NaN
-        reached=worst <= ROUNDING * rtol,
-        seconds=elapsed,
-        times=[elapsed],
-        error=error,
-    )
+def profiled(run: Run, problem: str, rtol: float, max_evaluations: int) -> Callable[[], object]:
+    """A solve by the default solver."""
+    subject = problems.named(problem, run.device)
+    subject = replace(subject, cell=marked(subject.cell))
+    return torch.no_grad()(partial(CONTENDERS["deqlib Auto"], subject, rtol, max_evaluations))
 
 
-def _attempt(
-    solve: Contender, problem: Problem, rtol: float, evaluations: int
-) -> tuple[Tensor | None, str | None]:
-    """The value, or what was raised: a contender that raises loses its case, not everybody's."""
-    try:
-        return solve(problem, rtol, evaluations), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+Solves = dict[str, dict[str, Row]]  # by problem and tolerance, by contender
 
 
-def bars(rows: list[Row], max_steps: int) -> list[Bar]:
-    """What the rows say about the contenders."""
-    cases: dict[str, dict[str, Row]] = {}
+def by_solve(rows: Iterable[Row]) -> Solves:
+    """Rows of everybody who was measured."""
+    found: Solves = {}
     for row in rows:
-        cases.setdefault(row.case, {})[row.contender] = row
+        found.setdefault(f"{row['problem']} {row['rtol']:.0e}", {})[row["contender"]] = row
+    return found
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """What the rows say about deqlib."""
+    solves = by_solve(rows)
+    raised = [
+        f"{solve}, {name}: {row['error']}"
+        for solve, found in solves.items()
+        for name, row in found.items()
+        if row["error"] and name.startswith("deqlib")
+    ]
     return [
-        none_of("solves of deqlib that raise", [_raised(r) for r in rows if r.error and _is_ours(r)]),
-        *_time_bars(cases, "Anderson", 0.5),
-        *_anderson_bars(cases, max_steps),
-        *_auto_bars(cases),
-        *_time_bars(cases, "Broyden", 0.15),
+        none_of("solves of deqlib that raise", raised),
+        *_time_bars(solves, "Anderson", 0.5),
+        *_anderson_bars(solves),
+        *_auto_bars(solves),
+        *_time_bars(solves, "Broyden", 0.15),
     ]
 
 
-def _raised(row: Row) -> str:
-    return f"{row.case}, {row.contender}: {row.error}"
-
-
-def _is_ours(row: Row) -> bool:
-    return row.contender.startswith("deqlib")
-
-
-def _time_bars(cases: dict[str, dict[str, Row]], solver: str, limit: float) -> list[Bar]:
+def _time_bars(solves: Solves, solver: str, limit: float) -> list[Bar]:
     """Time ratios to torchdeq. Where it does not arrive, its time is a lower bound of what it needs."""
-    pairs = {case: (rows[f"deqlib {solver}"], rows[f"torchdeq {solver}"]) for case, rows in cases.items()}
-    ratios = {case: ratio(a.times, b.times) for case, (a, b) in pairs.items()}
-    both = [ratios[case] for case, (a, b) in pairs.items() if a.reached and b.reached]
-    missed = [case for case, (a, _) in pairs.items() if not a.reached]
-    lost = [case for case, (a, b) in pairs.items() if b.reached and not a.reached]
-    bounds = [case for case, (_, b) in pairs.items() if not b.reached]
-    worst = max(ratios, key=lambda case: ratios[case])
+    pairs = {solve: (rows[f"deqlib {solver}"], rows[f"torchdeq {solver}"]) for solve, rows in solves.items()}
+    ratios = {solve: ratio(a["seconds"], b["seconds"]) for solve, (a, b) in pairs.items()}
+    both = [ratios[solve] for solve, (a, b) in pairs.items() if a["reached"] and b["reached"]]
+    missed = [solve for solve, (a, _) in pairs.items() if not a["reached"]]
+    lost = [solve for solve, (a, b) in pairs.items() if b["reached"] and not a["reached"]]
+    bounds = [solve for solve, (_, b) in pairs.items() if not b["reached"]]
+    worst = max(ratios, key=lambda solve: ratios[solve])
     return [
         Bar(
             f"deqlib / torchdeq {solver}, time, geometric mean",
@@ -158,24 +144,26 @@ def _time_bars(cases: dict[str, dict[str, Row]], solver: str, limit: float) -> l
             f"deqlib / torchdeq {solver}, time, geometric mean where both arrive",
             geometric_mean(both),
             limit,
-            f"{len(both)} of {len(ratios)} cases",
+            f"{len(both)} of {len(ratios)} solves",
         ),
         Bar(f"deqlib / torchdeq {solver}, time, worst", ratios[worst], 1.0, worst),
         none_of(f"torchdeq {solver} arrives, deqlib's does not", lost),
     ]
 
 
-def _anderson_bars(cases: dict[str, dict[str, Row]], max_steps: int) -> list[Bar]:
+def _anderson_bars(solves: Solves) -> list[Bar]:
     more, slower, unsolved = [], [], []
-    for case, rows in cases.items():
-        ours, theirs, picard = rows["deqlib Anderson"], rows["torchdeq Anderson"], rows["deqlib Picard"]
-        allowed = theirs.evaluations if theirs.reached else max_steps + 1
-        if ours.reached and ours.evaluations > allowed:
-            more.append(f"{case}: {ours.evaluations} > {allowed}")
-        if picard.reached and not ours.reached:
-            unsolved.append(case)
-        elif picard.reached and ours.evaluations > picard.evaluations + 2:
-            slower.append(f"{case}: {ours.evaluations} > {picard.evaluations} + 2")
+    for solve, rows in solves.items():
+        ours, theirs, picard = (
+            rows[name] for name in ("deqlib Anderson", "torchdeq Anderson", "deqlib Picard")
+        )
+        allowed = theirs["evaluations"] if theirs["reached"] else ours["max_evaluations"]
+        if ours["reached"] and ours["evaluations"] > allowed:
+            more.append(f"{solve}: {ours['evaluations']} > {allowed}")
+        if picard["reached"] and not ours["reached"]:
+            unsolved.append(solve)
+        elif picard["reached"] and ours["evaluations"] > picard["evaluations"] + 2:
+            slower.append(f"{solve}: {ours['evaluations']} > {picard['evaluations']} + 2")
     return [
         none_of("Anderson needs more evaluations than torchdeq's", more),
         none_of("Anderson needs more evaluations than Picard + 2", slower),
@@ -183,15 +171,15 @@ def _anderson_bars(cases: dict[str, dict[str, Row]], max_steps: int) -> list[Bar
     ]
 
 
-def _auto_bars(cases: dict[str, dict[str, Row]]) -> list[Bar]:
+def _auto_bars(solves: Solves) -> list[Bar]:
     unsolved, different = [], []
-    for case, rows in cases.items():
+    for solve, rows in solves.items():
         auto, anderson = rows["deqlib Auto"], rows["deqlib Anderson"]
-        others = [row.contender for row in rows.values() if row.reached]
-        if auto.rtol == min(TOLERANCES) and others and not auto.reached:
-            unsolved.append(f"{case}, which {', '.join(others)} reach")
-        if anderson.reached and auto.evaluations != anderson.evaluations:
-            different.append(f"{case}: {auto.evaluations}, not {anderson.evaluations}")
+        others = [name for name, row in rows.items() if row["reached"]]
+        if auto["rtol"] == min(TOLERANCES) and others and not auto["reached"]:
+            unsolved.append(f"{solve}, which {', '.join(others)} reach")
+        if anderson["reached"] and auto["evaluations"] != anderson["evaluations"]:
+            different.append(f"{solve}: {auto['evaluations']}, not {anderson['evaluations']}")
     return [
         none_of(f"some solver arrives at {min(TOLERANCES):.0e}, Auto does not", unsolved),
         none_of("Anderson arrives, Auto takes another number of evaluations", different),
@@ -199,25 +187,83 @@ def _auto_bars(cases: dict[str, dict[str, Row]]) -> list[Bar]:
 
 
 def table(rows: list[Row]) -> Table:
-    """Evaluations and milliseconds; a case that did not arrive is in brackets."""
-    shown = Table(title="evaluations / ms, in brackets where the tolerance was not reached", show_lines=True)
-    shown.add_column("problem")
-    names = list(dict.fromkeys(row.contender for row in rows))
-    for name in names:
-        shown.add_column(name.replace(" ", "\n"), justify="right")
-    cells = {(row.case, row.contender): _cell(row) for row in rows}
-    for case in dict.fromkeys(row.case for row in rows):
-        shown.add_row(case, *(cells[case, name] for name in names))
-    return shown
+    """One line a problem and tolerance."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = [(solve, *(_cell(found[name]) for name in names)) for solve, found in by_solve(rows).items()]
+    title = "evaluations / ms, in brackets where the tolerance was not reached, - where nobody tried"
+    return Table(title, ("problem, tolerance", *heads(names)), lines)
+
+
+def heads(names: Iterable[str]) -> list[str]:
+    """Names of contenders that can be broken."""
+    return [name.replace("NewtonKrylov", "Newton Krylov") for name in names]
 
 
 def _cell(row: Row) -> str:
-    if row.error is not None:
+    if row["evaluations"] is None:
+        return "-"
+    if row["error"] is not None:
         return "raised"
-    text = f"{row.evaluations}\n{row.seconds * 1e3:,.1f}"
-    return text if row.reached else f"({text})"
+    text = f"{row['evaluations']} / {statistics.median(row['seconds']) * 1e3:,.0f}"
+    return text if row["reached"] else f"({text})"
 
 
-def record(rows: list[Row]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [asdict(row) for row in rows]
+_COSTS: dict[str, Callable[[Row], float]] = {
+    "evaluations": lambda row: float(row["evaluations"]),
+    "time": lambda row: statistics.median(row["seconds"]),
+}
+
+
+def factors(rows: Iterable[Row], cost: str) -> dict[str, list[float]]:
+    """By contender, its cost over that of the cheapest who arrived; infinite where it did not arrive.
+
+    Problems that nobody solves, and those that a contender did not try, are left out.
+    """
+    found: dict[str, list[float]] = {}
+    for contenders in by_solve(rows).values():
+        costs = {name: _COSTS[cost](row) for name, row in contenders.items() if row["reached"]}
+        for name, row in contenders.items():
+            if costs and row["reached"] is not None:
+                found.setdefault(name, []).append(costs.get(name, math.inf) / min(costs.values()))
+    return found
+
+
+def _panels(rows: list[Row]) -> list[str]:
+    tolerances = dict.fromkeys(row["rtol"] for row in rows)
+    return [f"{cost} to a residual of {rtol:.0e}" for rtol in tolerances for cost in _COSTS]
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    """Performance profiles (Dolan & Moré 2002): share of problems solved at so many times the least cost."""
+    pairs = [(rtol, cost) for rtol in dict.fromkeys(row["rtol"] for row in rows) for cost in _COSTS]
+    for axis, (rtol, cost) in zip(axes, pairs, strict=True):
+        for name, values in factors((row for row in rows if row["rtol"] == rtol), cost).items():
+            near = sorted(value for value in values if value <= FARTHEST)
+            shares = [(index + 1) / len(values) for index in range(len(near))]
+            axis.step([1, *near, FARTHEST], [0, *shares, max(shares, default=0)], where="post", **style(name))
+        axis.set(xscale="log", xlim=(1, FARTHEST), ylim=(0, 1.02), xlabel=f"{cost}, times the best")
+        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axis.minorticks_off()
+        axis.set_ylabel("share of problems")
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "solves",
+    "evaluations, success and time of every solver on every problem",
+    build,
+    grid=product(problem=problems.NAMES, rtol=TOLERANCES, max_evaluations=[problems.MAX_EVALUATIONS]),
+    quick=product(problem=problems.QUICK, rtol=TOLERANCES[:1], max_evaluations=[60]),
+    metrics={
+        "evaluations": COUNT,
+        "relative_residual": Metric(better=None),
+        "reached": Metric("higher"),
+        "seconds": SECONDS,
+        "error": Metric(better=None),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, _panels, columns=2, size=(4.8, 3.2)),
+    solve=profiled,
+)

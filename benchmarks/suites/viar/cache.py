@@ -6,78 +6,115 @@ are scaled up: exact, in seconds.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from rich.table import Table
+from matplotlib.axes import Axes
 
 import viar
 from viar.config import SIDES_256
 
-from ...report import Bar
-from .models import Case, implicit, random_tokenizer, random_transformer
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
+from .models import Shape, implicit, random_tokenizer, random_transformer
+from .rows import by_contender, grouped
 
 LIMIT = 0.37
 WIDTH = 8  # of the models that are run
-COUNTS = (2, 3, 5, 8, 10, 15, 20)
 KINDS = ("equilibrium", "iterate")
 
 
-def measure(
-    device: torch.device,
-    *,
-    depth: int = 30,
+def build(
+    run: Run,
+    depth: int,
+    iterations: int,
     num_explicit: tuple[int, int] = (5, 5),
-    sides: tuple[int, ...] = SIDES_256,
-    counts: tuple[int, ...] = COUNTS,
-) -> dict[str, Any]:
-    """Float32 bytes of one image under guidance: VAR's, and VIAR's by kind of cache and iterations.
+    sides: Sequence[int] = SIDES_256,
+) -> Iterator[Row]:
+    """Float32 bytes of one image under guidance, width 64 `depth`.
 
     Args:
-        device: where to run.
-        depth: D; the width that bytes are scaled to is 64 D.
+        run: where.
+        depth: D.
+        iterations: at every scale.
         num_explicit: blocks of VIAR before and after the implicit one.
         sides: of the scales.
-        counts: iterations at every scale.
     """
-    shape = {"depth": depth, "width": WIDTH, "num_heads": 1, "sides": sides}
-    shape |= {"codebook_size": 16, "code_channels": 4, "num_classes": 1}
-    config = viar.TransformerConfig(**shape)
-    tokenizer = random_tokenizer(Case.of(config, 1, 1, real_coder=False).tokenizer, device)
-    var = random_transformer(config, device)
-    implicit_config = viar.TransformerConfig(**shape, trunk=implicit(*num_explicit))
-    model = random_transformer(implicit_config, device)
+    models, tokenizer = _models(run.device, depth, num_explicit, tuple(sides))
 
-    def cached(transformer: viar.NextScaleTransformer, **settings: Any) -> int:
-        sample = viar.sample_tokens(transformer, tokenizer, [0], **settings)
+    def cached(model: viar.NextScaleTransformer, **settings: Any) -> int:
+        sample = viar.sample_tokens(model, tokenizer, [0], **settings)
         return sample.cache_bytes * 64 * depth // WIDTH
 
-    found = {kind: {n: cached(model, iterations=n, cache=kind) for n in counts} for kind in KINDS}
-    return {"var": cached(var), **found}
+    yield {"contender": "VAR", "cache_bytes": cached(models["VAR"])}
+    for kind in KINDS:
+        size = cached(models["VIAR"], iterations=iterations, cache=kind)
+        yield {"contender": kind, "cache_bytes": size}
 
 
-def bars(row: dict[str, Any]) -> list[Bar]:
+@cache
+def _models(
+    device: torch.device, depth: int, num_explicit: tuple[int, int], sides: tuple[int, ...]
+) -> tuple[dict[str, viar.NextScaleTransformer], viar.Tokenizer]:
+    shape = {"depth": depth, "width": WIDTH, "num_heads": 1, "sides": sides}
+    shape |= {"codebook_size": 16, "code_channels": 4, "num_classes": 1}
+    configs = {
+        "VAR": viar.TransformerConfig(**shape),
+        "VIAR": viar.TransformerConfig(**shape, trunk=implicit(*num_explicit)),
+    }
+    tokenizer = random_tokenizer(Shape.of(configs["VAR"], 1, 1, real_coder=False).tokenizer, device)
+    return {name: random_transformer(config, device) for name, config in configs.items()}, tokenizer
+
+
+def shares(rows: list[Row], kind: str) -> dict[int, float]:
+    """Of VAR's bytes, by iterations."""
+    found = {point[0]["iterations"]: by_contender(point) for point in grouped(rows, "iterations")}
+    return {n: row[kind]["cache_bytes"] / row["VAR"]["cache_bytes"] for n, row in found.items()}
+
+
+def bars(rows: list[Row]) -> list[Bar]:
     """The largest share of the equilibrium cache; the iterate cache's for information."""
-    shares = {n: size / row["var"] for n, size in row["equilibrium"].items()}
-    iterate = ", ".join(f"{n}: {size / row['var']:.2f}" for n, size in row["iterate"].items())
-    note = f"iterate cache by iterations: {iterate}"
-    name = f"cache VIAR / VAR, equilibrium, {min(shares)} to {max(shares)} iterations"
-    return [Bar(name, max(shares.values()), LIMIT, note)]
+    equilibrium = shares(rows, "equilibrium")
+    iterate = ", ".join(f"{n}: {share:.2f}" for n, share in shares(rows, "iterate").items())
+    name = f"cache VIAR / VAR, equilibrium, {min(equilibrium)} to {max(equilibrium)} iterations"
+    worst = max(equilibrium.values(), default=math.nan)
+    return [Bar(name, worst, LIMIT, f"iterate cache by iterations: {iterate}")]
 
 
-def table(row: dict[str, Any]) -> Table:
+def table(rows: list[Row]) -> Table:
     """One line a number of iterations."""
-    shown = Table(title=f"cache, MB an image, float32, guided (VAR: {row['var'] / 1e6:.1f})")
-    for column in ("iterations", *KINDS, *(f"{kind} / VAR" for kind in KINDS)):
-        shown.add_column(column, justify="right")
-    for n in row["equilibrium"]:
-        sizes = [row[kind][n] for kind in KINDS]
-        shares = [f"{size / row['var']:.3f}" for size in sizes]
-        shown.add_row(str(n), *(f"{size / 1e6:.1f}" for size in sizes), *shares)
-    return shown
+    head = ("iterations", "VAR", *KINDS, *(f"{kind} / VAR" for kind in KINDS))
+    lines = []
+    for point in grouped(rows, "depth", "iterations"):
+        sizes = {name: row["cache_bytes"] for name, row in by_contender(point).items()}
+        megabytes = [f"{size / 1e6:.1f}" for size in sizes.values()]
+        ratios = [f"{sizes[kind] / sizes['VAR']:.3f}" for kind in KINDS]
+        lines.append((str(point[0]["iterations"]), *megabytes, *ratios))
+    return Table(f"cache, MB an image, float32, guided, depth {rows[0]['depth']}", head, lines)
 
 
-def record(row: dict[str, Any]) -> dict[str, Any]:
-    """For JSON."""
-    by_kind = {kind: {str(n): size for n, size in row[kind].items()} for kind in KINDS}
-    return {"var": row["var"], **by_kind}
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    (axis,) = axes
+    for kind, color in zip(KINDS, (COLORS[0], COLORS[6]), strict=True):
+        found = shares(rows, kind)
+        axis.plot(list(found), list(found.values()), "o-", color=color, label=f"VIAR, {kind} cache")
+    axis.axhline(1, color=COLORS[1], linestyle="--", label="VAR")
+    axis.set(xlabel="iterations a scale", ylabel="cache / VAR's")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "cache",
+    "bytes of keys and values, VIAR's against VAR's, by iterations",
+    build,
+    grid=product(depth=[30], iterations=[2, 3, 5, 8, 10, 15, 20]),
+    quick=product(depth=[30], iterations=[2, 10], sides=[[1, 2, 3]]),
+    metrics={"cache_bytes": Metric()},
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("keys and values of an image",), size=(5.2, 3.6)),
+)

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import torch
-from rich.progress import track
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
 from viar.evaluate import balanced_labels, class_consistency
 
-from ...report import Bar
-from .models import DIGITS_SAMPLING, Trained
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
+from .models import DIGITS_SAMPLING, Trained, trained_digits
 
-COUNTS = tuple(range(1, 11))
 JUDGED_FROM = 3  # iterations
 LIMITS = {"differing": 0.05, "class": 0.01}
+KINDS = ("equilibrium", "iterate")
 
 
-def measure(
-    trained: Trained, per_class: int = 100, counts: tuple[int, ...] = COUNTS, batch: int = 250
-) -> dict[int, dict[str, float]]:
-    """By iterations: share of images whose 8-bit pixels differ, and the class consistency of both caches."""
+def build(run: Run, iterations: int, per_class: int, batch: int = 250) -> Iterator[Row]:
+    """Share of images whose 8-bit pixels differ, and the class consistency with each cache.
+
+    Args:
+        run: where.
+        iterations: at every scale.
+        per_class: images of each class.
+        batch: images at a time; has no influence.
+    """
+    trained = trained_digits(run)
     labels = balanced_labels(trained.data.num_classes, per_class).to(trained.device)
-    rows = {}
-    for n in track(counts, "digits"):
-        made = {kind: _images(trained, labels, n, kind, batch) for kind in ("equilibrium", "iterate")}
-        ours, theirs = (eight_bit(images).flatten(1) for images in made.values())
-        rows[n] = {
-            "images": len(labels),
-            "differing": float((ours != theirs).any(1).float().mean()),
-            **{kind: class_consistency(trained.classifier, images, labels) for kind, images in made.items()},
-        }
-    return rows
+    made = {kind: _images(trained, labels, iterations, kind, batch) for kind in KINDS}
+    ours, theirs = (eight_bit(images).flatten(1) for images in made.values())
+    yield {
+        "images": len(labels),
+        "differing": float((ours != theirs).any(1).float().mean()),
+        **{kind: class_consistency(trained.classifier, images, labels) for kind, images in made.items()},
+    }
 
 
 def _images(trained: Trained, labels: Tensor, iterations: int, kind: str, batch: int) -> Tensor:
@@ -59,22 +63,22 @@ def eight_bit(images: Tensor) -> Tensor:
     return images.mul(255).round().byte()
 
 
-def bars(rows: dict[int, dict[str, float]]) -> list[Bar]:
+def bars(rows: list[Row]) -> list[Bar]:
     """The worst number of iterations decides."""
-    judged = {n: row for n, row in rows.items() if n >= JUDGED_FROM}
+    judged = {row["iterations"]: row for row in rows if row["iterations"] >= JUDGED_FROM}
     differing = {n: row["differing"] for n, row in judged.items()}
     classes = {n: abs(row["equilibrium"] - row["iterate"]) for n, row in judged.items()}
-    where = f", worst of {min(judged)} to {max(judged)} iterations"
+    where = f", worst of {min(judged)} to {max(judged)} iterations" if judged else ""
     return [
         Bar(
             f"digits that differ between caches{where}",
-            max(differing.values()),
+            max(differing.values(), default=math.nan),
             LIMITS["differing"],
             _listed(differing),
         ),
         Bar(
             f"class consistency, difference between caches{where}",
-            max(classes.values()),
+            max(classes.values(), default=math.nan),
             LIMITS["class"],
             _listed(classes),
         ),
@@ -85,18 +89,45 @@ def _listed(values: dict[int, float]) -> str:
     return ", ".join(f"{n}: {value:.3g}" for n, value in values.items())
 
 
-def table(rows: dict[int, dict[str, float]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """One line a number of iterations."""
-    shown = Table(title="equilibrium cache / a set an iteration, trained digits")
-    for column in ("iterations", "identical", "class consistency", "with the iterate cache"):
-        shown.add_column(column, justify="right")
-    for n, row in rows.items():
-        shown.add_row(
-            str(n), f"{1 - row['differing']:.3f}", f"{row['equilibrium']:.3f}", f"{row['iterate']:.3f}"
+    lines = [
+        (
+            str(row["iterations"]),
+            f"{1 - row['differing']:.3f}",
+            f"{row['equilibrium']:.3f}",
+            f"{row['iterate']:.3f}",
         )
-    return shown
+        for row in rows
+    ]
+    head = ("iterations", "identical", "class consistency", "with the iterate cache")
+    return Table(f"equilibrium cache / a set an iteration, {rows[0]['images']} digits", head, lines)
 
 
-def record(rows: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """For JSON."""
-    return {str(n): row for n, row in rows.items()}
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    counts = [row["iterations"] for row in rows]
+    same, classes = axes
+    same.plot(counts, [1 - row["differing"] for row in rows], "o-", color=COLORS[0])
+    same.axhline(1 - LIMITS["differing"], color="grey", linewidth=0.8, linestyle=":")
+    for kind, color, style in zip(KINDS, (COLORS[0], COLORS[6]), ("o-", "s--"), strict=True):
+        classes.plot(counts, [row[kind] for row in rows], style, color=color, label=f"{kind} cache")
+    classes.legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.set(xlabel="iterations a scale", xticks=counts)
+
+
+CASE = Case(
+    "digits",
+    "one set of keys and values against one an iteration: same images of the trained digits?",
+    build,
+    grid=product(iterations=range(1, 11), per_class=[100]),
+    quick=product(iterations=[1, 3], per_class=[1]),
+    metrics={
+        "differing": Metric(),
+        "equilibrium": Metric("higher"),
+        "iterate": Metric("higher"),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("share of images that are the same", "class consistency")),
+)

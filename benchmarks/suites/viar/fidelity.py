@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
-from rich.table import Table
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
@@ -18,77 +19,70 @@ from viar.scales import scale_slices
 
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
-from ...report import Bar
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
 
 LIMIT = 2e-4
 LEAST_NORM = 5e-6  # of a gradient; smaller ones are rounding
 REFERENCE = Path(__file__).parents[3] / "tests" / "viar" / "golden_reference.py"
 
 
-def measure(device: torch.device) -> dict[str, dict[str, float]]:
-    """Tokens that differ, by case, and the largest deviation, by kind of number."""
-    golden = reference()
-    expected = {name: value.to(device) for name, value in golden.golden_tensors().items()}
-    tokenizer = golden.golden_tokenizer().to(device)
-    models = {name: golden.golden_transformer(name).to(device) for name in ("var", "viar")}
-    differing, images = _generated(golden, expected, tokenizer, models)
-    encoded = torch.cat(tokenizer.encode(golden.golden_images().to(device)), 1)
-    differing["encoding"] = _differing(encoded, expected["tokens"])
-    logits, gradients = _logits_and_gradients(golden, expected, models["var"], device)
-    return {
-        "tokens": differing,
-        "deviations": {
-            "images": max(images, _reconstructions(golden, expected, tokenizer)),
-            "logits": logits,
-            "gradients": gradients,
-        },
-    }
+def build(run: Run, numbers: str) -> Iterator[Row]:
+    """Tokens that differ, by case, and the largest deviation, by kind of number.
+
+    Args:
+        run: where.
+        numbers: "generation", "tokenizer" or "training".
+    """
+    # The bar is for float32; a GPU would round convolutions to TF32.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield from _NUMBERS[numbers](reference(), run.device)
 
 
-def _generated(
-    golden: ModuleType, expected: dict[str, Tensor], tokenizer: viar.Tokenizer, models: dict[str, Any]
-) -> tuple[dict[str, float], float]:
-    """Differing tokens of every generation, ours and the baseline's, and the worst pixel of ours."""
-    differing: dict[str, float] = {}
+def _generation(golden: ModuleType, device: torch.device) -> Iterator[Row]:
+    """Tokens of every generation, ours and the baseline's, and the worst pixel of ours."""
+    expected, tokenizer = _expected(golden, device), golden.golden_tokenizer().to(device)
     worst, cfg = 0.0, golden.golden_config()["cfg"]
-    labels = golden.golden_labels().to(expected["tokens"].device)
+    labels = golden.golden_labels().to(device)
     schedules = golden.golden_config()["gen_iterations"]
     cases = {"var.generate": None} | {f"viar.generate.{a}.{b}": (a, b) for a, b in schedules}
     for name, iterations in cases.items():
-        model = models[name.split(".")[0]]
+        model = golden.golden_transformer(name.split(".")[0]).to(device)
         kind = {} if iterations is None else {"cache": "iterate"}
         settings = {"iterations": iterations, "cfg": cfg, "top_k": 1, **kind}
         sample = viar.sample_tokens(model, tokenizer, labels, **settings)
         wanted = expected[f"{name}.tokens"]
-        differing[name] = _differing(torch.cat(sample.tokens, 1), wanted)
+        yield _tokens("viar", name, torch.cat(sample.tokens, 1), wanted)
         simple, _ = baseline_tokens(Baseline.of(model), tokenizer, labels, iterations, cfg, 1, 0.0, None)
-        differing[f"{name}, baseline"] = _differing(torch.cat(simple, 1), wanted)
-        pictures = decode_images(tokenizer, sample)
-        worst = max(worst, _deviation(pictures, expected[f"{name}.image"]))
-    return differing, worst
+        yield _tokens("baseline", name, torch.cat(simple, 1), wanted)
+        worst = max(worst, _deviation(decode_images(tokenizer, sample), expected[f"{name}.image"]))
+    yield {"contender": "viar", "what": "images", "deviation": worst}
 
 
-def _reconstructions(golden: ModuleType, expected: dict[str, Tensor], tokenizer: viar.Tokenizer) -> float:
-    """The worst of features, f_hat, teacher's input and decoded images."""
+def _tokenizer(golden: ModuleType, device: torch.device) -> Iterator[Row]:
+    """Tokens of images, and the worst of features, f_hat, teacher's input and decoded images."""
+    expected, tokenizer = _expected(golden, device), golden.golden_tokenizer().to(device)
+    images = golden.golden_images().to(device)
+    yield _tokens("viar", "encoding", torch.cat(tokenizer.encode(images), 1), expected["tokens"])
     tokens = [expected["tokens"][:, where] for where in scale_slices(tokenizer.config.sides)]
     with torch.no_grad():
-        features = tokenizer.features(golden.golden_images().to(expected["tokens"].device))
         found = {
-            "features": features,
+            "features": tokenizer.features(images),
             "f_hat": tokenizer.quantizer.decode_tokens(tokens),
             "teacher_input": tokenizer.next_scale_inputs(tokens),
             "reconstruction": tokenizer.decode(tokens),
             "reconstruction_scale0": tokenizer.decode(tokens[:1]),
         }
-    return max(_deviation(value, expected[name]) for name, value in found.items())
+    worst = max(_deviation(value, expected[name]) for name, value in found.items())
+    yield {"contender": "viar", "what": "images", "deviation": worst}
 
 
-def _logits_and_gradients(
-    golden: ModuleType, expected: dict[str, Tensor], var: viar.NextScaleTransformer, device: torch.device
-) -> tuple[float, float]:
+def _training(golden: ModuleType, device: torch.device) -> Iterator[Row]:
     """Worst logit, and worst norm of a parameter's gradient in units of itself."""
+    expected = _expected(golden, device)
     labels, inputs = golden.golden_labels().to(device), expected["teacher_input"]
     with torch.no_grad():
+        var = golden.golden_transformer("var").to(device)
         logit = _deviation(var(labels, inputs), expected["var.logits"])
     gradient = 0.0
     for rounds, norms in golden.golden_grad_norms().items():
@@ -102,38 +96,24 @@ def _logits_and_gradients(
         for name, norm in norms.items():
             found = model.get_parameter(ours[name]).grad.norm()
             gradient = max(gradient, abs(float(found) - norm) / max(norm, LEAST_NORM))
-    return logit, gradient
+    yield {"contender": "viar", "what": "logits", "deviation": logit}
+    yield {"contender": "viar", "what": "gradients", "deviation": gradient}
 
 
-def bars(row: dict[str, dict[str, float]]) -> list[Bar]:
-    """Tokens exactly, the rest within `LIMIT`."""
-    note = ", ".join(name for name, count in row["tokens"].items() if count)
-    found = [
-        Bar(f"golden tokens that differ, {len(row['tokens'])} cases", sum(row["tokens"].values()), 0, note)
-    ]
-    for name, value in row["deviations"].items():
-        found.append(Bar(f"golden {name}: largest deviation", value, LIMIT))
-    return found
+_NUMBERS = {"generation": _generation, "tokenizer": _tokenizer, "training": _training}
 
 
-def table(row: dict[str, dict[str, float]]) -> Table:
-    """One line a case."""
-    shown = Table(title="against the published programs")
-    shown.add_column("what")
-    shown.add_column("deviation", justify="right")
-    for name, count in row["tokens"].items():
-        shown.add_row(f"tokens, {name}", f"{count:.0f}")
-    for name, value in row["deviations"].items():
-        shown.add_row(name, f"{value:.1e}")
-    return shown
-
-
-def _differing(actual: Tensor, expected: Tensor) -> float:
-    return float((actual != expected).sum())
+def _tokens(contender: str, name: str, actual: Tensor, expected: Tensor) -> Row:
+    differing = int((actual != expected).sum())
+    return {"contender": contender, "what": f"tokens, {name}", "differing": differing}
 
 
 def _deviation(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max())
+
+
+def _expected(golden: ModuleType, device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in golden.golden_tensors().items()}
 
 
 def reference() -> ModuleType:
@@ -144,3 +124,58 @@ def reference() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def deviations(rows: list[Row]) -> dict[str, float]:
+    """The largest of every kind of number."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if "deviation" in row:
+            found[row["what"]] = max(row["deviation"], found.get(row["what"], 0.0))
+    return found
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """Tokens exactly, the rest within `LIMIT`."""
+    tokens = [row for row in rows if "differing" in row]
+    note = ", ".join(f"{row['contender']}: {row['what']}" for row in tokens if row["differing"])
+    differing = sum(row["differing"] for row in tokens) if tokens else math.nan
+    found = [Bar(f"golden tokens that differ, {len(tokens)} cases", differing, 0, note)]
+    for name, value in deviations(rows).items():
+        found.append(Bar(f"golden {name}: largest deviation", value, LIMIT))
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a case."""
+    lines = [
+        (
+            row["what"],
+            row["contender"],
+            str(row["differing"]) if "differing" in row else f"{row['deviation']:.1e}",
+        )
+        for row in rows
+    ]
+    return Table("against the published programs", ("what", "whose", "deviation"), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    (axis,) = axes
+    found = deviations(rows)
+    axis.barh(list(found), list(found.values()), color=COLORS[0])
+    axis.axvline(LIMIT, color=COLORS[1], linestyle="--", label="bar")
+    axis.set(xscale="log", xlabel="largest deviation")
+    axis.legend(frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "fidelity",
+    "tokens, logits, gradients and images against the numbers of the published programs",
+    build,
+    grid=product(numbers=_NUMBERS),
+    quick=product(numbers=_NUMBERS),
+    metrics={"differing": Metric(), "deviation": Metric(noisy=True)},
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("against the published programs",), size=(5.2, 2.6)),
+)

@@ -1,64 +1,60 @@
 """One seed, one series: `viar generate` in batches, processes and goes of all kinds, files compared.
 
-The commands are real ones in processes of their own. What is compared is the bytes of the PNGs.
+The commands are real ones in processes of their own. What is compared is the bytes of the PNGs, with those
+of a series that was made before in batches of 64.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from ...report import Bar
+from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, none_of, product
+from .models import digits_folder
 
 SEED = 3
+TIMEOUT = 900  # seconds a command may take
 POLL = 0.02  # seconds between looks for the first files of a run to be killed
 
 
-def measure(
-    models: Path, num: int = 200, batches: tuple[int, ...] = (64, 7, 1), timeout: float = 900
-) -> dict[str, dict[str, Any]]:
-    """By way of making a series: images missing, images that differ from the first way's, seconds.
+def build(run: Run, way: str, images: int) -> Iterator[Row]:
+    """Images missing, images that differ from those of the first way, seconds.
 
     Args:
-        models: folder of the demo.
-        num: images of the series.
-        batches: sizes; the first is the reference, the last but one serves the other ways.
-        timeout: seconds a command may take.
+        run: decides whose models.
+        way: of making the series, a name of `WAYS`.
+        images: of the series.
     """
-    middle = batches[-2]
-    ways: dict[str, Callable[[Path], dict[str, Any]]] = {
-        f"batches of {size}": partial(make_series, models, num, size, 1, timeout) for size in batches
-    }
-    ways["two processes"] = partial(make_series, models, num, middle, 2, timeout)
-    ways["killed and started again"] = partial(_interrupted, models, num, middle, timeout)
-    rows: dict[str, dict[str, Any]] = {}
-    reference: dict[str, bytes] | None = None
+    models = digits_folder(run)
+    reference = _reference(models, images)
     with tempfile.TemporaryDirectory() as scratch:
-        for index, (name, make) in enumerate(ways.items()):
-            folder = Path(scratch) / str(index)
-            start = time.perf_counter()
-            found = make(folder)
-            seconds = time.perf_counter() - start
-            images = pictures(folder)
-            reference = images if reference is None else reference
-            rows[name] = {
-                "images": len(images),
-                "missing": num - len(images),
-                "differing": differing(images, reference),
-                "seconds": seconds,
-                **found,
-            }
-    return rows
+        folder = Path(scratch) / "series"
+        start = time.perf_counter()
+        found = WAYS[way](models, images, folder)
+        seconds = time.perf_counter() - start
+        made = pictures(folder)
+    yield {
+        "missing": images - len(made),
+        "differing": differing(made, reference),
+        "seconds": [seconds],
+        **found,
+    }
+
+
+@cache
+def _reference(models: Path, images: int) -> dict[str, bytes]:
+    """The series made at leisure, once a process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        make_series(models, images, 64, 1, Path(scratch) / "series")
+        return pictures(Path(scratch) / "series")
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -81,9 +77,7 @@ def series_command(models: Path, num: int, batch: int, out: Path) -> list[str]:
     ]
 
 
-def make_series(
-    models: Path, num: int, batch: int, processes: int, timeout: float, out: Path
-) -> dict[str, Any]:
+def make_series(models: Path, num: int, batch: int, processes: int, out: Path) -> dict[str, int]:
     """Run the command to its end, in so many processes together; nothing to report.
 
     Raises:
@@ -95,7 +89,7 @@ def make_series(
         for env in _environments(processes)
     ]
     try:
-        errors = [process.communicate(timeout=timeout)[1] for process in started]
+        errors = [process.communicate(timeout=TIMEOUT)[1] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -117,44 +111,71 @@ def _environments(processes: int) -> list[dict[str, str]]:
     return [{**os.environ, **shared, **rank} for rank in ranks]
 
 
-def _interrupted(models: Path, num: int, batch: int, timeout: float, out: Path) -> dict[str, Any]:
+def _interrupted(models: Path, num: int, batch: int, out: Path) -> dict[str, int]:
     """Killed, without a chance to tidy up, once it has written a quarter."""
     with subprocess.Popen(
         series_command(models, num, batch, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + TIMEOUT
         while len(list(out.glob("*.png"))) < num // 4 and process.poll() is None:
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL)
         process.kill()
     left = len(list(out.glob("*.png")))
-    make_series(models, num, batch, 1, timeout, out)
+    make_series(models, num, batch, 1, out)
     return {"left_when_killed": left}
 
 
-def bars(rows: dict[str, dict[str, Any]]) -> list[Bar]:
+# (models, images, folder) -> what there is to report besides
+WAYS: dict[str, Callable[[Path, int, Path], dict[str, int]]] = {
+    "batches of 64, again": lambda models, num, out: make_series(models, num, 64, 1, out),
+    "batches of 7": lambda models, num, out: make_series(models, num, 7, 1, out),
+    "batches of 1": lambda models, num, out: make_series(models, num, 1, 1, out),
+    "two processes": lambda models, num, out: make_series(models, num, 7, 2, out),
+    "killed and started again": lambda models, num, out: _interrupted(models, num, 7, out),
+}
+
+
+def bars(rows: list[Row]) -> list[Bar]:
     """Nothing may differ, and the kill must have hit."""
-    wrong = {name: max(row["differing"], row["missing"]) for name, row in rows.items()}
+    wrong = {row["way"]: max(row["differing"], row["missing"]) for row in rows}
     note = ", ".join(f"{name}: {count}" for name, count in wrong.items() if count)
-    hit = [
-        name
-        for name, row in rows.items()
+    missed = [
+        row["way"]
+        for row in rows
         if "left_when_killed" in row and not 0 < row["left_when_killed"] < row["images"]
     ]
-    images = max(row["images"] for row in rows.values())
+    images = max(row["images"] for row in rows)
     return [
         Bar(f"files of {images} images that differ, worst of {len(rows)} ways", max(wrong.values()), 0, note),
-        Bar("runs killed too early or too late to tell", len(hit), 0, ", ".join(hit)),
+        none_of("runs killed too early or too late to tell", missed),
     ]
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """One line a way."""
-    shown = Table(title=f"one series, {len(rows)} ways")
-    for column in ("way", "images", "missing", "differing", "left when killed", "seconds"):
-        shown.add_column(column, justify="left" if column == "way" else "right")
-    for name, row in rows.items():
-        numbers = (str(row.get(key, "")) for key in ("images", "missing", "differing", "left_when_killed"))
-        shown.add_row(name, *numbers, f"{row['seconds']:.1f}")
-    return shown
+    head = ("way", "images", "missing", "differing", "left when killed", "seconds")
+    names = ("images", "missing", "differing", "left_when_killed")
+    lines = [
+        (row["way"], *(str(row.get(name, "")) for name in names), f"{statistics.median(row['seconds']):.1f}")
+        for row in rows
+    ]
+    return Table("one series, made in several ways", head, lines)
+
+
+CASE = Case(
+    "identity",
+    "one seed in batches, processes and goes of all kinds: same files?",
+    build,
+    grid=product(way=WAYS, images=[200]),
+    quick=product(way=["two processes", "killed and started again"], images=[40]),
+    metrics={
+        "missing": Metric(),
+        "differing": Metric(),
+        "seconds": SECONDS,
+        "left_when_killed": Metric(None),
+    },
+    table=table,
+    bars=bars,
+)

@@ -2,61 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import torch
-from rich.table import Table
+from matplotlib.axes import Axes
 
 import viar
 from viar.evaluate import class_consistency
 
-from ...report import Bar
-from .models import DIGITS_SAMPLING, Trained
+from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
+from .models import DIGITS_SAMPLING, trained_digits
+from .rows import by_contender, grouped
 
 LIMIT = 0.10
+JUDGED_AT = 5  # iterations, the default of the trained model
+EDITED, REAL, GREY = "centre made anew", "as they are", "centre left grey"
 
 
-def measure(trained: Trained, most: int | None = None) -> dict[str, Any]:
+def build(run: Run, iterations: int, images: int) -> Iterator[Row]:
     """Shares of held-out digits in which the classifier sees the true class, as they are and edited.
 
     Args:
-        trained: the models; VIAR edits.
-        most: digits; default all that are held out.
+        run: where.
+        iterations: of VIAR, which edits.
+        images: at most so many; 185 are held out.
     """
+    trained = trained_digits(run)
     held_out = trained.data.validation
-    images, labels = held_out.__getitems__(range(min(most or len(held_out), len(held_out))))
-    images, labels = ((images + 1) / 2).to(trained.device), labels.to(trained.device)
-    side = images.shape[-1]
+    real, labels = held_out.__getitems__(range(min(images, len(held_out))))
+    real, labels = ((real + 1) / 2).to(trained.device), labels.to(trained.device)
+    side = real.shape[-1]
     mask = torch.ones(side, side, device=trained.device)
     mask[side // 4 : side - side // 4, side // 4 : side - side // 4] = 0
-    edited = viar.edit(trained.viar, trained.tokenizer, images, mask, labels, **DIGITS_SAMPLING)
+    settings = {"iterations": iterations, **DIGITS_SAMPLING}
+    edited = viar.edit(trained.viar, trained.tokenizer, real, mask, labels, **settings)
     kept = mask.bool()
-    grey = images.where(kept, 0.5)
-    return {
-        "images": len(labels),
-        "hidden": float((mask == 0).float().mean()),
-        "class": {
-            "real": class_consistency(trained.classifier, images, labels),
-            "edited": class_consistency(trained.classifier, edited, labels),
-            "hidden": class_consistency(trained.classifier, grey, labels),
-        },
-        "kept_region_mean_error": float((edited - images)[..., kept].abs().mean()),
-    }
+    found = {REAL: real, EDITED: edited, GREY: real.where(kept, 0.5)}
+    for name, shown in found.items():
+        yield {
+            "contender": name,
+            "class_consistency": class_consistency(trained.classifier, shown, labels),
+            "kept_region_mean_error": float((shown - real)[..., kept].abs().mean()),
+        }
 
 
-def bars(row: dict[str, Any]) -> list[Bar]:
+def bars(rows: list[Row]) -> list[Bar]:
     """The share that loses its class."""
-    found = row["class"]
-    note = f"real digits {1 - found['real']:.3f}, centre left grey {1 - found['hidden']:.3f}"
-    return [Bar("in-painted digits not of their class", 1 - found["edited"], LIMIT, note)]
+    found = by_contender([row for row in rows if row["iterations"] == JUDGED_AT])
+    lost = {name: 1 - row["class_consistency"] for name, row in found.items()}
+    note = f"real digits {lost[REAL]:.3f}, {GREY} {lost[GREY]:.3f}" if lost else ""
+    return [Bar("in-painted digits not of their class", lost.get(EDITED, math.nan), LIMIT, note)]
 
 
-def table(row: dict[str, Any]) -> Table:
-    """Three shares and an error."""
-    shown = Table(title=f"{row['images']} held-out digits, {row['hidden']:.0%} hidden")
-    shown.add_column("what")
-    shown.add_column("", justify="right")
-    for name, share in row["class"].items():
-        shown.add_row(f"class found, {name}", f"{share:.3f}")
-    shown.add_row("mean error where kept, of 1", f"{row['kept_region_mean_error']:.4f}")
-    return shown
+def table(rows: list[Row]) -> Table:
+    """One line a number of iterations."""
+    lines = []
+    for point in grouped(rows, "iterations"):
+        found = by_contender(point)
+        shares = [f"{found[name]['class_consistency']:.3f}" for name in (EDITED, REAL, GREY)]
+        error = f"{found[EDITED]['kept_region_mean_error']:.4f}"
+        lines.append((str(point[0]["iterations"]), *shares, error))
+    head = ("iterations", EDITED, REAL, GREY, "mean error where kept, of 1")
+    return Table("share of held-out digits seen as their class, a quarter hidden", head, lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    (axis,) = axes
+    for name, color, style in zip((EDITED, REAL, GREY), COLORS, ("o-", "--", ":"), strict=False):
+        found = [row for row in rows if row["contender"] == name]
+        shares = [row["class_consistency"] for row in found]
+        axis.plot([row["iterations"] for row in found], shares, style, color=color, label=name)
+    axis.axhline(1 - LIMIT, color="grey", linewidth=0.8)
+    axis.set(xlabel="iterations a scale", ylabel="seen as their class")
+    axis.legend(frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "inpainting",
+    "class of held-out digits whose centre was hidden and made anew",
+    build,
+    grid=product(iterations=[1, 2, 3, JUDGED_AT, 8], images=[185]),
+    quick=product(iterations=[1, JUDGED_AT], images=[20]),
+    metrics={
+        "class_consistency": Metric("higher"),
+        "kept_region_mean_error": Metric(noisy=True),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("held-out digits, a quarter hidden",), size=(5.2, 3.6)),
+)

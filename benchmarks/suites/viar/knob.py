@@ -1,76 +1,255 @@
-"""The knob on the trained digits: iterations against images a second, cache and evaluations."""
+"""The knob on the trained digits: iterations, caches, types and batches, against speed, memory and quality.
+
+Quality is the share of images whose class a classifier of real digits finds, and the Fréchet distance
+between Gaussians fitted to that classifier's logits of generated and of real digits: a toy of the FID.
+"""
 
 from __future__ import annotations
 
+import copy
 import statistics
+from collections.abc import Callable, Iterator
+from functools import cache as cached
 from functools import partial
-from typing import Any
 
-from rich.table import Table
+import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
+from viar.data import all_batches
 from viar.evaluate import balanced_labels, class_consistency
 from viar.iterations import Iterations
 from viar.sampling import decode_images
 
-from ...timing import interleaved
-from .models import DIGITS_SAMPLING, Trained
+from ...case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
+from ...show import COLORS
+from ...timing import interleaved, ratio
+from .models import DIGITS_SAMPLING, DTYPES, Trained, trained_digits
+from .rows import by_contender, grouped, written
 
-SETTINGS: dict[str, Iterations | None] = {
-    **{str(n): n for n in (1, 2, 3, 5, 8, 10)},
-    "10 to 2": (10, 2),
-    **{f"Adaptive {rtol:g}": viar.Adaptive(rtol=rtol) for rtol in (1e-1, 3e-2, 1e-2, 1e-3)},
-    "VAR": None,
-}
-FEW = {name: SETTINGS[name] for name in ("1", "5", "Adaptive 0.1", "VAR")}
+ADAPTIVE = {f"Adaptive {rtol:g}": viar.Adaptive(rtol=rtol) for rtol in (1e-1, 3e-2, 1e-2, 1e-3)}
+POINT = ("iterations", "cache", "dtype", "batch")
+AT_ONCE = 250  # images that are made at a time to be judged; has no influence
 
 
-def measure(
-    trained: Trained,
-    rounds: int,
-    per_class: int = 100,
-    settings: dict[str, Iterations | None] = SETTINGS,
-) -> dict[str, dict[str, Any]]:
-    """By setting: images a second, cache bytes an image, evaluations of the implicit block, class."""
-    labels = balanced_labels(trained.data.num_classes, per_class).to(trained.device)
-    samples = {name: partial(_sample, trained, labels, chosen) for name, chosen in settings.items()}
-    times = interleaved(samples, rounds)
-    rows = {}
-    for name, sample in samples.items():
-        evaluations: list[int] = []
-        hook = trained.viar.trunk.layer.cell.block.register_forward_hook(
-            lambda *_, seen=evaluations: seen.append(1)
-        )
-        found = sample()
+def build(
+    run: Run, iterations: int | str | list[int], cache: str, dtype: str, batch: int, per_class: int
+) -> Iterator[Row]:
+    """VIAR so set, and VAR in the same type and batch.
+
+    Args:
+        run: where.
+        iterations: a count, those of the first scale and the last, or a name of `ADAPTIVE`.
+        cache: of VIAR, "equilibrium" or "iterate".
+        dtype: of the trunk's weights and the decoder's.
+        batch: images that are timed.
+        per_class: images of each class that are judged.
+    """
+    real = real_logits(trained_digits(run))
+    trained = _prepared(trained_digits(run), dtype)
+    samplers: dict[str, Callable[[Tensor, int], viar.Sample]] = {
+        "VIAR": partial(_sample, trained, trained.viar, _schedule(iterations), cache),
+        "VAR": partial(_sample, trained, trained.var, None, "equilibrium"),
+    }
+    num_classes = trained.data.num_classes
+    few = (torch.arange(batch) % num_classes).to(trained.device)
+    times = interleaved({name: partial(sample, few, 0) for name, sample in samplers.items()}, run.rounds)
+    labels = balanced_labels(num_classes, per_class).to(trained.device)
+    for name, sample in samplers.items():
+        evaluated = 0
+
+        def count(block: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal evaluated
+            evaluated += len(output)
+
+        hook = trained.viar.trunk.layer.cell.block.register_forward_hook(count)
+        starts = range(0, len(labels), AT_ONCE)
+        samples = [sample(labels[start : start + AT_ONCE], start) for start in starts]
         hook.remove()
-        images = decode_images(trained.tokenizer, found)
-        rows[name] = {
-            "images_per_second": len(labels) / statistics.median(times[name]),
-            "cache_bytes": found.cache_bytes / len(labels),
-            "evaluations": len(evaluations),
-            "class_consistency": class_consistency(trained.classifier, images, labels),
+        images = torch.cat([decode_images(trained.tokenizer, found) for found in samples])
+        with torch.no_grad():
+            logits = trained.classifier(images * 2 - 1)
+        yield {
+            "contender": name,
             "seconds": times[name],
+            "cache_bytes": sum(found.cache_bytes for found in samples) / len(labels),
+            "evaluations": evaluated / (2 * len(labels)),  # guided: a row with its class, one without
+            "class_consistency": class_consistency(trained.classifier, images, labels),
+            "frechet": frechet(logits, real),
         }
-    return rows
 
 
-def _sample(trained: Trained, labels: Tensor, iterations: Iterations | None) -> viar.Sample:
-    model = trained.var if iterations is None else trained.viar
-    return viar.sample_tokens(model, trained.tokenizer, labels, iterations=iterations, **DIGITS_SAMPLING)
+def _prepared(trained: Trained, dtype: str) -> Trained:
+    if dtype == "float32":
+        return trained
+    changed = copy.deepcopy(trained)
+    for model in (changed.viar, changed.var):
+        viar.prepare_inference(model, changed.tokenizer, dtype=DTYPES[dtype])
+    return changed
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
-    """One line a setting."""
-    shown = Table(title="the knob, trained digits")
-    for column in ("iterations", "images/s", "cache, kB an image", "evaluations", "class consistency"):
-        shown.add_column(column, justify="left" if column == "iterations" else "right")
-    for name, row in rows.items():
-        shown.add_row(
-            name,
-            f"{row['images_per_second']:,.0f}",
-            f"{row['cache_bytes'] / 1e3:.1f}",
-            str(row["evaluations"]),
-            f"{row['class_consistency']:.3f}",
-        )
-    return shown
+def _schedule(iterations: int | str | list[int]) -> Iterations:
+    if isinstance(iterations, str):
+        return ADAPTIVE[iterations]
+    if isinstance(iterations, list):
+        first, last = iterations
+        return first, last
+    return iterations
+
+
+def _sample(
+    trained: Trained,
+    model: viar.NextScaleTransformer,
+    iterations: Iterations | None,
+    cache: str,
+    labels: Tensor,
+    first_index: int,
+) -> viar.Sample:
+    settings = {"iterations": iterations, "cache": cache, "first_index": first_index}
+    return viar.sample_tokens(model, trained.tokenizer, labels, **settings, **DIGITS_SAMPLING)
+
+
+@cached
+@torch.no_grad()
+def real_logits(trained: Trained) -> Tensor:
+    """The classifier's, of all real digits."""
+    found = [
+        trained.classifier(images.to(trained.device))
+        for part in (trained.data.train, trained.data.validation)
+        for images, _ in all_batches(part, 512)
+    ]
+    return torch.cat(found)
+
+
+def frechet(
+    a: Tensor,  # (N, D)
+    b: Tensor,  # (M, D)
+) -> float:
+    """Squared Fréchet distance of the Gaussians with the means and covariances of two samples.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Dowson and Landau 1982.
+    """
+    a, b = a.double().cpu(), b.double().cpu()
+    covariances = [torch.cov(sample.T, correction=0) for sample in (a, b)]
+    # The product of two positive semi-definite matrices has real eigenvalues of at least 0, up to rounding.
+    shared = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
+    apart = (a.mean(0) - b.mean(0)).square().sum()
+    return float(apart + covariances[0].trace() + covariances[1].trace() - 2 * shared)
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a setting; VAR's class consistency and distance are in its own lines, once a type."""
+    lines, seen = [], set()
+    for point in grouped(rows, *POINT):
+        found = by_contender(point)
+        if (key := (found["VAR"]["dtype"], found["VAR"]["batch"])) not in seen:
+            seen.add(key)
+            lines.append(_line("VAR", found["VAR"], ""))
+        setting = written(found["VIAR"]["iterations"])
+        faster = ratio(found["VAR"]["seconds"], found["VIAR"]["seconds"])
+        lines.append(_line(setting, found["VIAR"], f"{faster:.2f}"))
+    head = ("iterations", "cache", "type", "batch", "images/s", "x VAR", "cache, kB an image", "evaluations")
+    return Table("the knob, digits", (*head, "class consistency", "Fréchet distance"), lines)
+
+
+def _line(name: str, row: Row, faster: str) -> tuple[str, ...]:
+    return (
+        name,
+        row["cache"] if row["contender"] == "VIAR" else "",
+        row["dtype"],
+        str(row["batch"]),
+        f"{_rate(row):,.0f}",
+        faster,
+        f"{row['cache_bytes'] / 1e3:.1f}",
+        f"{row['evaluations']:.1f}",
+        f"{row['class_consistency']:.3f}",
+        f"{row['frechet']:.3f}",
+    )
+
+
+def _rate(row: Row) -> float:
+    """Images a second."""
+    return row["batch"] / statistics.median(row["seconds"])
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    batch = statistics.mode(row["batch"] for row in rows)
+    usual = [row for row in rows if _is_usual(row, "cache", "dtype") and row["batch"] == batch]
+    solved = [row for row in usual if row["contender"] == "VIAR"]
+    var = [row for row in usual if row["contender"] == "VAR"]
+    groups = {
+        "a count": [row for row in solved if isinstance(row["iterations"], int)],
+        "first to last": [row for row in solved if isinstance(row["iterations"], list)],
+        "Adaptive": [row for row in solved if isinstance(row["iterations"], str)],
+    }
+    figures: list[Callable[[Row], float]] = [
+        _rate,
+        lambda row: row["class_consistency"],
+        lambda row: row["frechet"],
+    ]
+    for axis, figure in zip(axes, figures, strict=False):
+        for (name, found), color in zip(groups.items(), (COLORS[0], COLORS[3], COLORS[2]), strict=True):
+            points = sorted((row["evaluations"], figure(row)) for row in found)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=color, label=f"VIAR, {name}")
+        if var:
+            level = statistics.median(map(figure, var))
+            axis.axhline(level, color=COLORS[1], linestyle="--", label="VAR")
+        axis.set(xlabel="evaluations of the implicit block, all scales")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(frameon=False, fontsize=8)
+    for name, color in (("VIAR", COLORS[0]), ("VAR", COLORS[1])):
+        chosen = [row for row in rows if _is_usual(row, "iterations", "cache", "dtype")]
+        points = sorted((row["batch"], _rate(row)) for row in chosen if row["contender"] == name)
+        if points:
+            axes[3].plot(*zip(*points, strict=True), "o-", color=color, label=name)
+    axes[3].set(xscale="log", yscale="log", xlabel="batch")
+    axes[3].legend(frameon=False, fontsize=8)
+
+
+_USUAL: Settings = {"iterations": 5, "cache": "equilibrium", "dtype": "float32", "batch": 250}
+
+
+def _is_usual(row: Row, *names: str) -> bool:
+    return all(row[name] == _USUAL[name] for name in names)
+
+
+_COUNTS: list[int | list[int]] = [1, 2, 3, 5, 8, 10, [10, 2]]
+
+
+def _grid(few: bool) -> list[Settings]:
+    """Everything about the usual setting, one thing at a time."""
+    per_class = {"per_class": 1 if few else 100}
+    counts = [1, 5, [3, 1]] if few else _COUNTS
+    names = ["Adaptive 0.1"] if few else list(ADAPTIVE)
+    varied = [
+        *product(iterations=[*counts, *names]),
+        *product(cache=["iterate"], iterations=counts),
+        *product(dtype=["bfloat16"], iterations=[5] if few else [1, 5]),
+        *product(batch=[1] if few else [1, 10, 50, 1000]),
+    ]
+    usual = {**_USUAL, "batch": 20} if few else _USUAL
+    return [{**usual, **changes, **per_class} for changes in varied]
+
+
+CASE = Case(
+    "knob",
+    "iterations against images a second, cache, evaluations and quality, trained digits",
+    build,
+    grid=_grid(False),
+    quick=_grid(True),
+    metrics={
+        "seconds": SECONDS,
+        "cache_bytes": Metric(),
+        "evaluations": Metric(),
+        "class_consistency": Metric("higher"),
+        "frechet": Metric(noisy=True),
+    },
+    table=table,
+    picture=Picture(
+        _paint,
+        lambda rows: ("images/s", "class consistency", "Fréchet distance", "images/s, 5 iterations"),
+        size=(4.4, 3.4),
+    ),
+)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,8 +17,22 @@ from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer, Tokenizer
 from viar.data import ImageData, load_data
 from viar.demo import DemoConfig, run_demo
 from viar.evaluate import Classifier
+from viar.presets import TOKENIZERS, TRANSFORMERS
 
+from ...case import Run
+
+DEMO = Path("runs/demo")
 DIGITS_SAMPLING = {"cfg": 1.5, "top_k": None, "top_p": 0.96}  # of the demo
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A shape that takes next to no time.
+QUICK = {
+    "width": 32,
+    "num_heads": 2,
+    "sides": (1, 2, 3),
+    "codebook_size": 64,
+    "code_channels": 8,
+    "num_classes": 10,
+}
 
 
 @torch.no_grad()
@@ -53,14 +71,8 @@ def num_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Trained:
-    """Models trained on digits, and who judges their images.
+    """Models of digits, and who judges their images."""
 
-    Attributes:
-        folder: holds tokenizer, viar, var and classifier, as the demo leaves them.
-        device: where they are.
-    """
-
-    folder: Path
     tokenizer: Tokenizer
     viar: NextScaleTransformer
     var: NextScaleTransformer
@@ -68,26 +80,54 @@ class Trained:
     data: ImageData
     device: torch.device
 
-    @classmethod
-    def load(cls, folder: Path, device: torch.device, console: Console) -> Trained:
-        """From a folder of the demo, which runs if there is none."""
-        if not (folder / "classifier" / "classifier.safetensors").exists() or not all(
-            (folder / name / "model.safetensors").exists() for name in ("tokenizer", "viar", "var")
-        ):
-            console.print(f"{folder} holds no trained models: the demo trains them")
-            run_demo(DemoConfig(out=folder), console)
-        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer").to(device).eval()
-        viar, var = (
-            NextScaleTransformer.from_pretrained(folder / name).to(device).eval() for name in ("viar", "var")
-        )
-        data = load_data("digits", tokenizer.config.image_side)
-        classifier = Classifier(data.num_classes, tokenizer.config.image_side)
-        classifier.load(folder / "classifier" / "classifier.safetensors").to(device).eval()
-        return cls(folder, tokenizer, viar, var, classifier, data, device)
+
+def digits_folder(run: Run) -> Path:
+    """Holds tokenizer, viar, var and classifier as the demo leaves them: its own, or untrained stand-ins."""
+    if run.quick:
+        return _stand_ins()
+    if not (DEMO / "classifier" / "classifier.safetensors").exists() or not all(
+        (DEMO / name / "model.safetensors").exists() for name in ("tokenizer", "viar", "var")
+    ):
+        print(f"{DEMO} holds no trained models: the demo trains them, which takes minutes")
+        run_demo(DemoConfig(out=DEMO), Console(quiet=True))
+    return DEMO
+
+
+@cache
+def _stand_ins() -> Path:
+    """In a folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="viar_untrained_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    cpu, codec = torch.device("cpu"), TOKENIZERS["digits"].model
+    random_tokenizer(codec, cpu).save_pretrained(folder / "tokenizer")
+    for name in ("viar", "var"):
+        random_transformer(TRANSFORMERS[f"digits-{name}"].model, cpu).save_pretrained(folder / name)
+    (folder / "classifier").mkdir()
+    torch.manual_seed(0)
+    classifier = Classifier(TRANSFORMERS["digits-viar"].model.num_classes, codec.image_side)
+    classifier.save(folder / "classifier" / "classifier.safetensors")
+    return folder
+
+
+def trained_digits(run: Run) -> Trained:
+    """The models of `digits_folder`, on the device of the run; the same ones for every point."""
+    return _loaded(digits_folder(run), run.device)
+
+
+@cache
+def _loaded(folder: Path, device: torch.device) -> Trained:
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer").to(device).eval()
+    viar, var = (
+        NextScaleTransformer.from_pretrained(folder / name).to(device).eval() for name in ("viar", "var")
+    )
+    data = load_data("digits", tokenizer.config.image_side)
+    classifier = Classifier(data.num_classes, tokenizer.config.image_side)
+    classifier.load(folder / "classifier" / "classifier.safetensors").to(device).eval()
+    return Trained(tokenizer, viar, var, classifier, data, device)
 
 
 @dataclass(frozen=True)
-class Case:
+class Shape:
     """A VIAR and its tokenizer of some shape, and how they are sampled."""
 
     transformer: TransformerConfig
@@ -106,7 +146,7 @@ class Case:
         iterations: int | tuple[int, int],
         *,
         real_coder: bool,
-    ) -> Case:
+    ) -> Shape:
         """With the published tokenizer; unless `real_coder`, with a coder that is small and quickly made."""
         small = {} if real_coder else {"base_channels": 32, "multipliers": (1,)}
         tokenizer = TokenizerConfig(

@@ -1,4 +1,4 @@
-"""Gradients on random problems against dense linear algebra in float64.
+"""Random problems whose gradients are known from dense linear algebra in float64.
 
 Problems are made backwards: the fixed point is drawn first, and a scale gives the Jacobian there the norm,
 or the spectral radius, that is asked for. The reference knows J as a matrix and shares no code with deqlib.
@@ -8,54 +8,17 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
-from deqlib import (
-    GMRES,
-    JFB,
-    Anderson,
-    Auto,
-    Backward,
-    Broyden,
-    ImplicitDifferentiation,
-    NewtonKrylov,
-    PhantomGradient,
-    Picard,
-    Solver,
-    Stopping,
-    fixed_point,
-)
+from deqlib import JFB, Backward, PhantomGradient, Picard, Stopping, fixed_point
 
-from ...report import Bar
-
-EXACT_LIMIT, SERIES_LIMIT = 1e-6, 1e-10
-FACTORS = (0.5, 0.8, 0.9, 0.95)  # spectral radii of the table of cosines
-COSINE_CASES = 40  # problems at each of them
 FORWARD = Stopping(rtol=1e-13, max_steps=5000, patience=None)
-ADJOINT = Stopping(rtol=1e-8, max_steps=1000)
-
-SOLVERS: dict[str, Solver] = {
-    "Auto": Auto(),
-    "Picard": Picard(),
-    "Picard, damped": Picard(damping=0.7),
-    "Anderson": Anderson(),
-    "Anderson, type I": Anderson(kind="I"),
-    "Broyden": Broyden(),
-    "NewtonKrylov": NewtonKrylov(),
-    "GMRES": GMRES(),
-}
-EXACT: dict[str, Backward] = {
-    f"ImplicitDifferentiation, {name}": ImplicitDifferentiation(solver=solver, stopping=ADJOINT)
-    for name, solver in SOLVERS.items()
-}
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -71,7 +34,7 @@ class Series:
 
     def adjoint(self, transposed: Tensor, g: Tensor) -> Tensor:
         """u (N,) of J^T (N, N) and g (N,)."""
-        step = self.damping * transposed + (1 - self.damping) * torch.eye(len(g), dtype=g.dtype)
+        step = self.damping * transposed + (1 - self.damping) * _identity(g)
         terms = [g]
         for _ in range(self.steps - 1):
             terms.append(step @ terms[-1])
@@ -88,7 +51,6 @@ def _phantoms() -> dict[str, Series]:
 
 
 CHEAP: dict[str, Series] = {"JFB": Series(JFB(), 1, 1.0), **_phantoms()}
-COSINES = ("JFB", *(name for name in CHEAP if "neumann" in name))  # both forms give the same direction
 
 
 def _linear(z: Tensor, w: Tensor) -> Tensor:
@@ -119,7 +81,7 @@ KINDS: dict[str, tuple[Callable[..., Tensor], Callable[[int], list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class Case:
+class Draw:
     """f(z) = x + scale * update(z, *weights) with a known fixed point, all float64, all from one seed."""
 
     name: str
@@ -147,10 +109,10 @@ class Case:
         return torch.cat([z["head"], *z["tail"]], -1) if self.is_tree else z
 
 
-def draw(seed: int, radius: float | None = None) -> Case:
-    """The case of this seed: with a Jacobian of random norm below 0.9, or of the given spectral radius.
+def draw(seed: int, radius: float | None = None, device: torch.device = CPU) -> Draw:
+    """The problem of this seed: with a Jacobian of random norm below 0.9, or of the given spectral radius.
 
-    The radius is the factor by which Picard shrinks a residual in the long run.
+    The radius is the factor by which Picard shrinks a residual in the long run. All devices get the same.
     """
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
@@ -170,15 +132,16 @@ def draw(seed: int, radius: float | None = None) -> Case:
     else:
         scale = radius / float(torch.linalg.eigvals(jacobian).abs().max())
     x = solution - scale * update(solution, *weights)
-    return Case(
+    # From elsewhere an iteration of a given radius, but of any norm, need not arrive.
+    start = solution + 1e-2 * normal(*solution.shape) if radius is None else solution
+    return Draw(
         name=f"{kind}{', pytree' * is_tree}, state {tuple(solution.shape)}, seed {seed}",
         update=update,
-        leaves=tuple(leaf.requires_grad_() for leaf in (x, *weights)),
+        leaves=tuple(leaf.to(device).requires_grad_() for leaf in (x, *weights)),
         scale=scale,
-        solution=solution,
-        # From elsewhere an iteration of a given radius, but of any norm, need not arrive.
-        start=solution + 1e-2 * normal(*solution.shape) if radius is None else solution,
-        g=normal(*solution.shape),
+        solution=solution.to(device),
+        start=start.to(device),
+        g=normal(*solution.shape).to(device),
         is_tree=is_tree,
     )
 
@@ -189,32 +152,37 @@ def _jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return found.detach()
 
 
+def _identity(g: Tensor) -> Tensor:
+    return torch.eye(len(g), dtype=g.dtype, device=g.device)
+
+
 def exact(transposed: Tensor, g: Tensor) -> Tensor:
     """u = (I - J^T)^{-1} g."""
-    return torch.linalg.solve(torch.eye(len(g), dtype=g.dtype) - transposed, g)
+    return torch.linalg.solve(_identity(g) - transposed, g)
 
 
-def reference(case: Case, adjoint: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def reference(problem: Draw, adjoint: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """All gradients in one vector, given what `adjoint(J^T, g)` says u is."""
-    transposed = _jacobian(case.f, case.solution).T
-    u = adjoint(transposed, case.g.flatten()).view_as(case.solution)
-    return _joined(torch.autograd.grad(case.f(case.solution), case.leaves, u))
+    transposed = _jacobian(problem.f, problem.solution).T
+    u = adjoint(transposed, problem.g.flatten()).view_as(problem.solution)
+    return flat(torch.autograd.grad(problem.f(problem.solution), problem.leaves, u))
 
 
-def gradients(case: Case, mode: Backward) -> Tensor:
+def gradients(problem: Draw, mode: Backward) -> Tensor:
     """All gradients in one vector, by deqlib."""
     solution = fixed_point(
-        lambda z: case.cut(case.f(case.joined(z))),
-        case.cut(case.start),
+        lambda z: problem.cut(problem.f(problem.joined(z))),
+        problem.cut(problem.start),
         solver=Picard(),
         stopping=FORWARD,
         backward=mode,
         on_failure="ignore",
     )
-    return _joined(torch.autograd.grad(case.joined(solution.value), case.leaves, case.g))
+    return flat(torch.autograd.grad(problem.joined(solution.value), problem.leaves, problem.g))
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def flat(parts: tuple[Tensor, ...]) -> Tensor:
+    """All of them in one vector."""
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -222,63 +190,3 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, infinite if it is not a number."""
     error = float((found - expected).norm() / expected.norm())
     return error if math.isfinite(error) else math.inf
-
-
-def measure(cases: int, cosine_cases: int = COSINE_CASES) -> dict[str, Any]:
-    """Worst errors by mode with the case of each, and cosines to the exact gradient by spectral radius."""
-    worst: dict[str, tuple[float, str]] = dict.fromkeys([*EXACT, *CHEAP], (0.0, "every case"))
-    for seed in track(range(cases), "accuracy"):
-        case = draw(seed)
-        expected = reference(case, exact)
-        errors = {name: relative_error(gradients(case, mode), expected) for name, mode in EXACT.items()}
-        for name, series in CHEAP.items():
-            closed = reference(case, series.adjoint)
-            errors[name] = relative_error(gradients(case, series.mode), closed)
-        worst = {name: max(worst[name], (error, case.name)) for name, error in errors.items()}
-    return {
-        "cases": cases,
-        "errors": {name: {"worst": error, "case": case} for name, (error, case) in worst.items()},
-        "cosines": {name: _cosines(name, cosine_cases) for name in COSINES},
-    }
-
-
-def _cosines(name: str, cases: int) -> dict[str, dict[str, float]]:
-    """Median and least cosine to the exact gradient, by spectral radius of J."""
-    found = {}
-    for factor in FACTORS:
-        values = []
-        for seed in range(cases):
-            case = draw(seed, factor)
-            cheap, right = gradients(case, CHEAP[name].mode), reference(case, exact)
-            values.append(float(torch.nn.functional.cosine_similarity(cheap, right, dim=0)))
-        if values:
-            found[f"{factor}"] = {"median": statistics.median(values), "least": min(values)}
-    return found
-
-
-def bars(found: dict[str, Any]) -> list[Bar]:
-    """One a mode; NaN where no case was run."""
-    return [
-        Bar(
-            f"{name}: error {'to the dense gradient' if name in EXACT else 'to the dense series'}, worst",
-            row["worst"] if found["cases"] else math.nan,
-            EXACT_LIMIT if name in EXACT else SERIES_LIMIT,
-            row["case"],
-        )
-        for name, row in found["errors"].items()
-    ]
-
-
-def table(found: dict[str, Any]) -> Table:
-    """Cosines of the cheap modes."""
-    shown = Table(title="cosine to the exact gradient, median (least), by spectral radius of J")
-    shown.add_column("mode")
-    for factor in FACTORS:
-        shown.add_column(f"{factor}", justify="right")
-    for name, row in found["cosines"].items():
-        cells = [
-            f"{row[f'{f}']['median']:.3f} ({row[f'{f}']['least']:.2f})" if f"{f}" in row else "-"
-            for f in FACTORS
-        ]
-        shown.add_row(name.replace(", neumann", ""), *cells)
-    return shown

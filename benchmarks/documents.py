@@ -1,0 +1,69 @@
+"""The parts of the documentation that are written from committed figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from .case import Case
+from .results import Results, committed
+from .show import bars_markdown, draw_all, markdown_table
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, ASSETS = DOCS / "benchmarks.md", DOCS / "assets" / "benchmarks"
+
+# <!-- figures: SUITE/CASE --> ... <!-- end --> holds the table of a case; SUITE/bars the bars, SUITE/source
+# where it was measured. With "gpu" behind it, from the figures of a GPU.
+_BLOCK = re.compile(r"(<!-- figures: (\w+)/([\w-]+)( gpu)? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(text: str, suites: Mapping[str, ModuleType]) -> str:
+    """The page with its blocks written anew.
+
+    Raises:
+        ValueError: a block names a suite, a case or figures that do not exist.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        head, suite, what, gpu, end = match.groups()
+        if suite not in suites:
+            raise ValueError(f"{head.strip()}: no such suite, expected one of {sorted(suites)}")
+        found = committed(suite, gpu=bool(gpu))
+        if found is None:
+            raise ValueError(f"{head.strip()}: benchmarks/results holds no figures of it")
+        return f"{head}\n{_content(what, suites[suite].CASES, *found)}\n\n{end}"
+
+    return _BLOCK.sub(block, text)
+
+
+def _content(what: str, cases: tuple[Case, ...], path: Path, results: Results) -> str:
+    if what == "bars":
+        return bars_markdown(results.bars)
+    if what == "source":
+        return _source(path, results)
+    named = {case.name: case for case in cases}
+    if what not in named or not (rows := results.rows(what)):
+        raise ValueError(f"{path.name} has no figures of {what!r}, expected bars, source or a case it holds")
+    return markdown_table(named[what].table(rows))
+
+
+def _source(path: Path, results: Results) -> str:
+    first = results.environments[0]
+    where = first["gpu"] or f"{first['cores']} cores of an {first['cpu']} ({first['cpu_capability']})"
+    rounds = f"{results.options['rounds']} rounds"
+    return (
+        f"*Measured on {where}, PyTorch {first['packages']['torch']}, {rounds}; every figure is in "
+        f"`benchmarks/results/{path.name}`.*"
+    )
+
+
+def draw(suites: Mapping[str, ModuleType]) -> list[Path]:
+    """Pictures of all committed figures, into the documentation."""
+    paths = []
+    for name, suite in suites.items():
+        for gpu in (False, True):
+            if (found := committed(name, gpu=gpu)) is not None:
+                paths += draw_all(suite.CASES, found[1], ASSETS, name + "_gpu" * gpu)
+    return paths

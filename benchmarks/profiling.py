@@ -1,0 +1,72 @@
+"""Where the time of a solve goes outside the cell."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .case import Table
+
+CELL = "cell"
+SHOWN = 12  # operations
+
+
+def marked(cell: Callable[..., Any]) -> Callable[..., Any]:
+    """The cell, its calls to be told apart in a profile."""
+
+    def call(*args: Any) -> Any:
+        with record_function(CELL):
+            return cell(*args)
+
+    return call
+
+
+def profiled(solve: Callable[[], object], trace: Path) -> Table:
+    """Run twice, the second time under PyTorch's profiler; write the trace for Perfetto or chrome://tracing.
+
+    The table has the CPU time of operations outside the cell, their own time without that of what they call.
+    On a GPU that is the time of launching; the trace shows the kernels.
+    """
+    solve()
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler, record_function("solve"):
+        solve()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    return _table([event for event in profiler.events() if event.name == "solve"])
+
+
+def _table(roots: Iterable[Any]) -> Table:
+    outside: dict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    inside = total = 0.0
+    pending = list(roots)
+    for event in pending:
+        total += event.cpu_time_total
+    while pending:
+        event = pending.pop()
+        calls[event.name] += 1
+        if event.name == CELL:
+            inside += event.cpu_time_total
+        else:
+            outside["Python" if event.name == "solve" else event.name] += event.self_cpu_time_total
+            pending += event.cpu_children
+    calls["Python"] = calls.pop("solve", 0)
+    found = sorted(outside.items(), key=lambda item: -item[1])
+    rest = sum(time for _, time in found[SHOWN:])
+    lines = [(name, str(calls[name]), *_cells(time, total)) for name, time in found[:SHOWN]]
+    lines.append(("others", "", *_cells(rest, total)))
+    lines.append(("all outside the cell", "", *_cells(sum(outside.values()), total)))
+    lines.append(("the cell", str(calls[CELL]), *_cells(inside, total)))
+    return Table("time of one solve", ("operation", "calls", "ms", "share"), lines)
+
+
+def _cells(microseconds: float, total: float) -> tuple[str, str]:
+    return f"{microseconds / 1e3:.3f}", f"{microseconds / total:.1%}" if total else "-"

@@ -1,0 +1,139 @@
+"""Files of figures: written point by point, read with a check."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from .case import Bar, Row, Settings
+from .environment import hardware
+
+FORMAT = 1
+COMMITTED = Path(__file__).parent / "results"
+SCHEMA_FILE = Path(__file__).parent / "schema.json"
+
+
+@dataclass
+class Results:
+    """Figures of one suite, as they are in a file.
+
+    Attributes:
+        suite: its name.
+        options: of the run: device, rounds, quick.
+        environments: in which points were measured; a resumed run may add one.
+        points: by case, each with its settings, the index of its environment, seconds and rows.
+        bars: of the suite, judged over all points there are.
+    """
+
+    suite: str
+    options: dict[str, Any]
+    environments: list[dict[str, Any]]
+    points: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    bars: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows(self, case: str) -> list[Row]:
+        """All rows of a case, each with the settings of its point."""
+        return [{**point["settings"], **row} for point in self.points.get(case, []) for row in point["rows"]]
+
+    def has(self, case: str, settings: Settings) -> bool:
+        """Whether the point was measured."""
+        return any(point["settings"] == settings for point in self.points.get(case, []))
+
+    def add(self, case: str, settings: Settings, seconds: float, rows: Iterable[Row]) -> None:
+        """A point measured in the last environment."""
+        self.points.setdefault(case, []).append(
+            {
+                "settings": settings,
+                "environment": len(self.environments) - 1,
+                "seconds": seconds,
+                "rows": list(rows),
+            }
+        )
+
+    def judge(self, bars: Iterable[Bar]) -> None:
+        """Replace the bars."""
+        self.bars = [bar.record() for bar in bars]
+
+    @property
+    def file_name(self) -> str:
+        """SUITE_HARDWARE_DATE.json."""
+        first = self.environments[0]
+        quick = "_quick" * bool(self.options["quick"])
+        return f"{self.suite}{quick}_{hardware(first)}_{first['date'][:10]}.json"
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        record = {
+            "format": FORMAT,
+            "suite": self.suite,
+            "options": self.options,
+            "environments": self.environments,
+            "cases": self.points,
+            "bars": self.bars,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(_json(record) + "\n")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a file.
+
+        Raises:
+            ValueError: it is not one of ours, or of another format.
+        """
+        try:
+            record = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        try:
+            jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
+        except jsonschema.ValidationError as error:
+            where = "/".join(map(str, error.absolute_path)) or "the whole"
+            told = f"no figures of `python -m benchmarks` in format {FORMAT}"
+            raise ValueError(f"{path}: {told}: at {where}: {error.message}") from None
+        return cls(
+            record["suite"], record["options"], record["environments"], record["cases"], record["bars"]
+        )
+
+
+def _json(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each row, bar and environment: short, and fit to be compared line by line."""
+    if depth == 5 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, allow_nan=False)
+    if isinstance(value, dict):
+        if not any(isinstance(item, dict | list) for item in value.values()):
+            return json.dumps(value, allow_nan=False)
+        items = [f"{json.dumps(name)}: {_json(item, depth + 1)}" for name, item in value.items()]
+        opening, closing = "{}"
+    else:
+        items = [_json(item, depth + 1) for item in value]
+        opening, closing = "[]"
+    indent = "\n" + " " * (depth + 1)
+    return opening + indent + f",{indent}".join(items) + "\n" + " " * depth + closing
+
+
+def committed(suite: str, *, gpu: bool = False) -> tuple[Path, Results] | None:
+    """The newest committed figures of a suite, on a CPU or on a GPU; None if there are none."""
+    found = []
+    for path in COMMITTED.glob(f"{suite}_*.json"):
+        results = Results.load(path)
+        if results.suite == suite and bool(results.environments[0]["gpu"]) == gpu:
+            found.append((results.environments[0]["date"], path, results))
+    return max(found)[1:] if found else None
+
+
+def unused(path: Path) -> Path:
+    """The path, with a number behind its stem if the file exists: nothing is overwritten."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return candidate

@@ -1,0 +1,67 @@
+"""How far the gradients of cheap modes point from the exact one, by the spectral radius of J."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+import torch
+from matplotlib.axes import Axes
+
+from ...case import Case, Metric, Picture, Row, Run, Table, product
+from ...show import COLORS
+from .draws import CHEAP, draw, exact, gradients, reference
+
+MODES = ("JFB", *(name for name in CHEAP if "neumann" in name))  # both forms give the same direction
+
+
+def build(run: Run, radius: float, count: int) -> Iterator[Row]:
+    """Median and least cosine of every mode over so many problems."""
+    problems = [draw(seed, radius, run.device) for seed in range(count)]
+    rights = [reference(problem, exact) for problem in problems]
+    for name in MODES:
+        found = [
+            float(torch.nn.functional.cosine_similarity(gradients(problem, CHEAP[name].mode), right, dim=0))
+            for problem, right in zip(problems, rights, strict=True)
+        ]
+        shown = name.replace(", neumann", "")
+        yield {"contender": shown, "median": statistics.median(found), "least": min(found)}
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a mode."""
+    radii = list(dict.fromkeys(row["radius"] for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        cells = {
+            row["radius"]: f"{row['median']:.3f} ({row['least']:.2f})"
+            for row in rows
+            if row["contender"] == name
+        }
+        lines.append((name, *(cells.get(radius, "-") for radius in radii)))
+    title = "cosine to the exact gradient, median (least), by spectral radius of J"
+    return Table(title, ("mode", *map(str, radii)), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    """Medians, and below them the least of each mode."""
+    (axis,) = axes
+    for name, color in zip(dict.fromkeys(row["contender"] for row in rows), COLORS, strict=False):
+        found = sorted((r["radius"], r["median"], r["least"]) for r in rows if r["contender"] == name)
+        radii, medians, least = zip(*found, strict=True)
+        axis.plot(radii, medians, "o-", color=color, label=name)
+        axis.plot(radii, least, ":", color=color, linewidth=1.2)
+    axis.set(xlabel="spectral radius of J", ylabel="cosine: median, dotted the least")
+    axis.legend(frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "cosine",
+    "cosine of cheap modes to the exact gradient, by spectral radius",
+    build,
+    grid=product(radius=[0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99], count=[40]),
+    quick=product(radius=[0.5, 0.8, 0.95], count=[4]),
+    metrics={"median": Metric("higher", noisy=True), "least": Metric("higher", noisy=True)},
+    table=table,
+    picture=Picture(_paint, lambda rows: ("direction of cheap gradients",), size=(6, 4.2)),
+)

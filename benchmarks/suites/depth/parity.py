@@ -1,0 +1,202 @@
+"""How far information travels: running parity along a line, by a cell that sees one place back."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from deqlib import JFB, Backward, ImplicitDifferentiation, ImplicitLayer, PhantomGradient, Picard, Stopping
+
+from ...case import COUNT, SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
+from ...show import COLORS
+from ...timing import seconds
+from .contenders import CONTENDERS, Explicit, MakeCell, parameters
+from .show import STYLES, contenders_of, depths_of, ticks_at_depths
+from .training import Batch, MakeBody, Reader, train
+
+WIDTH, BATCH, RATE = 16, 32, 1e-2
+LONGER = (1, 2, 4)  # lengths of tests, in lengths of training
+TESTED = 1000  # sequences
+TOLERANCE = 1e-3
+STEPS_A_PLACE = 4  # most solver steps to the tolerance
+BACKWARD = {
+    "JFB": lambda rule: JFB(),
+    "PhantomGradient": lambda rule: PhantomGradient(),
+    "ImplicitDifferentiation": lambda rule: ImplicitDifferentiation(solver=Picard(), stopping=rule),
+}
+TO_TOLERANCE = tuple(f"implicit, {mode}, to {TOLERANCE:g}" for mode in BACKWARD)
+DEEPER = ", deeper for longer"
+FIXED = ("explicit, untied", "explicit, tied", "implicit, ImplicitDifferentiation")
+
+
+def sequences(generator: torch.Generator, number: int, length: int) -> Batch:
+    """Random signs (number, length, 1), and whether the ones up to each place are odd in number, 0 or 1."""
+    bits = torch.randint(2, (number, length), generator=generator)
+    return (2.0 * bits - 1).unsqueeze(-1), bits.cumsum(1) % 2
+
+
+def build(run: Run, depth: int | None, length: int, updates: int, seeds: int) -> Iterator[Row]:
+    """Accuracy at the last place by seed, for every contender and length of test.
+
+    With depth None implicit layers are solved to a tolerance, in training and in the test.
+    """
+    bodies: dict[str, MakeBody]
+    if depth is None:
+        bodies = {
+            name: partial(_to_tolerance, mode, length)
+            for name, mode in zip(TO_TOLERANCE, BACKWARD, strict=True)
+        }
+    else:
+        bodies = {name: partial(CONTENDERS[name], depth=depth) for name in FIXED}
+    batch = partial(_batch, run.device, length)
+    rows: dict[tuple[str, int], Row] = {}
+    for seed in range(seeds):
+        for name, make_body in bodies.items():
+            torch.manual_seed(seed)
+            model = Reader(make_body, 1, WIDTH, 2).to(run.device)
+            work = partial(train, model, batch, _loss, updates=updates, seed=seed, rate=RATE)
+            spent = seconds(work)
+            for label, tested, figures in _tests(run, model, name, depth, length):
+                row = rows.setdefault((label, tested), {"parameters": parameters(model), "seconds": []})
+                row["seconds"].append(spent)
+                for metric, value in figures.items():
+                    row.setdefault(metric, []).append(value)
+    for (label, tested), row in rows.items():
+        yield {"contender": label, "tested": tested, **row}
+
+
+def _to_tolerance(mode: str, length: int, make_cell: MakeCell) -> ImplicitLayer:
+    rule = _rule(length)
+    backward: Backward = BACKWARD[mode](rule)
+    return ImplicitLayer(make_cell(), solver=Picard(), backward=backward, stopping=rule, on_failure="ignore")
+
+
+def _rule(length: int) -> Stopping:
+    """No patience: while news travels down the line, the residual need not fall."""
+    return Stopping(rtol=TOLERANCE, max_steps=STEPS_A_PLACE * length, patience=None)
+
+
+def _batch(device: torch.device, length: int, generator: torch.Generator) -> Batch:
+    x, y = sequences(generator, BATCH, length)
+    return x.to(device), y.to(device)
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Every place counts."""
+    return cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def _tests(
+    run: Run, model: Reader, name: str, depth: int | None, length: int
+) -> Iterator[tuple[str, int, Settings]]:
+    """By label and length, accuracy at the last place and steps taken.
+
+    What has one set of weights is tested twice on longer sequences: as deep as trained, and as many times
+    deeper as the sequence is longer.
+    """
+    for factor in LONGER:
+        tested = factor * length
+        x, y = sequences(torch.Generator().manual_seed(1234), TESTED, tested)
+        test = partial(_test, model, x.to(run.device), y.to(run.device))
+        if depth is None:
+            yield name, tested, test(_rule(tested))
+            continue
+        yield name, tested, test(depth)
+        if name != FIXED[0]:
+            yield name + DEEPER, tested, test(factor * depth)
+
+
+@torch.no_grad()
+def _test(model: Reader, x: Tensor, y: Tensor, rule: int | Stopping) -> Settings:
+    """With so many evaluations, or to a tolerance."""
+    body, taken = model.body, float(rule) if isinstance(rule, int) else 0.0
+    if isinstance(body, Explicit):
+        assert isinstance(rule, int)
+        body.depth = rule
+        logits = model(x)
+    else:
+        assert isinstance(body, ImplicitLayer)
+        solution = body.solve(
+            model.embed(x), stopping=Stopping.steps(rule) if isinstance(rule, int) else rule
+        )
+        logits, taken = model.head(solution.value), float(solution.num_steps.float().mean())
+    right = logits[:, -1].argmax(-1) == y[:, -1]
+    return {"accuracy": float(right.float().mean()), "steps": taken}
+
+
+def _table(rows: list[Row]) -> Table:
+    lengths = list(dict.fromkeys(row["tested"] for row in rows))
+    depths = depths_of(rows)
+    every: list[int | None] = [*depths, *([None] if any(row["depth"] is None for row in rows) else [])]
+    lines = []
+    for name in contenders_of(rows):
+        ours = [row for row in rows if row["contender"] == name]
+        cells = []
+        for depth in every:
+            found = {row["tested"]: row for row in ours if row["depth"] == depth}
+            cells.append(
+                " / ".join(f"{statistics.median(found[n]['accuracy']):.2f}" for n in lengths) if found else ""
+            )
+        spent = statistics.median(max(ours, key=lambda row: row["depth"] or 0)["seconds"])
+        lines.append((name, *cells, f"{spent:.1f}", f"{max(row['parameters'] for row in ours):,}"))
+    head = ["contender", *("to tolerance" if depth is None else f"depth {depth}" for depth in every)]
+    title = f"accuracy at the last place, lengths {' / '.join(map(str, lengths))}, trained on the first"
+    return Table(title, (*head, "s of training, deepest", "parameters, deepest"), lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    lengths = list(dict.fromkeys(row["tested"] for row in rows))
+    for axis, length in zip(axes, lengths, strict=True):
+        here = [row for row in rows if row["tested"] == length]
+        for name in contenders_of(here):
+            points = [row for row in here if row["contender"] == name]
+            points.sort(key=lambda row: row["depth"] or 0)
+            heights = [statistics.median(row["accuracy"]) for row in points]
+            if points[0]["depth"] is None:
+                color = COLORS[len(STYLES) + TO_TOLERANCE.index(name)]
+                steps = statistics.median(points[0]["steps"])
+                axis.plot([steps], heights, "*", color=color, label=name, markersize=11)
+            else:
+                style, color = STYLES[name.removesuffix(DEEPER)]
+                style = style[0] + (":" if name.endswith(DEEPER) else "-")
+                axis.plot(
+                    [row["depth"] for row in points],
+                    heights,
+                    style,
+                    color=color,
+                    label=name,
+                    markersize=3,
+                    alpha=0.8,
+                )
+        ticks_at_depths(axis, rows)
+        axis.set(xlabel="depth in training; stars: steps taken", ylim=(0.4, 1.05))
+        axis.axvline(length, color="black", linewidth=0.7, linestyle=":")
+    axes[-1].legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _panels(rows: list[Row]) -> list[str]:
+    lengths = list(dict.fromkeys(row["tested"] for row in rows))
+    return [f"tested on length {length}{' (trained)' * (not i)}" for i, length in enumerate(lengths)]
+
+
+CASE = Case(
+    "parity",
+    "running parity along a line, where a cell sees one place back; also on longer lines than trained on",
+    build,
+    grid=product(depth=(2, 4, 8, 16, 32, None), length=(16,), updates=(300,), seeds=(3,)),
+    quick=product(depth=(2, 4, None), length=(4,), updates=(30,), seeds=(1,)),
+    metrics={
+        "accuracy": Metric("higher", noisy=True),
+        "steps": Metric(None, noisy=True),
+        "seconds": SECONDS,
+        "parameters": COUNT,
+    },
+    table=_table,
+    picture=Picture(_paint, _panels, size=(4.6, 3.6)),
+)

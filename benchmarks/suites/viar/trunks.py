@@ -1,0 +1,185 @@
+"""VIAR against VAR of the published shape: images a second and peak memory.
+
+Peak memory is the weights and buffers of the transformer and its tokenizer, and the most that is allocated
+beyond what was there before the generation, in a run of its own.
+
+Points of more than one image are for a GPU and empty elsewhere. A generation that takes longer than a minute
+runs once for its time; depth 30 on two CPU cores takes VAR eight minutes, VIAR half of that.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from matplotlib.axes import Axes
+
+import viar
+
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, product
+from ...peak import peak_bytes
+from ...show import COLORS
+from ...timing import interleaved, ratio
+from .models import DTYPES, QUICK, Shape, implicit, num_bytes, random_tokenizer, random_transformer
+from .rows import by_contender, grouped, written
+
+LIMITS = {"time": 1 / 2, "peak": 0.45}
+GPU_PEAK = 6e9  # bytes, of VIAR in the judged point of a GPU
+FASTEST = [10, 2]  # iterations of the first scale and of the last, of the paper's fastest setting
+ON_CPU: Settings = {"depth": 30, "batch": 1, "dtype": "float32", "iterations": FASTEST, "decode": False}
+ON_GPU: Settings = {"depth": 30, "batch": 25, "dtype": "bfloat16", "iterations": FASTEST, "decode": False}
+SLOW = 60  # seconds
+POINT = tuple(ON_CPU)
+
+
+def build(run: Run, depth: int, batch: int, dtype: str, iterations: list[int], decode: bool) -> Iterator[Row]:
+    """Parameters of the transformer, bytes of weights and at the peak, seconds, of both models.
+
+    Args:
+        run: where; no rows for more than one image if the device is no GPU.
+        depth: D; both are 64 D wide, VIAR has 5 + 1 + 5 blocks.
+        batch: images.
+        dtype: of the trunk's weights and the decoder's.
+        iterations: of VIAR at the first scale and at the last.
+        decode: make images, by the published decoder, not only tokens.
+    """
+    if batch > 1 and run.device.type != "cuda":
+        return
+    changes = QUICK if run.quick else {}
+    config = viar.TransformerConfig(depth=depth, trunk=implicit(5, 5), **changes)
+    first, last = iterations
+    shape = Shape.of(config, batch, (first, last), real_coder=decode and not run.quick)
+    yield from measured(shape, run, DTYPES[dtype], decode=decode)
+
+
+def measured(shape: Shape, run: Run, dtype: torch.dtype, *, decode: bool) -> Iterator[Row]:
+    """One row a model."""
+    tasks: dict[str, Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    for name in ("VAR", "VIAR"):
+        tasks[name], weights, parameters = _task(name, shape, run.device, dtype, decode=decode)
+        rows[name] = {"contender": name, "parameters": parameters, "images": shape.batch}
+        rows[name]["weight_bytes"] = weights
+    times = interleaved(tasks, run.rounds, limit=SLOW)
+    for name, row in rows.items():  # after the times: on a GPU the first run also sets up libraries
+        row["peak_bytes"] = row["weight_bytes"] + peak_bytes(tasks[name], run.device)
+        yield {**row, "seconds": times[name]}
+
+
+def _task(
+    name: str, shape: Shape, device: torch.device, dtype: torch.dtype, *, decode: bool
+) -> tuple[Callable[[], object], int, int]:
+    """A generation, bytes of the weights, parameters of the transformer."""
+    config, iterations = shape.transformer, shape.iterations
+    if name == "VAR":
+        explicit = viar.ExplicitTrunkConfig()
+        config, iterations = viar.TransformerConfig(**{**vars(config), "trunk": explicit}), None
+    model, tokenizer = random_transformer(config, device), random_tokenizer(shape.tokenizer, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    if dtype != torch.float32:
+        viar.prepare_inference(model, tokenizer, dtype=dtype)
+    sampler = viar.generate if decode else viar.sample_tokens
+    task = partial(
+        sampler,
+        model,
+        tokenizer,
+        shape.labels(device),
+        iterations=iterations,
+        cfg=shape.cfg,
+        top_k=shape.top_k,
+        top_p=shape.top_p,
+    )
+    return task, num_bytes(model) + num_bytes(tokenizer), parameters
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """Time and peak of the judged point, a GPU's if it was measured, and on a GPU the peak itself."""
+    on_gpu, on_cpu = (_point(rows, settings) for settings in (ON_GPU, ON_CPU))
+    judged = on_gpu or on_cpu
+    time = share = absolute = math.nan
+    speed = peaks = ""
+    if judged:
+        var, viar_ = judged["VAR"], judged["VIAR"]
+        time = ratio(viar_["seconds"], var["seconds"])
+        share = viar_["peak_bytes"] / var["peak_bytes"]
+        speed = f"{1 / time:.2f} times as many images a second"
+        peaks = f"VIAR {viar_['peak_bytes'] / 1e9:.2f} GB, VAR {var['peak_bytes'] / 1e9:.2f} GB"
+    if on_gpu:
+        absolute = on_gpu["VIAR"]["peak_bytes"]
+    return [
+        Bar("time VIAR / VAR, depth 30", time, LIMITS["time"], speed),
+        Bar("peak memory VIAR / VAR, depth 30", share, LIMITS["peak"], peaks),
+        Bar("peak memory VIAR on a GPU, GB, depth 30, batch 25", absolute / 1e9, GPU_PEAK / 1e9),
+    ]
+
+
+def _point(rows: list[Row], settings: Settings) -> dict[str, Row]:
+    """By contender; none if the point was not measured."""
+    return by_contender([row for row in rows if all(row[name] == settings[name] for name in settings)])
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a model and point."""
+    lines = []
+    for point in grouped(rows, *POINT):
+        for row in point:
+            what = f"{row['contender']}, depth {row['depth']}, batch {row['batch']}, {row['dtype']}"
+            rate = row["images"] / statistics.median(row["seconds"])
+            lines.append(
+                (
+                    what + ", with images" * row["decode"],
+                    written(row["iterations"]) if row["contender"] == "VIAR" else "",
+                    f"{row['parameters'] / 1e6:,.1f}",
+                    f"{rate:.4g}",
+                    f"{row['weight_bytes'] / 1e9:.2f}",
+                    f"{row['peak_bytes'] / 1e9:.2f}",
+                )
+            )
+    head = ("model", "iterations", "parameters, M", "images/s", "weights, GB", "peak, GB")
+    return Table("VIAR and VAR of one shape", head, lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    labels = []
+    for position, point in enumerate(grouped(rows, *POINT)):
+        found, row = by_contender(point), point[0]
+        schedule, extra = written(row["iterations"]), ", images" * row["decode"]
+        labels.append(f"depth {row['depth']}, {row['dtype']}\nbatch {row['batch']}, {schedule}{extra}")
+        for name, shift, color in (("VAR", -0.2, COLORS[1]), ("VIAR", 0.2, COLORS[0])):
+            label = name if position == 0 else None
+            rate = found[name]["images"] / statistics.median(found[name]["seconds"])
+            axes[0].barh(position + shift, rate, 0.38, color=color, label=label)
+            axes[1].barh(position + shift, found[name]["peak_bytes"] / 1e9, 0.38, color=color, label=label)
+    for axis, unit in zip(axes, ("images/s", "GB"), strict=True):
+        axis.set(xlabel=unit)
+        axis.set_yticks(range(len(labels)), labels, fontsize=7)
+        axis.invert_yaxis()
+    axes[0].legend(frameon=False, fontsize=8)
+
+
+CASE = Case(
+    "trunks",
+    "images a second and peak memory of VIAR against VAR, published shape",
+    build,
+    grid=[
+        {**ON_CPU, "depth": 16},
+        ON_CPU,
+        {**ON_GPU, "depth": 16},
+        ON_GPU,
+        {**ON_GPU, "iterations": [10, 10]},
+        {**ON_GPU, "decode": True},
+    ],
+    quick=product(depth=[30], batch=[1], dtype=["float32"], iterations=[FASTEST], decode=[False, True]),
+    metrics={
+        "parameters": Metric(None),
+        "weight_bytes": Metric(),
+        "peak_bytes": Metric(),
+        "seconds": SECONDS,
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("speed", "peak memory"), size=(5.2, 3.6)),
+)

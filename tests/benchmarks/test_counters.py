@@ -1,0 +1,322 @@
+"""Costs that can be counted, held to the numbers of counters.json exactly.
+
+No clock is read and nothing here depends on the machine: what changes a number changed what the code does,
+or is a new version of PyTorch, and is to be seen in review. Numbers that ought to change are written anew by
+
+    UPDATE_COUNTERS=1 pytest tests/benchmarks/test_counters.py
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqlib import (
+    GMRES,
+    JFB,
+    Anderson,
+    Auto,
+    Backward,
+    Broyden,
+    ImplicitDifferentiation,
+    ImplicitLayer,
+    NewtonKrylov,
+    PhantomGradient,
+    Picard,
+    Reversible,
+    ReversiblePicard,
+    SharedInverse,
+    Solution,
+    Solver,
+    Stopping,
+    Unroll,
+    fixed_point,
+)
+from deqlib.diagnostics import BackwardRow, ablate
+from deqlib.solvers.base import can_look
+from deqlib.testing import (
+    Problem,
+    convolution,
+    expanding,
+    explosion,
+    linear,
+    mixed_difficulty,
+    mlp,
+    monotone,
+    nearly_singular,
+    tanh_rnn,
+    transformer,
+)
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS / "deqlib"), str(TESTS / "viar")]
+from test_compile import Waits  # noqa: E402
+from tiny_models import tiny_tokenizer, tiny_transformer  # noqa: E402
+
+from viar import sample_tokens  # noqa: E402
+
+FILE = Path(__file__).with_name("counters.json")
+UPDATE = "UPDATE_COUNTERS"
+
+Counts = dict[str, int]
+
+SOLVERS: dict[str, Solver] = {
+    "Picard": Picard(),
+    "ReversiblePicard": ReversiblePicard(),
+    "Anderson": Anderson(),
+    "Broyden": Broyden(),
+    "NewtonKrylov": NewtonKrylov(),
+    "GMRES": GMRES(),
+    "Auto": Auto(),
+}
+RULE = Stopping(rtol=1e-5, max_steps=100)
+
+
+# What is counted -----------------------------------------------------------------------------------------
+
+
+def problems() -> list[Problem]:
+    """Small, in float64, and such that no count hangs on a rounding error."""
+    spectrum = torch.linspace(-0.8, 0.8, 24, dtype=torch.float64)
+    sequence = {"batch": 2, "tokens": 4, "width": 8, "dtype": torch.float64}
+    flat = {"batch": 3, "width": 24, "dtype": torch.float64}
+    return [
+        linear(spectrum, batch=3, dtype=torch.float64),
+        linear(spectrum, batch=3, non_normality=1.0, dtype=torch.float64, name="linear, non-normal"),
+        nearly_singular(**flat),
+        expanding(**flat),
+        tanh_rnn(**flat, rate=0.8),
+        monotone(**flat),
+        mlp(**sequence),
+        transformer(**sequence, heads=2),
+        convolution(batch=2, channels=4, side=4, dtype=torch.float64),
+        mixed_difficulty(batch=4, width=16, dtype=torch.float64),
+        explosion(batch=3, dtype=torch.float64),
+    ]
+
+
+ONLY_ON = {
+    "GMRES": ("linear", "linear, non-normal", "nearly singular", "expanding", "mixed difficulty"),  # affine
+    "ReversiblePicard": ("linear", "transformer"),  # Picard, but for its damping
+}
+
+
+def solve(base: Problem, solver: Solver, stopping: Stopping = RULE, cell: Any = None) -> Solution:
+    with torch.no_grad():
+        return fixed_point(
+            cell or base.cell, base.z0, base.inputs, solver=solver, stopping=stopping, on_failure="ignore"
+        )
+
+
+def pairs() -> Iterator[tuple[str, Problem, Solver]]:
+    """Every solver on every problem that it is for."""
+    for base in problems():
+        for name, solver in SOLVERS.items():
+            if base.name in ONLY_ON.get(name, base.name):
+                yield f"{base.name}, {name}", base, solver
+
+
+@functools.cache
+def solutions() -> dict[str, Solution]:
+    return {name: solve(base, solver) for name, base, solver in pairs()}
+
+
+def evaluations() -> Counts:
+    """Of the cell, until the tolerance is met or the solve fails."""
+    return {name: solution.nfe for name, solution in solutions().items()}
+
+
+def converged_samples() -> Counts:
+    return {name: int(solution.converged.sum()) for name, solution in solutions().items()}
+
+
+MODES: dict[str, Backward] = {
+    **{
+        f"adjoint by {name}": ImplicitDifferentiation(solver=solver, stopping=RULE)
+        for name, solver in SOLVERS.items()
+    },
+    "SharedInverse": SharedInverse(),
+    "SharedInverse, refined": SharedInverse(refine=5),
+    "JFB": JFB(),
+    "PhantomGradient, unrolled": PhantomGradient(),
+    "PhantomGradient, Neumann": PhantomGradient(form="neumann"),
+    "Reversible": Reversible(),
+    "Unroll": Unroll(),
+}
+
+
+def backward_problems() -> list[Problem]:
+    """Of rates at which the iteration can be run backwards too."""
+    return [
+        tanh_rnn(batch=3, width=24, rate=0.5, dtype=torch.float64),
+        transformer(batch=2, tokens=4, width=8, heads=2, dtype=torch.float64),
+    ]
+
+
+@functools.cache
+def backward_rows() -> dict[str, BackwardRow]:
+    found = {}
+    for base in backward_problems():
+        layer = ImplicitLayer(base.cell, solver=Anderson(), stopping=RULE)
+        rows = ablate(layer, *base.inputs, solvers=(), backwards=list(MODES.values()), rounds=1).backwards
+        found |= {f"{base.name}, {name}": row for name, row in zip(MODES, rows, strict=True)}
+    return found
+
+
+def backward_products() -> Counts:
+    """Vector-Jacobian products of a backward pass, those of the adjoint solve included."""
+    return {name: row.products for name, row in backward_rows().items()}
+
+
+def evaluations_on_tape() -> Counts:
+    return {name: row.evaluations for name, row in backward_rows().items()}
+
+
+def saved_bytes() -> Counts:
+    """For the backward pass, parameters and inputs left out."""
+    return {name: row.saved_bytes for name, row in backward_rows().items()}
+
+
+def cache_bytes() -> Counts:
+    """Keys and values that a generation holds at its end."""
+    tokenizer, found = tiny_tokenizer(), {}
+    for kind, caches in (("explicit", ("equilibrium",)), ("implicit", ("equilibrium", "iterate"))):
+        for cache in caches:
+            sample = sample_tokens(tiny_transformer(kind), tokenizer, [0, 1], cache=cache)
+            found[f"{kind} trunk, {cache} cache"] = sample.cache_bytes
+    return found
+
+
+def graph_breaks() -> Counts:
+    """Of a compiled layer: none where the number of steps is fixed."""
+    counters = torch._dynamo.utils.counters
+    base, found = tanh_rnn(batch=3, width=24, dtype=torch.float64), {}
+    solvers = (Picard(), Anderson(memory=2), Broyden(memory=2))
+    rules = [(f"{type(solver).__name__}, fixed", solver, Stopping.steps(2)) for solver in solvers]
+    rules.append(("Picard, to a tolerance", Picard(), RULE))
+    for name, solver, stopping in rules:
+        torch.compiler.reset()
+        counters.clear()
+        layer = ImplicitLayer(base.cell, solver=solver, stopping=stopping, on_failure="ignore")
+        with torch.no_grad():
+            torch.compile(layer, backend="eager")(*base.inputs)
+        found[f"{name}: breaks"] = sum(counters["graph_break"].values())
+        found[f"{name}: graphs"] = counters["stats"]["unique_graphs"]
+    return found
+
+
+class HostReads(Waits):
+    """With the operations whose result's shape is that of its values."""
+
+    names = (*Waits.names, "_unique2", "unique_dim", "masked_select")
+
+
+def host_reads() -> Counts:
+    """How often the host would wait for a device. Solvers are told that they are not on a CPU."""
+    base = tanh_rnn(batch=3, width=24, rate=0.8, dtype=torch.float64)
+    rules = {
+        "fixed": Stopping.steps(5),
+        "fixed and measured": Stopping.steps(5, measure=True),
+        "to a tolerance": Stopping(rtol=1e-3),
+        "to a tolerance, looking every 8 steps": Stopping(rtol=1e-3, check_every=8),
+    }
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for name, m in sys.modules.items() if name.startswith("deqlib.")]:
+            if getattr(module, "can_look", None) is can_look:
+                patch.setattr(module, "can_look", lambda z: False)
+        for name, solver in SOLVERS.items():
+            for rule, stopping in rules.items():
+                with HostReads() as reads:
+                    solve(base, solver, stopping)
+                found[f"{name}, {rule}"] = sum(reads.counts.values())
+        x = base.inputs[0].clone().requires_grad_()
+        for rule in ("fixed", "to a tolerance"):
+            with HostReads() as reads:
+                z = fixed_point(base.cell, base.z0, (x, base.inputs[1]), stopping=rules[rule]).value
+                z.sum().backward()
+            found[f"Auto with gradient, {rule}"] = sum(reads.counts.values())
+    return found
+
+
+GROUPS: dict[str, Callable[[], Counts]] = {
+    "evaluations": evaluations,
+    "converged samples": converged_samples,
+    "products of a backward pass": backward_products,
+    "evaluations on the tape": evaluations_on_tape,
+    "saved bytes": saved_bytes,
+    "cache bytes": cache_bytes,
+    "graph breaks": graph_breaks,
+    "host reads": host_reads,
+}
+
+
+# Held to what is written down ----------------------------------------------------------------------------
+
+
+def written() -> dict[str, Counts]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def write(group: str, found: Counts) -> None:
+    counts = {**written(), group: found}
+    FILE.write_text(json.dumps({name: counts[name] for name in GROUPS if name in counts}, indent=1) + "\n")
+
+
+def differences(group: str, expected: Counts, found: Counts) -> str:
+    """What has changed, a line each, and what to do about it; nothing where nothing has."""
+    lines = [
+        f"{group} | {name}: {expected.get(name, 'nothing')} is written down, "
+        f"{found.get(name, 'nothing')} counted"
+        for name in dict.fromkeys([*expected, *found])
+        if expected.get(name) != found.get(name)
+    ]
+    how = f"if that is meant: {UPDATE}=1 pytest tests/benchmarks/test_counters.py, and say why in the commit"
+    return "\n".join([*lines, how] if lines else [])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_counts_are_those_written_down(group: str) -> None:
+    found = GROUPS[group]()
+    if os.environ.get(UPDATE):
+        write(group, found)
+    changed = differences(group, written().get(group, {}), found)
+    if changed:
+        pytest.fail(changed, pytrace=False)
+
+
+def test_nothing_else_is_written_down() -> None:
+    assert list(written()) == list(GROUPS)
+
+
+def test_no_count_of_a_solve_hangs_on_a_rounding_error() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, base, solver in pairs():
+
+        def cell(z: Tensor, *inputs: Any, base: Problem = base) -> Tensor:
+            image = base.cell(z, *inputs)
+            return image * (1 + 1e-15 * torch.randn(image.shape, generator=generator, dtype=image.dtype))
+
+        shaken, plain = solve(base, solver, cell=cell), solutions()[name]
+        assert shaken.nfe == plain.nfe, name
+        assert torch.equal(shaken.converged, plain.converged), name
+
+
+def test_a_change_is_told_with_its_name_both_numbers_and_the_way_to_update() -> None:
+    lines = differences("reads", {"a": 1, "b": 2, "c": 5}, {"a": 3, "c": 5, "d": 0}).splitlines()
+    assert lines[:3] == [
+        "reads | a: 1 is written down, 3 counted",
+        "reads | b: 2 is written down, nothing counted",
+        "reads | d: nothing is written down, 0 counted",
+    ]
+    assert "UPDATE_COUNTERS=1 pytest tests/benchmarks/test_counters.py" in lines[3]
+    assert differences("reads", {"a": 1}, {"a": 1}) == ""
