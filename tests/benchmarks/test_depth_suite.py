@@ -70,10 +70,10 @@ def test_parameters_are_those_of_one_cell_unless_untied(rows: dict[str, list[Row
         for case in ("memory", "time"):
             for depth, count in sizes(rows[case], name, "parameters").items():
                 assert count == block * (depth if name == "explicit, untied" else 1)
-    local = 32 * 33 + 16 * 33 + 2 * 16
+    local = 64 * 65 + 32 * 65 + 2 * 32
     for row in rows["parity"]:
         stacked = row["depth"] if row["contender"] == "explicit, untied" else 1
-        assert row["parameters"] == 2 * 16 + stacked * local + 2 * 17
+        assert row["parameters"] == 2 * 32 + stacked * local + 2 * 33
 
 
 def models(make_cell: Callable[[], nn.Module], depth: int) -> dict[str, nn.Module]:

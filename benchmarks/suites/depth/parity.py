@@ -20,7 +20,7 @@ from .contenders import CONTENDERS, Explicit, MakeCell, parameters
 from .show import STYLES, contenders_of, depths_of, ticks_at_depths
 from .training import Batch, MakeBody, Reader, train
 
-WIDTH, BATCH, RATE = 16, 32, 1e-2
+WIDTH, BATCH, RATE = 32, 32, 1e-2
 LONGER = (1, 2, 4)  # lengths of tests, in lengths of training
 TESTED = 1000  # sequences
 TOLERANCE = 1e-3
@@ -189,7 +189,7 @@ CASE = Case(
     "parity",
     "running parity along a line, where a cell sees one place back; also on longer lines than trained on",
     build,
-    grid=product(depth=(2, 4, 8, 16, 32, None), length=(16,), updates=(300,), seeds=(3,)),
+    grid=product(depth=(2, 4, 8, 16, 32, None), length=(16,), updates=(500,), seeds=(3,)),
     quick=product(depth=(2, 4, None), length=(4,), updates=(30,), seeds=(1,)),
     metrics={
         "accuracy": Metric("higher", noisy=True),
