@@ -22,7 +22,7 @@ from benchmarks.case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table
 from benchmarks.environment import environment, hardware
 from benchmarks.peak import peak_rss
 from benchmarks.profiling import marked, profiled
-from benchmarks.results import Results, unused
+from benchmarks.results import COMMITTED, Results, unused
 from benchmarks.show import markdown_table
 from benchmarks.suites import scaling
 from benchmarks.timing import milliseconds, spread
@@ -255,6 +255,24 @@ def test_tables_of_the_documentation_are_written_from_figures(
             documents.written(f"<!-- figures: {wrong} -->\n<!-- end -->", suites)
     with pytest.raises(ValueError, match="holds no figures"):
         documents.written("<!-- figures: made/bars gpu -->\n<!-- end -->", suites)
+
+
+def test_the_documentation_shows_the_committed_figures() -> None:
+    text = documents.PAGE.read_text()
+    assert documents.written(text, command.SUITES) == text, "run `python -m benchmarks docs`"
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*_*.json")), ids=lambda path: path.stem)
+def test_committed_figures_can_be_read_and_shown(path: Path) -> None:
+    results = Results.load(path)
+    assert path.name == results.file_name
+    cases = {case.name: case for case in command.SUITES[results.suite].CASES}
+    for name in results.points:
+        rows = results.rows(name)
+        assert cases[name].table(rows).lines
+        assert set(cases[name].metrics) <= {column for row in rows for column in row}
+    judged = runner.judged(list(cases.values()), results)
+    assert results.bars == [bar.record() for bar in judged]
 
 
 def test_markdown_cells_cannot_break_the_table() -> None:
