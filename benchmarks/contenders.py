@@ -16,13 +16,8 @@ from torch import Tensor
 from deqlib import Anderson, Auto, Broyden, NewtonKrylov, Picard, Stopping, fixed_point
 from deqlib.testing import Problem
 
+from .peers import torchdeq
 from .show import COLORS
-
-with warnings.catch_warnings():
-    # Its docstrings hold invalid escapes, of which Python tells when it compiles them.
-    for category in (DeprecationWarning, SyntaxWarning):
-        warnings.filterwarnings("ignore", "invalid escape sequence", category)
-    from torchdeq.solver import anderson, broyden, fp_iter
 
 Contender = Callable[[Problem, float, int], Tensor]  # problem, rtol, evaluations allowed -> value
 
@@ -35,9 +30,9 @@ SOLVERS = {
 }
 # torchdeq's `max_iter` counts evaluations, but Broyden's leaves out the first.
 _TORCHDEQ: dict[str, tuple[Any, int]] = {
-    "Picard": (fp_iter.fixed_point_iter, 0),
-    "Anderson": (anderson.anderson_solver, 0),
-    "Broyden": (broyden.broyden_solver, 1),
+    "Picard": (torchdeq.solver.fp_iter.fixed_point_iter, 0),
+    "Anderson": (torchdeq.solver.anderson.anderson_solver, 0),
+    "Broyden": (torchdeq.solver.broyden.broyden_solver, 1),
 }
 # alpha=1 makes the first step Picard's; scipy's own guess takes ten times the evaluations. Its line search
 # makes Broyden slower on these problems, and LGMRES, its choice, takes more products than GMRES.

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contenders, show
+from benchmarks import contenders, problems, show
 from benchmarks.case import Bar, Case, Row, Run
 from benchmarks.contenders import CONTENDERS, SOLVERS, stopping, worst_residual
 from benchmarks.peak import peak_bytes
 from benchmarks.profiling import profiled
 from benchmarks.suites import solvers
-from benchmarks.suites.solvers import memory, overhead, problems, robustness, solves, traces
+from benchmarks.suites.solvers import memory, overhead, robustness, solves, traces
 from benchmarks.timing import geometric_mean, interleaved, ratio
 from deqlib import Picard, Solution, Status, fixed_point
 from deqlib.testing import Problem, expanding, linear, mlp, suite

@@ -33,8 +33,8 @@ from deqlib.diagnostics import saved_bytes
 from deqlib.testing import Problem, mlp
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...peers import torchdeq
 from ...show import COLORS
-from .peers import torchdeq
 
 Contender = Callable[[Problem, int], Tensor]  # problem, steps -> the value with its graph
 

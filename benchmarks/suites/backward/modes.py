@@ -43,11 +43,11 @@ from deqlib.testing import Problem, convolution, mixer, mlp, transformer
 
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Table, product
 from ...peak import peak_bytes
+from ...peers import torchdeq
 from ...show import COLORS
 from ...timing import interleaved
 from .draws import flat, relative_error
 from .marks import marked_both_ways
-from .peers import torchdeq
 from .times import cotangent
 
 RTOL, MAX_STEPS = 1e-5, 200  # of the forward solve

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from deqlib import GMRES, Anderson, Broyden, ImplicitDifferentiation, Picard, Solver, Stopping, fixed_point
-from deqlib.testing import Problem, mlp, suite, transformer
+from deqlib.testing import Problem, mlp, transformer
 
+from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
+from ...peers import torchdeq
 from ...show import COLORS
 from ...timing import geometric_mean, ratio, seconds
 from .marks import marked_both_ways
-from .peers import torchdeq
 
 LOOSER, TIGHTER = 10, 14  # most steps away from the target in the search for a tolerance
 BUDGET = 150  # products with J^T that a solve may take
@@ -42,35 +43,13 @@ Contender = Callable[[Problem, float, int], Tensor]
 THEIR_SOLVERS = {"Picard": "fixed_point_iter", "Anderson": "anderson", "Broyden": "broyden"}
 
 
-@cache
-def _suite() -> dict[str, Problem]:
-    return {problem.name: problem for problem in suite()}
-
-
 def _of_suite(name: str) -> Problem:
-    return _suite()[name]
+    return problems.by_name()[name]
 
 
 # At the fixed points of the solver suite's problems the adjoint is as hard as the solve was. Two are easy.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    **{
-        name: partial(_of_suite, name)
-        for name in (
-            "linear 0.9",
-            "linear 0.99",
-            "linear, non-normal",
-            "nearly singular",
-            "expanding",
-            "tanh RNN",
-            "monotone operator",
-            "MLP 32x64x256",
-            "MLP 8x256x512",
-            "mixer",
-            "transformer",
-            "transformer, hard",
-            "convolution",
-        )
-    },
+    **{name: partial(_of_suite, name) for name in problems.NAMES},
     "MLP 32x1x256": partial(mlp, batch=32, tokens=1, width=256, gain=1.2),
     "transformer, easy": partial(transformer, batch=16, tokens=64, width=128, gain=0.9),
 }

@@ -17,10 +17,10 @@ from torch import Tensor
 from deqlib import Picard, Solution, Stopping, fixed_point
 from deqlib.testing import Problem
 
+from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product
 from ...show import COLORS
 from ...timing import interleaved, ratio, seconds
-from . import problems
 
 COSTLY = 2e-3  # seconds that an evaluation must take for the bars
 LIMITS = {"tracked": 1.15, "fixed": 1.03}

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from deqlib.testing import Problem
 
+from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
 from ...contenders import CONTENDERS, not_run, style
 from ...profiling import marked
 from ...timing import geometric_mean, interleaved, ratio, seconds
-from . import problems
 
 TOLERANCES = (1e-3, 1e-5)
 ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from deqlib.testing import Problem
 
+from ... import problems
 from ...case import Case, Metric, Picture, Row, Run, Table, product
 from ...contenders import CONTENDERS, not_run, style, worst_residual
 from ...timing import interleaved
-from . import problems
 from .solves import ONCE, heads
 
 LARGEST = 10.0  # residual that a picture shows
