@@ -36,7 +36,9 @@ def profiled(solve: Callable[[], object], trace: Path) -> Table:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler, record_function("solve"):
+    # In this thread backward passes of a GPU too, so that the table has them.
+    in_order = torch.autograd.set_multithreading_enabled(False)
+    with in_order, profile(activities=activities) as profiler, record_function("solve"):
         solve()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))

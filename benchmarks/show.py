@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +20,8 @@ from .case import Bar, Case, Row, Table
 from .results import Results
 
 COLORS = ("#1f6f8b", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057", "#8d96a3", "#c97b63", "#4f772d")
+
+NOTE = 110  # characters of a note that the documentation shows; the file has it whole
 
 
 def terminal() -> Console:
@@ -55,13 +59,17 @@ def markdown_table(table: Table) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
-def bars_markdown(bars: Sequence[dict[str, object]]) -> str:
-    """For the documentation, from the records in a file."""
+def bars_markdown(bars: Sequence[dict[str, Any]]) -> str:
+    """For the documentation, from the records in a file: a bar that is missed says by how much."""
     lines = []
     for bar in bars:
-        value = "-" if bar["value"] is None else f"{bar['value']:.4g}"
-        lines.append((str(bar["name"]), value, f"{bar['limit']:.4g}", str(bar["verdict"])))
-    return markdown_table(Table("bars", ("what", "measured", "at most", ""), lines))
+        value, limit, verdict = bar["value"], bar["limit"], bar["verdict"]
+        if verdict == "FAIL" and value is not None and limit:
+            verdict = f"missed: {value / limit:.3g} x"
+        shown = "-" if value is None else f"{value:.4g}"
+        note = shorten(bar["note"], NOTE, placeholder=" ...")
+        lines.append((bar["name"], shown, f"{limit:.4g}", verdict, note))
+    return markdown_table(Table("bars", ("what", "measured", "at most", "", "note"), lines))
 
 
 def draw(case: Case, rows: list[Row], path: Path) -> None:

@@ -54,11 +54,16 @@ def interleaved(
     return times
 
 
-def ratio(times: list[float], reference: list[float]) -> float:
-    """Median over the rounds of the ratio within a round; who ran only once did so in every round."""
+def ratios(times: list[float], reference: list[float]) -> list[float]:
+    """The ratio within every round; who ran only once did so in every round."""
     rounds = max(len(times), len(reference))
     ours, theirs = (t * rounds if len(t) == 1 else t for t in (times, reference))
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(ratios(times, reference))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -75,6 +80,14 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / 2
 
 
+def with_spread(figures: Sequence[float]) -> str:
+    """Median and spread in words, the median with three digits or more; no spread of a single figure."""
+    median = statistics.median(figures)
+    digits = max(0, 2 - math.floor(math.log10(abs(median)))) if median else 0
+    shown = f"{median:,.{digits}f}"
+    return shown if len(figures) < 2 else f"{shown} ± {spread(figures):,.{digits}f}"
+
+
 def milliseconds(times: Sequence[float]) -> str:
-    """Median and spread of seconds, in words."""
-    return f"{statistics.median(times) * 1e3:,.1f} ± {spread(times) * 1e3:,.1f}"
+    """Median and spread of seconds, in words; "-" where nothing was timed."""
+    return with_spread([1e3 * time for time in times]) if times else "-"

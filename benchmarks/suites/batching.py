@@ -7,7 +7,6 @@ Work is what the cell sees: samples, summed over its calls. torchdeq goes on unt
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from ..case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Setting
 from ..contenders import CONTENDERS, SOLVERS
 from ..profiling import marked
 from ..show import COLORS
-from ..timing import interleaved, ratio
+from ..timing import interleaved, milliseconds, ratio
 
 RTOL = 1e-4
 MAX_EVALUATIONS = 2001
@@ -154,8 +153,8 @@ def table(rows: list[Row]) -> Table:
         for name in OTHERS:
             text = " / ".join(f"{figure:.2f}" for figure in ratios(point, name).values())
             cells.append(text if point[name]["reached"] else f"({text})")
-        milliseconds = f"{plain['work']:,} / {statistics.median(plain['seconds']) * 1e3:,.0f}"
-        lines.append((f"{plain['solver']}, {plain['hard']} of {plain['batch']}", *cells, milliseconds))
+        cells.append(f"{plain['work']:,} / {milliseconds(plain['seconds'])}")
+        lines.append((f"{plain['solver']}, {plain['hard']} of {plain['batch']}", *cells))
     head = ("solver, hard samples", "steps, easy", "steps, hard", *OTHERS, "plain: work / ms")
     return Table("work / time over those of plain; in brackets where not all samples arrive", head, lines)
 

@@ -9,7 +9,7 @@ mode, with and without gradients, and the residual that the solution reports is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from .capture import forward_mode, is_transformed, primal
 from .functional import solve_constant
 
 VectorJacobianProduct = Callable[[Tensor], Tensor]  # u -> J^T u, both (B, D)
-Adjoint = Callable[[Tensor, VectorJacobianProduct], Tensor]  # (g, vjp) -> u, all (B, D)
+Adjoint = Callable[..., Tensor]  # (g, vjp, *kept) -> u, with g and u (B, D)
 
 
 class Solve(Protocol):
@@ -75,8 +75,15 @@ def solve_off_tape(f: Map, z0: Tensor, solve: Solve, *, stopping: Stopping | Non
     return solution
 
 
-def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor | None, nfe: int) -> Solution:
-    """`solution` whose value sends `adjoint(g, vjp)` into the graph of `output` when g arrives.
+def attach(
+    solution: Solution,
+    output: Tensor,
+    adjoint: Adjoint,
+    source: Tensor | None,
+    nfe: int,
+    kept: Sequence[Tensor] = (),
+) -> Solution:
+    """`solution` whose value sends `adjoint(g, vjp, *kept)` into the graph of `output` when g arrives.
 
     Args:
         solution: found off the tape.
@@ -84,6 +91,8 @@ def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor 
         adjoint: turns the gradient of the value into that of `output`.
         source: the point `output` was evaluated at, see `on_tape`; `None` where `vjp` is not needed.
         nfe: evaluations spent on `output`.
+        kept: what else the adjoint needs. Autograd keeps it: it goes with the graph, is seen by hooks on
+            saved tensors, and activation checkpointing computes it again.
     """
     solution = replace(solution, nfe=solution.nfe + nfe)
     if source is None and adjoint is identity_adjoint:
@@ -93,7 +102,7 @@ def attach(solution: Solution, output: Tensor, adjoint: Adjoint, source: Tensor 
     _refuse_transforms()
     if not (output.requires_grad if source is None else asks_for_gradient(output)):
         return solution
-    return replace(solution, value=_apply(_Attach, output, source, solution.value, adjoint))
+    return replace(solution, value=_apply(_Attach, output, source, solution.value, adjoint, *kept))
 
 
 def on_tape(f: Map, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,10 +279,12 @@ class _Attach(torch.autograd.Function):
     """`value` in the forward pass, `adjoint` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, source: Tensor | None, value: Tensor, adjoint: Adjoint) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, source: Tensor | None, value: Tensor, adjoint: Adjoint, *kept: Tensor
+    ) -> Tensor:
         ctx.adjoint = adjoint
         if source is not None:
-            ctx.save_for_backward(output, source)
+            ctx.save_for_backward(output, source, *kept)
         return value.detach()
 
     @staticmethod
@@ -281,7 +292,8 @@ class _Attach(torch.autograd.Function):
         refuse_second_order()
         refuse_batched_gradients(grads[0])
         saved = ctx.saved_tensors  # once: under activation checkpointing a second unpacking is an error
-        return ctx.adjoint(grads[0], lambda u: product(u, *saved)), None, None, None
+        u = ctx.adjoint(grads[0], lambda u: product(u, *saved[:2]), *saved[2:])
+        return u, *(None for _ in ctx.needs_input_grad[1:])
 
 
 def refuse_second_order() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,11 +72,13 @@ class SharedInverse(Backward):
         source, output = on_tape(f, solution.value)
         history = solution.state
         assert isinstance(history, SecantState)
+        nothing = z0.new_empty(0)
+        settings = replace(history, df=nothing, left=nothing)  # what is left weighs nothing
 
-        def adjoint(g: Tensor, vjp: VectorJacobianProduct) -> Tensor:
-            return self._adjoint(g, vjp, history, solve)
+        def adjoint(g: Tensor, vjp: VectorJacobianProduct, df: Tensor, left: Tensor) -> Tensor:
+            return self._adjoint(g, vjp, replace(settings, df=df, left=left), solve)
 
-        return attach(solution, output, adjoint, source, nfe=1)
+        return attach(solution, output, adjoint, source, nfe=1, kept=(history.df, history.left))
 
     def _adjoint(self, g: Tensor, vjp: VectorJacobianProduct, history: SecantState, solve: Solve) -> Tensor:
         with torch.autocast(g.device.type, enabled=False):

@@ -302,7 +302,7 @@ def test_overhead_is_judged_by_the_worst_of_the_costly_cells() -> None:
         (1.1, "one", "FAIL"),
     ]
     assert [bar.limit for bar in overhead.bars(both)] == [1.15, 1.03]
-    assert overhead.table(both).lines[0] == ("cheap", "1.00", "3", "9.000", "4.500")
+    assert overhead.table(both).lines[0] == ("cheap", "1.00", "3", "9.00", "4.50")
 
 
 def test_peak_bytes_is_the_most_that_lives_at_once_beyond_what_was_there() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import Problem, Spy, as_pytree, dense_gradients, problem, problems
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from deqlib import (
     JFB,
@@ -26,6 +27,7 @@ from deqlib import (
     fixed_point,
 )
 from deqlib.backward.shared_inverse import SharedInverse
+from deqlib.diagnostics import saved_bytes
 from deqlib.driver import iterate
 from deqlib.solvers.secant import SecantSolver, SecantState
 
@@ -394,23 +396,56 @@ def test_a_backward_pass_under_autocast_uses_the_history_in_its_own_precision(re
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+class Kept:
+    """A tensor as autograd keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 @pytest.mark.parametrize("differentiate", [True, False], ids=["after backward", "without backward"])
-def test_the_history_is_freed_with_the_graph_without_the_garbage_collector(differentiate: bool) -> None:
+def test_autograd_keeps_the_history_and_frees_it_with_the_graph_without_the_garbage_collector(
+    differentiate: bool,
+) -> None:
     base = problem("tanh").requiring_grad()
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        alive.add(kept)
+        return kept
+
     gc.collect()
     gc.disable()
     try:
-        solution = fixed_point(base.f, base.z0, solver=Broyden(), backward=SharedInverse(refine=2))
-        history, value = weakref.ref(solution.state), solution.value
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            solution = fixed_point(base.f, base.z0, solver=Broyden(), backward=SharedInverse(refine=2))
+        history = {solution.state.df.data_ptr(), solution.state.left.data_ptr()}
+        state, value = weakref.ref(solution.state), solution.value
         del solution
-        assert history() is not None  # the graph needs it
-        loss = value.sum()
+        assert state() is None
+        assert history <= {kept.tensor.data_ptr() for kept in alive}
         if differentiate:
-            loss.backward()
-        del value, loss
-        assert history() is None
+            value.sum().backward()  # frees what was saved, though the value lives on
+        else:
+            del value
+        assert not alive
     finally:
         gc.enable()
+
+
+def test_under_activation_checkpointing_the_history_is_computed_again() -> None:
+    base = problem("tanh").requiring_grad()
+    layer = ImplicitLayer(base.cell, solver=Broyden(), backward=SharedInverse(refine=2))
+    expected = torch.autograd.grad(layer(*base.tensors).sum(), base.tensors)
+
+    def forward() -> Tensor:
+        return checkpoint(layer, *base.tensors, use_reentrant=False)
+
+    held = saved_bytes(forward, exclude=base.tensors)
+    assert held < saved_bytes(lambda: layer(*base.tensors), exclude=base.tensors) / 10
+    found = torch.autograd.grad(forward().sum(), base.tensors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_solve_that_goes_on_from_the_state_leaves_the_gradient_alone() -> None:

@@ -15,8 +15,7 @@ def marked_both_ways(cell: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The cell, every evaluation and every product with its Jacobian marked; gradients of first order.
 
     Products for the state and those for the inputs are calls of their own, so that an adjoint solve pays for
-    its own alone. On a GPU PyTorch runs backward passes in another thread: they are in the trace, but not in
-    the table.
+    its own alone.
     """
 
     def call(z: Tensor, *inputs: Tensor) -> Tensor:

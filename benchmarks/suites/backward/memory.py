@@ -1,7 +1,6 @@
 """Bytes that autograd keeps for the backward pass, by mode and number of steps.
 
-They are counted, not timed, so every machine gives the same ones. What a mode keeps outside of autograd, the
-history of the solver that `SharedInverse` uses again, is not among them; `modes` counts it in its peak.
+They are counted, not timed, so every machine gives the same ones.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from ...case import SECONDS, Case, Metric, Picture, Row, Run, Table, product
 from ...peak import peak_bytes
 from ...peers import torchdeq
 from ...show import COLORS
-from ...timing import interleaved
+from ...timing import interleaved, milliseconds
 from .draws import flat, relative_error
 from .marks import marked_both_ways
 from .times import cotangent
@@ -190,8 +190,7 @@ def table(rows: list[Row]) -> Table:
 
 def _cell(row: Row) -> str:
     error = "-" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
-    milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}" if row["seconds"] else "-"
-    return f"{error} / {milliseconds} / {row['saved_bytes'] / 1e6:.1f}"
+    return f"{error} / {milliseconds(row['seconds'])} / {row['saved_bytes'] / 1e6:.1f}"
 
 
 # One color a method, one marker a library and variant.

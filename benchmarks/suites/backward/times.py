@@ -28,7 +28,7 @@ from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
 from ...peers import torchdeq
 from ...show import COLORS
-from ...timing import geometric_mean, ratio, seconds
+from ...timing import geometric_mean, milliseconds, ratio, seconds
 from .marks import marked_both_ways
 
 LOOSER, TIGHTER = 10, 14  # most steps away from the target in the search for a tolerance
@@ -355,8 +355,7 @@ def table(rows: list[Row]) -> Table:
 def _cell(row: Row) -> str:
     if row["error"]:
         return "raised"
-    milliseconds = f"{statistics.median(row['seconds']) * 1e3:,.0f}" if row["seconds"] else "-"
-    shown = f"{row['products']} / {milliseconds}"
+    shown = f"{row['products']} / {milliseconds(row['seconds'])}"
     return f"({shown})" if row["reached"] is False else shown
 
 

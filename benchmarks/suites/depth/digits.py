@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...case import COUNT, SECONDS, Case, Metric, Picture, Row, Run, Table, product
-from ...timing import seconds
+from ...timing import seconds, with_spread
 from .contenders import CONTENDERS, parameters
 from .show import by_depth, plot_by_depth
 from .training import Batch, Reader, train
 
 WIDTH, BATCH, RATE = 32, 64, 3e-3
-TESTED = 360  # of 1,797, the last ones
+TESTED = 360  # of 1,797, the first ones; the settings above were chosen with the last ones held out
 # The checkpointed contender computes what the tied one does.
 NAMES = tuple(name for name in CONTENDERS if "checkpointed" not in name)
 
@@ -29,7 +29,7 @@ def data() -> tuple[Batch, Batch]:
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32) / 8 - 1
     digits = torch.tensor(found.target)
-    return (images[:-TESTED], digits[:-TESTED]), (images[-TESTED:], digits[-TESTED:])
+    return (images[TESTED:], digits[TESTED:]), (images[:TESTED], digits[:TESTED])
 
 
 def build(run: Run, depth: int, updates: int, seeds: int) -> Iterator[Row]:
@@ -65,9 +65,10 @@ def _accuracy(logits: Tensor, y: Tensor) -> float:
 
 def _table(rows: list[Row]) -> Table:
     def cell(row: Row) -> str:
-        return f"{statistics.median(row['accuracy']):.1%} / {statistics.median(row['seconds']):.1f}"
+        accuracy = with_spread([100 * a for a in row["accuracy"]])
+        return f"{accuracy} / {with_spread(row['seconds'])}"
 
-    title = f"accuracy on {TESTED} unseen digits / seconds of training, medians over seeds"
+    title = f"% right of {TESTED} unseen digits / seconds of training, medians over seeds"
     return by_depth(rows, title, cell)
 
 

@@ -23,6 +23,7 @@ from .training import Batch, MakeBody, Reader, train
 WIDTH, BATCH, RATE = 32, 32, 1e-2
 LONGER = (1, 2, 4)  # lengths of tests, in lengths of training
 TESTED = 1000  # sequences
+TEST_SEED = 20261125  # of sequences that had no part in choosing the settings
 TOLERANCE = 1e-3
 STEPS_A_PLACE = 4  # most solver steps to the tolerance
 BACKWARD = {
@@ -102,7 +103,7 @@ def _tests(
     """
     for factor in LONGER:
         tested = factor * length
-        x, y = sequences(torch.Generator().manual_seed(1234), TESTED, tested)
+        x, y = sequences(torch.Generator().manual_seed(TEST_SEED), TESTED, tested)
         test = partial(_test, model, x.to(run.device), y.to(run.device))
         if depth is None:
             yield name, tested, test(_rule(tested))

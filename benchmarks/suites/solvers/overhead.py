@@ -20,7 +20,7 @@ from deqlib.testing import Problem
 from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product
 from ...show import COLORS
-from ...timing import interleaved, ratio, seconds
+from ...timing import interleaved, ratios, seconds, with_spread
 
 COSTLY = 2e-3  # seconds that an evaluation must take for the bars
 LIMITS = {"tracked": 1.15, "fixed": 1.03}
@@ -71,11 +71,11 @@ def _loop(problem: Problem, evaluations: int) -> Callable[[], Tensor]:
     return loop
 
 
-def ratios(rows: list[Row], kind: str) -> dict[str, float]:
-    """By problem, time of Picard over that of its bare loop."""
+def by_problem(rows: list[Row], kind: str) -> dict[str, list[float]]:
+    """Time of Picard over that of its bare loop, in every round."""
     times = {(row["problem"], row["contender"]): row["seconds"] for row in rows}
     names = dict.fromkeys(row["problem"] for row in rows)
-    return {name: ratio(times[name, kind], times[name, BARE.format(kind)]) for name in names}
+    return {name: ratios(times[name, kind], times[name, BARE.format(kind)]) for name in names}
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -83,10 +83,10 @@ def bars(rows: list[Row]) -> list[Bar]:
     costly = [row for row in rows if row["evaluation_seconds"] >= COSTLY]
     found = []
     for kind, limit in LIMITS.items():
-        by_problem = ratios(costly, kind)
-        worst = max(by_problem, key=lambda name: by_problem[name], default="no cell is costly enough")
+        medians = {name: statistics.median(values) for name, values in by_problem(costly, kind).items()}
+        worst = max(medians, key=lambda name: medians[name], default="no cell is costly enough")
         found.append(
-            Bar(f"Picard / bare loop, time, {kind}, worst", by_problem.get(worst, math.nan), limit, worst)
+            Bar(f"Picard / bare loop, time, {kind}, worst", medians.get(worst, math.nan), limit, worst)
         )
     return found
 
@@ -95,10 +95,10 @@ def table(rows: list[Row]) -> Table:
     """One line a cell."""
     evaluation = {row["problem"]: row["evaluation_seconds"] for row in rows}
     steps = {row["problem"]: row["evaluations"] for row in rows if row["contender"] == "fixed"}
-    found = {kind: ratios(rows, kind) for kind in LIMITS}
+    found = {kind: by_problem(rows, kind) for kind in LIMITS}
     lines = []
     for name, cost in evaluation.items():
-        cells = (f"{found[kind][name]:.3f}" for kind in LIMITS)
+        cells = (with_spread(found[kind][name]) for kind in LIMITS)
         lines.append((name, f"{cost * 1e3:.2f}", str(steps[name]), *cells))
     title = "time of Picard / of a bare loop of as many evaluations"
     return Table(title, ("problem", "ms an evaluation", "steps", *LIMITS), lines)
@@ -107,7 +107,7 @@ def table(rows: list[Row]) -> Table:
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     costly = {row["problem"]: row["evaluation_seconds"] >= COSTLY for row in rows}
     for axis, (kind, limit) in zip(axes, LIMITS.items(), strict=True):
-        found = ratios(rows, kind)
+        found = {name: statistics.median(values) for name, values in by_problem(rows, kind).items()}
         colors = [COLORS[0] if costly[name] else COLORS[6] for name in found]
         axis.barh(list(found), [value - 1 for value in found.values()], left=1, color=colors)
         axis.axvline(limit, color=COLORS[1], linewidth=1)

@@ -19,7 +19,7 @@ from ... import problems
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
 from ...contenders import CONTENDERS, not_run, style
 from ...profiling import marked
-from ...timing import geometric_mean, interleaved, ratio, seconds
+from ...timing import geometric_mean, interleaved, milliseconds, ratio, seconds
 
 TOLERANCES = (1e-3, 1e-5)
 ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
@@ -204,7 +204,7 @@ def _cell(row: Row) -> str:
         return "-"
     if row["error"] is not None:
         return "raised"
-    text = f"{row['evaluations']} / {statistics.median(row['seconds']) * 1e3:,.0f}"
+    text = f"{row['evaluations']} / {milliseconds(row['seconds'])}"
     return text if row["reached"] else f"({text})"
 
 

@@ -24,7 +24,7 @@ from viar.sampling import decode_images
 
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
 from ...show import COLORS
-from ...timing import interleaved, ratio
+from ...timing import interleaved, ratio, with_spread
 from .models import DIGITS_SAMPLING, DTYPES, Trained, trained_digits
 from .rows import by_contender, grouped, written
 
@@ -159,7 +159,7 @@ def _line(name: str, row: Row, faster: str) -> tuple[str, ...]:
         row["cache"] if row["contender"] == "VIAR" else "",
         row["dtype"],
         str(row["batch"]),
-        f"{_rate(row):,.0f}",
+        with_spread([row["batch"] / t for t in row["seconds"]]),
         faster,
         f"{row['cache_bytes'] / 1e3:.1f}",
         f"{row['evaluations']:.1f}",

@@ -26,7 +26,7 @@ from ...baselines.viar import sample_tokens as baseline_tokens
 from ...case import SECONDS, Bar, Case, Picture, Row, Run, Settings, Table, product
 from ...profiling import marked
 from ...show import COLORS
-from ...timing import interleaved, ratio
+from ...timing import interleaved, ratio, with_spread
 from .models import QUICK, Shape, implicit, random_tokenizer, random_transformer
 from .rows import by_contender, grouped
 
@@ -179,7 +179,7 @@ def table(rows: list[Row]) -> Table:
             for what in TIMES:
                 if what in row:
                     speed = 1 / found[row["contender"]][what]
-                    cells += [f"{statistics.median(row[what]):.3f}", f"{speed:.2f}"]
+                    cells += [with_spread(row[what]), f"{speed:.2f}"]
                 else:
                     cells += ["", ""]
             lines.append((row["contender"], str(row["batch"]), *cells))

@@ -22,7 +22,7 @@ import viar
 from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, product
 from ...peak import peak_bytes
 from ...show import COLORS
-from ...timing import interleaved, ratio
+from ...timing import interleaved, ratio, with_spread
 from .models import DTYPES, QUICK, Shape, implicit, num_bytes, random_tokenizer, random_transformer
 from .rows import by_contender, grouped, written
 
@@ -127,13 +127,13 @@ def table(rows: list[Row]) -> Table:
     for point in grouped(rows, *POINT):
         for row in point:
             what = f"{row['contender']}, depth {row['depth']}, batch {row['batch']}, {row['dtype']}"
-            rate = row["images"] / statistics.median(row["seconds"])
+            rates = [row["images"] / t for t in row["seconds"]]
             lines.append(
                 (
                     what + ", with images" * row["decode"],
                     written(row["iterations"]) if row["contender"] == "VIAR" else "",
                     f"{row['parameters'] / 1e6:,.1f}",
-                    f"{rate:.4g}",
+                    with_spread(rates),
                     f"{row['weight_bytes'] / 1e9:.2f}",
                     f"{row['peak_bytes'] / 1e9:.2f}",
                 )
