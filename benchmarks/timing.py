@@ -1,17 +1,23 @@
 """Times and ratios of times that can be compared.
 
 Contenders take turns within every round, so that what else the machine does, or how warm it is, meets all
-of them alike. Ratios are taken within a round, and their median is reported.
+of them alike; every round has an order of its own, so that nobody always comes after the same one. Ratios are
+taken within a round, and their median is reported.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+
+# Seconds before a contender's turn. The threads of BLAS libraries keep looking for work for some 30 ms after
+# their last product, and would share the cores with whoever comes next.
+PAUSE = 0.05
 
 
 def seconds(compute: Callable[[], object]) -> float:
@@ -47,10 +53,12 @@ def interleaved(
     first = warm_up or {name: seconds(compute) for name, compute in contenders.items()}
     slow = {name for name in contenders if first[name] > limit}
     times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in contenders}
+    order, shuffle = [name for name in contenders if name not in slow], random.Random(0).shuffle
     for _ in range(rounds):
-        for name, compute in contenders.items():
-            if name not in slow:
-                times[name].append(seconds(compute))
+        shuffle(order)
+        for name in order:
+            time.sleep(PAUSE)
+            times[name].append(seconds(contenders[name]))
     return times
 
 

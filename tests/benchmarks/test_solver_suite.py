@@ -417,11 +417,19 @@ def test_chunks_of_seeds_add_up_to_ten_thousand() -> None:
 # what suites share --------------------------------------------------------------------------------------
 
 
-def test_contenders_take_turns_and_slow_ones_run_once() -> None:
+def test_contenders_take_turns_in_another_order_every_round_and_slow_ones_run_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.timing.PAUSE", 0)
     calls: list[str] = []
-    runs = {name: lambda name=name: calls.append(name) for name in ("a", "b", "slow")}
-    times = interleaved(runs, 2, limit=1.0, warm_up={"a": 0.1, "b": 0.1, "slow": 5.0})
-    assert calls == ["a", "b", "a", "b"]
+    runs = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c", "slow")}
+    warm_up = {"a": 0.1, "b": 0.1, "c": 0.1, "slow": 5.0}
+    times = interleaved(runs, 20, limit=1.0, warm_up=warm_up)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 20
+    assert {tuple(sorted(order)) for order in rounds} == {("a", "b", "c")}
+    assert len(set(rounds)) > 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 20, "b": 20, "c": 20, "slow": 1}
     assert times["slow"] == [5.0]
     assert ratio([5.0], [1.0, 2.0, 5.0]) == 2.5
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)

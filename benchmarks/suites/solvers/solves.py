@@ -23,7 +23,7 @@ from ...timing import geometric_mean, interleaved, milliseconds, ratio, seconds
 
 TOLERANCES = (1e-3, 1e-5)
 ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
-ONCE = 20.0  # seconds; a solve that takes longer is timed once
+ONCE = 2.0  # seconds; a solve that takes longer is timed once
 FARTHEST = 16  # times the best, in the picture
 
 
