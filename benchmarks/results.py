@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,15 @@ class Results:
                 "rows": list(rows),
             }
         )
+
+    def arrange(self, case: str, grid: Sequence[Settings]) -> None:
+        """Points of a case in the order of its grid, wherever a resumed run added them; others last."""
+
+        def rank(point: dict[str, Any]) -> int:
+            return grid.index(point["settings"]) if point["settings"] in grid else len(grid)
+
+        if case in self.points:
+            self.points[case].sort(key=rank)
 
     def judge(self, bars: Iterable[Bar]) -> None:
         """Replace the bars."""

@@ -77,6 +77,7 @@ def measure(
                 results.save(path)
             progress.advance(task)
     for case in chosen:
+        results.arrange(case.name, case.quick if run.quick else case.grid)
         if rows := results.rows(case.name):
             console.print(terminal_table(case.table(rows)))
     if found := judged(chosen, results):

@@ -124,6 +124,17 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path, consol
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
+def test_points_that_are_added_later_stand_where_their_grid_has_them(
+    tmp_path: Path, console: Console
+) -> None:
+    grid = product(size=[1, 2, 3], kind=["a"])
+    measured(tmp_path, console, case(grid=[*grid[1:], {"size": 9, "kind": "a"}]))
+    (file,) = tmp_path.iterdir()
+    results, path = runner.begin("made-up", RUN, file, tmp_path)
+    runner.measure([case(grid=grid)], ["doubling"], {}, RUN, results, path, console)
+    assert [row["size"] for row in Results.load(file).rows("doubling")][::2] == [1, 2, 3, 9]
+
+
 def test_figures_of_another_time_are_told_apart_and_those_of_other_hardware_refused(
     tmp_path: Path, console: Console
 ) -> None:
