@@ -417,10 +417,7 @@ def test_chunks_of_seeds_add_up_to_ten_thousand() -> None:
 # what suites share --------------------------------------------------------------------------------------
 
 
-def test_contenders_take_turns_in_another_order_every_round_and_slow_ones_run_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("benchmarks.timing.PAUSE", 0)
+def test_contenders_take_turns_in_another_order_every_round_and_slow_ones_run_once() -> None:
     calls: list[str] = []
     runs = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c", "slow")}
     warm_up = {"a": 0.1, "b": 0.1, "c": 0.1, "slow": 5.0}
