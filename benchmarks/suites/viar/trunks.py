@@ -5,7 +5,7 @@ beyond what was there before the generation, in a run of its own.
 
 Points of more than one image are for a GPU and empty elsewhere. A generation that takes longer than a minute
 runs once, for both figures: its operations take so long that recording what they allocate does not show. At
-depth 30 two CPU cores take minutes for an image.
+depth 30 two CPU cores take VAR from one minute to eight.
 """
 
 from __future__ import annotations
