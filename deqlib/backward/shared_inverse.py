@@ -73,7 +73,7 @@ class SharedInverse(Backward):
         history = solution.state
         assert isinstance(history, SecantState)
         nothing = z0.new_empty(0)
-        settings = replace(history, df=nothing, left=nothing)  # what is left weighs nothing
+        settings = replace(history, df=nothing, left=nothing)  # what is left holds no states
 
         def adjoint(g: Tensor, vjp: VectorJacobianProduct, df: Tensor, left: Tensor) -> Tensor:
             return self._adjoint(g, vjp, replace(settings, df=df, left=left), solve)

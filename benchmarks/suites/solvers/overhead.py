@@ -79,15 +79,20 @@ def by_problem(rows: list[Row], kind: str) -> dict[str, list[float]]:
     return {name: ratios(times[name, kind], times[name, BARE.format(kind)]) for name in names}
 
 
+def medians(rows: list[Row], kind: str) -> dict[str, float]:
+    """Of `by_problem`."""
+    return {name: statistics.median(values) for name, values in by_problem(rows, kind).items()}
+
+
 def bars(rows: list[Row]) -> list[Bar]:
     """The worst of the costly cells decides."""
     costly = [row for row in rows if row["evaluation_seconds"] >= COSTLY]
     found = []
     for kind, limit in LIMITS.items():
-        medians = {name: statistics.median(values) for name, values in by_problem(costly, kind).items()}
-        worst = max(medians, key=lambda name: medians[name], default="no cell is costly enough")
+        figures = medians(costly, kind)
+        worst = max(figures, key=lambda name: figures[name], default="no cell is costly enough")
         found.append(
-            Bar(f"Picard / bare loop, time, {kind}, worst", medians.get(worst, math.nan), limit, worst)
+            Bar(f"Picard / bare loop, time, {kind}, worst", figures.get(worst, math.nan), limit, worst)
         )
     return found
 
@@ -108,7 +113,7 @@ def table(rows: list[Row]) -> Table:
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     costly = {row["problem"]: row["evaluation_seconds"] >= COSTLY for row in rows}
     for axis, (kind, limit) in zip(axes, LIMITS.items(), strict=True):
-        found = {name: statistics.median(values) for name, values in by_problem(rows, kind).items()}
+        found = medians(rows, kind)
         colors = [COLORS[0] if costly[name] else COLORS[6] for name in found]
         axis.barh(list(found), [value - 1 for value in found.values()], left=1, color=colors)
         axis.axvline(limit, color=COLORS[1], linewidth=1)
