@@ -41,7 +41,8 @@ def fixed_point(
             on one another. Gradients reach everything f uses: `args`, parameters, captured tensors.
         z0: starting point, a floating-point tensor or pytree of tensors whose first axis is the batch.
         args: further arguments of `f`, passed as they are.
-        solver: default `Auto()`: Anderson, and for samples it cannot solve Broyden and Newton-Krylov.
+        solver: default `Auto()`: for every sample the plain iteration if that is fast, else Anderson, Broyden
+            or Newton-Krylov.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
         backward: default `ImplicitDifferentiation()`.
         on_failure: "raise" throws `NonConvergenceError`, "warn" warns `NonConvergenceWarning`, "ignore"

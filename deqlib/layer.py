@@ -25,7 +25,8 @@ class ImplicitLayer(nn.Module):
     Args:
         cell: module or callable, `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and
             device. A module is registered, so its parameters train with the layer.
-        solver: default `Auto()`: Anderson, and for samples it cannot solve Broyden and Newton-Krylov.
+        solver: default `Auto()`: for every sample the plain iteration if that is fast, else Anderson, Broyden
+            or Newton-Krylov.
         backward: default `ImplicitDifferentiation()`.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
         on_failure: "raise", "warn" or "ignore", for the forward and for the adjoint solve.

@@ -7,7 +7,7 @@ tensor of shape (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -175,29 +175,6 @@ def cut(value: Any, axis: int | str | None, batch: int, samples: Tensor) -> Any:
         return leaf.index_select(axis, samples)
 
     return tree_map(one, value)
-
-
-def take_samples(state: Any, samples: Tensor) -> Any:
-    """A solver's state with these samples alone; every tensor in it has the batch first."""
-    return _zip_tensors(lambda full, _: full.index_select(0, samples), state, state)
-
-
-def put_samples(state: Any, samples: Tensor, part: Any) -> Any:
-    """`state` with these samples replaced; what is not a tensor is that of `part`."""
-    return _zip_tensors(lambda full, new: full.index_copy(0, samples, new), state, part)
-
-
-def _zip_tensors(change: Callable[[Tensor, Tensor], Tensor], state: Any, part: Any) -> Any:
-    if isinstance(state, Tensor) and isinstance(part, Tensor):
-        return change(state, part)
-    if is_dataclass(part) and not isinstance(part, type):
-        names = [f.name for f in fields(part)]
-        return replace(part, **{n: _zip_tensors(change, getattr(state, n), getattr(part, n)) for n in names})
-    if isinstance(part, dict):
-        return {key: _zip_tensors(change, state[key], value) for key, value in part.items()}
-    if isinstance(part, tuple | list):
-        return type(part)(_zip_tensors(change, old, new) for old, new in zip(state, part, strict=True))
-    return part
 
 
 def flatten(cell: Callable[..., Any], z0: Any, inputs: tuple[Any, ...] = ()) -> tuple[FlatMap, Tensor]:

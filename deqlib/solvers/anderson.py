@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
-from .base import combination, products, small_dtype
+from .base import combination, products
 from .secant import SecantSolver, SecantState
 
 
@@ -24,10 +24,11 @@ class Anderson(SecantSolver):
     Linear Algebra Appl. 16.)
 
     The matrix of inner products is kept, and a step computes one new row of it: the cost is
-    O(memory * D). Memory: 2 * `memory` states and at most 4 more while a solve runs, 7 with damping.
+    O(memory * D), two passes over the history. Memory: 2 * `memory` states, taken as they are needed, half as
+    much again while room is made, and at most 4 more while a solve runs, 7 with damping.
 
     Args:
-        memory: most differences kept.
+        memory: most differences kept, and never more than a sample has numbers, plus one.
         ridge: added to the diagonal of the least-squares system after its columns were scaled to unit
             norm, so it means the same at every size of the residual.
         damping: in (0, 1], of the residual that the combination leaves.
@@ -64,18 +65,22 @@ class Anderson(SecantSolver):
         """Type I or II."""
         return f"Anderson of type {self.kind}"
 
-    def entries(self, left: Tensor, df: Tensor, newest: int) -> tuple[Tensor, Tensor]:
-        """Of dR^T dR or dZ^T dR; the diagonal is moved away from zero by the ridge."""
-        row = products(left, left[:, newest])
+    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
+        """Of dR^T dR, which is symmetric, or of dZ^T dR = dZ^T dF - dZ^T dZ."""
         if self.uses_residuals:
-            column = row.to(small_dtype(row))  # may be the same: the diagonal is taken from the column
-            column[:, newest].mul_(1 + self.ridge)
-        else:
-            # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
-            column = products(left, df[:, newest] - left[:, newest]).to(small_dtype(row))
-            column[:, newest].sub_(self.ridge * row[:, newest])
-            row = products(df, left[:, newest]) - row
-        return row, column
+            return column
+        return products(df, left[:, newest]) - products(left, left[:, newest])
+
+    def diagonal(self, left: Tensor, change: Tensor) -> Tensor:
+        """Moved away from zero by the ridge: here in type I, by `diagonal_factor` in type II."""
+        entry = super().diagonal(left, change)
+        # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
+        return entry if self.uses_residuals else entry - self.ridge * super().diagonal(left, left)
+
+    @property
+    def diagonal_factor(self) -> float:
+        """Type II is regularised relative to each column."""
+        return 1 + self.ridge if self.uses_residuals else 1.0
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:
         """In type I also what the ridge alone would give, where residuals do not change with the iterate."""

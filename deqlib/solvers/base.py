@@ -4,10 +4,101 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+_MANY = 1024  # samples from which on small systems are solved all at once
+_FEW = 64  # numbers that Python goes through faster than PyTorch starts an operation
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a solver wants evaluated next, where that is not simply the map at the iterate of its last step.
+
+    Attributes:
+        point: (B, D), where to evaluate instead of at the iterate.
+        direction: (B, D), a vector v: the next `step` gets J v in place of f(z), J the Jacobian of the map
+            at the point.
+        wanted: (B,), bool, the samples that get J v; the others get f(z). `None`: all.
+    """
+
+    point: Tensor | None = None
+    direction: Tensor | None = None
+    wanted: Tensor | None = None
+
+
+class Seen(Protocol):
+    """What the driver knows after an evaluation, told to `Solver.observe` before the `step` it belongs to.
+
+    Tensors are of the samples in the batch, off the tape, and must not be written to.
+    """
+
+    @property
+    def step(self) -> int:
+        """Evaluations of the solve before this one."""
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that the stopping rule still allows, at least one."""
+
+    @property
+    def difference(self) -> Tensor | None:
+        """f(z) - z, (B, D), for a step that is not recorded by autograd; `None` if the driver has none."""
+
+    @property
+    def residual(self) -> Tensor:
+        """Its norm, (B,)."""
+
+    @property
+    def goal(self) -> Tensor:
+        """The residual that meets the tolerance, (B,)."""
+
+    @property
+    def before(self) -> Tensor:
+        """Smallest residual of the evaluations before this one, (B,); infinite at the first, and minus
+        infinity for samples that had finished before it."""
+
+    @property
+    def since(self) -> Tensor:
+        """Evaluations since the best residual improved, int64, (B,); 0 where this one did."""
+
+    @property
+    def best(self) -> Tensor:
+        """The best iterate so far, this one included, (B, D)."""
+
+    @property
+    def improved(self) -> Tensor:
+        """The samples whose best iterate this one is, bool, (B,)."""
+
+    @property
+    def all_improved(self) -> bool:
+        """Whether the host knows that this evaluation is the best so far of every sample at work."""
+
+    @property
+    def finished(self) -> Tensor | None:
+        """The samples that are finished and will not move again, bool, (B,); `None`: nobody."""
+
+    @property
+    def may_look(self) -> bool:
+        """Whether the host may read from the device now: it waits for it at this step anyway."""
+
+    def of(self, rows: Tensor) -> Seen:
+        """The same of these samples alone; `rows` (b,) are their places in the batch."""
+
+    def note(self, cause: str, which: Tensor) -> None:
+        """Count a refused step of the samples in `which`, bool, (B,), by cause in `Solution.rejections`."""
+
+    def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:
+        """Say which of several methods works on each sample of the batch.
+
+        Args:
+            methods: their names.
+            method: the place of each sample's, int64, (B,), for `Solution.method`.
+            new: samples that begin again with another method, bool, (B,): `Stopping.patience` counts anew.
+        """
 
 
 class Solver(ABC):
@@ -18,7 +109,7 @@ class Solver(ABC):
     their first axis. A solver never calls `f`, never decides to stop, never sees a pytree; the values of a
     sample depend on nothing but that sample, so one that is not finite stays the only one.
 
-    `init` and `step` are all a solver needs. The other methods are hooks for those that can do more.
+    `init` and `step` are all a solver needs. The three other methods are for those that can do more.
     """
 
     @abstractmethod
@@ -31,8 +122,8 @@ class Solver(ABC):
     @abstractmethod
     def step(
         self,
-        z: Tensor,  # (B, D)
-        fz: Tensor,  # (B, D), the map at z
+        z: Tensor,  # (B, D), where the map was evaluated
+        fz: Tensor,  # (B, D), the map there, or what `query` asked for
         state: Any,
     ) -> tuple[Tensor, Any]:
         """Next iterate (B, D) and next state. The state passed in must not be used again."""
@@ -42,66 +133,71 @@ class Solver(ABC):
         state: Any,
         z0: Tensor,  # (B, D)
     ) -> Any:
-        """State to go on with from `z0` after the map changed a little. Default: none of it is kept.
+        """State to go on with from `z0` after an earlier solve that ended with `state`.
+
+        The map may have changed a little, and the earlier solve may have been another solver's.
+        Default: nothing of it is kept.
 
         Raises:
-            ValueError: `state` is not of this solver and a batch like `z0`.
+            ValueError: `state` is not of a batch like `z0`, or of a solver that this one can learn from.
         """
         return self.init(z0)
 
-    def adopt(
-        self,
-        state: Any,
-        z0: Tensor,  # (B, D)
-    ) -> Any:
-        """State to go on with from `z0`, where another method gave up with `state`. Default: as `init`."""
-        return self.init(z0)
+    def observe(self, seen: Seen, state: Any) -> Any:
+        """State that takes what the driver measured into account; called before every `step` of a solve
+        to a tolerance, and in no other.
 
-    def freeze(
-        self,
-        state: Any,
-        finished: Tensor,  # (B,), bool
-    ) -> Any:
-        """Told when samples are finished, so that what was learnt of them is not overwritten."""
+        A solver that overrides this is trusted to take back a step that blew up: a sample is DIVERGED only
+        if the evaluation after that is no better. Default: nothing is noticed.
+        """
         return state
 
-    def direction(self, state: Any) -> Tensor | None:
-        """Direction v (B, D) if the next `step` wants the product J v in place of `fz`."""
+    def query(self, state: Any) -> Query | None:
+        """What is to be evaluated next. Default: the map at the iterate."""
         return None
 
-    def settle(
-        self,
-        z: Tensor,  # (B, D), from the last `step`
-        state: Any,
-    ) -> Tensor:
-        """What to return when a fixed number of steps ends with `z`."""
-        return z
 
-    def rejections(self, state: Any) -> dict[str, Tensor]:
-        """How often a step of each sample was refused, by cause, int64 (B,)."""
-        return {}
-
-    def gives_up(
-        self,
-        since: Tensor,  # (B,), steps since the best residual improved
-    ) -> Tensor:
-        """Which samples go on with the next of several `stages`, bool (B,); called if there are several."""
-        return torch.zeros_like(since, dtype=torch.bool)
-
-    @property
-    def undoes(self) -> bool:
-        """Whether a step that blew up is taken back by the next one; then the driver waits for that."""
-        return False
-
-    @property
-    def stages(self) -> tuple[Solver, ...]:
-        """Solvers to try in turn; a sample that one gives up goes on with the next."""
-        return (self,)
+def overrides(solver: Solver, method: str) -> bool:
+    """Whether a solver has a method of its own in place of the default."""
+    return getattr(type(solver), method) is not getattr(Solver, method)
 
 
 def can_look(z: Tensor) -> bool:
     """Whether reading a number of `z` costs nothing: no device to wait for, no graph to break."""
     return z.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def anyone(which: Tensor | None) -> bool:
+    """Whether a mask (B,) may hold for any sample: `True` where the host cannot know for free."""
+    if which is None or not can_look(which):
+        return which is not None
+    return True in which.tolist() if len(which) <= _FEW else bool(which.any())
+
+
+def within(values: Tensor, limits: Tensor | float) -> bool:
+    """Whether the host knows that all values (B,) are below their limits, (B,) or one for all."""
+    if not can_look(values):
+        return False
+    if len(values) > _FEW:
+        return bool((values < limits).all())
+    if isinstance(limits, float):
+        return all(value < limits for value in values.tolist())
+    return all(value < limit for value, limit in zip(values.tolist(), limits.tolist(), strict=True))
+
+
+def select(
+    which: Tensor,  # (B,), bool
+    new: Tensor,  # (B, ...)
+    old: Tensor,  # (B, ...)
+) -> Tensor:
+    """`new` for the samples in `which`, `old` for the others; no copy where the host sees that one is all."""
+    if can_look(which):
+        found = which.tolist() if len(which) <= _FEW else [bool(which.any()), bool(which.all())]
+        if False not in found:
+            return new
+        if True not in found:
+            return old
+    return torch.where(which.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 def is_recorded(*tensors: Tensor) -> bool:
@@ -114,22 +210,43 @@ def small_dtype(z: Tensor) -> torch.dtype:
     return z.dtype if z.device.type == "mps" else torch.float64
 
 
+def norm(
+    vectors: Tensor,  # (B, D)
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """Euclidean norm of each sample, (B,), off the tape.
+
+    Squares of numbers beyond 1e19, or all below 1e-19, leave the range of float32; with `exact` they are
+    added up in float64, which takes a CPU four times as long.
+    """
+    vectors = vectors.detach() if vectors.requires_grad else vectors
+    if exact and vectors.dtype == torch.float32 and small_dtype(vectors) == torch.float64:
+        found: Tensor = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
+        return found.to(vectors.dtype)
+    found = torch.linalg.vector_norm(vectors, dim=1)
+    return found
+
+
+def is_extreme(smallest: float, largest: float) -> bool:
+    """Whether norms in this range may have lost something to the range of float32; true for NaN."""
+    return not (smallest > 1e-15 and largest < 1e15)
+
+
 def norms(
     *vectors: Tensor,  # (B, D) each
 ) -> tuple[Tensor, ...]:
     """Euclidean norms of each sample, (B,) each, off the tape, right at every scale that the type holds."""
-    found = [torch.linalg.vector_norm(v.detach() if v.requires_grad else v, dim=1) for v in vectors]
     first = vectors[0]
+    found = tuple(norm(v) for v in vectors)
     if first.dtype != torch.float32 or small_dtype(first) != torch.float64 or not first.numel():
-        return tuple(found)
-    # Squares of numbers beyond 1e19, or all below 1e-19, leave the range of float32: then in float64.
-    # Always where the host cannot tell; there the memory is the limit, not the arithmetic.
+        return found
+    # Always exact where the host cannot tell; there the memory is the limit, not the arithmetic.
     if can_look(first):
         low, high = (torch.stack(found) if len(found) > 1 else found[0]).aminmax()
-        if float(low) > 1e-15 and float(high) < 1e15:
-            return tuple(found)
-    exact = (torch.linalg.vector_norm(v.detach(), dim=1, dtype=torch.float64) for v in vectors)
-    return tuple(norm.to(first.dtype) for norm in exact)
+        if not is_extreme(float(low), float(high)):
+            return found
+    return tuple(norm(v, exact=True) for v in vectors)
 
 
 def dot(
@@ -170,25 +287,60 @@ def write_row(
     return rows
 
 
+def with_room(
+    rows: Tensor,  # (B, slots, ...)
+    slot: int,
+    most: int,
+) -> Tensor:
+    """`rows` with at least `slot` + 1 slots, new ones zero.
+
+    Their number doubles, up to the largest: the old and the new rows never take more than 1.5 times what
+    `most` rows do.
+    """
+    slots = rows.shape[1]
+    if slot < slots:
+        return rows
+    sizes = [most]
+    while sizes[-1] // 2 > slots:
+        sizes.append(sizes[-1] // 2)
+    if is_recorded(rows):
+        missing = rows.new_zeros(len(rows), sizes[-1] - slots, *rows.shape[2:])
+        return torch.cat([rows, missing], 1)
+    more = rows.new_zeros(len(rows), sizes[-1], *rows.shape[2:])
+    more[:, :slots] = rows
+    return more
+
+
 def solve_small(
     system: Tensor,  # (B, m, m)
     rhs: Tensor,  # (B, m)
-    usable: Tensor | None = None,  # (B, m), bool; None: all
     *,
     limit: float = math.inf,
 ) -> tuple[Tensor, Tensor | None]:
-    """Solution (B, m) over the usable unknowns, the others 0; and which samples have none, bool (B,).
+    """Solution (B, m), and which samples have none, bool (B,); those get zeros. `None`: all have one.
 
-    Those samples get zeros; `None` says that there are none. Samples have none where an unknown is not
-    finite or not below `limit`. Never raises: a singular system stays its sample's own.
+    Samples have none where an unknown is not finite or not below `limit`. Never raises: a singular system
+    stays its sample's own.
     """
-    if usable is not None:
-        identity = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)
-        system = torch.where(usable.unsqueeze(1) & usable.unsqueeze(2), system, identity)
-        rhs = torch.where(usable, rhs, torch.zeros_like(rhs))
-    found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
-    size = found.detach().abs()
-    if can_look(found) and size.numel() and float(size.max()) < limit:  # false for NaN
+    if len(rhs) > _MANY and rhs.shape[1] <= 2:
+        found = _solve_tiny(system, rhs)
+    else:
+        found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
+    size = torch.linalg.vector_norm(found.detach(), torch.inf, dim=1)
+    if within(size, limit):
         return found, None
-    failed = ~(size.amax(1) < limit)
-    return torch.where(failed.unsqueeze(1), torch.zeros_like(found), found), failed
+    solved = size < limit  # false for NaN
+    return torch.where(solved.unsqueeze(1), found, 0), ~solved
+
+
+def _solve_tiny(
+    system: Tensor,  # (B, m, m), m at most 2
+    rhs: Tensor,  # (B, m)
+) -> Tensor:
+    """By Cramer's rule: LAPACK takes a microsecond for each of many samples."""
+    if rhs.shape[1] == 1:
+        return rhs / system[:, 0]
+    (a, b), (c, d) = (row.unbind(1) for row in system.unbind(1))
+    first, second = rhs.unbind(1)
+    numerators = torch.stack([d * first - b * second, a * second - c * first], 1)
+    return numerators / (a * d - b * c).unsqueeze(1)

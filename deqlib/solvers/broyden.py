@@ -22,16 +22,15 @@ class Broyden(SecantSolver):
     of dZ^T dZ. When the memory is full the oldest pair leaves and what remains is exactly the method run
     on the remaining pairs, so the newest secant equation B dr = dz always holds.
 
-    Costs four products with the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 5
-    more while a solve runs. Reaches fixed points that repel Picard.
+    Costs three products with the history, O(memory * D), a step. Memory: as `Anderson`. Reaches fixed points that repel Picard.
 
     Args:
-        memory: most pairs kept.
+        memory: most pairs kept, and never more than twice the numbers of a sample; taken as they are needed.
         growth: as in `Anderson`.
         restart: as in `Anderson`.
     """
 
-    memory: int = 30
+    memory: int = 120
     growth: float = 1e4
     restart: int | None = None
 
@@ -45,7 +44,10 @@ class Broyden(SecantSolver):
         """Broyden."""
         return "Broyden"
 
-    def entries(self, left: Tensor, df: Tensor, newest: int) -> tuple[Tensor, Tensor]:
-        """Of dZ^T dR + L: dZ^T dF where the row is newer, dZ^T dR elsewhere."""
-        dz = left[:, newest]
-        return products(df, dz), products(left, df[:, newest] - dz)
+    def most_columns(self, width: int) -> int:
+        """On affine maps the method ends after twice as many steps as there are unknowns (Gay 1979)."""
+        return 2 * max(width, 1)
+
+    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
+        """Of dZ^T dR + L: dZ^T dF, since the row is newer than all columns but its own."""
+        return products(df, left[:, newest])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer
-from .base import Solver, combination, dot, norms, products, small_dtype, write_row
+from .base import Query, Solver, combination, dot, norms, products, small_dtype, with_room, write_row
 
 _STAGNATION = 0.1  # alpha below this share of the residual: it falls by less than half a percent
 
@@ -20,9 +20,9 @@ class GMRESState:
     count: int  # columns made so far, the next lies at count % memory; -1 before the first evaluation
     x: Tensor  # (B, D), the iterate of smallest residual over the space
     residual: Tensor  # (B, D), there
-    directions: Tensor  # (B, memory, D), P
-    images: Tensor  # (B, memory, D), Q = (I - A) P, rows orthonormal or zero
-    coarse: Tensor  # (B,), bool, the iterate returned is thought to be worse than `x`
+    directions: Tensor  # (B, slots, D), P
+    images: Tensor  # (B, slots, D), Q = (I - A) P, rows orthonormal or zero
+    ahead: Tensor | None = None  # (B, D), where the map is to be evaluated next; None: at the iterate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class GMRES(Solver):
     safeguards: no step is refused, though the driver returns the best iterate seen. Prefer `Anderson` or
     `Auto` there. Unlike their normal equations the orthonormal basis does not square the condition number.
 
-    Costs seven passes over the history, O(memory * D), a step. Memory: 2 * `memory` states and at most 10
-    more while a solve runs. Nothing is learnt for a later solve.
+    Costs seven passes over the history, O(memory * D), a step. Memory: 2 * `memory` states, taken as they are
+    needed, and at most 12 more while a solve runs. Nothing is learnt for a later solve.
 
     Args:
         memory: most columns kept, at least 1; steps beyond it truncate.
@@ -64,16 +64,12 @@ class GMRES(Solver):
 
     def init(self, z0: Tensor) -> GMRESState:
         """Nothing known."""
-        batch, width = z0.shape
-        columns = z0.new_zeros if torch.is_grad_enabled() else z0.new_empty  # as for secant solvers
-        return GMRESState(
-            count=-1,
-            x=z0,
-            residual=z0,
-            directions=columns(batch, self.memory, width),
-            images=columns(batch, self.memory, width),
-            coarse=torch.zeros(batch, dtype=torch.bool, device=z0.device),
-        )
+        columns = z0.new_zeros(len(z0), 0, z0.shape[1])
+        return GMRESState(count=-1, x=z0, residual=z0, directions=columns, images=columns)
+
+    def query(self, state: GMRESState) -> Query | None:
+        """Where the space is extended, which may be a worse iterate than the minimiser."""
+        return Query(point=state.ahead)
 
     def step(self, z: Tensor, fz: Tensor, state: GMRESState) -> tuple[Tensor, GMRESState]:
         """One evaluation is one direction; the first step is a Picard step."""
@@ -101,7 +97,8 @@ class GMRES(Solver):
         shares, newest = products(images, residual), dot(q, residual).unsqueeze(1)
         x = torch.addcmul(z + combination(shares, basis), newest, p)
         r = torch.addcmul(residual - combination(shares, images), newest, q, value=-1)
-        directions, images = write_row(state.directions, slot, p), write_row(state.images, slot, q)
+        slots = [with_room(rows, slot, self.memory) for rows in (state.directions, state.images)]
+        directions, images = write_row(slots[0], slot, p), write_row(slots[1], slot, q)
         del p, residual
         ahead = torch.where(stagnates.unsqueeze(1), norms(r)[0].unsqueeze(1) * q, r)
         state = GMRESState(
@@ -110,13 +107,12 @@ class GMRES(Solver):
             residual=r,
             directions=directions,
             images=images,
-            coarse=stagnates | (picard > before),
+            ahead=x + ahead,
         )
-        return x + ahead, state
-
-    def settle(self, z: Tensor, state: GMRESState) -> Tensor:
-        """The better guess of `z` and the minimiser."""
-        return torch.where(state.coarse.unsqueeze(1), state.x, z)
+        assert state.ahead is not None
+        # The iterate is the better guess of that point and the minimiser.
+        coarse = (stagnates | (picard > before)).unsqueeze(1)
+        return torch.where(coarse, x, state.ahead), state
 
 
 def _inverse_length(

@@ -9,26 +9,41 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import Solver, combination, norms, products, small_dtype, solve_small, write_row
+from .base import (
+    Query,
+    Seen,
+    Solver,
+    anyone,
+    can_look,
+    combination,
+    is_recorded,
+    norms,
+    products,
+    select,
+    small_dtype,
+    solve_small,
+    with_room,
+)
 
 
 @dataclass(frozen=True)
 class NewtonKrylovState:
-    """Where a batch is in its Newton step; all samples are at the same point of it."""
+    """Where each sample of a batch is in its Newton step."""
 
-    inner: int  # products with J so far in this Newton step; -1 while a step is being tried
-    tries: int  # lengths tried of this step
+    reach: int  # no sample has more products with J than this in its Newton step
+    inner: Tensor  # (B,), int64, products with J so far; -1 while a step is being tried
+    tries: Tensor  # (B,), int64, lengths tried of this step
     base: Tensor  # (B, D), where the step starts
     residual: Tensor  # (B, D), there
     norm: Tensor  # (B,), its norm; infinity before the first step
     forcing: Tensor  # (B,), relative accuracy asked of the linear solve
     difference: Tensor  # (B,), step of the finite difference
-    basis: Tensor  # (B, memory + 1, D), orthonormal
-    hessenberg: Tensor  # (B, memory + 1, memory)
+    basis: Tensor  # (B, slots, D), orthonormal rows, as many as `inner` + 1
+    hessenberg: Tensor  # (B, memory, memory + 1), a row a product
     change: Tensor  # (B, D), the Newton step
     length: Tensor  # (B,), the share of it that is tried
-    backtracks: Tensor  # (B,), steps that were shortened
-    finished: Tensor  # (B,), samples that no longer count
+    point: Tensor  # (B, D), where the map is to be evaluated next
+    measured: Tensor | None = None  # (B,), norm of the residual at `point`, from the driver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +59,8 @@ class NewtonKrylov(Solver):
     Phys. 193; GMRES: Saad & Schultz 1986).
 
     Evaluations come in bursts: up to `memory` without progress, then a large step. Give it room:
-    `Stopping.patience` counts every one of them. The samples of a batch go through these bursts together,
-    so a hard one may cost the others steps (not change what they converge to). Reads one flag from the
-    device a step. Memory: `memory` + 12 states while a solve runs.
+    `Stopping.patience` counts every one of them. Every sample goes through these bursts in its own time.
+    Memory: up to `memory` + 14 states while a solve runs, rows taken as they are needed.
 
     Args:
         memory: most products a Newton step.
@@ -74,132 +88,191 @@ class NewtonKrylov(Solver):
         """The first step is to evaluate at `z0`."""
         batch, width = z0.shape
         one = z0.new_ones(batch)
+        count = torch.zeros(batch, dtype=torch.int64, device=z0.device)
         return NewtonKrylovState(
-            inner=-1,
-            tries=0,
+            reach=-1,
+            inner=count - 1,
+            tries=count,
             base=z0,
             residual=z0,
             norm=one * torch.inf,
             forcing=one * self.forcing,
             difference=one,
-            basis=z0.new_zeros(batch, self.memory + 1, width),
-            hessenberg=z0.new_zeros(batch, self.memory + 1, self.memory),
+            basis=z0.new_zeros(batch, 0, width),
+            hessenberg=z0.new_zeros(batch, self.memory, self.memory + 1),
             change=torch.zeros_like(z0),
             length=one,
-            backtracks=torch.zeros(batch, dtype=torch.int64, device=z0.device),
-            finished=torch.zeros(batch, dtype=torch.bool, device=z0.device),
+            point=z0,
         )
 
-    def freeze(self, state: NewtonKrylovState, finished: Tensor) -> NewtonKrylovState:
-        """Do not wait for finished samples."""
-        return replace(state, finished=finished)
+    def observe(self, seen: Seen, state: NewtonKrylovState) -> NewtonKrylovState:
+        """Steps are judged by what the driver measured."""
+        worse = self._worse(seen.residual, state)
+        if anyone(worse):
+            seen.note("growth", worse)
+        return replace(state, measured=seen.residual)
 
-    def rejections(self, state: NewtonKrylovState) -> dict[str, Tensor]:
-        """Newton steps that were shortened because the residual had grown."""
-        return {"growth": state.backtracks}
-
-    @property
-    def undoes(self) -> bool:
-        """Steps that grow the residual are shortened."""
-        return True
-
-    def settle(self, z: Tensor, state: NewtonKrylovState) -> Tensor:
-        """Not a point that was only looked at for its derivative."""
-        return z if state.inner < 0 else state.base
-
-    def direction(self, state: NewtonKrylovState) -> Tensor | None:
-        """The basis vector whose product is wanted, with `derivative="jvp"`."""
-        return state.basis[:, state.inner] if self.derivative == "jvp" and state.inner >= 0 else None
+    def query(self, state: NewtonKrylovState) -> Query | None:
+        """A point to learn a product from, or the product itself; the iterate where a step is tried."""
+        if self.derivative == "difference" or state.reach < 0:
+            return Query(point=state.point)
+        return Query(state.point, self._newest(state), state.inner >= 0)
 
     def step(self, z: Tensor, fz: Tensor, state: NewtonKrylovState) -> tuple[Tensor, NewtonKrylovState]:
-        """One evaluation: of a product with J, or of a Newton step."""
-        if state.inner >= 0:
-            return self._extend(fz, state)
+        """One evaluation: of a product with J, or of a Newton step that is tried."""
+        measured, state = state.measured, replace(state, measured=None)
+        tries = state.inner < 0
+        after = state
+        if state.reach >= 0:
+            after = self._extend(fz, state, ~tries)
+        if anyone(tries):
+            after = self._judge(z, fz, after, tries, measured)
+        probes = after.inner >= 0
+        if can_look(z) and len(z):
+            after = replace(after, reach=int(after.inner.max()))
+        ahead = after.length.unsqueeze(1) * after.change
+        if after.reach >= 0:
+            # With exact products there is nothing to learn at another point.
+            size = after.difference if self.derivative == "difference" else torch.zeros_like(after.difference)
+            ahead = select(probes, size.unsqueeze(1) * self._newest(after), ahead)
+        point = after.base + ahead
+        return select(probes, after.base, point), replace(after, point=point)
+
+    def _newest(self, state: NewtonKrylovState) -> Tensor:
+        """The basis vector (B, D) whose product with J comes next."""
+        slots = state.inner.clamp_min(0)
+        if can_look(slots) and len(slots) and bool((slots == slots[0]).all()):
+            return state.basis[:, int(slots[0])]
+        return state.basis[_everyone(slots), slots]
+
+    def _judge(
+        self, z: Tensor, fz: Tensor, state: NewtonKrylovState, tries: Tensor, measured: Tensor | None
+    ) -> NewtonKrylovState:
+        """Accept the steps that were tried and begin the next ones there; shorten those that do not help."""
         residual = fz - z
-        norm = norms(residual)[0]
-        worse = ~(norm < (1 - 1e-4 * state.length) * state.norm) & state.norm.isfinite() & ~state.finished
-        if state.tries <= self.max_backtracks and not torch.compiler.is_compiling() and bool(worse.any()):
+        norm = norms(residual)[0] if measured is None else measured
+        worse = tries & self._worse(norm, state)
+        if anyone(worse):
+            # Where no share of the step helps: half a Picard step instead, whatever it brings.
+            last = worse & (state.tries == self.max_backtracks)
             length = torch.where(worse, 0.5 * state.length, state.length)
-            change = state.change
-            if state.tries == self.max_backtracks:
-                # No share of the step helps: half a Picard step instead, whatever it brings.
-                length = torch.where(worse, 0.5, length)
-                change = torch.where(worse.unsqueeze(1), state.residual, change)
             state = replace(
                 state,
-                tries=state.tries + 1,
-                length=length,
-                change=change,
-                backtracks=state.backtracks + worse,
+                tries=state.tries + worse,
+                length=torch.where(last, 0.5, length),
+                change=select(last, state.residual, state.change),
             )
-            return state.base + length.unsqueeze(1) * change, state
-        return self._begin(z, fz, residual, norm, state)
+        begins = tries & ~worse
+        return self._begin(z, fz, residual, norm, state, begins) if anyone(begins) else state
+
+    def _worse(self, norm: Tensor, state: NewtonKrylovState) -> Tensor:
+        """Which samples try a step that does not bring the residual down, and may try a shorter one."""
+        fell = norm < (1 - 1e-4 * state.length) * state.norm  # false for NaN
+        may = (state.inner < 0) & (state.tries <= self.max_backtracks) & state.norm.isfinite()
+        return may & ~fell
 
     def _begin(
-        self, z: Tensor, fz: Tensor, residual: Tensor, norm: Tensor, state: NewtonKrylovState
-    ) -> tuple[Tensor, NewtonKrylovState]:
-        """Start a Newton step from `z`."""
+        self,
+        z: Tensor,
+        fz: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        state: NewtonKrylovState,
+        begins: Tensor,
+    ) -> NewtonKrylovState:
+        """Start a Newton step of some samples at `z`."""
         # Eisenstat & Walker: as exact as the last step was good.
         forcing = (0.9 * (norm / state.norm) ** 2).clamp(1e-3, self.forcing)
         forcing = torch.where(state.norm.isfinite(), forcing, torch.full_like(norm, self.forcing))
         size = torch.maximum(*norms(z, fz))
-        state = replace(
+        difference = torch.finfo(z.dtype).eps ** 0.5 * torch.where(size > 0, size, torch.ones_like(size))
+        slots = torch.where(begins, 0, state.inner.clamp_min(0))
+        row = select(begins, _unit(residual, norm), self._kept(state, slots))
+        basis = _write(with_room(state.basis, 0, self.memory + 1), slots, row)
+        return replace(
             state,
-            inner=0,
-            base=z,
-            residual=residual,
-            norm=norm,
-            forcing=forcing,
-            difference=torch.finfo(z.dtype).eps ** 0.5 * torch.where(size > 0, size, torch.ones_like(size)),
-            basis=write_row(state.basis, 0, _unit(residual, norm)),
+            reach=max(state.reach, 0),
+            inner=torch.where(begins, 0, state.inner),
+            base=select(begins, z, state.base),
+            residual=select(begins, residual, state.residual),
+            norm=torch.where(begins, norm, state.norm),
+            forcing=torch.where(begins, forcing, state.forcing),
+            difference=torch.where(begins, difference, state.difference),
+            basis=basis,
+            hessenberg=torch.where(begins.view(-1, 1, 1), 0, state.hessenberg),
         )
-        return self._probe(state), state
 
-    def _probe(self, state: NewtonKrylovState) -> Tensor:
-        """Where to evaluate for the next product."""
-        if self.derivative == "jvp":
-            return state.base
-        return torch.addcmul(state.base, state.basis[:, state.inner], state.difference.unsqueeze(1))
+    def _kept(self, state: NewtonKrylovState, slots: Tensor) -> Tensor:
+        """The basis vectors in these slots (B,); zeros before there are any."""
+        if not state.basis.shape[1]:
+            return torch.zeros_like(state.base)
+        return state.basis[_everyone(slots), slots]
 
-    def _extend(self, image: Tensor, state: NewtonKrylovState) -> tuple[Tensor, NewtonKrylovState]:
+    def _extend(self, image: Tensor, state: NewtonKrylovState, probes: Tensor) -> NewtonKrylovState:
         """One step of Arnoldi; the Newton step when its accuracy or the memory is reached."""
-        j, basis = state.inner, state.basis
+        inner, size = state.inner, state.reach + 1
         if self.derivative == "difference":
             image = (image - state.base - state.residual) / state.difference.unsqueeze(1)
-        w = basis[:, j] - image
-        coefficients = products(basis[:, : j + 1], w)
-        w = w - combination(coefficients, basis[:, : j + 1])
-        again = products(basis[:, : j + 1], w)  # once more: classical Gram-Schmidt alone loses orthogonality
-        w = w - combination(again, basis[:, : j + 1])
+        rows = state.basis[:, :size]
+        # A sample has `inner` + 1 rows in this step; what is behind them is of an earlier one.
+        own = torch.arange(size, device=inner.device) <= inner.unsqueeze(1)
+        w = self._newest(state) - image
+        coefficients = torch.where(own, products(rows, w), 0)
+        w = w - combination(coefficients, rows)
+        again = torch.where(own, products(rows, w), 0)  # classical Gram-Schmidt alone loses orthogonality
+        w = w - combination(again, rows)
         length = torch.linalg.vector_norm(w, dim=1)
-        column = torch.cat([coefficients + again, length.unsqueeze(1)], 1)
-        column = torch.nn.functional.pad(column, (0, self.memory - j - 1))
-        hessenberg = write_row(state.hessenberg.mT, j, column).mT
+        pad = torch.nn.functional.pad
+        entries = pad(coefficients + again, (0, self.memory + 1 - size))
+        slots = inner.clamp_min(0)
+        entries = torch.where(
+            torch.arange(self.memory + 1, device=inner.device) == (slots + 1).unsqueeze(1),
+            length.unsqueeze(1),
+            entries,
+        )
+        last = slots.clamp_max(self.memory - 1)
+        known = state.hessenberg[_everyone(last), last]
+        hessenberg = _write(state.hessenberg, last, torch.where(probes.unsqueeze(1), entries, known))
+        basis = with_room(state.basis, size, self.memory + 1)
+        slots = torch.where(probes, slots + 1, slots)
+        basis = _write(basis, slots, select(probes, _unit(w, length), basis[_everyone(slots), slots]))
         state = replace(
-            state, inner=j + 1, basis=write_row(basis, j + 1, _unit(w, length)), hessenberg=hessenberg
+            state,
+            reach=min(state.reach + 1, self.memory),
+            inner=torch.where(probes, inner + 1, inner),
+            basis=basis,
+            hessenberg=hessenberg,
         )
         y, error, failed = self._least_squares(state)
-        enough = (error <= state.forcing) | failed | state.finished
-        if j + 1 < self.memory and (torch.compiler.is_compiling() or not bool(enough.all())):
-            return self._probe(state), state
-        change = combination(y, state.basis[:, : j + 1])
+        ends = probes & ((error <= state.forcing) | failed | (state.inner >= self.memory))
+        if not anyone(ends):
+            return state
+        change = combination(y, state.basis[:, : y.shape[1]])
         change = torch.where(failed.unsqueeze(1), state.residual, change)
-        state = replace(state, inner=-1, tries=0, change=change, length=torch.ones_like(state.length))
-        return state.base + change, state
+        return replace(
+            state,
+            inner=torch.where(ends, -1, state.inner),
+            tries=torch.where(ends, 0, state.tries),
+            change=select(ends, change, state.change),
+            length=torch.where(ends, 1.0, state.length),
+        )
 
     def _least_squares(self, state: NewtonKrylovState) -> tuple[Tensor, Tensor, Tensor]:
         """argmin_y || norm e_1 - H y || (B, inner), its relative error and failure (B,)."""
-        n = state.inner
-        h = state.hessenberg[:, : n + 1, :n].to(small_dtype(state.base))
+        n = state.reach
+        h = state.hessenberg[:, :n, : n + 1].to(small_dtype(state.base)).mT
+        own = torch.arange(n, device=h.device) < state.inner.unsqueeze(1)
         gram = h.mT @ h
-        usable = gram.diagonal(dim1=1, dim2=2) > 0
+        usable = own & (gram.diagonal(dim1=1, dim2=2) > 0)
         # What rounding leaves of a direction that adds nothing must not be divided by.
         floor = 1e-13 * gram.diagonal(dim1=1, dim2=2).amax(1)
-        gram = gram + floor[:, None, None] * torch.eye(n, dtype=h.dtype, device=h.device)
+        identity = torch.eye(n, dtype=h.dtype, device=h.device)
+        gram = torch.where(usable.unsqueeze(1) & usable.unsqueeze(2), gram, identity)
+        gram = gram + floor[:, None, None] * identity
         # A difference cannot tell smaller entries of H from its own error.
         exact = self.derivative == "jvp"
         limit = torch.inf if exact else torch.finfo(state.base.dtype).eps ** -0.5
-        y, failed = solve_small(gram, h[:, 0], usable, limit=limit)
+        y, failed = solve_small(gram, torch.where(usable, h[:, 0], 0), limit=limit)
         failed = ~usable.any(1) if failed is None else failed | ~usable.any(1)
         error = -(h @ y.unsqueeze(2)).squeeze(2)
         error = torch.cat([1 + error[:, :1], error[:, 1:]], 1)
@@ -209,6 +282,23 @@ class NewtonKrylov(Solver):
             torch.linalg.vector_norm(error, dim=1).to(scale.dtype),
             failed,
         )
+
+
+def _everyone(slots: Tensor) -> Tensor:
+    """The places of the samples in the batch, (B,)."""
+    return torch.arange(len(slots), device=slots.device)
+
+
+def _write(
+    rows: Tensor,  # (B, m, ...)
+    slots: Tensor,  # (B,), int64
+    row: Tensor,  # (B, ...)
+) -> Tensor:
+    """`rows` with one row of each sample replaced: in place, or in a copy while autograd records."""
+    where = (_everyone(slots), slots)
+    if is_recorded(rows, row):
+        return rows.index_put(where, row)
+    return rows.index_put_(where, row)
 
 
 def _unit(vector: Tensor, length: Tensor) -> Tensor:

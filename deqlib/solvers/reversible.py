@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
-from .base import Solver, can_look, is_recorded, norms, small_dtype
+from .base import Seen, Solver, anyone, is_recorded, small_dtype
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class ReversibleState:
 
     damping: float
     latest: Points
-    given: Tensor  # (B, D), the current point in the type that the map is evaluated in
-    best: Points  # off the tape
-    residual: Tensor  # (B,), at the best
-    finished: Tensor  # (B,), bool
+    best: Points  # off the tape; followed where the driver measures residuals
+    finished: Tensor | None = None  # (B,), bool; None: nobody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +66,21 @@ class ReversiblePicard(Solver):
         start = z0.to(small_dtype(z0))
         count = torch.zeros(z0.shape[0], dtype=torch.int64, device=z0.device)
         points = Points(start, start, count, _size(start))
-        return ReversibleState(
-            damping=self.damping,
-            latest=points,
-            given=z0,
-            best=_off_tape(points),
-            residual=z0.new_full((z0.shape[0],), torch.inf),
-            finished=torch.zeros_like(count, dtype=torch.bool),
-        )
+        return ReversibleState(damping=self.damping, latest=points, best=_off_tape(points))
 
-    def freeze(self, state: ReversibleState, finished: Tensor) -> ReversibleState:
-        """Finished samples stay where they are."""
-        return replace(state, finished=state.finished | finished)
+    def observe(self, seen: Seen, state: ReversibleState) -> ReversibleState:
+        """The points at the best iterate are kept; finished samples stay where they are."""
+        latest = _off_tape(state.latest)
+        best = (
+            latest
+            if seen.all_improved and seen.finished is None
+            else choose(seen.improved, latest, state.best)
+        )
+        return replace(state, best=best, finished=seen.finished)
 
     def step(self, z: Tensor, fz: Tensor, state: ReversibleState) -> tuple[Tensor, ReversibleState]:
         """One evaluation is one step."""
         latest = state.latest
-        moving = ~state.finished
-        if z is not state.given:  # somebody may be held back at another point, being finished
-            moving = moving & same(z.detach(), state.given.detach())
-        best, residual = self._best(z, fz, state, moving)
         image = fz.to(latest.previous.dtype)
         following = (1 - self.damping) * latest.previous + self.damping * image
         points = Points(
@@ -96,17 +89,9 @@ class ReversiblePicard(Solver):
             latest.steps + 1,
             torch.maximum(latest.largest, _size(following)),
         )
-        points = _choose(moving, points, latest)
-        given = points.current.to(z.dtype)
-        return given, replace(state, latest=points, given=given, best=best, residual=residual)
-
-    def _best(self, z: Tensor, fz: Tensor, state: ReversibleState, moving: Tensor) -> tuple[Points, Tensor]:
-        """The points at the best iterate, by the rule of the driver: the first, then every better one."""
-        # Together with f(z), as the driver has it: the norms of one sample depend on all that are asked for.
-        residual = norms(fz - z, fz)[0]
-        improved = moving & ((residual < state.residual) | (state.latest.steps == 0))
-        best = _choose(improved, _off_tape(state.latest), state.best)
-        return best, torch.where(improved, residual, state.residual)
+        if state.finished is not None and anyone(state.finished):
+            points = choose(~state.finished, points, latest)
+        return points.current.to(z.dtype), replace(state, latest=points)
 
 
 def same(
@@ -126,16 +111,6 @@ def choose(which: Tensor, new: Points, old: Points) -> Points:
         torch.where(which, new.steps, old.steps),
         torch.where(which, new.largest, old.largest),
     )
-
-
-def _choose(which: Tensor, new: Points, old: Points) -> Points:
-    """As `choose`, without copies where the host sees that there is nothing to choose."""
-    if can_look(which):
-        if bool(which.all()):
-            return new
-        if not bool(which.any()):
-            return old
-    return choose(which, new, old)
 
 
 def _off_tape(points: Points) -> Points:

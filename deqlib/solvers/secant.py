@@ -5,9 +5,13 @@ that gives gamma. Its right side is left^T r, with a second set of columns, `lef
 (Anderson, type II) or of iterates (type I and Broyden). Its matrix is kept, and a new column adds a row and
 a column to it.
 
-A column is made in place. Its slot first holds the value at an iterate ("pending"); when the next iterate
-arrives, that is subtracted. So the history takes 2 * memory states and nothing else of the past is kept.
-The sign of a column does not matter as long as both sets agree.
+A column is made in place. Its slot first holds the values at an iterate ("pending"); when the next iterate
+arrives, its values are subtracted. So m columns take 2 m states and nothing else of the past is kept. The
+sign of a column does not matter as long as both sets agree. Slots are added as they are needed; when there
+are as many as `memory`, or as a sample has numbers, the newest column takes the place of the oldest.
+
+A sample that begins a new history loses its columns: in the matrix, their rows and columns become those of
+the identity, and zero on the right side keeps their coefficients at zero.
 """
 
 from __future__ import annotations
@@ -21,49 +25,75 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from .base import (
+    Seen,
     Solver,
-    can_look,
+    anyone,
     combination,
     is_recorded,
+    norm,
     products,
     small_dtype,
     solve_small,
+    with_room,
+    within,
     write_row,
 )
-
-_CAUSES = ("growth", "singular", "stagnation")
 
 
 @dataclass(eq=False)
 class SecantState:
     """History of a batch. A step changes it in place."""
 
-    count: int  # columns begun so far; the next one lies at count % memory
-    pending: bool  # whether that slot holds the values of the iterate before
+    memory: int  # most columns kept
+    count: int  # columns begun so far
+    pending: bool  # whether the newest of them holds the values at the iterate before
     window: int  # steps since `then` was taken
-    df: Tensor  # (B, memory, D)
-    left: Tensor  # (B, memory, D)
-    system: Tensor  # (B, memory, memory), the matrix for gamma
+    df: Tensor  # (B, slots, D)
+    left: Tensor  # (B, slots, D)
+    system: Tensor  # (B, slots, slots), the matrix for gamma
+    scale: Tensor  # (B, slots, slots), what a new column of the matrix is multiplied by
+    shift: Tensor  # (B, slots, slots), and what is added to it, to keep its diagonal away from zero
     best: Tensor  # (B,), smallest residual
-    then: Tensor  # (B,), what it was a window ago
-    causes: Tensor  # (B, 3), steps refused, by cause
-    born: Tensor | None = None  # (B, memory), see `births`; None while all samples have the same history
-    frozen: Tensor | None = None  # (B,), samples whose history is to be left alone
+    then: Tensor  # (B,), the smallest residual when the window began
+    products: Tensor | None = None  # (B, columns), left^T r at the last step
+    alive: Tensor | None = None  # (B, slots), bool, columns that a sample has; None: every sample has all
+    plain: Tensor | None = None  # (B,), bool, samples whose last step was a Picard step; None: nobody
+    failed: Tensor | None = None  # (B,), bool, samples whose last system had no solution; None: nobody
+    finished: Tensor | None = None  # (B,), bool, samples that had nothing pending put; None: nobody
+    moving: Tensor | None = None  # (B, 1), 1 for the samples that are not finished, else 0; None: all are 1
+    lost_at: int | None = None  # `count` when a sample last lost its columns; None: never
     uses_residuals: bool = True  # what `left` holds, see `SecantSolver`
     method: str = ""  # whose matrix it is
+    # What `observe` found out for the step that follows:
+    is_judged: bool = False  # whether it was called
+    difference: Tensor | None = None  # (B, D), the residual vector
+    refused: Tensor | None = None  # (B,), bool, samples that must undo their last step; None: nobody
+    leaving: Tensor | None = None  # (B,), bool, samples whose history is to be left alone; None: nobody
 
-    def births(self) -> Tensor:
-        """The count at which each column was made, -1 where there is none, (B, memory)."""
-        if self.born is not None:
-            return self.born
-        return _common_births(self).expand(self.best.shape[0], -1)
+    @property
+    def slot(self) -> int:
+        """Where the newest column lies, or will lie."""
+        return self.count % self.memory
 
-    def closed(self) -> Tensor:
-        """The births without those of pending values, which are no columns yet, (B, memory)."""
-        births = self.births().clone()
-        if self.pending and self.frozen is None:  # else `born` says it already
-            births[:, self.count % births.shape[1]] = -1
-        return births
+    @property
+    def num_columns(self) -> int:
+        """Slots that hold finished columns, the pending one aside."""
+        return min(self.count, self.memory)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a sample that is not finished may lack columns that others have."""
+        return self.lost_at is not None and self.count - self.lost_at < self.memory
+
+    def columns(self) -> Tensor:
+        """Which columns each sample has, the pending one left out, bool, (B, number of them)."""
+        size = self.num_columns
+        if self.alive is not None:
+            return self.alive[:, :size]
+        found = torch.ones(len(self.best), size, dtype=torch.bool, device=self.best.device)
+        if self.pending and self.slot < size:
+            found[:, self.slot] = False
+        return found
 
     def transposed(
         self,
@@ -75,12 +105,15 @@ class SecantState:
         pending are left out; samples without columns, or whose system is singular, get g. The history is
         left as it is.
         """
-        size = min(self.count, self.system.shape[1])
+        size = self.num_columns
         if size == 0:
             return g
-        usable = self.closed()[:, :size] >= 0
+        usable = self.columns()
         rhs = products(self.df[:, :size], g).to(self.system.dtype)
-        coefficients, _ = solve_small(self.system[:, :size, :size].mT, rhs, usable)
+        identity = torch.eye(size, dtype=rhs.dtype, device=rhs.device)
+        known = usable.unsqueeze(1) & usable.unsqueeze(2)
+        system = torch.where(known, self.system[:, :size, :size].mT, identity)
+        coefficients, _ = solve_small(system, torch.where(usable, rhs, 0))
         # What a sample lost may not be finite, and a coefficient of zero does not silence NaN.
         left = torch.where(usable.unsqueeze(2), self.left[:, :size], 0)
         return g - combination(coefficients.to(g.dtype), left)
@@ -103,11 +136,6 @@ class SecantSolver(Solver):
             check_integer(name, 1, restart=self.restart)
 
     @property
-    def undoes(self) -> bool:
-        """Steps that grow the residual too much are refused."""
-        return True
-
-    @property
     @abstractmethod
     def uses_residuals(self) -> bool:
         """Whether `left` holds differences of residuals; else of iterates."""
@@ -118,13 +146,34 @@ class SecantSolver(Solver):
         """Names the matrix, so that a history is not taken for another's."""
 
     @abstractmethod
-    def entries(
+    def row(
         self,
         left: Tensor,  # (B, m, D)
         df: Tensor,  # (B, m, D)
         newest: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Row and column (B, m) that one of the columns adds to the matrix; the diagonal is the column's."""
+        column: Tensor,  # (B, m)
+    ) -> Tensor:
+        """Row (B, m) that one of the columns adds to the matrix, given the column left^T dr that it adds.
+
+        The diagonal is taken from the column.
+        """
+
+    def most_columns(self, width: int) -> int:
+        """How many columns help with a state of so many numbers."""
+        return max(width, 1) + 1
+
+    @property
+    def diagonal_factor(self) -> float:
+        """What the newest entry of the diagonal is multiplied by."""
+        return 1.0
+
+    def diagonal(
+        self,
+        left: Tensor,  # (B, D)
+        change: Tensor,  # (B, D), of the residual
+    ) -> Tensor:
+        """Entry (B,) of the diagonal for the newest column: left^T dr, kept away from zero."""
+        return products(left.unsqueeze(1), change).squeeze(1)
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:
         """Entries of gamma from here on mean a singular system."""
@@ -135,118 +184,134 @@ class SecantSolver(Solver):
         """Empty history."""
         batch, width = z0.shape
         unknown = z0.new_full((batch,), torch.inf)
-        # What was never written is never used, but its gradient is: zero times what happens to lie there.
-        columns = z0.new_zeros if torch.is_grad_enabled() else z0.new_empty
+        system, scale, shift = self._matrices(z0, 0)
         return SecantState(
+            memory=min(self.memory, self.most_columns(width)),
             count=0,
             pending=False,
             window=0,
-            df=columns(batch, self.memory, width),
-            left=columns(batch, self.memory, width),
-            system=z0.new_zeros(batch, self.memory, self.memory, dtype=small_dtype(z0)),
+            df=z0.new_zeros(batch, 0, width),
+            left=z0.new_zeros(batch, 0, width),
+            system=system,
+            scale=scale,
+            shift=shift,
             best=unknown,
             then=unknown,
-            causes=torch.zeros(batch, len(_CAUSES), dtype=torch.int64, device=z0.device),
             uses_residuals=self.uses_residuals,
             method=self.method,
         )
 
-    def resume(self, state: Any, z0: Tensor) -> SecantState:
-        """The columns are kept; the pending values belong to the old map and are dropped."""
-        expected = (z0.shape[0], self.memory, z0.shape[1])
-        if not isinstance(state, SecantState) or state.df.shape != expected or state.df.dtype != z0.dtype:
-            got = type(state).__name__
-            if isinstance(state, SecantState):
-                got = f"one of {tuple(state.df.shape)} in {state.df.dtype}"
-            raise ValueError(
-                f"state: expected the state of a {type(self).__name__} solve of {expected} "
-                f"(batch, memory, numbers a sample) in {z0.dtype}, got {got}; leave it out to start afresh"
-            )
-        if state.method != self.method:
-            raise ValueError(
-                f"state: expected the state of a solve by {self.method}, got one by {state.method}; leave it "
-                "out to start afresh"
-            )
-        return self.adopt(state, z0)
+    def _matrices(self, z0: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`system`, `scale` and `shift` for so many columns, none of which there is."""
+        dtype = small_dtype(z0)
+        identity = torch.eye(slots, dtype=dtype, device=z0.device).expand(len(z0), slots, slots)
+        # The shift is for samples at rest, whose columns are zero.
+        scale, shift = 1 + (self.diagonal_factor - 1) * identity[:1], -torch.finfo(dtype).tiny * identity[:1]
+        return identity, scale.expand_as(identity), shift.expand_as(identity)
 
-    def adopt(self, state: Any, z0: Tensor) -> SecantState:
-        """The newest columns of another history are kept, as many as there is room for."""
-        fresh = self.init(z0)
+    def resume(self, state: Any, z0: Tensor) -> SecantState:
+        """The newest columns are kept, whichever secant method they are of, as many as there is room for.
+
+        The pending values belong to the old map and are dropped.
+        """
         if not isinstance(state, SecantState):
-            return fresh
-        kept = min(state.count, state.df.shape[1], self.memory)
-        slots = [(state.count - kept + i) % state.df.shape[1] for i in range(kept)]
-        births = state.closed()[:, slots]
-        df, left = state.df[:, slots].detach(), state.left[:, slots].detach()
+            raise ValueError(
+                f"state: expected the state of a solve by Anderson or Broyden, got {type(state).__name__}; "
+                "leave it out to start afresh"
+            )
+        expected, got = (len(z0), z0.shape[1]), (len(state.df), state.df.shape[2])
+        if expected != got or state.df.dtype != z0.dtype:
+            raise ValueError(
+                f"state: expected the state of a solve of {expected} (batch, numbers a sample) in "
+                f"{z0.dtype}, got one of {got} in {state.df.dtype}; leave it out to start afresh"
+            )
+        fresh = self.init(z0)
+        kept = min(state.num_columns, fresh.memory)
+        begun = state.count - state.num_columns
+        order = [(begun + i) % state.memory for i in range(state.num_columns)][state.num_columns - kept :]
+        alive = state.columns()[:, order]
+        df, left = state.df[:, order].detach(), state.left[:, order].detach()
         # What a sample lost or blew up must not come back: a coefficient of zero does not silence NaN.
-        births = torch.where((df.sum(2) + left.sum(2)).isfinite(), births, -1)
-        kept_of = (births >= 0).unsqueeze(2)
-        df, left = (torch.where(kept_of, columns, torch.zeros_like(columns)) for columns in (df, left))
+        alive = alive & (df.sum(2) + left.sum(2)).isfinite()
+        df, left = (torch.where(alive.unsqueeze(2), columns, 0) for columns in (df, left))
         if state.uses_residuals != self.uses_residuals:
             left = df - left  # differences of residuals and of iterates add up to those of f-values
-        fresh.df[:, :kept], fresh.left[:, :kept] = df, left
+        fresh.df, fresh.left, fresh.count = df, left, kept
+        fresh.alive, fresh.lost_at = alive, 0
+        identity, fresh.scale, fresh.shift = self._matrices(z0, kept)
         if state.method == self.method:
-            fresh.system[:, :kept, :kept] = state.system[:, slots][:, :, slots]
-        else:
-            for newest in range(kept):
-                known = slice(newest + 1)
-                self._extend(fresh, left[:, known], df[:, known], newest)
-        fresh.count = kept
-        fresh.born = births.new_full((len(births), self.memory), -1)
-        fresh.born[:, :kept] = torch.where(births >= 0, births.new_tensor(range(kept)), -1)
+            known = alive.unsqueeze(1) & alive.unsqueeze(2)
+            fresh.system = torch.where(known, state.system[:, order][:, :, order], identity)
+            return fresh
+        fresh.system = identity.clone()
+        for newest in range(kept):
+            known = left[:, : newest + 1]
+            change = left[:, newest] if self.uses_residuals else df[:, newest] - left[:, newest]
+            self._extend(fresh, newest, products(known, change))
         return fresh
 
-    def freeze(self, state: SecantState, finished: Tensor) -> SecantState:
-        """Leave the history of finished samples alone."""
-        born = state.births()
-        if state.pending:  # those frozen before keep theirs: they have nothing pending there
-            fresh = torch.ones_like(finished) if state.frozen is None else ~state.frozen
-            born = born.clone()
-            slot = state.count % self.memory
-            born[:, slot] = torch.where(fresh, -1, born[:, slot])
-        state.frozen, state.born = finished, born
+    def observe(self, seen: Seen, state: SecantState) -> SecantState:
+        """The last step is judged by what the driver measured; finished samples keep their history."""
+        if seen.finished is not state.finished:
+            state.moving = None if seen.finished is None else (~seen.finished).to(state.df.dtype).unsqueeze(1)
+        state.is_judged, state.difference, state.leaving = True, seen.difference, seen.finished
+        if state.failed is not None:
+            seen.note("singular", state.failed)
+        state.refused, stagnated = self._judge(
+            seen.residual, seen.before, seen.all_improved, seen.finished, state
+        )
+        if state.refused is not None:
+            seen.note("growth", state.refused)
+        if stagnated is not None:
+            seen.note("stagnation", stagnated)
+        if state.alive is None and seen.finished is not None:
+            missing = state.df.shape[1] - state.num_columns
+            state.alive = torch.nn.functional.pad(state.columns(), (0, missing))
         return state
-
-    def rejections(self, state: SecantState) -> dict[str, Tensor]:
-        """By cause: the residual grew, the system was singular, the best residual stagnated."""
-        return {cause: state.causes[:, i] for i, cause in enumerate(_CAUSES)}
 
     def step(self, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """One evaluation is one step; the first is a Picard step."""
-        residual = fz - z
+        residual, state.difference = state.difference, None
+        residual = fz - z if residual is None or is_recorded(z, fz) else residual
+        if not state.is_judged:
+            size = norm(residual)
+            improved = within(size, state.best)
+            state.refused, _ = self._judge(size, state.best, improved, None, state)
+        refused, finished = state.refused, state.leaving
+        state.is_judged, state.refused, state.leaving = False, None, None
         source = residual if self.uses_residuals else z
-        refused = self._judge(torch.linalg.vector_norm(residual.detach(), dim=1), state)
-        if state.pending:
+        state.finished = finished
+        is_new = state.pending
+        if is_new:
             self._close_column(fz, source, refused, state)
+        rhs = products(state.left[:, : state.num_columns], residual) if state.count else None
+        if is_new and rhs is not None:
+            self._extend(state, (state.count - 1) % state.memory, self._column(rhs, state))
+        state.products = rhs
         if refused is not None:
-            _forget(state, refused, cause="growth")
-        gamma = self._coefficients(residual, state)
-        slot = state.count % self.memory
+            _forget(state, refused)
+        gamma = self._coefficients(residual, rhs, state)
+        if is_recorded(gamma) and not state.left.requires_grad:
+            state.left = state.left.clone()
+        self._make_room(state, finished)
         if self._needs_residual:
             z_next = self._combine(fz, residual, gamma, state)
-            state.left = _put(state.left, slot, source, refused, state)
+            state.left = _put(state.left, source, refused, finished, state)
         else:
             # The order saves a state of memory: the residual is freed before its place is needed.
-            state.left = _put(state.left, slot, source, refused, state)
+            state.left = _put(state.left, source, refused, finished, state)
             del residual, source
             z_next = self._combine(fz, None, gamma, state)
-        state.df = _put(state.df, slot, fz, refused, state)
-        if state.born is not None:
-            state.born = _set_birth(state.born, slot, -1, state.frozen)
-        state.pending = True
+        state.df = _put(state.df, fz, refused, finished, state)
+        state.pending, state.finished = True, finished
         if refused is not None:
-            z_next = self._half_step(z_next, refused, state.df[:, slot], state.left[:, slot])
+            z_next = self._half_step(z_next, refused, state.df[:, state.slot], state.left[:, state.slot])
         return z_next, state
 
     def _half_step(self, z_next: Tensor, refused: Tensor, fz: Tensor, source: Tensor) -> Tensor:
         """`z_next`, where refused half a Picard step from the iterate before, whose values are given."""
-        again = refused.unsqueeze(1)
-        parts = (1.0, -0.5) if self.uses_residuals else (0.5, 0.5)
-        if is_recorded(z_next, fz, source):
-            return torch.where(again, parts[0] * fz + parts[1] * source, z_next)
-        share = again.to(z_next.dtype)
-        z_next = z_next.masked_fill_(again, 0)  # a tensor of its own: nothing is refused without columns
-        return z_next.addcmul_(fz, share, value=parts[0]).addcmul_(source, share, value=parts[1])
+        back = torch.add(fz, source, alpha=-0.5) if self.uses_residuals else torch.lerp(fz, source, 0.5)
+        return torch.where(refused.unsqueeze(1), back, z_next)
 
     @property
     def _needs_residual(self) -> bool:
@@ -260,81 +325,141 @@ class SecantSolver(Solver):
             return fz
         return torch.baddbmm(fz.unsqueeze(1), gamma.unsqueeze(1), state.df[:, :size], alpha=-1).squeeze(1)
 
-    def _judge(self, norm: Tensor, state: SecantState) -> Tensor | None:
-        """Which samples must undo their last step (None: none); stagnating ones forget their history."""
-        looking = can_look(norm)
-        refused = None
+    def _judge(
+        self, size: Tensor, best: Tensor, all_improved: bool, finished: Tensor | None, state: SecantState
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which samples must undo their last step, and which stagnate and lose their columns (None: none).
+
+        Args:
+            size: norms of the residuals, (B,).
+            best: the smallest before, (B,).
+            all_improved: whether the host knows that all of them are smaller.
+            finished: samples that are not to be judged, bool, (B,).
+            state: of the solve.
+        """
+        refused = stagnated = None
         # A plain step is never refused, so refusing cannot go on for ever.
-        if state.count and not (looking and bool((norm <= state.best).all())):
-            refused = ~(norm <= self.growth * state.best)  # true for NaN
-            if looking and not bool(refused.any()):
-                refused = None
-            elif state.born is not None:
-                refused = refused & (state.born >= 0).any(1)
-        if refused is not None and state.frozen is not None:
-            refused = refused & ~state.frozen
-        state.best, state.window = torch.fmin(state.best, norm), state.window + 1
-        if self.restart is None or state.window < self.restart:
-            return refused
-        stagnated = (state.best >= state.then) & (state.best < torch.inf)
-        if state.frozen is not None:
-            stagnated = stagnated & ~state.frozen
-        state.then, state.window = state.best, 0
-        if state.count and not (looking and not bool(stagnated.any())):
-            _forget(state, stagnated, cause="stagnation")
-        return refused
+        if state.count and not all_improved:
+            refused = ~(size <= self.growth * best)  # true for NaN
+            if state.plain is not None:
+                refused = refused & ~state.plain
+            if finished is not None:
+                refused = refused & ~finished
+            refused = refused if anyone(refused) else None
+        state.best = size if all_improved else torch.fmin(state.best, size)
+        if state.failed is not None:
+            _forget(state, state.failed)
+            state.failed = None
+        state.window += 1
+        if self.restart is not None and state.window >= self.restart:
+            stagnated = (state.best >= state.then) & (state.best < torch.inf)
+            if finished is not None:
+                stagnated = stagnated & ~finished
+            state.then, state.window = state.best, 0
+            stagnated = stagnated if state.count and anyone(stagnated) else None
+            if stagnated is not None:
+                _forget(state, stagnated)
+        return refused, stagnated
 
     def _close_column(self, fz: Tensor, source: Tensor, refused: Tensor | None, state: SecantState) -> None:
         """Turn the pending values into a column, unless refused, and extend the matrix."""
-        slot, size = state.count % self.memory, min(state.count + 1, self.memory)
-        spared = state.frozen if refused is None or state.frozen is None else state.frozen | refused
-        spared = refused if spared is None else spared
-        state.df = _subtract(state.df, slot, fz, spared)
-        state.left = _subtract(state.left, slot, source, spared)
-        self._extend(state, state.left[:, :size], state.df[:, :size], slot)
-        if state.born is not None:
-            state.born = _set_birth(state.born, slot, state.count, state.frozen)
-        state.count += 1
+        slot, finished = state.slot, state.finished
+        moving = state.moving
+        if refused is None and moving is not None and not is_recorded(state.df, fz):
+            state.df[:, slot].addcmul_(fz, moving, value=-1)
+            state.left[:, slot].addcmul_(source, moving, value=-1)
+        else:
+            spared = finished if refused is None or finished is None else finished | refused
+            spared = refused if spared is None else spared
+            state.df = _subtract(state.df, slot, fz, spared)
+            state.left = _subtract(state.left, slot, source, spared)
+        state.count, state.pending = state.count + 1, False
+        if state.alive is not None:
+            # For autograd it may have been saved, in which case it must not be written to.
+            alive = state.alive.clone() if is_recorded(state.df) else state.alive
+            if finished is None:
+                alive[:, slot] = True
+            else:
+                alive[:, slot].logical_or_(~finished)
+            state.alive = alive
 
-    def _extend(self, state: SecantState, left: Tensor, df: Tensor, newest: int) -> None:
-        """Add the row and the column of the newest of these columns to the matrix."""
-        row, column = self.entries(left, df, newest)
-        column = column.to(state.system.dtype)
-        column[:, newest].sub_(torch.finfo(column.dtype).tiny)  # a sample at rest has columns of zeros
-        state.system = _write_cross(state.system, newest, row, column, state.frozen)
+    def _column(self, rhs: Tensor, state: SecantState) -> Tensor:
+        """left^T dr (B, columns) for the newest column, without going through the history again.
 
-    def _coefficients(self, residual: Tensor, state: SecantState) -> Tensor:
+        For older columns it is the change of left^T r since the step before; of the newest the entry is
+        computed, since the two may be nearly the same there.
+        """
+        slot = (state.count - 1) % state.memory
+        left = state.left[:, slot]
+        change = left if self.uses_residuals else state.df[:, slot] - left
+        entry = self.diagonal(left, change)
+        before, size = state.products, rhs.shape[1]
+        if before is None:
+            return entry.unsqueeze(1)
+        older = before - rhs[:, : before.shape[1]]
+        if is_recorded(older, entry):
+            return torch.cat([older[:, :slot], entry.unsqueeze(1), older[:, slot + 1 :]], 1)[:, :size]
+        if slot < older.shape[1]:
+            older[:, slot] = entry
+            return older
+        return torch.cat([older, entry.unsqueeze(1)], 1)
+
+    def _extend(self, state: SecantState, newest: int, column: Tensor) -> None:
+        """Add the row and the column of the newest column to the matrix."""
+        size = column.shape[1]
+        row = self.row(state.left[:, :size], state.df[:, :size], newest, column)
+        if state.alive is not None and state.has_gaps:
+            alive = state.alive[:, :size]
+            row, column = torch.where(alive, row, 0), torch.where(alive, column, 0)
+        state.system = _write_cross(state, newest, row, column)
+
+    def _make_room(self, state: SecantState, finished: Tensor | None) -> None:
+        """A slot for the values of this iterate, which the newest column will be made of."""
+        slots, slot, pad = state.df.shape[1], state.slot, torch.nn.functional.pad
+        if slot < slots:
+            if state.alive is not None:  # the column that was there goes, but for samples that are finished
+                alive = state.alive.clone() if is_recorded(state.df) else state.alive
+                if finished is None:
+                    alive[:, slot] = False
+                else:
+                    alive[:, slot].logical_and_(finished)
+                state.alive = alive
+            return
+        old = state.system
+        state.df = with_room(state.df, slot, state.memory)
+        state.left = with_room(state.left, slot, state.memory)
+        system, state.scale, state.shift = self._matrices(state.df[:, 0], state.df.shape[1])
+        state.system = system.clone()
+        state.system[:, :slots, :slots] = old
+        if state.alive is not None:
+            state.alive = pad(state.alive, (0, state.df.shape[1] - slots))
+
+    def _coefficients(self, residual: Tensor, rhs: Tensor | None, state: SecantState) -> Tensor:
         """gamma (B, columns), zero where the system cannot be solved: those samples start anew."""
-        size = min(state.count, self.memory)
-        if size == 0:
+        size, state.plain = state.num_columns, None
+        if rhs is None:
             return residual.new_zeros(residual.shape[0], 0)
-        system = state.system[:, :size, :size]
-        rhs = products(state.left[:, :size], residual).to(system.dtype)
-        usable = None if state.born is None else state.born[:, :size] >= 0
-        gamma, failed = solve_small(system, rhs, usable, limit=self.largest_coefficient(residual.dtype))
-        if failed is not None:
-            _forget(state, failed, cause="singular")
+        rhs = rhs.to(state.system.dtype)
+        if state.alive is not None and state.has_gaps:
+            alive = state.alive[:, :size]
+            rhs, state.plain = torch.where(alive, rhs, 0), ~alive.any(1)
+        limit = self.largest_coefficient(residual.dtype)
+        gamma, state.failed = solve_small(state.system[:, :size, :size], rhs, limit=limit)
+        if state.failed is not None:
+            state.plain = state.failed if state.plain is None else state.plain | state.failed
         return gamma.to(residual.dtype)
 
 
-def _common_births(state: SecantState) -> Tensor:
-    """The births (1, memory) that all samples share."""
-    memory = state.system.shape[1]
-    slots = torch.arange(memory, device=state.system.device)
-    return (state.count - 1 - (state.count - 1 - slots) % memory).clamp_min(-1).unsqueeze(0)
-
-
-def _set_birth(born: Tensor, slot: int, birth: int, frozen: Tensor | None) -> Tensor:
-    born = born.clone()
-    born[:, slot] = birth if frozen is None else torch.where(frozen, born[:, slot], birth)
-    return born
-
-
-def _forget(state: SecantState, which: Tensor, *, cause: str) -> None:
+def _forget(state: SecantState, which: Tensor) -> None:
     """These samples lose their columns."""
-    state.causes = state.causes.clone()
-    state.causes[:, _CAUSES.index(cause)] += which
-    state.born = state.births().masked_fill(which.unsqueeze(1), -1)
+    keep = ~which
+    state.alive = state.columns() & keep.unsqueeze(1)
+    slots = state.system.shape[1]
+    if state.alive.shape[1] < slots:
+        state.alive = torch.nn.functional.pad(state.alive, (0, slots - state.alive.shape[1]))
+    identity = torch.eye(slots, dtype=state.system.dtype, device=state.system.device)
+    state.system = torch.where(keep.view(-1, 1, 1), state.system, identity)
+    state.lost_at = state.count
 
 
 def _subtract(rows: Tensor, slot: int, value: Tensor, spared: Tensor | None) -> Tensor:
@@ -345,17 +470,20 @@ def _subtract(rows: Tensor, slot: int, value: Tensor, spared: Tensor | None) -> 
     if spared is None:
         rows[:, slot].sub_(value)
     else:
-        rows[:, slot].addcmul_(value, (~spared).to(value.dtype).unsqueeze(1), value=-1)
+        rows[:, slot].sub_(value.masked_fill(spared.unsqueeze(1), 0))
     return rows
 
 
-def _put(rows: Tensor, slot: int, value: Tensor, refused: Tensor | None, state: SecantState) -> Tensor:
-    """`rows` with one row replaced: frozen samples keep theirs, refused ones what was pending before."""
+def _put(
+    rows: Tensor, value: Tensor, refused: Tensor | None, finished: Tensor | None, state: SecantState
+) -> Tensor:
+    """`rows` with the newest row replaced: finished samples keep theirs, refused ones what was pending."""
+    slot = state.slot
     choices = []
     if refused is not None:
-        choices.append((refused, rows[:, (state.count - 1) % rows.shape[1]]))
-    if state.frozen is not None:
-        choices.append((state.frozen, rows[:, slot]))
+        choices.append((refused, rows[:, (state.count - 1) % state.memory]))
+    if finished is not None:
+        choices.append((finished, rows[:, slot]))
     if len(choices) == 1 and not is_recorded(rows, value) and not torch.compiler.is_compiling():
         which, kept = choices[0]
         torch.where(which.unsqueeze(1), kept, value, out=rows[:, slot])
@@ -365,13 +493,24 @@ def _put(rows: Tensor, slot: int, value: Tensor, refused: Tensor | None, state: 
     return write_row(rows, slot, value)
 
 
-def _write_cross(matrix: Tensor, slot: int, row: Tensor, column: Tensor, frozen: Tensor | None) -> Tensor:
-    """`matrix` (B, m, m) with the first entries of one row and one column replaced."""
-    size = row.shape[1]
-    if frozen is not None:
-        frozen = frozen.unsqueeze(1)
-        row = torch.where(frozen, matrix[:, slot, :size], row.to(matrix.dtype))
-        column = torch.where(frozen, matrix[:, :size, slot], column.to(matrix.dtype))
+def _write_cross(state: SecantState, slot: int, row: Tensor, column: Tensor) -> Tensor:
+    """The matrix with the first entries of one row and one column replaced; finished samples keep theirs."""
+    matrix, size = state.system, row.shape[1]
+    scale, shift = state.scale[:, slot, :size], state.shift[:, slot, :size]
+    in_place = not (is_recorded(matrix, row, column) or torch.compiler.is_compiling())
+    if in_place and state.finished is None:
+        matrix[:, slot, :size] = row
+        torch.addcmul(shift, column, scale, out=matrix[:, :size, slot])
+        return matrix
+    column = torch.addcmul(shift, column, scale)
+    if state.finished is not None:
+        spared = state.finished.unsqueeze(1)
+        if in_place:
+            torch.where(spared, matrix[:, slot, :size], row, out=matrix[:, slot, :size])
+            torch.where(spared, matrix[:, :size, slot], column, out=matrix[:, :size, slot])
+            return matrix
+        row = torch.where(spared, matrix[:, slot, :size], row)
+        column = torch.where(spared, matrix[:, :size, slot], column)
     if not is_recorded(matrix, row, column):
         matrix[:, slot, :size] = row
         matrix[:, :size, slot] = column

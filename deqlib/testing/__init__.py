@@ -1,8 +1,14 @@
-"""Tools for testing solvers and implicit layers: problems with known answers.
+"""Tools for testing solvers, cells and implicit layers: problems with known answers, and test suites.
 
-`deqlib.testing.strategies` (needs hypothesis) draws problems and states at random;
-`deqlib.testing.conformance` (needs pytest and hypothesis) is a test suite that a solver can inherit.
+`deqlib.testing.strategies` (needs hypothesis) draws problems and states at random. `SolverConformance`
+(needs pytest and hypothesis) and `CellConformance` (needs pytest) are test suites that a solver and the
+cell of a layer can inherit; what they need is imported when they are asked for.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .problems import (
     Problem,
@@ -22,6 +28,13 @@ from .problems import (
     two_cycle,
 )
 
+if TYPE_CHECKING:
+    from .cells import CellConformance as CellConformance
+    from .conformance import SolverConformance as SolverConformance
+
+_SUITES = {"CellConformance": "cells", "SolverConformance": "conformance"}  # and where they are
+
+# Without the test suites: a star import must not need pytest.
 __all__ = [
     "Problem",
     "convolution",
@@ -39,3 +52,13 @@ __all__ = [
     "transformer",
     "two_cycle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUITES:
+        return getattr(import_module(f".{_SUITES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUITES])

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqlib import (
     GMRES,
@@ -199,9 +200,9 @@ def cache_bytes() -> Counts:
 def graph_breaks() -> Counts:
     """Of a compiled layer: none where the number of steps is fixed."""
     counters = torch._dynamo.utils.counters
-    base, found = tanh_rnn(batch=3, width=24, dtype=torch.float64), {}
-    solvers = (Picard(), Anderson(memory=2), Broyden(memory=2))
-    rules = [(f"{type(solver).__name__}, fixed", solver, Stopping.steps(2)) for solver in solvers]
+    base, found = linear([0.5, 0.2, -0.4], batch=3, dtype=torch.float64), {}
+    names = ("Picard", "Anderson", "Broyden", "NewtonKrylov", "GMRES", "Auto")
+    rules = [(f"{name}, fixed", SOLVERS[name], Stopping.steps(2)) for name in names]
     rules.append(("Picard, to a tolerance", Picard(), RULE))
     for name, solver, stopping in rules:
         torch.compiler.reset()
@@ -248,7 +249,98 @@ def host_reads() -> Counts:
     return found
 
 
-GROUPS: dict[str, Callable[[], Counts]] = {
+VIEWS = {
+    "_reshape_alias",
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "detach",
+    "diagonal",
+    "expand",
+    "lift_fresh",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unfold",
+    "unsqueeze",
+    "view",
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that a device has something to do for, a number read by the host among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def small_cell(rate: float) -> Callable[[Tensor], Tensor]:
+    """tanh(rate * (z W) + x), W orthogonal, for 8 samples of 64 float32 numbers."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(64, 64, generator=draw))[0]
+    x = torch.randn(8, 64, generator=draw)
+    return lambda z: torch.tanh(rate * (z @ matrix) + x)
+
+
+def kernels(
+    cell: Callable[[Tensor], Tensor], solver: Solver, stopping: Stopping
+) -> tuple[list[int], Solution]:
+    """Those before each evaluation of a solve, and at its end, beyond the cell's."""
+    z0, counts = torch.zeros(8, 64), []
+    with torch.no_grad():
+        with Kernels() as inside:
+            cell(z0)
+        with Kernels() as found:
+
+            def counted(z: Tensor) -> Tensor:
+                counts.append(found.count - inside.count * len(counts))
+                return cell(z)
+
+            solution = fixed_point(counted, z0, solver=solver, stopping=stopping, on_failure="ignore")
+            counts.append(found.count - inside.count * len(counts))
+    return counts, solution
+
+
+def kernels_a_step(
+    cell: Callable[[Tensor], Tensor], solver: Solver, rule: Callable[[int], Stopping]
+) -> float:
+    """Between the 15th step and the 25th: what begins and ends a solve is not counted."""
+    few, many = (kernels(cell, solver, rule(steps))[0][-1] for steps in (15, 25))
+    return (many - few) / 10
+
+
+def endless(steps: int) -> Stopping:
+    """A tolerance that is never met."""
+    return Stopping(rtol=1e-30, max_steps=steps, patience=None)
+
+
+SMALL_RULE = Stopping(rtol=1e-5, max_steps=200)
+COUNTED = {name: SOLVERS[name] for name in ("Picard", "Anderson", "Broyden", "Auto")}
+
+
+def kernel_launches() -> dict[str, float]:
+    """Of a step beyond the cell's evaluation; operations dispatched, but for views."""
+    cell, found = small_cell(0.95), {}
+    for name, solver in COUNTED.items():
+        counts, solution = kernels(cell, solver, SMALL_RULE)
+        found[f"{name}, to a tolerance"] = kernels_a_step(cell, solver, endless)
+        found[f"{name}, whole solve"] = round(counts[-1] / solution.nfe, 1)
+        found[f"{name}, fixed"] = kernels_a_step(cell, solver, Stopping.steps)
+    return found
+
+
+GROUPS: dict[str, Callable[[], dict[str, float]]] = {
     "evaluations": evaluations,
     "converged samples": converged_samples,
     "products of a backward pass": backward_products,
@@ -257,6 +349,7 @@ GROUPS: dict[str, Callable[[], Counts]] = {
     "cache bytes": cache_bytes,
     "graph breaks": graph_breaks,
     "host reads": host_reads,
+    "kernels a step": kernel_launches,
 }
 
 
@@ -320,3 +413,30 @@ def test_a_change_is_told_with_its_name_both_numbers_and_the_way_to_update() -> 
     ]
     assert "UPDATE_COUNTERS=1 pytest tests/benchmarks/test_counters.py" in lines[3]
     assert differences("reads", {"a": 1}, {"a": 1}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "to_a_tolerance", "fixed"), [("Picard", 12, 0), ("Anderson", 32, 20), ("Broyden", 34, 22)]
+)
+def test_a_step_starts_few_kernels(name: str, to_a_tolerance: int, fixed: int) -> None:
+    cell, solver = small_cell(0.95), SOLVERS[name]
+    assert kernels_a_step(cell, solver, Stopping.steps) <= fixed
+    assert kernels_a_step(cell, solver, endless) <= to_a_tolerance
+    counts, solution = kernels(cell, solver, SMALL_RULE)
+    assert solution.converged.all()
+    assert counts[-1] / solution.nfe <= to_a_tolerance
+
+
+@pytest.mark.parametrize(("rate", "code"), [(0.3, 0), (0.95, 1)])
+def test_auto_starts_few_kernels_more_than_the_method_it_chose(rate: float, code: int) -> None:
+    base = linear(torch.linspace(-rate, rate, 64), batch=8)
+    auto, solver = SOLVERS["Auto"], (Picard(), *Auto().methods)[code]
+    (own, solution), (alone, other) = (kernels(base.f, s, SMALL_RULE) for s in (auto, solver))
+    assert solution.converged.all()
+    assert solution.method.tolist() == [code] * 8  # since the same look: their rates are the same
+    # From the first look, at step 3, the first steps of a method aside, while nobody is finished.
+    end = int(torch.minimum(solution.num_steps.min(), other.num_steps.min())) - 1
+    begin = 3 if code == 0 else 5
+    begin += (end - begin) % 3  # as many looks as there are in the long run
+    assert end - begin >= 3
+    assert own[end] - own[begin] <= alone[end] - alone[begin] + 4 * (end - begin)

@@ -18,7 +18,7 @@ from benchmarks.contenders import CONTENDERS, SOLVERS, stopping, worst_residual
 from benchmarks.peak import peak_bytes
 from benchmarks.profiling import profiled
 from benchmarks.suites import solvers
-from benchmarks.suites.solvers import memory, overhead, robustness, solves, traces
+from benchmarks.suites.solvers import memory, overhead, robustness, small, solves, traces
 from benchmarks.timing import geometric_mean, interleaved, ratio
 from deqlib import Picard, Solution, Status, fixed_point
 from deqlib.testing import Problem, expanding, linear, mlp, suite
@@ -50,8 +50,21 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_names_are_those_of_the_suite() -> None:
     assert [problem.name for problem in suite()] == list(problems.NAMES)
+    assert list(problems.by_name()) == list(problems.SOLVED)
     assert set(problems.QUICK) < set(problems.NAMES)
     assert problems.named("linear, non-normal", CPU).name == "linear, non-normal"
+
+
+def test_the_attention_cell_is_the_one_of_pytorchs_modules() -> None:
+    problem = problems.attention(batch=2, tokens=3, width=8)
+    torch.manual_seed(1)
+    layer, norm = torch.nn.MultiheadAttention(8, 4, batch_first=True), torch.nn.LayerNorm(8)
+    for weight in layer.parameters():
+        if weight.dim() == 2:
+            weight.data.mul_(1.2)
+    x, z = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    assert torch.equal(problem.inputs[0], x)
+    torch.testing.assert_close(problem.f(z), norm(x + 2 * layer(z, z, z)[0]))
 
 
 # solves -------------------------------------------------------------------------------------------------
@@ -136,19 +149,24 @@ def test_bars_of_counts_break_where_deqlib_does_worse(use: Callable[..., None]) 
 
     def broken(contender: str, **changes: Any) -> set[str]:
         changed = [{**row, **changes} if row["contender"] == contender else row for row in rows]
-        return {bar.name for bar in solves.bars(changed) if bar.verdict == "FAIL" and "time" not in bar.name}
+        failed = {bar.name for bar in solves.bars(changed) if bar.verdict == "FAIL"}
+        return {name for name in failed if ", time" not in name}
 
     most = max(best["deqlib Picard"], best["torchdeq Anderson"])
     assert broken("deqlib Anderson", evaluations=most + 3) == {
         "Anderson needs more evaluations than torchdeq's",
         "Anderson needs more evaluations than Picard + 2",
-        "Anderson arrives, Auto takes another number of evaluations",
     }
     assert broken("deqlib Anderson", reached=False) == {
         "torchdeq Anderson arrives, deqlib's does not",
         "Picard arrives, Anderson does not",
     }
-    assert broken("deqlib Auto", reached=False) == {"some solver arrives at 1e-05, Auto does not"}
+    fewest = min(n for name, n in best.items() if n and name != "deqlib Auto" and "scipy" not in name)
+    assert broken("deqlib Auto", evaluations=int(1.5 * fewest) + 10) == set()
+    assert broken("deqlib Auto", evaluations=int(1.5 * fewest) + 11) == {
+        "Auto needs more than 1.5 times the fewest evaluations of any solver + 10"
+    }
+    assert broken("deqlib Auto", reached=False) == {"some solver arrives, Auto does not"}
     assert broken("deqlib Broyden", reached=False) == {"torchdeq Broyden arrives, deqlib's does not"}
 
 
@@ -159,6 +177,7 @@ def test_bars_of_times_are_geometric_means_over_solves() -> None:
             "rtol": 1e-5,
             "max_evaluations": 9,
             "contender": contender,
+            "numbers": 10 if problem == "a" else solves.LARGE,
             "evaluations": 5,
             "reached": reached,
             "seconds": [seconds],
@@ -171,12 +190,15 @@ def test_bars_of_times_are_geometric_means_over_solves() -> None:
         for name in CONTENDERS
     ]
     bars = solves.bars(rows)
-    assert value(bars, "deqlib / torchdeq Anderson, time, geometric mean") == pytest.approx(0.5)
-    assert value(bars, "deqlib / torchdeq Anderson, time, geometric mean where both arrive") == 2
-    assert value(bars, "deqlib / torchdeq Anderson, time, worst") == 2
-    assert value(bars, "deqlib / torchdeq Broyden, time, geometric mean") == 1
-    limits = {bar.name: bar.limit for bar in bars if bar.name.endswith("geometric mean")}
-    assert list(limits.values()) == [0.5, 0.15]
+    name = "deqlib / torchdeq {} where both arrive"
+    assert value(bars, name.format("Anderson") + ", time, geometric mean") == 2  # not of "b"
+    assert value(bars, name.format("Anderson") + ", time, worst") == 2
+    assert value(bars, name.format("Broyden") + ", time, geometric mean") == 1
+    assert value(bars, name.format("Broyden") + ", 100,000 numbers and more, time, geometric mean") == 1
+    assert value(bars, "Auto / the fastest solver of each problem, time, worst") == 8
+    assert value(bars, "Auto / torchdeq's fastest solver of each problem, time, geometric mean") == 1
+    limits = [bar.limit for bar in bars if bar.name.endswith("geometric mean")]
+    assert limits == [0.57, 0.25, 0.15, 1.25, 0.45]
     # The best of "a" takes a second, that of "b" an eighth.
     assert solves.factors(rows, "time")["torchdeq Anderson"] == [1, math.inf]
     assert solves.factors(rows, "time")["scipy Anderson"] == [1, 8]
@@ -301,7 +323,7 @@ def test_overhead_is_judged_by_the_worst_of_the_costly_cells() -> None:
         (1.2, "two", "FAIL"),
         (1.1, "one", "FAIL"),
     ]
-    assert [bar.limit for bar in overhead.bars(both)] == [1.15, 1.03]
+    assert [bar.limit for bar in overhead.bars(both)] == [1.12, 1.03]
     assert overhead.table(both).lines[0] == ("cheap", "1.00", "3", "9.00", "4.50")
 
 
@@ -320,7 +342,7 @@ def test_peak_bytes_is_the_most_that_lives_at_once_beyond_what_was_there() -> No
 
 
 @pytest.mark.parametrize("length", [2, 5, 8])
-def test_anderson_peaks_at_two_states_a_column_and_four(length: int) -> None:
+def test_anderson_peaks_at_two_and_a_half_states_a_column_and_four(length: int) -> None:
     rows = figures(memory.CASE, memory=length, batch=16, width=16384)
     row = rows[0]
     assert row["fewest_steps"] < row["most_steps"]
@@ -432,6 +454,25 @@ def test_contenders_take_turns_in_another_order_every_round_and_slow_ones_run_on
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
+# small --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_step_is_beside_a_bare_loop_of_as_many_evaluations_and_products() -> None:
+    rows = {row["contender"]: row for row in figures(small.CASE, what="layer", batch=4, width=3)}
+    assert rows["default"]["evaluations"] == rows["bare loop"]["evaluations"] > 3
+    assert rows["default"]["products"] == rows["bare loop"]["products"] > 3
+    (bar,) = small.bars([{"what": "layer", "batch": 4, "width": 3, **row} for row in rows.values()])
+    assert bar.value == pytest.approx(ratio(*(rows[name]["seconds"] for name in ("default", "bare loop"))))
+
+
+def test_a_solve_of_many_numbers_tells_its_time_and_its_peak() -> None:
+    (row,) = figures(small.CASE, what="numbers", batch=3000, width=1)
+    assert row["converged"] == 3000
+    assert row["states"] > 1
+    bars = small.bars([{"what": "numbers", "batch": 3000, "width": 1, **row}])
+    assert [bar.limit for bar in bars] == [1.0, 10.0]
+
+
 def test_a_bar_without_a_figure_is_not_measured() -> None:
     assert [Bar("", value, 1).verdict for value in (1, 1.1, float("nan"))] == ["pass", "FAIL", "not measured"]
     assert Bar("", float("nan"), 1).record()["value"] is None
@@ -441,6 +482,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "solves": {"rtol": 1e-3, **EASY},
     "traces": {"rtol": 1e-3, **EASY},
     "overhead": {"problem": "linear", "max_steps": 3},
+    "small": {"what": "layer", "batch": 4, "width": 3},
     "memory": {"memory": 2, "batch": 2, "width": 16},
     "robustness": {"seed_from": 0, "seeds": 5, "largest_exponent": 0},
 }

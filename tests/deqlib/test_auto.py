@@ -1,181 +1,472 @@
-"""Methods in turn: who works on which sample, and when."""
+"""The plain iteration first, then methods in turn: who works on which sample, and when."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
-from problems import problem
 from torch import Tensor
 
-from deqlib import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver, Status, Stopping, fixed_point
+from deqlib import (
+    GMRES,
+    Anderson,
+    Auto,
+    Broyden,
+    NewtonKrylov,
+    Picard,
+    ReversiblePicard,
+    Solution,
+    Solver,
+    Status,
+    Stopping,
+    fixed_point,
+)
 from deqlib.driver import iterate
-from deqlib.testing import expanding, monotone, suite, tanh_rnn
+from deqlib.solvers.base import Seen
+from deqlib.testing import (
+    Problem,
+    expanding,
+    linear,
+    mixed_difficulty,
+    monotone,
+    nearly_singular,
+    tanh_rnn,
+)
+
+FIRST = Auto().methods[0]
+
+
+def solve(base: Problem, solver: Solver, **settings: Any) -> Solution:
+    arguments = {key: settings.pop(key) for key in ("state", "compact") if key in settings}
+    stopping = Stopping(**{"rtol": 1e-6, "max_steps": 300, **settings})
+    with torch.no_grad():
+        return fixed_point(
+            base.cell,
+            base.z0,
+            base.inputs,
+            solver=solver,
+            stopping=stopping,
+            on_failure="ignore",
+            **arguments,
+        )
+
+
+def sample(base: Problem, index: int) -> Problem:
+    """One sample of a problem alone."""
+    batch, own = len(base.z0), slice(index, index + 1)
+    inputs = tuple(x[own] if len(x) == batch else x for x in base.inputs)
+    return Problem(base.name, base.cell, base.z0[own], inputs, None)
+
+
+def statuses(solution: Solution) -> list[str]:
+    return [Status(code).name for code in solution.status.tolist()]
+
+
+def tensors(state: Any) -> Iterator[Tensor]:
+    """All that a state holds."""
+    if isinstance(state, Tensor):
+        yield state
+    elif dataclasses.is_dataclass(state) and not isinstance(state, type):
+        for field in dataclasses.fields(state):
+            yield from tensors(getattr(state, field.name))
+    elif isinstance(state, tuple | list):
+        for item in state:
+            yield from tensors(item)
+
+
+# Scripts: methods that do what a test needs -------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps(Solver):
-    """Goes up by `size` a step."""
+class Script(Solver):
+    """Takes `share` of the way to f(z), then, after so many steps, none; or goes to `leap` at its n-th."""
 
-    size: float
+    share: float = 0.0
+    steps: int | None = None
+    leap: float | None = None
 
     def init(self, z0: Tensor) -> int:
         return 0
 
     def step(self, z: Tensor, fz: Tensor, state: int) -> tuple[Tensor, int]:
-        return z + self.size, state + 1
+        if self.steps is not None and state >= self.steps:
+            return (z if self.leap is None else torch.full_like(z, self.leap)), state + 1
+        return z + self.share * (fz - z), state + 1
 
 
-def valley(z: Tensor) -> Tensor:
-    """A map whose residual at z is |z - bottom|, the bottom at 5, 15 and 100 for three samples."""
-    bottom = torch.tensor([[5.0], [15.0], [100.0]], dtype=z.dtype)
-    return z + (z - bottom).abs()
+def mirror(*gains: float) -> Callable[[Tensor], Tensor]:
+    """f(z) = z + gain (1 - z), a gain for each sample: a share s of a step leaves 1 - gain s of the error.
+
+    With gain 2 the plain iteration goes to and fro between 0 and 2 for ever.
+    """
+    gain = torch.tensor(gains, dtype=torch.float64).unsqueeze(1)
+    return lambda z: z + gain * (1 - z)
 
 
-def walk(auto: Auto, **stopping: Any) -> Any:
-    settings = {"rtol": 0, "atol": 0.5, "max_steps": 60, "patience": None, **stopping}
-    z0 = torch.zeros(3, 1, dtype=torch.float64)
-    return iterate(valley, z0, auto, Stopping(**settings))
+def watched(auto: Auto, log: list[list[int]]) -> Auto:
+    """The same solver, which notes after every evaluation who works on each sample."""
+
+    class Watched(Auto):
+        def observe(self, seen: Seen, state: Any) -> Any:
+            state = super().observe(seen, state)
+            log.append(state.method.tolist())
+            return state
+
+    return Watched(**{field.name: getattr(auto, field.name) for field in dataclasses.fields(auto)})
 
 
-def test_a_sample_is_handed_on_after_its_patience_and_starts_at_its_best() -> None:
-    # The first method goes the wrong way: the best is the start. The second goes right, in ones.
-    solution = walk(Auto(methods=(Steps(size=-1.0), Steps(size=1.0)), patience=4, rounds=1))
-    # Given up at step 4, evaluated anew at its best at step 5, the bottom 5 and 15 steps later.
-    assert solution.num_steps.tolist() == [10, 20, 60]
-    assert [Status(code).name for code in solution.status.tolist()] == ["CONVERGED", "CONVERGED", "MAX_STEPS"]
-    assert solution.value.flatten().tolist() == [5, 15, 55]
-    assert solution.method.tolist() == [1, 1, 1]
-    assert solution.methods == ("Steps", "Steps")
-    assert solution.nfe == 61
+def walk(
+    f: Callable[[Tensor], Tensor], auto: Auto, batch: int = 1, start: float = 0.0, **stopping: Any
+) -> tuple[Solution, list[list[int]]]:
+    """A solve on states of one number, and who worked on each sample after each evaluation."""
+    log: list[list[int]] = []
+    rule = Stopping(**{"rtol": 0, "atol": 1e-6, "max_steps": 200, "patience": None, **stopping})
+    z0 = torch.full((batch, 1), start, dtype=torch.float64)
+    return iterate(f, z0, watched(auto, log), rule), log
 
 
-def test_samples_change_hands_one_by_one_and_the_others_do_not_notice() -> None:
-    # Steps of 4 pass 5 by (residuals 5, 1, 3): the first sample is given up, the others go on.
-    auto = Auto(methods=(Steps(size=4.0), Steps(size=1.0)), patience=2, rounds=1)
-    solution = walk(auto, atol=0.9, max_steps=30)
-    # Best 4 at step 1, given up at step 3, there again at step 4, at 5 at step 5.
-    assert solution.value.flatten().tolist()[0] == 5
-    assert solution.num_steps.tolist()[0] == 5
-    assert solution.method.tolist() == [1, 1, 0]
-    alone = iterate(
-        lambda z: z + (z - 100).abs(),
-        torch.zeros(1, 1, dtype=torch.float64),
-        auto,
-        Stopping(rtol=0, atol=0.9, max_steps=30, patience=None),
-    )
-    assert alone.num_steps[0] == solution.num_steps[2] == 25
-    assert torch.equal(alone.value[0], solution.value[2])
+def turns(log: list[list[int]], index: int = 0) -> list[int]:
+    """The methods that a sample was given to, in order."""
+    return [method for method, _ in groupby(row[index] for row in log)]
 
 
-def test_after_the_last_method_the_first_has_another_go_if_rounds_allow() -> None:
-    for rounds, stages in ((1, 1), (3, 5)):
-        auto = Auto(methods=(Steps(size=-1.0), Steps(size=-2.0)), patience=3, rounds=rounds)
-        solution = walk(auto, patience=3)
-        assert solution.method.tolist() == [stages] * 3
-        assert solution.methods == ("Steps", "Steps") * rounds
-        assert [Status(code).name for code in solution.status.tolist()] == ["STALLED"] * 3
+STUCK = Script()
+HALVES = Script(share=0.25)  # of gain 2
 
 
-@pytest.mark.parametrize("index", [0, 3, 5])
-def test_what_anderson_solves_auto_solves_with_the_same_evaluations_and_bits(index: int) -> None:
-    base = suite()[index]
-    stopping = Stopping(rtol=1e-5, max_steps=100)
-    with torch.no_grad():
-        anderson, auto = (
-            fixed_point(base.cell, base.z0, base.inputs, solver=s, stopping=stopping, on_failure="raise")
-            for s in (Anderson(), Auto())
-        )
-    assert anderson.nfe == auto.nfe
-    assert torch.equal(anderson.value, auto.value)
-    assert auto.method_counts() == {"Anderson": len(base.z0)}
+# The plain iteration ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
+def test_a_fast_contraction_is_picards_to_the_bit(rate: float) -> None:
+    base = tanh_rnn(batch=4, width=24, rate=rate, dtype=torch.float64)
+    picard, auto = (solve(base, solver, rtol=1e-5) for solver in (Picard(), Auto()))
+    for name in ("value", "residual", "num_steps", "status", "trace"):
+        assert torch.equal(getattr(picard, name), getattr(auto, name)), name
+    assert picard.nfe == auto.nfe
+    assert auto.method_counts() == {"Picard": 4}
+    assert auto.methods == ("Picard", *(type(method).__name__ for method in Auto().methods))
+    assert auto.rejections == {}
+
+
+def test_the_plain_iteration_keeps_no_history() -> None:
+    # An image is the next iterate, but for the samples that are finished: those are held at their best.
+    for batch, most in ((1, 4), (4, 6)):
+        base = tanh_rnn(batch=batch, width=24, rate=0.5, dtype=torch.float64)
+        auto = solve(base, Auto(), rtol=1e-5)
+        assert auto.nfe > 10
+        assert auto.method_counts() == {"Picard": batch}
+        states = {t.data_ptr() for t in tensors(auto.state) if t.numel() >= base.z0.numel()}
+        assert len(states) <= most
+    slow = solve(tanh_rnn(batch=4, width=24, rate=0.95, dtype=torch.float64), Auto(), rtol=1e-5)
+    assert sum(t.numel() for t in tensors(slow.state)) > 4 * base.z0.numel()  # such as is counted here
+
+
+def test_a_slow_contraction_is_accelerated_at_the_first_look() -> None:
+    base = linear(torch.linspace(-0.95, 0.95, 24), batch=4, dtype=torch.float64)
+    picard, anderson, auto = (solve(base, solver) for solver in (Picard(), FIRST, Auto()))
+    assert auto.converged.all()
+    assert auto.method_counts() == {"Anderson": 4}
+    # Evaluations 0 to 3 are those of the plain iteration, and what they taught is used at once.
+    assert torch.equal(auto.trace[:4], picard.trace[:4])
+    assert (auto.trace[4] < 0.8 * picard.trace[4]).all()
+    assert auto.nfe <= anderson.nfe + 3
+    torch.testing.assert_close(auto.value, base.solution, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        nearly_singular(batch=3, width=32, dtype=torch.float64),
+        tanh_rnn(batch=3, width=32, rate=0.9, dtype=torch.float64),
+        expanding(batch=3, width=24, dtype=torch.float64),
+    ],
+    ids=lambda base: base.name,
+)
+def test_what_needs_acceleration_takes_few_evaluations_more_than_with_it_alone(base: Problem) -> None:
+    anderson, auto = (solve(base, solver) for solver in (FIRST, Auto()))
+    assert auto.converged.all()
+    assert auto.nfe <= anderson.nfe + 4
+
+
+def test_a_contraction_that_is_too_slow_for_the_steps_allowed_is_accelerated() -> None:
+    base = tanh_rnn(batch=4, width=24, rate=0.5, dtype=torch.float64)
+    enough, few = (solve(base, Auto(), rtol=1e-5, max_steps=n) for n in (50, 12))
+    assert enough.method_counts() == {"Picard": 4}
+    assert int(enough.num_steps.max()) > 12
+    assert few.converged.all()
+    assert few.method_counts() == {"Anderson": 4}
+
+
+def test_plain_steps_says_for_how_long_a_sample_is_left_with_the_plain_iteration() -> None:
+    base = tanh_rnn(batch=4, width=24, rate=0.7, dtype=torch.float64)
+    found = {n: solve(base, Auto(plain_steps=n), rtol=1e-5).method_counts() for n in (2, 100)}
+    assert found == {2: {"Anderson": 4}, 100: {"Picard": 4}}
+
+
+@pytest.mark.parametrize("first", [Anderson(), Broyden(), NewtonKrylov(), NewtonKrylov(derivative="jvp")])
+def test_without_plain_steps_the_first_method_begins(first: Solver) -> None:
+    base = tanh_rnn(batch=4, width=24, rate=0.8, dtype=torch.float64)
+    alone, auto = (solve(base, s) for s in (first, Auto(methods=(first, Broyden()), plain_steps=0)))
+    assert torch.equal(alone.value, auto.value)
+    assert alone.nfe == auto.nfe
+    assert auto.method.tolist() == [1] * 4
+
+
+def test_samples_fare_in_a_mixed_batch_as_they_do_alone() -> None:
+    base = mixed_difficulty(batch=6, width=24, easy=0.3, hard=0.97, num_hard=2, dtype=torch.float64)
+    auto, picard = solve(base, Auto()), solve(base, Picard())
+    assert auto.converged.all()
+    assert auto.method.tolist() == [0] * 4 + [1] * 2
+    assert torch.equal(auto.num_steps[:4], picard.num_steps[:4])
+    torch.testing.assert_close(auto.value[:4], picard.value[:4], rtol=1e-12, atol=1e-12)
+    for index in range(6):
+        alone = solve(sample(base, index), Auto())
+        assert alone.num_steps[0] == auto.num_steps[index]
+        torch.testing.assert_close(alone.value[0], auto.value[index], rtol=1e-9, atol=1e-9)
+
+
+# From one method to the next ----------------------------------------------------------------------------
+
+
+def test_a_sample_without_progress_is_handed_on_and_starts_at_its_best() -> None:
+    points: list[float] = []
+
+    def f(z: Tensor) -> Tensor:
+        points.append(float(z))
+        return mirror(2.0)(z)
+
+    wrong_way = Script(share=-0.1)
+    solution, log = walk(f, Auto(methods=(wrong_way, HALVES), patience=4, plain_steps=0))
+    assert solution.method.tolist() == [2]
+    assert solution.methods == ("Picard", "Script", "Script")
+    # Given up at step 4, evaluated anew at its best at step 5, and then half way to 1 at every step.
+    assert [row[0] for row in log[:6]] == [1, 1, 1, 1, 2, 2]
+    assert points[5:8] == [0.0, 0.5, 0.75]
+    # An error of 1 and a residual of 2 at step 5: 21 halvings.
+    assert solution.num_steps.tolist() == [26]
+    assert solution.nfe == 27
+
+
+def test_a_method_that_is_too_slow_is_left_before_it_stops() -> None:
+    slow, fast = Script(share=0.02), Script(share=0.1)  # 4% and 20% of the error of gain 2
+    for first, turn in ((slow, [0, 1, 2]), (fast, [0, 1])):
+        solution, log = walk(mirror(2.0), Auto(methods=(first, HALVES), patience=4), max_steps=2000)
+        assert solution.converged.all()
+        assert turns(log) == turn
+
+
+def test_a_method_that_would_not_arrive_in_time_is_left() -> None:
+    for max_steps, turn in ((150, [0, 1]), (60, [0, 1, 2])):
+        auto = Auto(methods=(Script(share=0.1), HALVES), patience=4)
+        solution, log = walk(mirror(2.0), auto, max_steps=max_steps)
+        assert solution.converged.all()
+        assert turns(log) == turn
+
+
+@pytest.mark.parametrize("first", [STUCK, HALVES])
+def test_samples_change_hands_one_by_one_and_the_others_do_not_notice(first: Script) -> None:
+    gains = (0.1, 1.0, 2.0, 1.9)
+    auto = Auto(methods=(first, Script(share=0.4)), patience=4)
+    solution, log = walk(mirror(*gains), auto, batch=4, max_steps=600)
+    assert solution.converged.all()
+    assert len({tuple(turns(log, index)) for index in range(4)}) > 1
+    for index, gain in enumerate(gains):
+        alone, own = walk(mirror(gain), auto, max_steps=600)
+        assert turns(log, index) == turns(own)
+        assert alone.num_steps[0] == solution.num_steps[index]
+        assert torch.equal(alone.value[0], solution.value[index])
+
+
+@pytest.mark.parametrize(
+    ("methods", "best"),
+    [
+        ((Script(share=0.25, steps=3), Script(share=0.25, steps=9), STUCK), 2),
+        ((Script(share=0.25, steps=5), STUCK, STUCK), 1),
+        ((STUCK, STUCK, Script(share=0.25, steps=7)), 3),
+    ],
+)
+def test_a_sample_is_given_to_a_method_once_and_then_to_the_best_for_good(
+    methods: tuple[Solver, ...], best: int
+) -> None:
+    solution, log = walk(mirror(2.0), Auto(methods=methods, patience=2), max_steps=300)
+    assert statuses(solution) == ["MAX_STEPS"]
+    expected = [0, 1, 2, 3] if best == 3 else [0, 1, 2, 3, best]
+    assert turns(log) == expected
+    assert solution.method.tolist() == [best]
 
 
 def test_each_sample_is_finished_by_the_first_method_that_can() -> None:
-    easy, hard = tanh_rnn(width=16, rate=0.5), expanding(width=16)
+    easy = tanh_rnn(width=16, rate=0.3, dtype=torch.float64)
+    slow = tanh_rnn(width=16, rate=0.74, dtype=torch.float64)
+    hard = expanding(width=16, rate=4.0, dtype=torch.float64)
 
     def cell(z: Tensor) -> Tensor:
-        return torch.cat([easy.f(z[:4]), hard.f(z[4:])])
+        return torch.cat([easy.f(z[:4]), slow.f(z[4:8]), hard.f(z[8:])])
 
-    z0 = torch.cat([easy.z0, hard.z0])
-    auto = Auto(methods=(Picard(), Broyden()), patience=5)
+    z0 = torch.cat([easy.z0, slow.z0, hard.z0])
+    # Damped, the plain iteration gets on with the slow samples, but not with those that it drives away.
+    auto = Auto(methods=(Picard(damping=0.7), Broyden()), patience=8)
     with torch.no_grad():
-        solution = fixed_point(cell, z0, solver=auto, stopping=Stopping(rtol=1e-4), on_failure="raise")
-    assert solution.method_counts() == {"Picard": 4, "Broyden": 4}
-    torch.testing.assert_close(
-        solution.value, torch.cat([easy.solution, hard.solution]), rtol=1e-2, atol=1e-2
-    )
-    assert "by Picard 4, Broyden 4" in repr(solution)
+        rule = Stopping(rtol=1e-4, max_steps=400)
+        solution = fixed_point(cell, z0, solver=auto, stopping=rule, on_failure="raise")
+    assert solution.method[:4].tolist() == [0] * 4
+    assert solution.method[8:].tolist() == [2] * 4
+    assert "by Picard " in repr(solution)
+    assert "Broyden " in repr(solution)
+    answer = torch.cat([easy.solution, slow.solution, hard.solution])
+    torch.testing.assert_close(solution.value, answer, rtol=1e-2, atol=1e-2)
 
 
 def test_a_problem_that_stalls_anderson_is_solved_by_those_after_it() -> None:
     base = monotone(batch=8, width=128)
-    stopping = Stopping(rtol=1e-4, max_steps=400, patience=60)
-    with torch.no_grad():
-        solve = lambda s: fixed_point(  # noqa: E731
-            base.cell, base.z0, base.inputs, solver=s, stopping=stopping, on_failure="ignore"
-        )
-        assert not solve(Anderson(memory=2)).converged.any()
-        auto = solve(Auto(methods=(Anderson(memory=2), Broyden(memory=100), NewtonKrylov(memory=40))))
+    settings = {"rtol": 1e-4, "max_steps": 400, "patience": 60}
+    assert not solve(base, Anderson(memory=2), **settings).converged.any()
+    methods = (Anderson(memory=2), Broyden(memory=100), NewtonKrylov(memory=40))
+    auto = solve(base, Auto(methods=methods), **settings)
     assert auto.converged.all()
     assert "Anderson" not in auto.method_counts()
 
 
+@pytest.mark.parametrize("derivative", ["difference", "jvp"])
+def test_methods_that_ask_for_other_evaluations_work_beside_those_that_do_not(derivative: Any) -> None:
+    easy, hard = tanh_rnn(width=16, rate=0.3, dtype=torch.float64), expanding(width=16, dtype=torch.float64)
+
+    def cell(z: Tensor) -> Tensor:
+        return torch.cat([easy.f(z[:4]), hard.f(z[4:])])
+
+    auto = Auto(methods=(NewtonKrylov(derivative=derivative),))
+    with torch.no_grad():
+        z0, rule = torch.cat([easy.z0, hard.z0]), Stopping(rtol=1e-8, max_steps=200)
+        solution = fixed_point(cell, z0, solver=auto, stopping=rule, on_failure="raise")
+        alone = fixed_point(hard.f, hard.z0, solver=auto, stopping=rule)
+    assert solution.method.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(alone.num_steps, solution.num_steps[4:])
+    torch.testing.assert_close(solution.value, torch.cat([easy.solution, hard.solution]))
+
+
+# Samples that are lost ----------------------------------------------------------------------------------
+
+
 def test_samples_that_are_not_finite_from_the_start_are_not_handed_on() -> None:
-    base = problem(batch=3)
+    base = nearly_singular(batch=3, width=24, dtype=torch.float64)
     solution = fixed_point(
         lambda z: torch.where(torch.arange(3).unsqueeze(1) == 1, torch.nan, base.f(z)),
         base.z0,
         solver=Auto(),
-        stopping=Stopping(rtol=1e-8),
+        stopping=Stopping(rtol=1e-8, max_steps=100),
         on_failure="ignore",
     )
-    assert solution.method.tolist() == [0, 0, 0]
-    assert solution.converged.tolist() == [True, False, True]
+    assert solution.method.tolist() == [1, 0, 1]
+    assert statuses(solution) == ["CONVERGED", "DIVERGED", "CONVERGED"]
+    assert solution.num_steps[1] == 0
 
 
-def test_a_problem_without_solution_is_given_up_in_the_end() -> None:
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e12])
+@pytest.mark.parametrize("leap_at", [1, 2, 4])
+def test_a_sample_that_blows_up_goes_on_at_once_from_a_sound_iterate(bad: float, leap_at: int) -> None:
+    points: list[float] = []
+
+    def f(z: Tensor) -> Tensor:
+        points.append(float(z))
+        return mirror(2.0)(z)
+
+    wrecker = Script(share=0.1, steps=leap_at, leap=bad)
+    auto = Auto(methods=(wrecker, HALVES), patience=10, plain_steps=0)
+    solution, log = walk(f, auto)
+    lost = leap_at + 1  # the evaluation of where it leapt to
+    assert not abs(points[lost]) < 1e6
+    assert [row[0] for row in log[lost - 1 : lost + 1]] == [1, 2]
+    assert points[lost + 1] in points[:lost]
+    assert solution.converged.all()
+    assert solution.method.tolist() == [2]
+
+
+@pytest.mark.parametrize("start", [0.0, 0.2, 1.0])
+def test_a_sample_that_the_plain_iteration_throws_out_is_brought_back(start: float) -> None:
+    def f(z: Tensor) -> Tensor:  # a fixed point at 0.25, which repels; infinite from 2 on
+        return torch.where(z.abs() > 2, torch.inf, 1 - 3 * z)
+
+    for auto in (Auto(), Auto(methods=(Picard(), Broyden()), patience=5)):
+        solution, log = walk(f, auto, start=start)
+        assert statuses(solution) == ["CONVERGED"]
+        answer = torch.full((1, 1), 0.25, dtype=torch.float64)
+        torch.testing.assert_close(solution.value, answer, rtol=1e-5, atol=0)
+        assert 0 not in log[3]
+
+
+# With the stopping rule ---------------------------------------------------------------------------------
+
+
+def test_the_patience_of_the_rule_counts_anew_for_every_method() -> None:
+    # Two plain looks apart, no method makes any progress.
+    solution, log = walk(mirror(2.0), Auto(methods=(STUCK, STUCK), patience=6), patience=8)
+    assert turns(log) == [0, 1, 2]
+    changed = [row[0] for row in log].index(2)
+    assert changed >= 8  # the best iterate is the first: nothing was left of the patience then
+    assert statuses(solution) == ["STALLED"]
+    assert solution.num_steps.tolist() == [changed + 8]
+
+
+def test_a_rule_of_less_patience_than_the_methods_gives_up_first() -> None:
+    solution, log = walk(mirror(2.0), Auto(methods=(STUCK, STUCK), patience=6), patience=4)
+    assert turns(log) == [0, 1]
+    assert statuses(solution) == ["STALLED"]
+
+
+def test_a_map_without_a_fixed_point_is_given_up() -> None:
     def cell(z: Tensor) -> Tensor:  # jumps over the diagonal
         return torch.where(z > 0, -1.0, 1.0)
 
     solution = fixed_point(cell, torch.zeros(4, 3), stopping=Stopping(max_steps=1000), on_failure="ignore")
     assert (solution.status == Status.STALLED).all()
-    assert solution.nfe < 300
+    # A patience for each method and for the one that gets the samples last.
+    assert solution.nfe < (len(Auto().methods) + 1) * 4 * Auto().patience + Stopping().patience
     assert solution.value.isfinite().all()
 
 
-def test_a_sample_that_overflowed_goes_on_from_its_best_with_a_clean_history() -> None:
-    def cell(z: Tensor) -> Tensor:  # plain iteration from 0 runs into infinity; a fixed point is at 0.25
-        return torch.where(z.abs() > 2, torch.inf, 1 - 3 * z)
-
-    auto = Auto(methods=(Picard(), Anderson(), Broyden()), patience=5)
-    start = Anderson(growth=float("inf"))
-    for solver in (auto, Auto(methods=(start, Broyden()), patience=5)):
-        solution = fixed_point(
-            cell,
-            torch.tensor([[0.0], [0.2]]),
-            solver=solver,
-            stopping=Stopping(rtol=1e-4),
-            on_failure="raise",
-        )
-        torch.testing.assert_close(solution.value, torch.full((2, 1), 0.25), rtol=1e-2, atol=0)
-
-    history = start.init(torch.zeros(2, 1))
-    z = torch.zeros(2, 1)
-    for bad in (1.0, 2.0, torch.nan, 3.0):
-        z, history = start.step(z, torch.tensor([[1.0], [bad]]), history)
-    adopted = Broyden().adopt(history, torch.zeros(2, 1))
-    assert adopted.df[:, : adopted.count].isfinite().all()
-    assert (adopted.born[0] >= 0).any()
+@pytest.mark.parametrize("steps", [1, 3, 7, 20])
+def test_a_fixed_number_of_steps_is_the_first_methods_to_the_bit(steps: int) -> None:
+    base = tanh_rnn(batch=3, width=24, rate=0.8, dtype=torch.float64)
+    for first in (FIRST, Broyden(), NewtonKrylov(), NewtonKrylov(derivative="jvp")):
+        auto = iterate(base.f, base.z0, Auto(methods=(first,)), Stopping.steps(steps, measure=True))
+        alone = iterate(base.f, base.z0, first, Stopping.steps(steps, measure=True))
+        assert torch.equal(auto.value, alone.value)
+        assert torch.equal(auto.trace, alone.trace)
+        assert auto.nfe == alone.nfe
 
 
-def test_a_fixed_number_of_steps_is_the_first_methods() -> None:
-    base = problem()
-    auto = iterate(base.f, base.z0, Auto(), Stopping.steps(7))
-    assert torch.equal(auto.value, iterate(base.f, base.z0, Anderson(), Stopping.steps(7)).value)
-    assert auto.method.tolist() == [0] * 3
+@pytest.mark.parametrize("check_every", [2, 3, 7])
+def test_how_often_the_host_looks_changes_nothing_where_looking_is_free(check_every: int) -> None:
+    base = mixed_difficulty(batch=6, width=24, easy=0.3, hard=0.97, num_hard=2, dtype=torch.float64)
+    often, seldom = (solve(base, Auto(), check_every=n) for n in (1, check_every))
+    for name in ("value", "residual", "num_steps", "status", "method"):
+        assert torch.equal(getattr(often, name), getattr(seldom, name)), name
+    assert often.nfe <= seldom.nfe < often.nfe + check_every
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_a_compact_solve_is_the_same_solve(check_every: int) -> None:
+    bases = [
+        mixed_difficulty(batch=8, width=24, easy=0.3, hard=0.97, num_hard=3, dtype=torch.float64),
+        # Each of its samples takes another number of steps.
+        tanh_rnn(batch=8, width=24, rate=0.9, dtype=torch.float64),
+        monotone(batch=8, width=32, dtype=torch.float64),
+    ]
+    for base in bases:
+        for auto in (Auto(), Auto(methods=(Anderson(memory=2), Broyden(), NewtonKrylov()), patience=6)):
+            full, compact = (
+                solve(base, auto, check_every=check_every, rtol=1e-5, compact=c) for c in (False, True)
+            )
+            assert int(compact.sample_nfe.sum()) < int(full.sample_nfe.sum())
+            for name in ("status", "num_steps", "method"):
+                assert torch.equal(getattr(full, name), getattr(compact, name)), (base.name, name)
+            torch.testing.assert_close(full.value, compact.value, rtol=1e-7, atol=1e-7)
 
 
 def test_rejections_of_all_methods_are_added_up() -> None:
@@ -183,15 +474,132 @@ def test_rejections_of_all_methods_are_added_up() -> None:
         return torch.where(z.abs() > 1.5, 50 * z.abs() + 1, 0.9 * z + 0.2)
 
     solver = Anderson(growth=2.0)
-    one = iterate(cell, torch.zeros(2, 1), solver, Stopping(rtol=1e-6, max_steps=8, patience=None))
-    many = iterate(
-        cell,
-        torch.zeros(2, 1),
-        Auto(methods=(solver, solver), patience=3, rounds=3),
-        Stopping(rtol=1e-6, max_steps=60, patience=None),
-    )
+    z0, rule = torch.zeros(2, 1), {"rtol": 1e-6, "patience": None}
+    one = iterate(cell, z0, solver, Stopping(max_steps=8, **rule))
+    auto = Auto(methods=(solver, solver), patience=3, plain_steps=0)
+    many = iterate(cell, z0, auto, Stopping(max_steps=60, **rule))
     assert (one.rejections["growth"] >= 1).all()
     assert (many.rejections["growth"] > one.rejections["growth"]).all()
+    assert many.method.tolist() != [0, 0]
+
+
+# Going on with an earlier solve -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_samples_go_on_with_what_their_method_learnt(compact: bool) -> None:
+    base = mixed_difficulty(batch=6, width=24, easy=0.3, hard=0.97, num_hard=2, dtype=torch.float64)
+    first = solve(base, Auto(), compact=compact)
+    draw = torch.Generator().manual_seed(1)
+    moved = base.inputs[0] + 1e-2 * torch.randn(base.z0.shape, generator=draw, dtype=torch.float64)
+    base = dataclasses.replace(base, z0=first.value, inputs=(moved, *base.inputs[1:]))
+    old = solve(base, Auto(), compact=compact)
+    resumed = solve(base, Auto(), compact=compact, state=first.state)
+    assert resumed.converged.all()
+    assert resumed.method.tolist() == [0] * 4 + [1] * 2
+    assert (resumed.num_steps[4:] < old.num_steps[4:] - 5).all()
+    assert torch.equal(resumed.num_steps[:4], old.num_steps[:4])
+    again = solve(base, Auto(), compact=compact, state=first.state)
+    assert torch.equal(again.value, resumed.value)  # the state was not used up
+
+
+def test_the_history_of_another_solver_is_the_first_methods() -> None:
+    base = nearly_singular(batch=3, width=24, dtype=torch.float64)
+    first = solve(base, Anderson())
+    base = dataclasses.replace(base, z0=first.value, inputs=(base.inputs[0] + 1e-3, *base.inputs[1:]))
+    anderson = solve(base, FIRST, state=first.state)
+    auto = solve(base, Auto(), state=first.state)
+    assert torch.equal(anderson.value, auto.value)
+    assert anderson.nfe == auto.nfe < solve(base, Auto()).nfe
+    assert auto.method_counts() == {"Anderson": 3}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_resumed_solve_of_a_fixed_number_of_steps_goes_on_with_every_history(compact: bool) -> None:
+    base = mixed_difficulty(batch=4, width=16, easy=0.3, hard=0.97, num_hard=1, dtype=torch.float64)
+    state = solve(base, Auto(), compact=compact).state
+    hard = sample(base, 3)
+    alone = solve(hard, Auto(), compact=compact).state
+    rule = Stopping.steps(4)
+    found = iterate(base.f, base.z0, Auto(), rule, state=state).value
+    expected = iterate(hard.f, hard.z0, Auto(), rule, state=alone).value
+    torch.testing.assert_close(found[3], expected[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_resumed_method_is_left_as_one_that_began_the_solve() -> None:
+    slow = Script(share=0.02)
+    first, _ = walk(mirror(2.0), Auto(methods=(slow, HALVES), patience=4), max_steps=8)
+    assert first.method.tolist() == [1]
+    log: list[list[int]] = []
+    auto = watched(Auto(methods=(slow, HALVES), patience=4), log)
+    rule = Stopping(rtol=0, atol=1e-6, max_steps=200, patience=None)
+    solution = iterate(mirror(2.0), first.value, auto, rule, state=first.state)
+    assert turns(log) == [1, 2]
+    assert solution.converged.all()
+
+
+def test_a_first_method_that_begins_the_solve_is_judged_by_its_progress_too() -> None:
+    auto = Auto(methods=(Script(share=0.02), HALVES), patience=4, plain_steps=0)
+    solution, log = walk(mirror(2.0), auto)
+    assert turns(log) == [1, 2]
+    assert solution.converged.all()
+    # And does not count as the best of all, once all were tried.
+    auto = Auto(methods=(STUCK, Script(share=0.25, steps=5)), patience=4, plain_steps=0)
+    solution, log = walk(mirror(2.0), auto)
+    assert turns(log) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (Auto().init(torch.zeros(3, 8)), "expected the state of a solve of 4 samples, got one of 3"),
+        (Anderson().init(torch.zeros(4, 7)), r"expected the state of a solve of \(4, 8\)"),
+        (NewtonKrylov().init(torch.zeros(4, 8)), "by Anderson or Broyden, got NewtonKrylovState"),
+    ],
+)
+def test_a_state_of_another_solve_is_refused(state: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fixed_point(lambda z: 0.5 * z + 1, torch.zeros(4, 8), solver=Auto(), state=state)
+
+
+# Limits -------------------------------------------------------------------------------------------------
+
+ALL = (Picard(), ReversiblePicard(), Anderson(), Anderson(kind="I"), Broyden(), NewtonKrylov(), Auto())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ALL, ids=repr)
+@pytest.mark.parametrize("rate", [0.3, -0.9])
+def test_states_of_one_number_converge(solver: Solver, rate: float, dtype: torch.dtype) -> None:
+    x = torch.linspace(-2, 2, 5, dtype=dtype).unsqueeze(1)
+
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(rate * z + x) + x
+
+    solution = solve(Problem("one number", cell, torch.zeros_like(x), (x,), None), solver, rtol=1e-5)
+    assert solution.converged.all(), solution
+    torch.testing.assert_close(cell(solution.value, x), solution.value, rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_one_number_converge_by_gmres_where_the_map_is_affine() -> None:
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64).unsqueeze(1)
+    solution = solve(
+        Problem("one number", lambda z, x: -3 * z + x, torch.zeros_like(x), (x,), None), GMRES(), rtol=1e-9
+    )
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, x / 4)
+
+
+def test_no_more_columns_are_kept_than_a_state_can_use() -> None:
+    assert Anderson().init(torch.zeros(2, 1)).memory == 2
+    assert Anderson().init(torch.zeros(2, 100)).memory == Anderson().memory
+
+
+def test_an_empty_batch_is_solved() -> None:
+    for rule in (Stopping(), Stopping.steps(3)):
+        solution = iterate(lambda z: 0.9 * z, torch.zeros(0, 4), Auto(), rule)
+        assert solution.value.shape == (0, 4)
+        assert solution.method_counts() == {}
 
 
 @pytest.mark.parametrize(
@@ -201,8 +609,10 @@ def test_rejections_of_all_methods_are_added_up() -> None:
         (lambda: Auto(methods=[Picard()]), TypeError, "must be a tuple"),
         (lambda: Auto(methods=(Picard(), "Broyden")), TypeError, r"methods\[1\] must be a single method"),
         (lambda: Auto(methods=(Auto(),)), TypeError, r"methods\[0\] must be a single method"),
-        (lambda: Auto(patience=0), ValueError, "patience must be at least 1"),
-        (lambda: Auto(rounds=0), ValueError, "rounds must be at least 1"),
+        (lambda: Auto(patience=1), ValueError, "patience must be at least 2"),
+        (lambda: Auto(plain_steps=-1), ValueError, "plain_steps must be at least 0"),
+        (lambda: Auto(plain_steps=1.5), TypeError, "plain_steps"),
+        (lambda: Auto(rounds=2), TypeError, "rounds"),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any, error: type[Exception], words: str) -> None:

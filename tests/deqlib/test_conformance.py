@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import deqlib.testing
 from deqlib import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver
-from deqlib.testing import Problem, tanh_rnn
-from deqlib.testing.conformance import SolverConformance
+from deqlib.solvers.base import Seen
+from deqlib.testing import Problem, SolverConformance, tanh_rnn
 
 
 class TestPicard(SolverConformance):
@@ -38,20 +44,44 @@ class TestBroyden(SolverConformance):
 
 class TestBroydenOfLittleMemory(SolverConformance):
     solver = Broyden(memory=4)
+    resume_allowance = 3  # four columns of an earlier solve are soon dropped
 
 
 class TestNewtonKrylov(SolverConformance):
     solver = NewtonKrylov()
-    independent = False  # the samples of a batch begin and end their Newton steps together
 
 
 class TestNewtonKrylovWithExactProducts(SolverConformance):
     solver = NewtonKrylov(derivative="jvp")
-    independent = False
 
 
 class TestAuto(SolverConformance):
     solver = Auto()
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
+
+
+def _documented() -> ModuleType:
+    """What the blocks about solvers on the page define; that they run is for `test_docs.py`."""
+    text = PAGE.read_text().split("\n## A backward mode\n")[0]
+    module = ModuleType("extending")
+    sys.modules[module.__name__] = module  # dataclasses look it up
+    for block in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S):
+        if "class " in block:
+            exec(block, module.__dict__)
+    return module
+
+
+DOCUMENTED = _documented()
+
+
+class TestAitken(SolverConformance):
+    solver = DOCUMENTED.Aitken()
+
+
+class TestCautious(SolverConformance):
+    solver = DOCUMENTED.Cautious()
 
 
 # The suite finds faults ---------------------------------------------------------------------------------
@@ -188,6 +218,34 @@ class Detaches(Solver):
         return fz.detach(), None
 
 
+@dataclass(frozen=True, kw_only=True)
+class WritesToSeen(Solver):
+    """Picard that spoils what it is told."""
+
+    def init(self, z0: Tensor) -> None:
+        return None
+
+    def step(self, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
+        return fz, None
+
+    def observe(self, seen: Seen, state: None) -> None:
+        seen.residual.mul_(0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumesBadly(Solver):
+    """Picard that is slow for as many steps as were taken before."""
+
+    def init(self, z0: Tensor) -> int:
+        return 0
+
+    def resume(self, state: int, z0: Tensor) -> int:
+        return -state
+
+    def step(self, z: Tensor, fz: Tensor, state: int) -> tuple[Tensor, int]:
+        return (fz if state >= 0 else torch.lerp(z, fz, 0.1)), state + 1
+
+
 FAULTS = [
     (Meets(), "test_a_sample_alone_is_solved_as_in_its_batch", {}),
     (First(), "test_the_order_of_the_samples_does_not_matter", {"seed": 0}),
@@ -214,7 +272,23 @@ FAULTS = [
     (DividesByZero(), "test_gradients_through_the_steps_are_finite", {}),
     (SharesAState(), "test_every_tensor_of_the_state_has_the_batch_first", {"steps": 1}),
     (Detaches(), "test_the_gradient_through_the_steps_is_that_of_the_fixed_point", {"name": "tanh"}),
+    (WritesToSeen(), "test_what_it_is_told_is_not_written_to", {}),
+    (
+        ResumesBadly(),
+        "test_going_on_after_a_small_change_takes_no_more_steps_than_a_fresh_solve",
+        {"name": "linear"},
+    ),
 ]
+
+# What is said of failures of what a solver need not promise.
+KNOBS = {
+    "test_known_fixed_points_are_reached_at_the_tolerance_asked": ["max_steps", "contraction", "rtol"],
+    "test_random_contractions_are_solved": ["max_steps", "contraction", "rtol"],
+    "test_a_constant_map_is_solved": ["max_steps", "rtol"],
+    "test_it_solves_adjoints": ["max_steps", "contraction"],
+    "test_the_gradient_through_the_steps_is_that_of_the_fixed_point": ["differentiable"],
+    "test_going_on_after_a_small_change_takes_no_more_steps_than_a_fresh_solve": ["resume_allowance"],
+}
 
 
 class Drawn:
@@ -240,3 +314,20 @@ def test_a_faulty_solver_fails_the_law_that_it_breaks(solver: Solver, law: str, 
     with pytest.raises(Exception) as caught:  # noqa: PT011  # a law fails by an assertion, or by what it met
         test(Suite(), **case)
     assert isinstance(caught.value, AssertionError | RuntimeError), repr(caught.value)
+    for knob in KNOBS.get(law, []):
+        assert f"`{knob}` (now {getattr(Suite, knob)})" in str(caught.value)
+
+
+def test_every_knob_is_explained_and_named_by_a_failure() -> None:
+    knobs = set(inspect.get_annotations(SolverConformance)) - {"solver"}
+    text = PAGE.read_text()
+    for name in knobs:
+        assert f"\n        {name}: " in (SolverConformance.__doc__ or ""), name
+        assert f"\n| `{name}` | " in text, name
+    assert {knob for named in KNOBS.values() for knob in named} == knobs
+
+
+@pytest.mark.parametrize("name", ["SolverConformance", "CellConformance"])
+def test_the_page_counts_the_laws(name: str) -> None:
+    laws = [law for law in dir(getattr(deqlib.testing, name)) if law.startswith("test_")]
+    assert f"`{name}` has {len(laws)} laws" in " ".join(PAGE.read_text().split())

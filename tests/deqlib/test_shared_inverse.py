@@ -71,6 +71,10 @@ def flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+def history(state: SecantState) -> tuple[Tensor, ...]:
+    return state.df, state.left, state.system, state.columns()
+
+
 def dense_inverse(solver: SecantSolver, state: SecantState, width: int) -> Tensor:
     """-B (B, D, D) of every sample, column by column: the step from 0 where f is short and along an axis."""
     zeros = torch.zeros(len(state.best), width, dtype=state.df.dtype)
@@ -98,9 +102,9 @@ def test_it_is_the_transpose_of_what_the_forward_step_applies(
         stopping = Stopping(rtol=1e-4, max_steps=max(max_steps, 1), patience=None)
     state = iterate(lambda z: speed * base.f(z), base.z0, solver, stopping).state
     g = normal(5, 3, 7)
-    before = [tensor.clone() for tensor in (state.births(), state.system)]
+    before = [tensor.clone() for tensor in history(state)]
     found = state.transposed(g)
-    assert all(torch.equal(a, b) for a, b in zip(before, (state.births(), state.system), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, history(state), strict=True))
     expected = torch.einsum("bij,bi->bj", dense_inverse(solver, state, 7), g)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
     if max_steps > 2:
@@ -126,8 +130,8 @@ def test_columns_that_a_sample_lost_are_not_used_even_where_they_are_not_finite(
     state = iterate(base.f, base.z0, Broyden(), Stopping.steps(5)).state
     g = normal(0, 2, 6)
     expected = state.transposed(g)
-    state.born = state.births().clone()
-    state.born[1, :2] = -1
+    state.alive = torch.nn.functional.pad(state.columns(), (0, state.df.shape[1] - state.num_columns))
+    state.alive[1, :2] = False
     state.df[1, :2], state.left[1, :2] = float("nan"), float("inf")
     state.system[1, :2] = float("nan")
     found = state.transposed(g)

@@ -255,6 +255,42 @@ def test_a_fixed_point_that_repels_picard_is_reached(solver: Solver) -> None:
     torch.testing.assert_close(solution.value, x / (1 - scale), rtol=1e-7, atol=1e-7)
 
 
+# Both ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("solver", [Anderson(memory=11), Broyden(memory=11)], ids=["anderson", "broyden"])
+def test_a_history_takes_memory_as_it_grows_and_no_more_than_it_can_use(solver: Solver, grad: bool) -> None:
+    for dim in (2, 30):
+        base = problem(dim=dim, contraction=0.95).requiring_grad()
+        z, state = base.z0, solver.init(base.z0)
+        most = min(11, solver.most_columns(dim))
+        assert state.memory == most
+        sizes = []
+        with torch.set_grad_enabled(grad):
+            for step in range(15):
+                z, state = solver.step(z, base.f(z), state)
+                slots = state.df.shape[1]
+                assert state.left.shape[1] == state.system.shape[1] == state.system.shape[2] == slots
+                # Room for what there is, the pending values included, and no more than twice that.
+                assert min(step + 1, most) <= slots <= min(2 * step + 1, most)
+                sizes.append(slots)
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == most
+
+
+@pytest.mark.parametrize("solver", [Anderson(memory=9), Broyden(memory=9)], ids=["anderson", "broyden"])
+def test_columns_stay_where_they_are_when_room_is_made(solver: Solver) -> None:
+    base = problem(dim=30, contraction=0.95)
+    z, state = base.z0, solver.init(base.z0)
+    for _ in range(8):
+        before = [rows.clone() for rows in (state.df, state.left)]
+        made = state.count  # columns that are finished
+        z, state = solver.step(z, base.f(z), state)
+        for rows, old in zip((state.df, state.left), before, strict=True):
+            assert torch.equal(rows[:, :made], old[:, :made])
+
+
 # Laws of all solvers ------------------------------------------------------------------------------------
 
 

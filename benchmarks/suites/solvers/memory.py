@@ -14,8 +14,8 @@ from ...show import COLORS
 
 
 def limit(memory: int) -> int:
-    """States that Anderson may hold."""
-    return 2 * memory + 4
+    """States that Anderson may hold: its columns, half of them again while room is made, and four more."""
+    return 2 * memory + memory // 2 + 4
 
 
 def build(run: Run, memory: int, batch: int, width: int) -> list[Row]:
@@ -93,7 +93,7 @@ def table(rows: list[Row]) -> Table:
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     memories = [row["memory"] for row in rows]
-    axes[0].plot(memories, [limit(memory) for memory in memories], "--", color=COLORS[6], label="2k + 4")
+    axes[0].plot(memories, [limit(memory) for memory in memories], "--", color=COLORS[6], label="2.5 k + 4")
     axes[0].plot(memories, [row["states"] for row in rows], "o", color=COLORS[0], label="measured")
     axes[0].set(xlabel="memory k", ylabel="states", ylim=(0, 1.05 * max(row["states"] for row in rows)))
     axes[0].legend(frameon=False)

@@ -205,11 +205,11 @@ def _solver(choose: random.Random, methods: int = 5) -> Solver:
             )
         case _:
             patience = choose.choice([1, 3, 10])
+            plain_steps = choose.choice([0, 4, 18])
             if choose.random() < 0.5:
-                return Auto(patience=patience)
-            return Auto(
-                methods=tuple(_solver(choose, 4) for _ in range(choose.randint(1, 3))), patience=patience
-            )
+                return Auto(patience=patience, plain_steps=plain_steps)
+            methods = tuple(_solver(choose, 4) for _ in range(choose.randint(1, 3)))
+            return Auto(methods=methods, patience=patience, plain_steps=plain_steps)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from ...timing import geometric_mean, interleaved, milliseconds, ratio, seconds
 
 TOLERANCES = (1e-3, 1e-5)
 ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
+LARGE = 100_000  # numbers of a batch from which on Broyden has a bar of its own
 ONCE = 2.0  # seconds; a solve that takes longer is timed once
 FARTHEST = 16  # times the best, in the picture
 
@@ -60,6 +61,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
     """One solve, counted; None where there is no figure."""
     row: Row = {
         "contender": name,
+        "numbers": problem.z0.numel(),
         "evaluations": None,
         "relative_residual": None,  # worst of the samples, recomputed at the value returned
         "reached": None,
@@ -116,38 +118,52 @@ def bars(rows: list[Row]) -> list[Bar]:
     ]
     return [
         none_of("solves of deqlib that raise", raised),
-        *_time_bars(solves, "Anderson", 0.5),
         *_anderson_bars(solves),
+        *_broyden_bars(solves),
         *_auto_bars(solves),
-        *_time_bars(solves, "Broyden", 0.15),
     ]
 
 
-def _time_bars(solves: Solves, solver: str, limit: float) -> list[Bar]:
-    """Time ratios to torchdeq. Where it does not arrive, its time is a lower bound of what it needs."""
+def _both(solves: Solves, solver: str) -> dict[str, float]:
+    """Time over torchdeq's same solver, where both arrive."""
     pairs = {solve: (rows[f"deqlib {solver}"], rows[f"torchdeq {solver}"]) for solve, rows in solves.items()}
-    ratios = {solve: ratio(a["seconds"], b["seconds"]) for solve, (a, b) in pairs.items()}
-    both = [ratios[solve] for solve, (a, b) in pairs.items() if a["reached"] and b["reached"]]
-    missed = [solve for solve, (a, _) in pairs.items() if not a["reached"]]
-    lost = [solve for solve, (a, b) in pairs.items() if b["reached"] and not a["reached"]]
-    bounds = [solve for solve, (_, b) in pairs.items() if not b["reached"]]
-    worst = max(ratios, key=lambda solve: ratios[solve])
+    return {
+        solve: ratio(a["seconds"], b["seconds"])
+        for solve, (a, b) in pairs.items()
+        if a["reached"] and b["reached"]
+    }
+
+
+def _mean_bar(name: str, ratios: dict[str, float], limit: float) -> Bar:
+    return Bar(
+        f"{name}, time, geometric mean", geometric_mean(ratios.values()), limit, f"{len(ratios)} solves"
+    )
+
+
+def _worst_bar(name: str, ratios: dict[str, float], limit: float) -> Bar:
+    worst = max(ratios, key=lambda solve: ratios[solve], default="nobody arrives")
+    return Bar(f"{name}, time, worst", ratios.get(worst, math.nan), limit, worst)
+
+
+def _lost(solves: Solves, solver: str) -> Bar:
+    lost = [
+        solve
+        for solve, rows in solves.items()
+        if rows[f"torchdeq {solver}"]["reached"] and not rows[f"deqlib {solver}"]["reached"]
+    ]
+    return none_of(f"torchdeq {solver} arrives, deqlib's does not", lost)
+
+
+def _broyden_bars(solves: Solves) -> list[Bar]:
+    ratios = _both(solves, "Broyden")
+    large = {
+        solve: found for solve, found in ratios.items() if solves[solve]["deqlib Broyden"]["numbers"] >= LARGE
+    }
+    name = "deqlib / torchdeq Broyden where both arrive"
     return [
-        Bar(
-            f"deqlib / torchdeq {solver}, time, geometric mean",
-            geometric_mean(ratios.values()),
-            limit,
-            f"lower bounds (torchdeq does not arrive): {', '.join(bounds) or 'none'}; "
-            f"deqlib does not arrive: {', '.join(missed) or 'none'}",
-        ),
-        Bar(
-            f"deqlib / torchdeq {solver}, time, geometric mean where both arrive",
-            geometric_mean(both),
-            limit,
-            f"{len(both)} of {len(ratios)} solves",
-        ),
-        Bar(f"deqlib / torchdeq {solver}, time, worst", ratios[worst], 1.0, worst),
-        none_of(f"torchdeq {solver} arrives, deqlib's does not", lost),
+        _mean_bar(name, ratios, 0.25),
+        _mean_bar(f"{name}, {LARGE:,} numbers and more", large, 0.15),
+        _lost(solves, "Broyden"),
     ]
 
 
@@ -164,7 +180,12 @@ def _anderson_bars(solves: Solves) -> list[Bar]:
             unsolved.append(solve)
         elif picard["reached"] and ours["evaluations"] > picard["evaluations"] + 2:
             slower.append(f"{solve}: {ours['evaluations']} > {picard['evaluations']} + 2")
+    ratios = _both(solves, "Anderson")
+    name = "deqlib / torchdeq Anderson where both arrive"
     return [
+        _mean_bar(name, ratios, 0.57),
+        _worst_bar(name, ratios, 0.9),
+        _lost(solves, "Anderson"),
         none_of("Anderson needs more evaluations than torchdeq's", more),
         none_of("Anderson needs more evaluations than Picard + 2", slower),
         none_of("Picard arrives, Anderson does not", unsolved),
@@ -172,17 +193,33 @@ def _anderson_bars(solves: Solves) -> list[Bar]:
 
 
 def _auto_bars(solves: Solves) -> list[Bar]:
-    unsolved, different = [], []
+    """Against whoever is best on each problem: scipy, which sees one vector, aside."""
+    unsolved, more, ratios, peers = [], [], {}, {}
     for solve, rows in solves.items():
-        auto, anderson = rows["deqlib Auto"], rows["deqlib Anderson"]
-        others = [name for name, row in rows.items() if row["reached"]]
-        if auto["rtol"] == min(TOLERANCES) and others and not auto["reached"]:
+        auto = rows["deqlib Auto"]
+        others = {
+            name: row
+            for name, row in rows.items()
+            if row["reached"] and name != "deqlib Auto" and not name.startswith("scipy")
+        }
+        if others and not auto["reached"]:
             unsolved.append(f"{solve}, which {', '.join(others)} reach")
-        if anderson["reached"] and auto["evaluations"] != anderson["evaluations"]:
-            different.append(f"{solve}: {auto['evaluations']}, not {anderson['evaluations']}")
+        if not (others and auto["reached"]):
+            continue
+        fewest = min(row["evaluations"] for row in others.values())
+        if auto["evaluations"] > 1.5 * fewest + 10:
+            more.append(f"{solve}: {auto['evaluations']}, not {fewest}")
+        fastest = min(others, key=lambda name: statistics.median(others[name]["seconds"]))
+        ratios[f"{solve}, {fastest}"] = ratio(auto["seconds"], others[fastest]["seconds"])
+        theirs = [row["seconds"] for name, row in others.items() if name.startswith("torchdeq")]
+        if theirs:
+            peers[solve] = ratio(auto["seconds"], min(theirs, key=statistics.median))
     return [
-        none_of(f"some solver arrives at {min(TOLERANCES):.0e}, Auto does not", unsolved),
-        none_of("Anderson arrives, Auto takes another number of evaluations", different),
+        none_of("some solver arrives, Auto does not", unsolved),
+        none_of("Auto needs more than 1.5 times the fewest evaluations of any solver + 10", more),
+        _worst_bar("Auto / the fastest solver of each problem", ratios, 1.25),
+        _mean_bar("Auto / the fastest solver of each problem", ratios, 1.25),
+        _mean_bar("Auto / torchdeq's fastest solver of each problem", peers, 0.45),
     ]
 
 
@@ -253,9 +290,10 @@ CASE = Case(
     "solves",
     "evaluations, success and time of every solver on every problem",
     build,
-    grid=product(problem=problems.NAMES, rtol=TOLERANCES, max_evaluations=[problems.MAX_EVALUATIONS]),
+    grid=product(problem=problems.SOLVED, rtol=TOLERANCES, max_evaluations=[problems.MAX_EVALUATIONS]),
     quick=product(problem=problems.QUICK, rtol=TOLERANCES[:1], max_evaluations=[60]),
     metrics={
+        "numbers": Metric(better=None),
         "evaluations": COUNT,
         "relative_residual": Metric(better=None),
         "reached": Metric("higher"),

@@ -1,0 +1,147 @@
+"""The batch that the map sees: all samples, or those that are not finished yet.
+
+Finished samples may leave the batch, so that an easy sample does not pay for a hard one. What is known of
+them is put aside then, and the solver's state of them with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .record import Record, Samples, relative
+from .samples import put_samples, take_samples
+from .solution import Solution
+from .state import Map
+
+_DROP = 0.25  # share of finished samples at which they leave the batch: a drop copies what stays
+
+
+class Takeable(Protocol):
+    """A map that can be cut to some samples of its batch."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+
+    def take(self, samples: Tensor) -> Map:
+        """The map of these samples alone."""
+
+
+class Batch:
+    """The map, and the samples that it is evaluated at.
+
+    Attributes:
+        f: the map for the samples in the batch.
+        record: what is known of them.
+    """
+
+    def __init__(self, f: Map, record: Record, compact: Takeable | None) -> None:
+        self.f, self.record, self._compact = f, record, compact
+        self._left: Samples | None = None  # of all samples, as they were when the batch was last cut
+        self._state: Any = None  # of the solver, likewise
+        self._rows: Tensor | None = None  # which of all samples are in the batch; `None`: all
+        self._measured: list[tuple[Tensor, Tensor]] = []  # residual and scale of each evaluation, if kept
+        self._evaluations = 0
+        self._cuts: list[tuple[int, Tensor]] = []  # from which evaluation on the batch had which rows
+        self._counted = 0  # evaluations already in `sample_nfe`
+
+    def observe(self, step: int, z: Tensor, fz: Tensor, looks: bool) -> None:
+        """Take stock of an evaluation."""
+        measured = self.record.observe(step, z, fz, looks)
+        self._evaluations += 1
+        if self.record.keeps_trace:
+            self._measured.append(measured)
+
+    def hold(self, z: Tensor) -> Tensor:
+        """The next points, with finished samples at their best iterate."""
+        record = self.record
+        if record.is_known and record.num_active == len(z):
+            return z
+        return torch.where(record.samples.active.unsqueeze(1), z, record.samples.best)
+
+    def drop_finished(self, step: int, state: Any, z: Tensor, image: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Let finished samples leave the batch, if asked and if it pays.
+
+        Returns the solver's state, the iterates and their images, of those that stay.
+        """
+        record = self.record
+        now, batch = record.samples, len(z)
+        finished = batch - record.num_active
+        if self._compact is None or finished == 0 or finished < _DROP * batch:
+            return state, z, image
+        self._put_aside(step, state)
+        keep = now.active.nonzero().squeeze(1)
+        self._rows = keep if self._rows is None else self._rows[keep]
+        self._cuts.append((len(self._measured), self._rows))
+        self.f = self._compact.take(self._rows)
+        record.cut(keep)
+        return take_samples(state, keep), z[keep], image[keep]
+
+    def _put_aside(self, step: int, state: Any) -> None:
+        """Bring what is known of all samples up to date."""
+        now = self.record.samples
+        now.best_step = self.record.steps_of_best()
+        now.sample_nfe = now.sample_nfe + (self._evaluations - self._counted)
+        now.num_steps = torch.where(now.active, step, now.num_steps)
+        now.best_residual = torch.where(now.active, now.lowest, now.best_residual)
+        self._counted = self._evaluations
+        if self._rows is None or self._left is None:
+            self._left, self._state = now, state
+            return
+        batch = len(self._left.active)
+        none = torch.zeros_like(self._left.num_steps)
+        left = replace(self._left, refused=dict.fromkeys(now.refused, none) | self._left.refused)
+        self._left = put_samples(left, self._rows, now, batch)
+        self._state = put_samples(self._state, self._rows, state, batch)
+
+    def solution(self, step: int, state: Any, name: str) -> Solution:
+        """What was found when the loop ended after so many steps."""
+        record = self.record
+        self._put_aside(step, state)
+        found = self._left
+        assert found is not None
+        at_best, trace = self._relatives(found)
+        return Solution(
+            # A copy: an iterate may be the caller's own tensor, or one that the cell handed out.
+            value=found.best.clone(),
+            residual=found.best_residual,
+            relative_residual=at_best,
+            num_steps=found.num_steps,
+            status=found.status,
+            nfe=self._evaluations,
+            sample_nfe=found.sample_nfe,
+            trace=trace,
+            method=found.method,
+            methods=record.methods or (name,),
+            rejections=found.refused,
+            state=self._state,
+        )
+
+    def _relatives(self, found: Samples) -> tuple[Tensor, Tensor | None]:
+        """Relative residuals of the values, (B,), and of all evaluations if they were kept."""
+        if not self.record.keeps_trace:
+            return relative(found.best_residual, found.best_scale), None
+        trace = self._trace(found)
+        at_best = trace.gather(0, found.best_step.unsqueeze(0)).squeeze(0)
+        # What came after a sample had ended says nothing: it repeats its value's.
+        steps = torch.arange(len(trace), device=trace.device).unsqueeze(1)
+        return at_best, torch.where(steps > found.num_steps, at_best, trace)
+
+    def _trace(self, found: Samples) -> Tensor:
+        """Relative residual of every evaluation and sample, (evaluations, B); 0 where one took no part."""
+        ends = [first for first, _ in self._cuts] + [len(self._measured)]
+        parts, start, rows = [], 0, None
+        for (_, following), end in zip([*self._cuts, (0, None)], ends, strict=True):
+            if end > start:
+                residual, scale = (
+                    torch.stack(norms) for norms in zip(*self._measured[start:end], strict=True)
+                )
+                part = relative(residual.flatten(), scale.flatten()).view_as(residual)
+                if rows is not None:
+                    part = part.new_zeros(len(part), len(found.active)).index_copy(1, rows, part)
+                parts.append(part)
+            start, rows = end, following
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

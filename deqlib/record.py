@@ -1,0 +1,270 @@
+"""What the driver knows of every sample while it iterates, and what it makes of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .samples import take_samples
+from .solution import Status
+from .solvers.base import anyone, can_look, norm, norms
+from .stopping import Stopping
+
+UnitNorms = Callable[[Tensor], Tensor]  # (B, D) -> (B, U), norms of the parts that must all converge
+
+_SMALL, _LARGE = 8, 2**20  # numbers of a state, and of a trace
+_RANGE = (1e-15, 1e15)  # norms within it lost nothing to the range of float32
+
+
+def measure(
+    difference: Tensor,  # (B, D), f(z) - z
+    fz: Tensor,  # (B, D)
+    unit_norms: UnitNorms | None,
+    *,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Norms of a residual and of the image it is relative to, (B,) or (B, U) each, off the tape."""
+    if unit_norms is not None:
+        return unit_norms(difference.detach()), unit_norms(fz.detach())
+    if exact:
+        residual, scale = norms(difference, fz)
+        return residual, scale
+    return norm(difference), norm(fz)
+
+
+def relative(residual: Tensor, scale: Tensor) -> Tensor:
+    """0 where the residual is 0, the fixed point at the origin included; NaN where both are infinite.
+
+    A sample of several units is as far off as the farthest of them.
+    """
+    found = residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return found.amax(1) if found.dim() == 2 else found
+
+
+@dataclass
+class Samples:
+    """Tensors of the samples in the batch, each with the batch as its first axis."""
+
+    active: Tensor  # bool
+    lowest: Tensor  # smallest residual so far; minus infinity once the sample is finished
+    floor: Tensor  # the absolute tolerance; minus infinity once the sample is finished
+    best: Tensor  # (B, D), the best iterate
+    best_residual: Tensor  # at `best`; of samples at work it is brought up to date when they finish
+    best_scale: Tensor  # what `best_residual` is relative to, where no trace is kept that says it
+    best_step: Tensor  # int64, the evaluation that `best` was at
+    begun: Tensor  # int64, the evaluation from which the patience with a sample counts
+    status: Tensor  # int64
+    num_steps: Tensor  # int64, of finished samples; that of the others is the current step
+    sample_nfe: Tensor  # int64, counted up to the last time the batch changed
+    method: Tensor  # int64
+    broken: Tensor | None = None  # bool, blown up at the last evaluation; `None`: nobody
+    refused: dict[str, Tensor] = field(default_factory=dict)  # int64, steps taken back, by cause
+
+    @classmethod
+    def start(cls, z0: Tensor, rule: Stopping) -> Samples:
+        """Nothing known."""
+        batch = z0.shape[0]
+        zeros = torch.zeros(batch, dtype=torch.int64, device=z0.device)
+        unknown = z0.new_full((batch,), torch.inf)
+        return cls(
+            active=torch.ones_like(zeros, dtype=torch.bool),
+            lowest=unknown,
+            floor=z0.new_full((batch,), rule.atol),
+            best=z0,
+            best_residual=unknown,
+            best_scale=unknown,
+            best_step=zeros,
+            begun=zeros,
+            status=zeros + int(Status.MAX_STEPS),
+            num_steps=zeros,
+            sample_nfe=zeros,
+            method=zeros,
+        )
+
+
+class Record:
+    """Measures evaluations, keeps each sample's best iterate, retires samples that are done.
+
+    Most evaluations improve on every sample at work and finish none. Where the host can look, eight small
+    operations find that out and nothing more is done; `update` deals with all other cases.
+    """
+
+    def __init__(self, z0: Tensor, rule: Stopping, unit_norms: UnitNorms | None, *, patient: bool) -> None:
+        self.rule, self.unit_norms = rule, unit_norms
+        self.patient = patient  # whether a blow-up may be taken back by the next step
+        self.samples = Samples.start(z0, rule)
+        self.num_active = z0.shape[0]  # as of the last time the host looked
+        self.is_known = True  # whether that is still so
+        self._written = 0  # the value of `improved_at` that `samples.best_step` is up to date with
+        self.improved_at = 0  # the last evaluation that the host knows improved on all samples at work
+        self.step = 0
+        self.looks = True  # whether the host reads from the device at this step
+        # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
+        eps = torch.finfo(z0.dtype).eps
+        self.factors = z0.new_tensor([[1 - eps], [rule.blowup]])
+        self.range = z0.new_tensor(_RANGE).unsqueeze(1).expand(2, z0.shape[0])
+        # The trace of a large batch of small states would be many times what the states are.
+        self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
+        self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)
+        self.difference: Tensor | None = None
+        self.residual = self.scale = self.goal = self.before = self.improved = z0.new_zeros(0)
+        self.all_improved = False
+        self.methods: tuple[str, ...] = ()  # if the solver has several
+        self._finished: Tensor | None = None  # made when it is asked for
+
+    def count(self) -> int:
+        """How many samples are at work. Waits for the device if the host does not know."""
+        if not self.is_known:
+            (self.num_active,) = self.samples.active.sum().view(1).tolist()
+            self.is_known = True
+        return self.num_active
+
+    @property
+    def finished(self) -> Tensor | None:
+        """The samples that are finished, bool, (B,), the same tensor until more are; `None`: nobody."""
+        if self.is_known and self.num_active == len(self.samples.active):
+            return None
+        if self._finished is None:
+            self._finished = ~self.samples.active
+        return self._finished
+
+    def cut(self, keep: Tensor) -> None:
+        """Leave these samples in the batch alone, all of them at work."""
+        self.steps_of_best()
+        self.samples = take_samples(self.samples, keep)
+        self.num_active, self._finished = len(keep), None
+        self.range = self.range[:, : len(keep)]
+        self.residual, self.scale, self.goal, self.before, self.improved = (
+            known[keep] for known in (self.residual, self.scale, self.goal, self.before, self.improved)
+        )
+        if self.difference is not None:
+            self.difference = self.difference[keep]
+
+    def observe(self, step: int, z: Tensor, fz: Tensor, looks: bool) -> tuple[Tensor, Tensor]:
+        """Take stock of an evaluation; returns the two norms that the trace is made of, (B,) each."""
+        self.step, self.looks = step, looks or can_look(z)
+        recorded = torch.is_grad_enabled() and (z.requires_grad or fz.requires_grad)
+        difference = fz.detach() - z.detach() if recorded else fz - z
+        scale = self._measure(difference, fz, exact=step == 0 or not self.guards)
+        met, better, sound, counts = self._compare(scale)
+        if counts is not None and self.guards and (counts[3] > 0 or counts[4] < len(z)):
+            scale = self._measure(difference, fz, exact=True)
+            met, better, sound, counts = self._compare(scale)
+        self.difference = None if recorded else difference
+        self.scale = scale
+        self._update(z, met, better, sound, counts)
+        return self.residual, scale
+
+    def _measure(self, difference: Tensor, fz: Tensor, *, exact: bool) -> Tensor:
+        """The residual, what it should be, and the scale that it is relative to."""
+        residual, scale = measure(difference, fz, self.unit_norms, exact=exact)
+        rtol, floor = self.rule.rtol or 0, self.samples.floor
+        if residual.dim() == 2:
+            # As one number: the residual of the worst unit, and the goal that is met when all units are.
+            shares = residual / (floor.unsqueeze(1) + rtol * scale)
+            met = (residual <= floor.unsqueeze(1) + rtol * scale).all(1)
+            worst, far = relative(residual, scale), residual.amax(1)
+            self.residual, scale = far, far / worst
+            self.goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
+        else:
+            self.residual = residual
+            self.goal = torch.add(floor, scale, alpha=rtol)
+        return scale
+
+    def _compare(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int] | None]:
+        """Who meets the tolerance, got better, is not blown up, bool (B,); and how many, if the host looks.
+
+        Nothing is true of a finished sample: its limits are minus infinity.
+        """
+        limits = [self.goal.unsqueeze(0), self.samples.lowest * self.factors]
+        if self.guards:
+            limits.append(self.range)
+        within = self.residual <= torch.cat(limits)
+        counts: list[int] | None = within.sum(1).tolist() if self.looks else None
+        return within[0], within[1], within[2], counts
+
+    def _update(
+        self, z: Tensor, met: Tensor, better: Tensor, sound: Tensor, counts: list[int] | None
+    ) -> None:
+        """Keep the better iterates, retire the samples that are done."""
+        now, first = self.samples, self.step == 0
+        self.before, self.improved = now.lowest, better
+        exact = counts is not None and self.is_known
+        self.all_improved = first or (exact and counts is not None and counts[1] == self.num_active)
+        any_met = counts is None or counts[0] > 0
+        if self.all_improved:
+            now.best, self.improved_at = z, self.step
+            if not self.keeps_trace:
+                now.best_scale = torch.where(now.active, self.scale, now.best_scale)
+            now.lowest = (
+                self.residual
+                if self.num_active == len(z)
+                else torch.where(now.active, self.residual, now.lowest)
+            )
+            if not (any_met or first):
+                now.broken = None
+                return
+        if any_met:
+            met = met & (self.residual < torch.inf)  # infinity is within any tolerance of infinity
+            better = better | met
+        if not self.all_improved:
+            self._keep(z, better)
+        broken = None
+        if first:
+            broken = ~(self.residual < torch.inf)
+        elif not (exact and counts is not None and counts[2] == self.num_active):
+            broken = now.active & ~sound
+        if self.patient and not first:
+            broken, now.broken = None if broken is None or now.broken is None else broken & now.broken, broken
+        self._retire(met if any_met else None, broken, self._stalled())
+
+    def steps_of_best(self) -> Tensor:
+        """The evaluation that each sample's best iterate was at, int64, (B,)."""
+        now = self.samples
+        if self.improved_at > self._written:
+            now.best_step = torch.where(now.active, self.improved_at, now.best_step)
+            self._written = self.improved_at
+        return now.best_step
+
+    def _keep(self, z: Tensor, better: Tensor) -> None:
+        now = self.samples
+        self.steps_of_best()
+        now.best = torch.where(better.unsqueeze(1), z, now.best)
+        now.lowest = torch.where(better, self.residual, now.lowest)
+        if not self.keeps_trace:
+            now.best_scale = torch.where(better, self.scale, now.best_scale)
+        now.best_step = torch.where(better, self.step, now.best_step)
+        self.improved = better
+
+    def _stalled(self) -> Tensor | None:
+        patience = self.rule.patience
+        if patience is None or self.step - self.improved_at < patience:
+            return None
+        latest = torch.maximum(self.steps_of_best(), self.samples.begun)
+        return self.samples.active & (latest <= self.step - patience)
+
+    def _retire(self, met: Tensor | None, broken: Tensor | None, stalled: Tensor | None) -> None:
+        """Samples that are done; a sample that is done in several ways is so in the first of these."""
+        ends = [(Status.STALLED, stalled), (Status.DIVERGED, broken), (Status.CONVERGED, met)]
+        found = [(status, which) for status, which in ends if which is not None]
+        if not found:
+            return
+        finished = found[0][1]
+        for _, which in found[1:]:
+            finished = finished | which
+        if not anyone(finished):
+            return
+        now = self.samples
+        self.steps_of_best()  # while all that were at work count as such
+        finished = finished & now.active
+        for status, which in found:  # the last to be written counts
+            now.status = torch.where(which & now.active, int(status), now.status)
+        now.num_steps = torch.where(finished, self.step, now.num_steps)
+        now.best_residual = torch.where(finished, now.lowest, now.best_residual)
+        now.active, self._finished = now.active & ~finished, None
+        now.lowest = now.lowest.masked_fill(finished, -torch.inf)
+        now.floor = now.floor.masked_fill(finished, -torch.inf)
+        self.is_known = False

@@ -1,0 +1,101 @@
+"""Cutting what is known of a batch to some of its samples, and putting it back.
+
+It lies in any nest of dataclasses, tuples, lists and dicts whose tensors have the batch as their first axis.
+Where a solver works on some samples only, `Parts` says on which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that belongs to some samples: the tensors in `state` have `rows` as their batch."""
+
+    rows: Tensor | None  # (b,), int64, places in the batch; `None`: all of it, in order
+    state: Any
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each sample of a batch is in at most one of."""
+
+    items: tuple[Part, ...]
+
+
+def take_samples(state: Any, samples: Tensor) -> Any:
+    """What is known of these samples alone."""
+    return _walk(lambda full, _: full.index_select(0, samples), lambda a, _: _take(a, samples), state, state)
+
+
+def put_samples(state: Any, samples: Tensor, part: Any, batch: int) -> Any:
+    """`state`, of so many samples, with these replaced; what is not a tensor is that of `part`.
+
+    A tensor that `state` lacks, or that has grown in `part` along an axis behind the batch, is zero for the
+    others there.
+    """
+
+    def put(full: Tensor | None, new: Tensor) -> Tensor:
+        whole = new.new_zeros(batch, *new.shape[1:])
+        if full is not None:
+            whole[tuple(slice(size) for size in full.shape)] = full
+        return whole.index_copy(0, samples, new)
+
+    def put_parts(full: Parts, new: Parts) -> Parts:
+        others = torch.ones(batch, dtype=torch.bool, device=samples.device).index_fill(0, samples, False)
+        where = others.nonzero().squeeze(1)
+        kept = [Part(where if p.rows is None else where[p.rows], p.state) for p in _take(full, where).items]
+        moved = [Part(samples if p.rows is None else samples[p.rows], p.state) for p in new.items]
+        return Parts((*kept, *moved))
+
+    return _walk(put, put_parts, state, part)
+
+
+def _take(parts: Parts, samples: Tensor) -> Parts:
+    """The parts that have any of these samples, the places counted among them."""
+    found = []
+    for part in parts.items:
+        if part.rows is None:
+            found.append(Part(None, take_samples(part.state, samples)))
+            continue
+        places = torch.full((int(torch.cat([part.rows, samples]).max()) + 1,), -1, device=samples.device)
+        places[samples] = torch.arange(len(samples), device=samples.device)
+        new = places[part.rows]
+        kept = (new >= 0).nonzero().squeeze(1)
+        if len(kept):
+            found.append(Part(new[kept], take_samples(part.state, kept)))
+    return Parts(tuple(found))
+
+
+def _walk(
+    change: Callable[[Any, Tensor], Tensor],
+    change_parts: Callable[[Any, Parts], Parts],
+    state: Any,
+    part: Any,
+) -> Any:
+    """`part` with every tensor replaced by what `change` makes of it and of its counterpart in `state`."""
+    if isinstance(part, Tensor):
+        return change(state, part)
+    if isinstance(part, Parts):
+        return change_parts(state, part)
+
+    def walk(old: Any, new: Any) -> Any:
+        return _walk(change, change_parts, old, new)
+
+    if is_dataclass(part) and not isinstance(part, type):
+        names = [f.name for f in fields(part)]
+        return replace(
+            part, **{name: walk(getattr(state, name, None), getattr(part, name)) for name in names}
+        )
+    if isinstance(part, dict):
+        return {key: walk((state or {}).get(key), value) for key, value in part.items()}
+    if isinstance(part, tuple | list):
+        missing = [None] * len(part)
+        return type(part)(walk(old, new) for old, new in zip([*(state or ()), *missing], part, strict=False))
+    return part
