@@ -57,9 +57,8 @@ class Solution:
         sample_nfe: evaluations each sample took part in, int64, shape (B,); fewer than `nfe` where finished
             samples left the batch (`compact`). Their sum is the work of the cell.
         trace: relative residual at every evaluation of the loop, shape (evaluations, B); rows after a
-            sample ended repeat it at its value. `None` if not measured, and for large batches of small states,
-            of which it would be many times the size: states of fewer than 8 numbers, and more than 2^20
-            numbers in `max_steps` + 1 evaluations.
+            sample ended repeat it at its value. `None` if not measured, and where it would be many times what
+            the states are: with fewer than 8 numbers a sample and more than 2^20 in `max_steps` + 1 rows.
         method: which of `methods` worked on each sample last, int64, shape (B,).
         methods: the solver's name, or those of the methods it tries in turn; a name may come twice.
         rejections: by cause, how many steps of each sample were refused, int64, shape (B,).

@@ -16,7 +16,7 @@ from .broyden import Broyden
 from .newton_krylov import NewtonKrylov
 from .picard import Picard
 
-_LOOK = 3  # the plain iteration is judged at every third step
+_RECENT = 3  # plain steps that a method learns from: as many as come before the first look
 _BLOWUP = 1e6  # residuals beyond the best by this factor are lost
 _SLOW = 0.11  # a method that brings log(residual) down by less than that an evaluation is left
 _NEAR = 0.01  # a residual below this share of that at the start of a method: it led towards a solution
@@ -42,6 +42,8 @@ class _Trial:
     waits: bool = False  # whether its samples are to be evaluated at `start` first
     is_last: bool = False  # whether there is nothing better to try
     is_over: bool = False  # whether all of its samples are finished
+    own: Tensor | None = None  # (b,), smallest residual since it began, of methods after the first
+    own_at: Tensor | None = None  # (b,), int64, the evaluation that was at
 
     def fall(self, told: Seen) -> Tensor:
         """How far log(residual) came down an evaluation since it began, (b,)."""
@@ -74,16 +76,18 @@ class Auto(Solver):
     `plain_steps`, or more than are left, goes on with the first of `methods`, which learns from the last
     evaluations too. A method is judged by what it did for a sample since it got it. If the sample's residual
     did not improve for `patience` evaluations, falls by less than a tenth an evaluation, or is predicted not
-    to arrive within the steps that are left, the next method goes on from the sample's best iterate, with the
-    history of the one before where it can use it. (Methods after the first get four times the patience: they
-    begin where another got stuck.) When none is left, the sample goes back to the one that made most
-    progress and stays there. A sample whose residual blows up is handed on at once.
+    to arrive within the steps that are left, the next method goes on: from the sample's best iterate and with
+    the history of the one before, if that brought the residual down a hundredfold, else from where that one
+    began. (Methods after the first get four times the patience, measured by their own progress.) When none is
+    left, the sample goes back to the one that made most progress and stays there. A sample whose residual
+    blows up is handed on at once. `Stopping.patience` counts anew when a sample changes method, and does not
+    count until a later method has had its time.
 
     `Solution.method` says who worked on each sample last. Samples change hands when the host looks
     (`Stopping.check_every`); on a CPU, where looking costs nothing, at any step. With a fixed number of steps
     there is no tolerance to predict an arrival at: the first of `methods` takes them all.
 
-    Memory: that of the methods in use, of the samples they work on, and at most 4 states before the first of
+    Memory: that of the methods in use, of the samples they work on, and at most 6 states before the first of
     them begins.
 
     Args:
@@ -120,7 +124,7 @@ class Auto(Solver):
 
     def init(self, z0: Tensor) -> AutoState:
         """All samples begin together."""
-        batch = len(z0)
+        batch = z0.shape[0]
         code = 0 if self.plain_steps else 1
         trial = _Trial(code, 0, z0.new_full((batch,), torch.inf), None, self._solver(code).init(z0))
         method = torch.full((batch,), code, dtype=torch.int64, device=z0.device)
@@ -137,7 +141,8 @@ class Auto(Solver):
         """
         if not isinstance(state, AutoState):
             trial = _Trial(1, 0, z0.new_full((len(z0),), torch.inf), None, self.methods[0].resume(state, z0))
-            return replace(self.init(z0), parts=Parts((Part(None, trial),)))
+            fresh = self.init(z0)
+            return replace(fresh, parts=Parts((Part(None, trial),)), method=torch.ones_like(fresh.method))
         if len(state.method) != len(z0):
             raise ValueError(
                 f"state: expected the state of a solve of {len(z0)} samples, got one of {len(state.method)}; "
@@ -157,7 +162,7 @@ class Auto(Solver):
     def observe(self, seen: Seen, state: AutoState) -> AutoState:
         """The methods are told what was measured; samples whose method is too slow are handed on."""
         for part in state.parts.items:
-            self._tell(part, seen)
+            self._tell(part, seen, state)
         state.step = seen.step
         if seen.step == 0:
             seen.assign(self.names, state.method)
@@ -171,14 +176,34 @@ class Auto(Solver):
         state.residuals = (*state.residuals[-1:], seen.residual)
         return state
 
-    def _tell(self, part: Part, seen: Seen) -> None:
+    def _tell(self, part: Part, seen: Seen, state: AutoState) -> None:
         """Tell a part's method what was measured, or that it is over."""
         trial: _Trial = part.state
         solver, told = self._solver(trial.code), _of(part, seen)
         if part.rows is not None and told.finished is not None and not anyone(~told.finished):
             trial.is_over = True
-        else:
-            trial.state = _observed(solver, told, trial.state)
+            return
+        trial.state = _observed(solver, told, trial.state)
+        if told.step == 0:
+            trial.lowest = told.residual
+        if trial.code > 1:
+            self._follow(part, told, seen, state)
+
+    def _follow(self, part: Part, told: Seen, seen: Seen, state: AutoState) -> None:
+        """What a later method achieved by itself: it may begin far above the best that was seen before.
+
+        Until it has had its time, `Stopping.patience` does not count.
+        """
+        trial: _Trial = part.state
+        if trial.own is None or trial.own_at is None:
+            trial.own, trial.own_at = told.residual, torch.full_like(_rows(part, state.method), told.step)
+            return
+        progress = told.residual < trial.own
+        trial.own = torch.fmin(trial.own, told.residual)
+        trial.own_at = torch.where(progress, told.step, trial.own_at)
+        if not trial.is_last:
+            new = torch.zeros_like(state.method, dtype=torch.bool)
+            seen.assign(self.names, state.method, new.index_fill(0, _rows(part, state.method), True))
 
     def _judge(self, part: Part, seen: Seen, state: AutoState) -> None:
         """Samples of a part whose residual blew up, or whose method is too slow, are handed on."""
@@ -204,16 +229,17 @@ class Auto(Solver):
         trial: _Trial = part.state
         if trial.code == 0:
             return self._plain_steps_left(part, told, state) > min(self.plain_steps, told.steps_left)
-        slow: Tensor = told.since >= self._patience(trial)
+        since: Tensor = told.since if trial.own_at is None else told.step - trial.own_at
+        slow = since >= self._patience(trial)
         if trial.code > 1 or told.step - trial.since < 1.5 * self.patience:
             return slow
         slow = slow | (trial.fall(told) < _SLOW)
         return slow | (trial.steps_left(told) > told.steps_left)
 
     def _is_look(self, trial: _Trial, step: int) -> bool:
-        """Whether a method is judged at this step: the plain iteration at every third."""
+        """Whether a method is judged at this step: the plain iteration at 3, 9, 18, 30, 42, ..."""
         if trial.code == 0:
-            return step > 0 and step % _LOOK == 0
+            return step in (3, 9) or (step > 9 and step % 12 == 6)
         age, patience = step - trial.since, self._patience(trial)
         return age >= patience and age % max(patience // 2, 1) == 0
 
@@ -289,9 +315,11 @@ class Auto(Solver):
 
     def step(self, z: Tensor, fz: Tensor, state: AutoState) -> tuple[Tensor, AutoState]:
         """A step of every method on its samples."""
-        first: _Trial = state.parts.items[0].state
-        if state.step is None and first.code == 0:  # nothing is measured
-            first.code, first.state = 1, self.methods[0].init(z)
+        if state.step is None:  # nothing is measured
+            for part in state.parts.items:
+                if part.state.code == 0:
+                    own = z if part.rows is None else z[part.rows]
+                    part.state.code, part.state.state = 1, self.methods[0].init(own)
         z_next = z
         for part in state.parts.items:
             moved = self._step_part(part, z, fz)
@@ -317,7 +345,7 @@ class Auto(Solver):
     def _recent(self, z: Tensor, fz: Tensor, state: AutoState) -> tuple[tuple[Tensor, Tensor], ...]:
         """The last evaluations while there are plain steps, for a method to learn from."""
         is_plain = state.step is not None and any(part.state.code == 0 for part in state.parts.items)
-        return (*state.recent[1 - _LOOK :], (z, fz)) if is_plain else ()
+        return (*state.recent[1 - _RECENT :], (z, fz)) if is_plain else ()
 
     def _query(self, parts: tuple[Part, ...], z: Tensor) -> Query:
         """What the methods ask for, together."""

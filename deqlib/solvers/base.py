@@ -164,7 +164,9 @@ def overrides(solver: Solver, method: str) -> bool:
 
 def can_look(z: Tensor) -> bool:
     """Whether reading a number of `z` costs nothing: no device to wait for, no graph to break."""
-    return z.device.type == "cpu" and not torch.compiler.is_compiling()
+    # A fake tensor says it is on a CPU, but has no numbers. (Its class is not imported for this.)
+    is_fake = type(z).__name__ == "FakeTensor"
+    return z.device.type == "cpu" and not is_fake and not torch.compiler.is_compiling()
 
 
 def anyone(which: Tensor | None) -> bool:
@@ -304,9 +306,9 @@ def with_room(
     while sizes[-1] // 2 > slots:
         sizes.append(sizes[-1] // 2)
     if is_recorded(rows):
-        missing = rows.new_zeros(len(rows), sizes[-1] - slots, *rows.shape[2:])
+        missing = rows.new_zeros(rows.shape[0], sizes[-1] - slots, *rows.shape[2:])
         return torch.cat([rows, missing], 1)
-    more = rows.new_zeros(len(rows), sizes[-1], *rows.shape[2:])
+    more = rows.new_zeros(rows.shape[0], sizes[-1], *rows.shape[2:])
     more[:, :slots] = rows
     return more
 
@@ -322,7 +324,8 @@ def solve_small(
     Samples have none where an unknown is not finite or not below `limit`. Never raises: a singular system
     stays its sample's own.
     """
-    if len(rhs) > _MANY and rhs.shape[1] <= 2:
+    # LAPACK takes a microsecond a system; a device, and a graph for any batch, does not care.
+    if can_look(rhs) and len(rhs) > _MANY and rhs.shape[1] <= 2:
         found = _solve_tiny(system, rhs)
     else:
         found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
@@ -337,7 +340,7 @@ def _solve_tiny(
     system: Tensor,  # (B, m, m), m at most 2
     rhs: Tensor,  # (B, m)
 ) -> Tensor:
-    """By Cramer's rule: LAPACK takes a microsecond for each of many samples."""
+    """By Cramer's rule."""
     if rhs.shape[1] == 1:
         return rhs / system[:, 0]
     (a, b), (c, d) = (row.unbind(1) for row in system.unbind(1))

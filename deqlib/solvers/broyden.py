@@ -22,7 +22,8 @@ class Broyden(SecantSolver):
     of dZ^T dZ. When the memory is full the oldest pair leaves and what remains is exactly the method run
     on the remaining pairs, so the newest secant equation B dr = dz always holds.
 
-    Costs three products with the history, O(memory * D), a step. Memory: as `Anderson`. Reaches fixed points that repel Picard.
+    Costs three products with the history, O(memory * D), a step. Memory: as `Anderson`.
+    Reaches fixed points that repel Picard.
 
     Args:
         memory: most pairs kept, and never more than twice the numbers of a sample; taken as they are needed.

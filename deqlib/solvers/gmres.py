@@ -64,7 +64,7 @@ class GMRES(Solver):
 
     def init(self, z0: Tensor) -> GMRESState:
         """Nothing known."""
-        columns = z0.new_zeros(len(z0), 0, z0.shape[1])
+        columns = z0.new_zeros(z0.shape[0], 0, z0.shape[1])
         return GMRESState(count=-1, x=z0, residual=z0, directions=columns, images=columns)
 
     def query(self, state: GMRESState) -> Query | None:

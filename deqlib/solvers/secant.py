@@ -90,7 +90,7 @@ class SecantState:
         size = self.num_columns
         if self.alive is not None:
             return self.alive[:, :size]
-        found = torch.ones(len(self.best), size, dtype=torch.bool, device=self.best.device)
+        found = torch.ones(self.best.shape[0], size, dtype=torch.bool, device=self.best.device)
         if self.pending and self.slot < size:
             found[:, self.slot] = False
         return found
@@ -204,7 +204,7 @@ class SecantSolver(Solver):
     def _matrices(self, z0: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """`system`, `scale` and `shift` for so many columns, none of which there is."""
         dtype = small_dtype(z0)
-        identity = torch.eye(slots, dtype=dtype, device=z0.device).expand(len(z0), slots, slots)
+        identity = torch.eye(slots, dtype=dtype, device=z0.device).expand(z0.shape[0], slots, slots)
         # The shift is for samples at rest, whose columns are zero.
         scale, shift = 1 + (self.diagonal_factor - 1) * identity[:1], -torch.finfo(dtype).tiny * identity[:1]
         return identity, scale.expand_as(identity), shift.expand_as(identity)

@@ -404,19 +404,29 @@ def test_a_sample_that_the_plain_iteration_throws_out_is_brought_back(start: flo
 
 
 def test_the_patience_of_the_rule_counts_anew_for_every_method() -> None:
-    # Two plain looks apart, no method makes any progress.
+    # No method makes any progress. The second gets four times the patience of the first, and `Stopping`
+    # waits for it; the last to have the sample is given the patience of the rule.
     solution, log = walk(mirror(2.0), Auto(methods=(STUCK, STUCK), patience=6), patience=8)
-    assert turns(log) == [0, 1, 2]
-    changed = [row[0] for row in log].index(2)
-    assert changed >= 8  # the best iterate is the first: nothing was left of the patience then
+    assert turns(log) == [0, 1, 2, 1]
+    codes = [row[0] for row in log]
+    second = codes.index(2)
+    assert second >= 8  # the best iterate is the first: nothing was left of the patience then
+    last = second + codes[second:].index(1)
+    assert last - second >= 4 * 6
     assert statuses(solution) == ["STALLED"]
-    assert solution.num_steps.tolist() == [changed + 8]
+    assert solution.num_steps.tolist() == [last + 8]
 
 
 def test_a_rule_of_less_patience_than_the_methods_gives_up_first() -> None:
     solution, log = walk(mirror(2.0), Auto(methods=(STUCK, STUCK), patience=6), patience=4)
     assert turns(log) == [0, 1]
     assert statuses(solution) == ["STALLED"]
+
+
+def test_the_least_patience_hands_a_sample_on_at_the_next_evaluation() -> None:
+    solution, log = walk(mirror(2.0), Auto(methods=(STUCK, HALVES), patience=1, plain_steps=0))
+    assert [row[0] for row in log[:2]] == [1, 2]
+    assert solution.converged.all()
 
 
 def test_a_map_without_a_fixed_point_is_given_up() -> None:
@@ -609,7 +619,7 @@ def test_an_empty_batch_is_solved() -> None:
         (lambda: Auto(methods=[Picard()]), TypeError, "must be a tuple"),
         (lambda: Auto(methods=(Picard(), "Broyden")), TypeError, r"methods\[1\] must be a single method"),
         (lambda: Auto(methods=(Auto(),)), TypeError, r"methods\[0\] must be a single method"),
-        (lambda: Auto(patience=1), ValueError, "patience must be at least 2"),
+        (lambda: Auto(patience=0), ValueError, "patience must be at least 1"),
         (lambda: Auto(plain_steps=-1), ValueError, "plain_steps must be at least 0"),
         (lambda: Auto(plain_steps=1.5), TypeError, "plain_steps"),
         (lambda: Auto(rounds=2), TypeError, "rounds"),

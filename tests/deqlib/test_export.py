@@ -42,19 +42,19 @@ DEFAULTS: dict[str, Solver] = {
 STEPS = (1, 8, 24)
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
-# The cases that are traced in any case. `test_compile.py` compiles eight steps of the solvers left out here.
+# The cases that are traced in any case. `test_compile.py` compiles eight steps of most solvers.
 COMPILED = {
     1: [*DEFAULTS],
-    8: ["reversible", "anderson", "broyden", "gmres"],
+    8: ["reversible", "gmres"],
     24: ["picard"],
 }
 EXPORTED = {
     1: [*DEFAULTS],
-    8: ["picard", "reversible", "anderson", "gmres"],
+    8: ["picard", "anderson"],
     24: ["picard"],
 }
 EXPORTED_STRICTLY = {
-    1: ["picard", "anderson", "newton", "newton jvp", "gmres"],
+    1: ["picard", "anderson", "newton jvp"],
     8: ["picard"],
     24: [],
 }
