@@ -36,7 +36,7 @@ class SharedInverse(Backward):
     the error then falls towards that of `ImplicitDifferentiation`. On random nonsymmetric maps of spectral
     radius 0.9 and 50 unknowns, five steps leave half the error that five steps of GMRES from g do.
 
-    Memory: one evaluation, and the solver's history, 2 * `memory` states, until the graph is freed. The
+    Memory: one evaluation, and the solver's history, up to 2 * `memory` states, until the graph is freed. The
     backward pass takes half of the history once more, and 2 * min(`refine`, 20) + 10 states to refine. Cost:
     one evaluation, one vector-Jacobian product and `refine` more, and two products with the history for each.
 

@@ -237,9 +237,9 @@ class Auto(Solver):
         return slow | (trial.steps_left(told) > told.steps_left)
 
     def _is_look(self, trial: _Trial, step: int) -> bool:
-        """Whether a method is judged at this step: the plain iteration at 3, 9, 18, 30, 42, ..."""
+        """Whether a method is judged at this step: the plain iteration at 3, 9, 13, 18, 30, 42, ..."""
         if trial.code == 0:
-            return step in (3, 9) or (step > 9 and step % 12 == 6)
+            return step in (3, 9, 13) or (step > 13 and step % 12 == 6)
         age, patience = step - trial.since, self._patience(trial)
         return age >= patience and age % max(patience // 2, 1) == 0
 

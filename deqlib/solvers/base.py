@@ -293,8 +293,10 @@ def with_room(
     rows: Tensor,  # (B, slots, ...)
     slot: int,
     most: int,
+    *,
+    zero: bool = False,
 ) -> Tensor:
-    """`rows` with at least `slot` + 1 slots, new ones zero.
+    """`rows` with at least `slot` + 1 slots; new ones are zero if asked, and while autograd may record.
 
     Their number doubles, up to the largest: the old and the new rows never take more than 1.5 times what
     `most` rows do.
@@ -308,7 +310,8 @@ def with_room(
     if is_recorded(rows):
         missing = rows.new_zeros(rows.shape[0], sizes[-1] - slots, *rows.shape[2:])
         return torch.cat([rows, missing], 1)
-    more = rows.new_zeros(rows.shape[0], sizes[-1], *rows.shape[2:])
+    make = rows.new_zeros if zero or torch.is_grad_enabled() else rows.new_empty
+    more = make(rows.shape[0], sizes[-1], *rows.shape[2:])
     more[:, :slots] = rows
     return more
 

@@ -188,7 +188,7 @@ class NewtonKrylov(Solver):
         difference = torch.finfo(z.dtype).eps ** 0.5 * torch.where(size > 0, size, torch.ones_like(size))
         slots = torch.where(begins, 0, state.inner.clamp_min(0))
         row = select(begins, _unit(residual, norm), self._kept(state, slots))
-        basis = _write(with_room(state.basis, 0, self.memory + 1), slots, row)
+        basis = _write(with_room(state.basis, 0, self.memory + 1, zero=True), slots, row)
         return replace(
             state,
             reach=max(state.reach, 0),
@@ -233,7 +233,7 @@ class NewtonKrylov(Solver):
         last = slots.clamp_max(self.memory - 1)
         known = state.hessenberg[_everyone(last), last]
         hessenberg = _write(state.hessenberg, last, torch.where(probes.unsqueeze(1), entries, known))
-        basis = with_room(state.basis, size, self.memory + 1)
+        basis = with_room(state.basis, size, self.memory + 1, zero=True)
         slots = torch.where(probes, slots + 1, slots)
         basis = _write(basis, slots, select(probes, _unit(w, length), basis[_everyone(slots), slots]))
         state = replace(

@@ -482,7 +482,7 @@ def _put(
     choices = []
     if refused is not None:
         choices.append((refused, rows[:, (state.count - 1) % state.memory]))
-    if finished is not None:
+    if finished is not None and state.count >= state.memory:  # a new slot holds nothing to be kept
         choices.append((finished, rows[:, slot]))
     if len(choices) == 1 and not is_recorded(rows, value) and not torch.compiler.is_compiling():
         which, kept = choices[0]

@@ -525,7 +525,7 @@ def test_cheap_gradients_point_the_less_to_the_exact_one_the_larger_the_radius()
 def test_saved_bytes_grow_with_the_steps_of_unrolling_alone() -> None:
     rows = measured(memory.CASE, *({"batch": 2, "width": 8, "steps": n} for n in (1, 10, 200)))
     bars = memory.bars(rows)
-    assert len(bars) == len(memory.CONSTANT) == 7
+    assert len(bars) == len(memory.CONSTANT) == 6
     assert {bar.verdict for bar in bars} == {"pass"}
     assert {bar.limit for bar in bars} == {1.0}
     assert "200 / 1 steps" in bars[0].name
@@ -535,6 +535,9 @@ def test_saved_bytes_grow_with_the_steps_of_unrolling_alone() -> None:
     for name in memory.GROWING:
         one, ten, many = sizes.pop(name)
         assert (ten, many) == (10 * one, 200 * one)
+    for name in memory.BOUNDED:
+        one, ten, many = sizes.pop(name)
+        assert one < ten == many
     assert set(sizes) == {*memory.CONSTANT, *memory.PEERS}
     for values in sizes.values():
         assert len(set(values)) == 1

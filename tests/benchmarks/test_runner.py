@@ -419,12 +419,15 @@ def test_memory_of_a_solve_is_linear_in_the_state(name: str, expected: float) ->
     assert len(chosen.table(rows).lines) == 3
 
 
-def test_memory_of_anderson_grows_by_two_states_a_column() -> None:
+def test_memory_of_anderson_grows_by_two_and_a_half_states_a_column() -> None:
     (chosen,) = [case for case in scaling.CASES if case.name == "memory"]
     states = {}
     for memory in (2, 4, 8):
         for row in chosen.build(RUN, batch=4, width=16384, memory=memory):
             states[row["contender"], memory] = row["peak_bytes"] / (4 * 16384 * 4)
     for few, many in ((2, 4), (4, 8)):
-        assert states["Anderson", many] - states["Anderson", few] == pytest.approx(2 * (many - few), abs=0.05)
+        # Half as many again for the moment in which room is made for the last half.
+        assert states["Anderson", many] - states["Anderson", few] == pytest.approx(
+            2.5 * (many - few), abs=0.05
+        )
         assert states["Picard", many] == pytest.approx(states["Picard", few], abs=0.01)

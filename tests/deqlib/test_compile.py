@@ -193,6 +193,9 @@ def reads_by_step(f: Any, z0: Tensor, solver: Solver, stopping: Stopping, **sett
     return [after - before for before, after in itertools.pairwise(seen)]
 
 
+HANDING_ON = 5  # most reads of `Auto` at a check beyond those of the driver
+
+
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("check_every", [1, 4, 16])
 @by_solver
@@ -202,8 +205,12 @@ def test_the_host_waits_for_the_device_at_checks_alone(solver: Solver, check_eve
     reads = reads_by_step(base.f, base.z0, solver, stopping)
     assert len(reads) < 401  # all converged
     for step, count in enumerate(reads):
-        # Once for what was found, and once more for who is left where somebody may have finished.
-        assert count <= (0 if step % check_every else 2), (step, reads)
+        # Once for what was found, and once more for who is left where somebody may have finished. Auto reads
+        # more where it judges a method and hands samples on.
+        assert count <= (0 if step % check_every else 2 + HANDING_ON * isinstance(solver, Auto)), (
+            step,
+            reads,
+        )
 
 
 @pytest.mark.usefixtures("blind")
@@ -236,8 +243,9 @@ def test_finished_samples_leave_the_batch_at_checks_alone(solver: Solver, check_
     for step, ((batch, before), (smaller, after)) in enumerate(itertools.pairwise(seen)):
         leave = smaller < batch
         left += leave
-        # Once more for which they are.
-        assert after - before <= (0 if step % check_every else 2 + leave), (step, seen)
+        # Once more for which they are; in `Auto` they are looked up for every part of the batch.
+        most = 2 + leave + 2 * HANDING_ON * isinstance(solver, Auto)
+        assert after - before <= (0 if step % check_every else most), (step, seen)
     assert left > 0
 
 

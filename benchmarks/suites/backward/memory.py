@@ -69,8 +69,11 @@ CONSTANT: dict[str, Contender] = {
     "StochasticJFB, 5 steps": partial(_ours, StochasticJFB(grad=(5, 5)), Picard()),
     "JFB": partial(_ours, JFB(), Picard()),
     "ImplicitDifferentiation": partial(_ours, ImplicitDifferentiation(), Picard()),
-    "SharedInverse": partial(_ours, SharedInverse(), Broyden()),
     "Reversible": partial(_ours, Reversible(), ReversiblePicard()),
+}
+# Grows with the history of the forward solve until that is full.
+BOUNDED: dict[str, Contender] = {
+    "SharedInverse, memory 5": partial(_ours, SharedInverse(), Broyden(memory=5)),
 }
 PEERS: dict[str, Contender] = {
     "torchdeq ift": partial(_theirs, {"ift": True}),
@@ -85,7 +88,7 @@ def build(run: Run, batch: int, width: int, steps: int) -> Iterator[Row]:
     problem = mlp(batch=batch, tokens=1, width=width, gain=1.0).to(device=run.device)
     inputs = tuple(x.detach().requires_grad_() for x in problem.inputs)
     problem = Problem(problem.name, problem.cell, problem.z0, inputs, None)
-    for name, contender in {**GROWING, **CONSTANT, **PEERS}.items():
+    for name, contender in {**GROWING, **CONSTANT, **BOUNDED, **PEERS}.items():
         size = saved_bytes(partial(contender, problem, steps), exclude=inputs)
         yield {"contender": name, "constant": name in CONSTANT, "saved_bytes": size}
 
