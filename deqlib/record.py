@@ -10,13 +10,12 @@ from torch import Tensor
 
 from .samples import take_samples
 from .solution import Status
-from .solvers.base import anyone, can_look, norm, norms
+from .solvers.base import SAFE, anyone, can_look, norm, norms
 from .stopping import Stopping
 
 UnitNorms = Callable[[Tensor], Tensor]  # (B, D) -> (B, U), norms of the parts that must all converge
 
 _SMALL, _LARGE = 8, 2**20  # numbers of a state, and of a trace
-_RANGE = (1e-15, 1e15)  # norms within it lost nothing to the range of float32
 
 
 def measure(
@@ -89,7 +88,7 @@ class Record:
     """Measures evaluations, keeps each sample's best iterate, retires samples that are done.
 
     Most evaluations improve on every sample at work and finish none. Where the host can look, eight small
-    operations find that out and nothing more is done; `update` deals with all other cases.
+    operations find that out and nothing more is done; `_update` deals with all other cases.
     """
 
     def __init__(self, z0: Tensor, rule: Stopping, unit_norms: UnitNorms | None, *, patient: bool) -> None:
@@ -105,7 +104,7 @@ class Record:
         # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
         eps = torch.finfo(z0.dtype).eps
         self.factors = z0.new_tensor([[1 - eps], [rule.blowup]])
-        self.range = z0.new_tensor(_RANGE).unsqueeze(1).expand(2, z0.shape[0])
+        self.range = z0.new_tensor(SAFE).unsqueeze(1).expand(2, z0.shape[0])
         # The trace of a large batch of small states would be many times what the states are.
         self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
         self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)

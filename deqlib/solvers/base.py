@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+SAFE = (1e-15, 1e15)  # norms within it lost nothing to the range of float32
 _MANY = 1024  # samples from which on small systems are solved all at once
 _FEW = 64  # numbers that Python goes through faster than PyTorch starts an operation
 
@@ -230,11 +231,6 @@ def norm(
     return found
 
 
-def is_extreme(smallest: float, largest: float) -> bool:
-    """Whether norms in this range may have lost something to the range of float32; true for NaN."""
-    return not (smallest > 1e-15 and largest < 1e15)
-
-
 def norms(
     *vectors: Tensor,  # (B, D) each
 ) -> tuple[Tensor, ...]:
@@ -246,7 +242,7 @@ def norms(
     # Always exact where the host cannot tell; there the memory is the limit, not the arithmetic.
     if can_look(first):
         low, high = (torch.stack(found) if len(found) > 1 else found[0]).aminmax()
-        if not is_extreme(float(low), float(high)):
+        if float(low) > SAFE[0] and float(high) < SAFE[1]:  # false for NaN
             return found
     return tuple(norm(v, exact=True) for v in vectors)
 

@@ -303,7 +303,7 @@ class SecantSolver(Solver):
             del residual, source
             z_next = self._combine(fz, None, gamma, state)
         state.df = _put(state.df, fz, refused, finished, state)
-        state.pending, state.finished = True, finished
+        state.pending = True
         if refused is not None:
             z_next = self._half_step(z_next, refused, state.df[:, state.slot], state.left[:, state.slot])
         return z_next, state

@@ -16,6 +16,7 @@ from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table,
 from ...peak import peak_bytes
 from ...show import COLORS
 from ...timing import interleaved, milliseconds, ratio
+from ..backward.times import Tap
 
 LAYER, NUMBERS = "layer", "numbers"
 SOLVED, BARE = "default", "bare loop"
@@ -81,23 +82,9 @@ def _layer(run: Run, batch: int, width: int) -> Iterator[Row]:
 
 def _products(layer: ImplicitLayer, x: Tensor) -> int:
     """Products with J^T of the adjoint solve."""
-    count = 0
-
-    class Counted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, z: Tensor) -> Tensor:
-            return z.view_as(z)
-
-        @staticmethod
-        def backward(ctx: object, *grads: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return grads[0]
-
-    cell = layer.cell
-    counted = ImplicitLayer(lambda z, x: Counted.apply(cell(z, x)))
-    counted(x).sum().backward()
-    return count - 1  # the last one is for the parameters
+    tap = Tap(layer.cell)
+    ImplicitLayer(tap)(x).sum().backward()
+    return tap.count - 1  # the last one is for the parameters
 
 
 def _numbers(run: Run, batch: int, width: int) -> Iterator[Row]:
