@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .samples import take_samples
 from .solution import Status
-from .solvers.base import SAFE, anyone, can_look, norm, norms
+from .solvers.base import FEW, SAFE, anyone, can_look, norm, norms
 from .stopping import Stopping
 
 UnitNorms = Callable[[Tensor], Tensor]  # (B, D) -> (B, U), norms of the parts that must all converge
@@ -88,7 +88,8 @@ class Record:
     """Measures evaluations, keeps each sample's best iterate, retires samples that are done.
 
     Most evaluations improve on every sample at work and finish none. Where the host can look, eight small
-    operations find that out and nothing more is done; `_update` deals with all other cases.
+    operations find that out, or for a few samples the three that measure them and Python, and nothing more
+    is done; `_update` deals with all other cases.
     """
 
     def __init__(self, z0: Tensor, rule: Stopping, unit_norms: UnitNorms | None, *, patient: bool) -> None:
@@ -108,8 +109,13 @@ class Record:
         # The trace of a large batch of small states would be many times what the states are.
         self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
         self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)
+        self.is_small = can_look(z0) and len(z0) <= FEW and unit_norms is None
+        self.factor = 1 - eps
+        self._limits: list[tuple[float, float]] | None = None  # `lowest` and `floor` of a few samples
         self.difference: Tensor | None = None
-        self.residual = self.scale = self.goal = self.before = self.improved = z0.new_zeros(0)
+        self.residual = self.scale = self.before = self.improved = z0.new_zeros(0)
+        self._goal: Tensor | None = None  # made when it is asked for
+        self._floor = self.samples.floor  # as it was at the evaluation
         self.all_improved = False
         self.methods: tuple[str, ...] = ()  # if the solver has several
         self._finished: Tensor | None = None  # made when it is asked for
@@ -120,6 +126,13 @@ class Record:
             (self.num_active,) = self.samples.active.sum().view(1).tolist()
             self.is_known = True
         return self.num_active
+
+    @property
+    def goal(self) -> Tensor:
+        """The residual that meets the tolerance, (B,)."""
+        if self._goal is None:
+            self._goal = torch.add(self._floor, self.scale, alpha=self.rule.rtol or 0)
+        return self._goal
 
     @property
     def finished(self) -> Tensor | None:
@@ -133,47 +146,71 @@ class Record:
     def cut(self, keep: Tensor) -> None:
         """Leave these samples in the batch alone, all of them at work."""
         self.steps_of_best()
+        self._goal = self.goal[keep]
         self.samples = take_samples(self.samples, keep)
-        self.num_active, self._finished = len(keep), None
+        self.num_active, self._finished, self._limits = len(keep), None, None
         self.range = self.range[:, : len(keep)]
-        self.residual, self.scale, self.goal, self.before, self.improved = (
-            known[keep] for known in (self.residual, self.scale, self.goal, self.before, self.improved)
+        self.residual, self.scale, self.before, self.improved = (
+            known[keep] for known in (self.residual, self.scale, self.before, self.improved)
         )
         if self.difference is not None:
             self.difference = self.difference[keep]
 
     def observe(self, step: int, z: Tensor, fz: Tensor, looks: bool) -> tuple[Tensor, Tensor]:
         """Take stock of an evaluation; returns the two norms that the trace is made of, (B,) each."""
-        self.step, self.looks = step, looks or can_look(z)
+        self.step, self.looks, now = step, looks or can_look(z), self.samples
         recorded = torch.is_grad_enabled() and (z.requires_grad or fz.requires_grad)
         difference = fz.detach() - z.detach() if recorded else fz - z
-        scale = self._measure(difference, fz, exact=step == 0 or not self.guards)
-        met, better, sound, counts = self._compare(scale)
-        if counts is not None and self.guards and (counts[3] > 0 or counts[4] < len(z)):
-            scale = self._measure(difference, fz, exact=True)
-            met, better, sound, counts = self._compare(scale)
         self.difference = None if recorded else difference
-        self.scale = scale
+        self._measure(difference, fz, exact=step == 0 or not self.guards)
+        if self.is_small and step and self._improves_on_all():
+            self.before, self.improved, self.all_improved = now.lowest, now.active, True
+            self._keep_all(z)
+            now.broken = None
+            return self.residual, self.scale
+        met, better, sound, counts = self._compare()
+        if counts is not None and self.guards and (counts[3] > 0 or counts[4] < len(z)):
+            self._measure(difference, fz, exact=True)
+            met, better, sound, counts = self._compare()
+        self._limits = None
         self._update(z, met, better, sound, counts)
-        return self.residual, scale
+        return self.residual, self.scale
 
-    def _measure(self, difference: Tensor, fz: Tensor, *, exact: bool) -> Tensor:
+    def _measure(self, difference: Tensor, fz: Tensor, *, exact: bool) -> None:
         """The residual, what it should be, and the scale that it is relative to."""
         residual, scale = measure(difference, fz, self.unit_norms, exact=exact)
         rtol, floor = self.rule.rtol or 0, self.samples.floor
+        self._floor, self._goal = floor, None
         if residual.dim() == 2:
             # As one number: the residual of the worst unit, and the goal that is met when all units are.
             shares = residual / (floor.unsqueeze(1) + rtol * scale)
             met = (residual <= floor.unsqueeze(1) + rtol * scale).all(1)
             worst, far = relative(residual, scale), residual.amax(1)
-            self.residual, scale = far, far / worst
-            self.goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
-        else:
-            self.residual = residual
-            self.goal = torch.add(floor, scale, alpha=rtol)
-        return scale
+            residual, scale = far, far / worst
+            self._goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
+        self.residual, self.scale = residual, scale
 
-    def _compare(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int] | None]:
+    def _improves_on_all(self) -> bool:
+        """Whether this evaluation is the best so far of all samples at work and finishes none of them.
+
+        By Python's numbers: it goes through a few faster than PyTorch starts an operation.
+        """
+        if self._limits is None:
+            known = self.samples.lowest.tolist(), self.samples.floor.tolist()
+            self._limits = list(zip(*known, strict=True))
+        low, high = SAFE if self.guards else (0.0, torch.inf)
+        rtol, limits = self.rule.rtol or 0, []
+        measured = zip(self._limits, self.residual.tolist(), self.scale.tolist(), strict=True)
+        for (lowest, floor), residual, scale in measured:
+            if lowest == -torch.inf:  # finished
+                residual = lowest
+            elif not max(low, floor + rtol * scale) < residual <= min(high, self.factor * lowest):
+                return False  # also where a number is not finite
+            limits.append((residual, floor))
+        self._limits = limits
+        return True
+
+    def _compare(self) -> tuple[Tensor, Tensor, Tensor, list[int] | None]:
         """Who meets the tolerance, got better, is not blown up, bool (B,); and how many, if the host looks.
 
         Nothing is true of a finished sample: its limits are minus infinity.
@@ -191,42 +228,45 @@ class Record:
         """Keep the better iterates, retire the samples that are done."""
         now, first = self.samples, self.step == 0
         self.before, self.improved = now.lowest, better
-        exact = counts is not None and self.is_known
-        self.all_improved = first or (exact and counts is not None and counts[1] == self.num_active)
+        known = counts if self.is_known else None  # how many of those at work, if that is sure
+        self.all_improved = first or (known is not None and known[1] == self.num_active)
         any_met = counts is None or counts[0] > 0
         if self.all_improved:
-            now.best, self.improved_at = z, self.step
-            if not self.keeps_trace:
-                now.best_scale = torch.where(now.active, self.scale, now.best_scale)
-            now.lowest = (
-                self.residual
-                if self.num_active == len(z)
-                else torch.where(now.active, self.residual, now.lowest)
-            )
+            self._keep_all(z)
             if not (any_met or first):
                 now.broken = None
                 return
-        if any_met:
+        is_finite = counts is not None and self.guards and counts[4] == len(z)
+        if any_met and not is_finite:
             met = met & (self.residual < torch.inf)  # infinity is within any tolerance of infinity
-            better = better | met
         if not self.all_improved:
-            self._keep(z, better)
+            self._keep(z, better | met if any_met else better)
         broken = None
         if first:
-            broken = ~(self.residual < torch.inf)
-        elif not (exact and counts is not None and counts[2] == self.num_active):
+            broken = None if is_finite else ~(self.residual < torch.inf)
+        elif known is None or known[2] < self.num_active:
             broken = now.active & ~sound
         if self.patient and not first:
             broken, now.broken = None if broken is None or now.broken is None else broken & now.broken, broken
-        self._retire(met if any_met else None, broken, self._stalled())
+        num_met = known[0] if known is not None and is_finite else None
+        self._retire(met if any_met else None, broken, self._stalled(), num_met)
 
     def steps_of_best(self) -> Tensor:
         """The evaluation that each sample's best iterate was at, int64, (B,)."""
         now = self.samples
         if self.improved_at > self._written:
-            now.best_step = torch.where(now.active, self.improved_at, now.best_step)
+            now.best_step = now.best_step.masked_fill(now.active, self.improved_at)
             self._written = self.improved_at
         return now.best_step
+
+    def _keep_all(self, z: Tensor) -> None:
+        """All samples at work got better; the others are held at their best."""
+        now = self.samples
+        now.best, self.improved_at = z, self.step
+        if not self.keeps_trace:
+            now.best_scale = torch.where(now.active, self.scale, now.best_scale)
+        everyone = self.num_active == len(z)
+        now.lowest = self.residual if everyone else torch.where(now.active, self.residual, now.lowest)
 
     def _keep(self, z: Tensor, better: Tensor) -> None:
         now = self.samples
@@ -245,8 +285,13 @@ class Record:
         latest = torch.maximum(self.steps_of_best(), self.samples.begun)
         return self.samples.active & (latest <= self.step - patience)
 
-    def _retire(self, met: Tensor | None, broken: Tensor | None, stalled: Tensor | None) -> None:
-        """Samples that are done; a sample that is done in several ways is so in the first of these."""
+    def _retire(
+        self, met: Tensor | None, broken: Tensor | None, stalled: Tensor | None, num_met: int | None
+    ) -> None:
+        """Samples at work that are done; one that is done in several ways is so in the first of these.
+
+        `num_met` says how many have met the tolerance, if the host knows.
+        """
         ends = [(Status.STALLED, stalled), (Status.DIVERGED, broken), (Status.CONVERGED, met)]
         found = [(status, which) for status, which in ends if which is not None]
         if not found:
@@ -254,16 +299,19 @@ class Record:
         finished = found[0][1]
         for _, which in found[1:]:
             finished = finished | which
-        if not anyone(finished):
+        is_counted = finished is met and num_met is not None
+        if not (is_counted or anyone(finished)):
             return
         now = self.samples
         self.steps_of_best()  # while all that were at work count as such
-        finished = finished & now.active
         for status, which in found:  # the last to be written counts
-            now.status = torch.where(which & now.active, int(status), now.status)
-        now.num_steps = torch.where(finished, self.step, now.num_steps)
+            now.status = now.status.masked_fill(which, int(status))
+        now.num_steps = now.num_steps.masked_fill(finished, self.step)
         now.best_residual = torch.where(finished, now.lowest, now.best_residual)
-        now.active, self._finished = now.active & ~finished, None
+        now.active, self._finished = now.active ^ finished, None
         now.lowest = now.lowest.masked_fill(finished, -torch.inf)
         now.floor = now.floor.masked_fill(finished, -torch.inf)
-        self.is_known = False
+        if is_counted and num_met is not None:
+            self.num_active -= num_met
+        else:
+            self.is_known = False

@@ -28,6 +28,10 @@ class Parts:
 
     items: tuple[Part, ...]
 
+    def with_part(self, part: Part) -> Parts:
+        """These and one more."""
+        return Parts((*self.items, part))
+
 
 def take_samples(state: Any, samples: Tensor) -> Any:
     """What is known of these samples alone."""

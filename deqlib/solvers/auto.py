@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from .anderson import Anderson
 from .base import Query, Seen, Solver, anyone, overrides
 from .broyden import Broyden
 from .newton_krylov import NewtonKrylov
-from .picard import Picard
+from .secant import SecantSolver
 
 _RECENT = 3  # plain steps that a method learns from: as many as come before the first look
 _BLOWUP = 1e6  # residuals beyond the best by this factor are lost
@@ -27,40 +28,49 @@ def _default_methods() -> tuple[Solver, ...]:
     return (Anderson(memory=25), Broyden(), NewtonKrylov())
 
 
-_PLAIN = Picard()
-
-
 @dataclass(eq=False)
 class _Trial:
     """One method at work on some samples, all of which it got at the same evaluation. A step changes it."""
 
-    code: int  # 0: the plain iteration, else the place of the method, counted from 1
+    code: int  # the place of the method, counted from 1
     since: int  # the evaluation at which it began
     lowest: Tensor  # (b,), smallest residual then
-    start: Tensor | None  # (b, D), the best iterate then
     state: Any  # of the method
-    waits: bool = False  # whether its samples are to be evaluated at `start` first
+    start: Tensor | None = None  # (b, D), where its samples are to be evaluated first; None: where they are
     is_last: bool = False  # whether there is nothing better to try
     is_over: bool = False  # whether all of its samples are finished
     own: Tensor | None = None  # (b,), smallest residual since it began, of methods after the first
     own_at: Tensor | None = None  # (b,), int64, the evaluation that was at
 
-    def fall(self, told: Seen) -> Tensor:
-        """How far log(residual) came down an evaluation since it began, (b,)."""
-        return (self.lowest.log() - _lowest(told).log()) / max(told.step - self.since, 1)
 
-    def steps_left(self, told: Seen) -> Tensor:
-        """Steps to the tolerance at that rate, (b,)."""
-        return _steps(told.goal / _lowest(told), -self.fall(told))
+@dataclass(eq=False)
+class _Lead:
+    """A secant method at work on samples that got it at different evaluations. A step changes it.
+
+    Its state is of all samples, so that no others need to be cut out: it sees what those do, which makes
+    columns like any other, and what it proposes for them is left.
+    """
+
+    led: Tensor  # (B,), bool, the samples that it works on
+    since: Tensor  # (B,), int64, the evaluation at which it got each
+    ages: tuple[int, ...]  # all that are in `since`
+    lowest: Tensor  # (B,), smallest residual then
+    state: Any  # of the method
+    finished: Tensor | None = None  # (B,), bool, as of the evaluation before; None: nobody
 
 
 @dataclass(eq=False)
 class AutoState:
     """Who works on which sample. A step changes it in place."""
 
-    parts: Parts  # of _Trial; a sample is in one of them
+    origin: Tensor  # (B, D), where the solve began
     method: Tensor  # (B,), int64, the method of each sample
     falls: Tensor  # (B, methods + 1), how far each method has brought log(residual) down an evaluation
+    has_plain: bool  # whether there may be samples that are left with the plain iteration
+    lead: _Lead | None = None  # the first method, if that is a secant method
+    parts: Parts = field(
+        default_factory=lambda: Parts(())
+    )  # of _Trial; the other samples are in one of them each
     residuals: tuple[Tensor, ...] = ()  # the last two before this evaluation, (B,) each
     recent: tuple[tuple[Tensor, Tensor], ...] = ()  # iterates and images that a new method may learn from
     step: int | None = None  # the evaluation that was last observed; None: none was
@@ -77,18 +87,19 @@ class Auto(Solver):
     evaluations too. A method is judged by what it did for a sample since it got it. If the sample's residual
     did not improve for `patience` evaluations, falls by less than a tenth an evaluation, or is predicted not
     to arrive within the steps that are left, the next method goes on: from the sample's best iterate and with
-    the history of the one before, if that brought the residual down a hundredfold, else from where that one
-    began. (Methods after the first get four times the patience, measured by their own progress.) When none is
-    left, the sample goes back to the one that made most progress and stays there. A sample whose residual
-    blows up is handed on at once. `Stopping.patience` counts anew when a sample changes method, and does not
-    count until a later method has had its time.
+    the history of the one before, if that brought the residual down a hundredfold, else from where the solve
+    began, as if it were the first. (Methods after the first get four times the patience, measured by their
+    own progress.) When none is left, the sample goes back to the one that made most progress and stays there.
+    A sample whose residual blows up is handed on at once. `Stopping.patience` counts anew when a sample
+    changes method, and does not count until a later method has had its time.
 
     `Solution.method` says who worked on each sample last. Samples change hands when the host looks
     (`Stopping.check_every`); on a CPU, where looking costs nothing, at any step. With a fixed number of steps
     there is no tolerance to predict an arrival at: the first of `methods` takes them all.
 
-    Memory: that of the methods in use, of the samples they work on, and at most 6 states before the first of
-    them begins.
+    Memory: that of the methods in use, and at most 7 states before the first of them begins. A secant method
+    that comes first keeps a history of the whole batch as soon as one sample needs it, the others of the
+    samples that they work on.
 
     Args:
         methods: in order; the default is Anderson and Broyden with larger memories than their own defaults,
@@ -119,20 +130,25 @@ class Auto(Solver):
         """Of the methods, the plain iteration first."""
         return ("Picard", *(type(method).__name__ for method in self.methods))
 
-    def _solver(self, code: int) -> Solver:
-        return _PLAIN if code == 0 else self.methods[code - 1]
-
     def init(self, z0: Tensor) -> AutoState:
         """All samples begin together."""
+        state = self._fresh(z0)
+        return state if state.has_plain else self._all_by_the_first(self.methods[0].init(z0), z0)
+
+    def _fresh(self, z0: Tensor) -> AutoState:
         batch = z0.shape[0]
-        code = 0 if self.plain_steps else 1
-        trial = _Trial(code, 0, z0.new_full((batch,), torch.inf), None, self._solver(code).init(z0))
-        method = torch.full((batch,), code, dtype=torch.int64, device=z0.device)
         return AutoState(
-            parts=Parts((Part(None, trial),)),
-            method=method,
+            origin=z0,
+            method=torch.zeros(batch, dtype=torch.int64, device=z0.device),
             falls=z0.new_full((1, 1), -torch.inf).expand(batch, len(self.methods) + 1),
+            has_plain=self.plain_steps > 0,
         )
+
+    def _all_by_the_first(self, state: Any, z0: Tensor) -> AutoState:
+        """All samples begin with the first method and a state of it."""
+        fresh, trial = self._fresh(z0), _Trial(1, 0, z0.new_full((len(z0),), torch.inf), state)
+        method = torch.ones_like(fresh.method)
+        return replace(fresh, method=method, has_plain=False, parts=Parts((Part(None, trial),)))
 
     def resume(self, state: Any, z0: Tensor) -> AutoState:
         """Samples that a method worked on go on with it and its history; the others begin plainly.
@@ -140,35 +156,47 @@ class Auto(Solver):
         A history of another solver than `Auto` is the first method's, for all samples.
         """
         if not isinstance(state, AutoState):
-            trial = _Trial(1, 0, z0.new_full((len(z0),), torch.inf), None, self.methods[0].resume(state, z0))
-            fresh = self.init(z0)
-            return replace(fresh, parts=Parts((Part(None, trial),)), method=torch.ones_like(fresh.method))
+            return self._all_by_the_first(self.methods[0].resume(state, z0), z0)
         if len(state.method) != len(z0):
             raise ValueError(
                 f"state: expected the state of a solve of {len(z0)} samples, got one of {len(state.method)}; "
                 "leave it out to start afresh"
             )
-        fresh, parts = self.init(z0), []
-        for part in state.parts.items:
-            old, rows = part.state, part.rows
-            code = min(old.code, len(self.methods))
-            start = z0 if rows is None else z0[rows]
-            solver = self._solver(code)
-            kept = solver.resume(old.state, start) if code else solver.init(start)
-            trial = _Trial(code, 0, start.new_full((len(start),), torch.inf), None, kept)
-            parts.append(Part(rows, trial))
-        return replace(fresh, parts=Parts(tuple(parts)), method=state.method.clamp_max(len(self.methods)))
+        if not self.plain_steps and not (state.parts.items or state.lead):
+            return self.init(z0)
+        fresh, old, parts = self._fresh(z0), list(state.parts.items), []
+        if state.lead is not None:
+            led = Part(None, _Trial(1, 0, state.lead.lowest, state.lead.state))
+            rows = state.lead.led.nonzero().squeeze(1)
+            old.append(led if rows.shape[0] == z0.shape[0] else _cut(led, rows))
+        for part in old:
+            code = min(part.state.code, len(self.methods))
+            start = z0 if part.rows is None else z0[part.rows]
+            known = self.methods[code - 1].resume(part.state.state, start)
+            unknown = start.new_full((len(start),), torch.inf)
+            parts.append(Part(part.rows, _Trial(code, 0, unknown, known)))
+        method = state.method.clamp_max(len(self.methods))
+        return replace(fresh, parts=Parts(tuple(parts)), method=method, has_plain=anyone(method == 0))
 
     def observe(self, seen: Seen, state: AutoState) -> AutoState:
         """The methods are told what was measured; samples whose method is too slow are handed on."""
-        for part in state.parts.items:
-            self._tell(part, seen, state)
-        state.step = seen.step
+        state.step, before, parts = seen.step, state.method, state.parts.items
         if seen.step == 0:
             seen.assign(self.names, state.method)
+        for part in parts:
+            self._tell(part, seen, state)
+        if seen.may_look and state.has_plain:
+            self._judge_plain(seen, state)
+        lead = state.lead
+        if lead is not None and lead.finished is not seen.finished:
+            lead.finished = seen.finished
+            at_work = lead.led if seen.finished is None else lead.led & ~seen.finished
+            state.lead = lead = lead if anyone(at_work) else None
+        if lead is not None:
+            lead.state = self.methods[0].observe(seen, lead.state)
         if seen.may_look:
-            before = state.method
-            for part in state.parts.items:
+            self._judge_led(seen, state)
+            for part in parts:
                 if not (part.state.is_over or part.state.is_last):
                     self._judge(part, seen, state)
             if state.method is not before:
@@ -179,11 +207,11 @@ class Auto(Solver):
     def _tell(self, part: Part, seen: Seen, state: AutoState) -> None:
         """Tell a part's method what was measured, or that it is over."""
         trial: _Trial = part.state
-        solver, told = self._solver(trial.code), _of(part, seen)
+        told = _of(part, seen)
         if part.rows is not None and told.finished is not None and not anyone(~told.finished):
             trial.is_over = True
             return
-        trial.state = _observed(solver, told, trial.state)
+        trial.state = _observed(self.methods[trial.code - 1], told, trial.state)
         if told.step == 0:
             trial.lowest = told.residual
         if trial.code > 1:
@@ -205,83 +233,153 @@ class Auto(Solver):
             new = torch.zeros_like(state.method, dtype=torch.bool)
             seen.assign(self.names, state.method, new.index_fill(0, _rows(part, state.method), True))
 
+    def _judge_plain(self, seen: Seen, state: AutoState) -> None:
+        """Samples that the plain iteration throws out, or is too slow for, are handed to the first method.
+
+        It is judged at the evaluations 3, 9, 13, 18, 30, 42, ...
+        """
+        step = seen.step
+        is_look = step in (3, 9, 13) or (step > 13 and step % 12 == 6)
+        if not is_look and (seen.all_improved or not step):
+            return
+        at_work = (state.method == 0) & (seen.before > -torch.inf)
+        lost, slow = _blown_up(seen, at_work), None
+        if is_look:
+            slow = at_work & (_plain_steps_left(seen, state) > min(self.plain_steps, seen.steps_left))
+            slow = _some(slow, seen.finished, lost)
+        if lost is not None:
+            rows = lost.nonzero().squeeze(1)
+            state.parts = state.parts.with_part(self._begin(1, rows, None, seen, state))
+        if slow is not None:
+            self._join(slow, seen, state)
+        if lost is not None or slow is not None:
+            state.has_plain = anyone(state.method == 0)
+
+    def _join(self, slow: Tensor, seen: Seen, state: AutoState) -> None:
+        """Samples of the plain iteration, bool (B,), go on with the first method, which learns from it."""
+        first, rows = self.methods[0], slow.nonzero().squeeze(1)
+        state.method = state.method.index_fill(0, rows, 1)
+        if isinstance(first, SecantSolver):
+            self._lead(first, slow, seen, state)
+            return
+        known = first.init(state.recent[0][0][rows])
+        for z, fz in state.recent:
+            known = first.step(z[rows], fz[rows], known)[1]
+        told = seen.of(rows)
+        trial = _Trial(1, seen.step, _lowest(told), _observed(first, told, known))
+        state.parts = state.parts.with_part(Part(rows, trial))
+
+    def _lead(self, first: SecantSolver, slow: Tensor, seen: Seen, state: AutoState) -> None:
+        """A secant method learns from all samples, and leads these."""
+        lead = state.lead
+        if lead is None:
+            known = first.init(state.recent[0][0])
+            first.let_go(known, torch.ones_like(slow))
+            for z, fz in state.recent:
+                known = first.step(z, fz, known)[1]
+            lead = _Lead(torch.zeros_like(slow), torch.zeros_like(state.method), (), seen.before, known)
+        first.lead(lead.state, slow, seen.before, seen.step)
+        state.lead = _Lead(
+            lead.led | slow,
+            torch.where(slow, seen.step, lead.since),
+            (*lead.ages, seen.step),
+            torch.where(slow, _lowest(seen), lead.lowest),
+            lead.state,
+            seen.finished,
+        )
+
+    def _judge_led(self, seen: Seen, state: AutoState) -> None:
+        """Samples that the first method, a secant method, is too slow for are handed on."""
+        lead, first = state.lead, self.methods[0]
+        if lead is None or not isinstance(first, SecantSolver):
+            return
+        is_look = any(self._is_look(1, seen.step - since) for since in lead.ages)
+        if seen.all_improved and not is_look:
+            return
+        at_work, age, slow = lead.led & (seen.before > -torch.inf), seen.step - lead.since, None
+        if is_look:
+            looked_at = (age >= self.patience) & (age % max(self.patience // 2, 1) == 0)
+            slow = looked_at & self._is_slow(seen, lead.lowest, age, seen.since)
+        leaving = _leaving(seen, at_work, slow)
+        if leaving is None:
+            return
+        fall = _fall(seen, lead.lowest, age)
+        column = torch.where(leaving, fall, state.falls[:, 1]).unsqueeze(1)
+        state.falls = torch.cat([state.falls[:, :1], column, state.falls[:, 2:]], 1)
+        rows = leaving.nonzero().squeeze(1)
+        trial = _Trial(1, 0, lead.lowest[rows], take_samples(lead.state, rows))
+        self._hand_on(Part(rows, trial), seen, state)
+        lead.led = lead.led & ~leaving
+        first.let_go(lead.state, leaving)
+        if not anyone(lead.led):
+            state.lead = None
+
     def _judge(self, part: Part, seen: Seen, state: AutoState) -> None:
         """Samples of a part whose residual blew up, or whose method is too slow, are handed on."""
-        is_look = self._is_look(part.state, seen.step)
+        trial: _Trial = part.state
+        age = seen.step - trial.since
+        is_look = self._is_look(trial.code, age)
         if not is_look and (seen.all_improved or not seen.step):
             return
         told = _of(part, seen)
-        at_work = told.before > -torch.inf
-        lost = slow = None
-        if not seen.all_improved:
-            lost = at_work & ~(told.residual <= _BLOWUP * told.before)
-            lost = lost if bool(lost.any()) else None
+        slow = None
         if is_look:
-            slow = at_work & self._is_slow(part, told, state)
-            slow = slow if told.finished is None else slow & ~told.finished
-            slow = slow if lost is None else slow & ~lost
-            slow = slow if bool(slow.any()) else None
-        if lost is not None or slow is not None:
-            self._hand_on(part, slow, lost, seen, state)
+            stuck = told.since if trial.own_at is None else told.step - trial.own_at
+            slow = self._is_slow(told, trial.lowest, age, stuck, trial.code)
+        leaving = _leaving(told, told.before > -torch.inf, slow)
+        if leaving is None:
+            return
+        rows = _rows(part, state.method)
+        column = torch.full_like(rows, trial.code)
+        state.falls = state.falls.index_put((rows, column), _fall(told, trial.lowest, age))
+        state.parts = Parts(tuple(other for other in state.parts.items if other is not part))
+        stays = ~leaving
+        if bool(stays.any()):
+            state.parts = state.parts.with_part(_cut(part, stays.nonzero().squeeze(1)))
+            part = _cut(part, leaving.nonzero().squeeze(1))
+        self._hand_on(part, seen, state)
 
-    def _is_slow(self, part: Part, told: Seen, state: AutoState) -> Tensor:
-        """Whose method is predicted to take too long, bool (b,)."""
-        trial: _Trial = part.state
-        if trial.code == 0:
-            return self._plain_steps_left(part, told, state) > min(self.plain_steps, told.steps_left)
-        since: Tensor = told.since if trial.own_at is None else told.step - trial.own_at
-        slow = since >= self._patience(trial)
-        if trial.code > 1 or told.step - trial.since < 1.5 * self.patience:
+    def _is_slow(self, told: Seen, lowest: Tensor, age: int | Tensor, stuck: Tensor, code: int = 1) -> Tensor:
+        """Whose method is predicted to take too long, bool (b,).
+
+        Args:
+            told: what was measured.
+            lowest: smallest residual when the method began, (b,).
+            age: evaluations since then.
+            stuck: evaluations since the last progress, (b,).
+            code: the method.
+        """
+        slow = stuck >= self._patience(code)
+        if code > 1:
             return slow
-        slow = slow | (trial.fall(told) < _SLOW)
-        return slow | (trial.steps_left(told) > told.steps_left)
+        fall = _fall(told, lowest, age)
+        too_slow = (fall < _SLOW) | (_steps(told.goal / _lowest(told), -fall) > told.steps_left)
+        return slow | too_slow & torch.as_tensor(age >= 1.5 * self.patience, device=slow.device)
 
-    def _is_look(self, trial: _Trial, step: int) -> bool:
-        """Whether a method is judged at this step: the plain iteration at 3, 9, 13, 18, 30, 42, ..."""
-        if trial.code == 0:
-            return step in (3, 9, 13) or (step > 13 and step % 12 == 6)
-        age, patience = step - trial.since, self._patience(trial)
+    def _is_look(self, code: int, age: int) -> bool:
+        """Whether a method is judged after so many evaluations."""
+        patience = self._patience(code)
         return age >= patience and age % max(patience // 2, 1) == 0
 
-    def _patience(self, trial: _Trial) -> int:
+    def _patience(self, code: int) -> int:
         """A later method gets more time: it starts where an earlier one got stuck."""
-        return self.patience * (1 if trial.code == 1 else _LATER)
+        return self.patience * (1 if code == 1 else _LATER)
 
-    def _plain_steps_left(self, part: Part, told: Seen, state: AutoState) -> Tensor:
-        """Steps to the tolerance by the plain iteration, (b,); infinite where it does not get there."""
-        older, old = (r if part.rows is None else r[part.rows] for r in state.residuals)
-        first, second = old / older, told.residual / old
-        # Rates rise as the fast parts of the error die away: half of the last rise is added. Where residuals
-        # fall and rise by turns, two steps together say how fast they fall.
-        rate = torch.maximum(second * (second / first).clamp_min(1).sqrt(), (first * second).sqrt())
-        return _steps(told.goal / told.residual, rate.log())
-
-    def _hand_on(
-        self, part: Part, slow: Tensor | None, lost: Tensor | None, seen: Seen, state: AutoState
-    ) -> None:
-        """Some samples of a part, bool (b,), go on with other methods."""
+    def _hand_on(self, part: Part, seen: Seen, state: AutoState) -> None:
+        """The samples of a part, which is none of those in the state any more, go on with other methods."""
         trial: _Trial = part.state
         told, rows = _of(part, seen), _rows(part, state.method)
-        falls, method = state.falls, state.method
-        if trial.code:
-            column = torch.full_like(rows, trial.code)
-            falls = falls.index_put((rows, column), trial.fall(told))
-        parts = [other for other in state.parts.items if other is not part]
-        stays = torch.ones_like(told.residual, dtype=torch.bool)
         # A method that got stuck far from a solution may have led astray.
         is_near = _lowest(told) <= _NEAR * trial.lowest
-        moves = [(slow, True), (lost, False)] if trial.code == 0 else _split(slow, lost, is_near)
-        for which, goes_on in moves:
-            if which is None:
+        for which, goes_on in ((is_near, True), (~is_near, False)):
+            if not bool(which.any()):
                 continue
-            stays = stays & ~which
-            for code, goes in self._followers(trial.code, which.nonzero().squeeze(1), falls[rows]):
-                following = part if len(goes) == len(rows) else _cut(part, goes)
-                parts.append(self._begin(code, following, _of(following, seen), state, goes_on))
-                method = method.index_fill(0, rows[goes], code)
-        if bool(stays.any()):
-            parts.append(_cut(part, stays.nonzero().squeeze(1)))
-        state.parts, state.method, state.falls = Parts(tuple(parts)), method, falls
+            places = which.nonzero().squeeze(1)
+            for code, goes in self._followers(trial.code, places, state.falls[rows]):
+                cut = part if len(goes) == len(rows) else _cut(part, goes)
+                state.parts = state.parts.with_part(
+                    self._begin(code, rows[goes], cut.state, seen, state, goes_on)
+                )
 
     def _followers(self, code: int, goes: Tensor, falls: Tensor) -> list[tuple[int, Tensor]]:
         """The methods that go on with samples (places in a part) which one gave up."""
@@ -291,43 +389,54 @@ class Auto(Solver):
         chosen = falls[goes].argmax(1).clamp_min(1)
         return [(code, goes[chosen == code]) for code in sorted(set(chosen.tolist()))]
 
-    def _begin(self, code: int, part: Part, told: Seen, state: AutoState, goes_on: bool) -> Part:
-        """A method starts on the samples of a part: with what the one before learnt, or afresh."""
-        trial: _Trial = part.state
-        solver, rows, best = self._solver(code), part.rows, told.best
-        is_last = trial.code == len(self.methods)
-        new = _Trial(code, told.step, _lowest(told), best, None, is_last=is_last)
-        if trial.code == 0 and goes_on:
-            # It learns from the last plain steps, and goes on from where they led.
-            recent = [(z, fz) if rows is None else (z[rows], fz[rows]) for z, fz in state.recent]
-            inner = solver.init(recent[0][0] if recent else best)
-            for z, fz in recent:
-                inner = solver.step(z, fz, inner)[1]
-            return Part(rows, replace(new, state=_observed(solver, told, inner)))
-        if not goes_on:
-            start = best if trial.start is None else trial.start
-            return Part(rows, replace(new, start=start, state=solver.init(start), waits=True))
-        try:
-            inner = solver.resume(trial.state, best)
-        except ValueError:  # it cannot learn from that method
-            inner = solver.init(best)
-        return Part(rows, replace(new, state=inner, waits=True))
+    def _begin(
+        self,
+        code: int,
+        rows: Tensor,
+        trial: _Trial | None,
+        seen: Seen,
+        state: AutoState,
+        goes_on: bool = False,
+    ) -> Part:
+        """A method starts on some samples: at their best iterates, with what the one before learnt if that
+        led there; or where the solve began, as if it were the first.
+        """
+        solver, told = self.methods[code - 1], seen.of(rows)
+        state.method = state.method.index_fill(0, rows, code)
+        start = told.best if goes_on or trial is None else state.origin[rows]
+        is_last = trial is not None and trial.code == len(self.methods)
+        known = None
+        if trial is not None and goes_on:
+            with contextlib.suppress(ValueError):  # it cannot learn from that method
+                known = solver.resume(trial.state, start)
+        known = solver.init(start) if known is None else known
+        return Part(rows, _Trial(code, told.step, _lowest(told), known, start, is_last=is_last))
 
     def step(self, z: Tensor, fz: Tensor, state: AutoState) -> tuple[Tensor, AutoState]:
         """A step of every method on its samples."""
-        if state.step is None:  # nothing is measured
-            for part in state.parts.items:
-                if part.state.code == 0:
-                    own = z if part.rows is None else z[part.rows]
-                    part.state.code, part.state.state = 1, self.methods[0].init(own)
-        z_next = z
+        if state.step is None and state.has_plain:  # nothing is measured
+            state = self._all_accelerated(z, state)
+        z_next, lead = fz, state.lead
+        if lead is not None:
+            moved, lead.state = self.methods[0].step(z, fz, lead.state)
+            z_next = torch.where(lead.led.unsqueeze(1), moved, fz) if state.has_plain else moved
         for part in state.parts.items:
             moved = self._step_part(part, z, fz)
             z_next = moved if part.rows is None else z_next.index_copy(0, part.rows, moved)
-        state.recent, state.query = self._recent(z, fz, state), None
-        if any(overrides(self._solver(part.state.code), "query") for part in state.parts.items):
+        state.recent = (*state.recent[1 - _RECENT :], (z, fz)) if state.has_plain else ()
+        state.query = None
+        if any(overrides(self.methods[part.state.code - 1], "query") for part in state.parts.items):
             state.query = self._query(state.parts.items, z_next)
         return z_next, state
+
+    def _all_accelerated(self, z: Tensor, state: AutoState) -> AutoState:
+        """Samples without a method get the first one."""
+        if not state.parts.items:
+            return self._all_by_the_first(self.methods[0].init(z), z)
+        rows = (state.method == 0).nonzero().squeeze(1)
+        own = self._all_by_the_first(self.methods[0].init(z[rows]), z[rows]).parts.items[0].state
+        method = state.method.clamp_min(1)
+        return replace(state, method=method, has_plain=False, parts=state.parts.with_part(Part(rows, own)))
 
     def _step_part(self, part: Part, z: Tensor, fz: Tensor) -> Tensor:
         """The next iterates of a part's samples."""
@@ -335,23 +444,17 @@ class Auto(Solver):
         own, image = (z, fz) if part.rows is None else (z[part.rows], fz[part.rows])
         if trial.is_over:
             return own
-        if trial.waits:
-            assert trial.start is not None
-            trial.waits = False
-            return trial.start
-        moved, trial.state = self._solver(trial.code).step(own, image, trial.state)
+        if trial.start is not None:
+            start, trial.start = trial.start, None
+            return start
+        moved, trial.state = self.methods[trial.code - 1].step(own, image, trial.state)
         return moved
-
-    def _recent(self, z: Tensor, fz: Tensor, state: AutoState) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The last evaluations while there are plain steps, for a method to learn from."""
-        is_plain = state.step is not None and any(part.state.code == 0 for part in state.parts.items)
-        return (*state.recent[1 - _RECENT :], (z, fz)) if is_plain else ()
 
     def _query(self, parts: tuple[Part, ...], z: Tensor) -> Query:
         """What the methods ask for, together."""
         point, direction, wanted = z, None, None
         for part in parts:
-            asked = self._solver(part.state.code).query(part.state.state)
+            asked = self.methods[part.state.code - 1].query(part.state.state)
             if asked is None:
                 continue
             rows = _rows(part, z)
@@ -384,12 +487,41 @@ def _rows(part: Part, tensor: Tensor) -> Tensor:
     return torch.arange(len(tensor), device=tensor.device) if part.rows is None else part.rows
 
 
-def _split(slow: Tensor | None, lost: Tensor | None, is_near: Tensor) -> list[tuple[Tensor | None, bool]]:
-    """Samples, bool (b,), that go on from their best iterate, and those that begin where the method did."""
-    leaving = slow if lost is None else lost if slow is None else slow | lost
-    assert leaving is not None
-    near, far = leaving & is_near, leaving & ~is_near
-    return [(which, is_on) for which, is_on in ((near, True), (far, False)) if bool(which.any())]
+def _plain_steps_left(seen: Seen, state: AutoState) -> Tensor:
+    """Steps to the tolerance by the plain iteration, (B,); infinite where it does not get there."""
+    older, old = state.residuals
+    first, second = old / older, seen.residual / old
+    # Rates rise as the fast parts of the error die away: half of the last rise is added. Where residuals
+    # fall and rise by turns, two steps together say how fast they fall.
+    rate = torch.maximum(second * (second / first).clamp_min(1).sqrt(), (first * second).sqrt())
+    return _steps(seen.goal / seen.residual, rate.log())
+
+
+def _blown_up(told: Seen, at_work: Tensor) -> Tensor | None:
+    """The samples among those at work whose residual is lost, bool (b,); `None`: nobody."""
+    if told.all_improved:
+        return None
+    return _some(at_work & ~(told.residual <= _BLOWUP * told.before))
+
+
+def _leaving(told: Seen, at_work: Tensor, slow: Tensor | None) -> Tensor | None:
+    """The samples among those at work that are lost or slow, bool (b,); `None`: nobody."""
+    lost, slow = _blown_up(told, at_work), None if slow is None else _some(at_work & slow, told.finished)
+    return lost if slow is None else slow if lost is None else slow | lost
+
+
+def _some(which: Tensor, *exempt: Tensor | None) -> Tensor | None:
+    """Samples, bool (b,), without those that are exempt; `None`: nobody."""
+    for others in exempt:
+        which = which if others is None else which & ~others
+    return which if bool(which.any()) else None
+
+
+def _fall(told: Seen, lowest: Tensor, age: int | Tensor) -> Tensor:
+    """How far log(residual) came down an evaluation since it was at `lowest`, (b,)."""
+    return (lowest.log() - _lowest(told).log()) / (
+        age.clamp_min(1) if isinstance(age, Tensor) else max(age, 1)
+    )
 
 
 def _lowest(told: Seen) -> Tensor:

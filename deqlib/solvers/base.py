@@ -12,7 +12,7 @@ from torch import Tensor
 
 SAFE = (1e-15, 1e15)  # norms within it lost nothing to the range of float32
 _MANY = 1024  # samples from which on small systems are solved all at once
-_FEW = 64  # numbers that Python goes through faster than PyTorch starts an operation
+FEW = 64  # numbers that Python goes through faster than PyTorch starts an operation
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,14 @@ def anyone(which: Tensor | None) -> bool:
     """Whether a mask (B,) may hold for any sample: `True` where the host cannot know for free."""
     if which is None or not can_look(which):
         return which is not None
-    return True in which.tolist() if len(which) <= _FEW else bool(which.any())
+    return True in which.tolist() if which.shape[0] <= FEW else bool(which.any())
 
 
 def within(values: Tensor, limits: Tensor | float) -> bool:
     """Whether the host knows that all values (B,) are below their limits, (B,) or one for all."""
     if not can_look(values):
         return False
-    if len(values) > _FEW:
+    if values.shape[0] > FEW:
         return bool((values < limits).all())
     if isinstance(limits, float):
         return all(value < limits for value in values.tolist())
@@ -195,7 +195,7 @@ def select(
 ) -> Tensor:
     """`new` for the samples in `which`, `old` for the others; no copy where the host sees that one is all."""
     if can_look(which):
-        found = which.tolist() if len(which) <= _FEW else [bool(which.any()), bool(which.all())]
+        found = which.tolist() if which.shape[0] <= FEW else [bool(which.any()), bool(which.all())]
         if False not in found:
             return new
         if True not in found:
@@ -328,10 +328,10 @@ def solve_small(
         found = _solve_tiny(system, rhs)
     else:
         found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
-    size = torch.linalg.vector_norm(found.detach(), torch.inf, dim=1)
-    if within(size, limit):
+    values = found.detach()
+    if can_look(values) and float(torch.linalg.vector_norm(values, torch.inf)) < limit:  # false for NaN
         return found, None
-    solved = size < limit  # false for NaN
+    solved = torch.linalg.vector_norm(values, torch.inf, dim=1) < limit
     return torch.where(solved.unsqueeze(1), found, 0), ~solved
 
 

@@ -60,6 +60,7 @@ class SecantState:
     plain: Tensor | None = None  # (B,), bool, samples whose last step was a Picard step; None: nobody
     failed: Tensor | None = None  # (B,), bool, samples whose last system had no solution; None: nobody
     finished: Tensor | None = None  # (B,), bool, samples that had nothing pending put; None: nobody
+    idle: Tensor | None = None  # (B,), bool, samples that go their own way, see `lead`; None: nobody
     moving: Tensor | None = None  # (B, 1), 1 for the samples that are not finished, else 0; None: all are 1
     lost_at: int | None = None  # `count` when a sample last lost its columns; None: never
     uses_residuals: bool = True  # what `left` holds, see `SecantSolver`
@@ -285,12 +286,14 @@ class SecantSolver(Solver):
         if is_new:
             self._close_column(fz, source, refused, state)
         rhs = products(state.left[:, : state.num_columns], residual) if state.count else None
+        if rhs is not None and state.alive is not None and state.has_gaps:
+            rhs = torch.where(state.alive[:, : rhs.shape[1]], rhs, 0)
         if is_new and rhs is not None:
             self._extend(state, (state.count - 1) % state.memory, self._column(rhs, state))
         state.products = rhs
         if refused is not None:
             _forget(state, refused)
-        gamma = self._coefficients(residual, rhs, state)
+        gamma = self._coefficients(residual, state.products, state)
         if is_recorded(gamma) and not state.left.requires_grad:
             state.left = state.left.clone()
         self._make_room(state, finished)
@@ -307,6 +310,30 @@ class SecantSolver(Solver):
         if refused is not None:
             z_next = self._half_step(z_next, refused, state.df[:, state.slot], state.left[:, state.slot])
         return z_next, state
+
+    def lead(self, state: SecantState, which: Tensor, lowest: Tensor, step: int) -> None:
+        """Samples that went their own way, bool (B,), are led by the method from now on.
+
+        What it does to them does not depend on how long it was watching: they keep their newest two columns.
+
+        Args:
+            state: in which all samples are idle at first.
+            which: the samples.
+            lowest: the smallest residual of each sample, (B,).
+            step: evaluations of the solve before this one; samples stagnate or not every `restart` of these.
+        """
+        if state.num_columns > 2:
+            _forget(state, which, spared=2)
+        idle = ~which if state.idle is None else state.idle & ~which
+        state.idle = idle if anyone(idle) else None
+        state.best = torch.where(which, lowest, state.best)
+        state.then = torch.where(which, torch.inf, state.then)
+        if self.restart is not None:
+            state.window = step % self.restart
+
+    def let_go(self, state: SecantState, which: Tensor) -> None:
+        """These samples, bool (B,), go their own way."""
+        state.idle = which if state.idle is None else state.idle | which
 
     def _half_step(self, z_next: Tensor, refused: Tensor, fz: Tensor, source: Tensor) -> Tensor:
         """`z_next`, where refused half a Picard step from the iterate before, whose values are given."""
@@ -341,10 +368,8 @@ class SecantSolver(Solver):
         # A plain step is never refused, so refusing cannot go on for ever.
         if state.count and not all_improved:
             refused = ~(size <= self.growth * best)  # true for NaN
-            if state.plain is not None:
-                refused = refused & ~state.plain
-            if finished is not None:
-                refused = refused & ~finished
+            for exempt in (state.plain, finished, state.idle):
+                refused = refused if exempt is None else refused & ~exempt
             refused = refused if anyone(refused) else None
         state.best = size if all_improved else torch.fmin(state.best, size)
         if state.failed is not None:
@@ -353,8 +378,8 @@ class SecantSolver(Solver):
         state.window += 1
         if self.restart is not None and state.window >= self.restart:
             stagnated = (state.best >= state.then) & (state.best < torch.inf)
-            if finished is not None:
-                stagnated = stagnated & ~finished
+            for exempt in (finished, state.idle):
+                stagnated = stagnated if exempt is None else stagnated & ~exempt
             state.then, state.window = state.best, 0
             stagnated = stagnated if state.count and anyone(stagnated) else None
             if stagnated is not None:
@@ -378,7 +403,7 @@ class SecantSolver(Solver):
             # For autograd it may have been saved, in which case it must not be written to.
             alive = state.alive.clone() if is_recorded(state.df) else state.alive
             if finished is None:
-                alive[:, slot] = True
+                alive[:, slot].fill_(True)
             else:
                 alive[:, slot].logical_or_(~finished)
             state.alive = alive
@@ -408,19 +433,20 @@ class SecantSolver(Solver):
         """Add the row and the column of the newest column to the matrix."""
         size = column.shape[1]
         row = self.row(state.left[:, :size], state.df[:, :size], newest, column)
-        if state.alive is not None and state.has_gaps:
-            alive = state.alive[:, :size]
-            row, column = torch.where(alive, row, 0), torch.where(alive, column, 0)
+        if row is not column and state.alive is not None and state.has_gaps:
+            row = torch.where(state.alive[:, :size], row, 0)
         state.system = _write_cross(state, newest, row, column)
 
     def _make_room(self, state: SecantState, finished: Tensor | None) -> None:
         """A slot for the values of this iterate, which the newest column will be made of."""
         slots, slot, pad = state.df.shape[1], state.slot, torch.nn.functional.pad
         if slot < slots:
-            if state.alive is not None:  # the column that was there goes, but for samples that are finished
+            if (
+                state.alive is not None and state.count >= state.memory
+            ):  # the column that was there goes, but for samples that are finished
                 alive = state.alive.clone() if is_recorded(state.df) else state.alive
                 if finished is None:
-                    alive[:, slot] = False
+                    alive[:, slot].fill_(False)
                 else:
                     alive[:, slot].logical_and_(finished)
                 state.alive = alive
@@ -440,25 +466,30 @@ class SecantSolver(Solver):
         if rhs is None:
             return residual.new_zeros(residual.shape[0], 0)
         rhs = rhs.to(state.system.dtype)
-        if state.alive is not None and state.has_gaps:
-            alive = state.alive[:, :size]
-            rhs, state.plain = torch.where(alive, rhs, 0), ~alive.any(1)
+        if state.alive is not None and state.lost_at == state.count:  # a column more, and nobody is without
+            state.plain = ~state.alive[:, :size].any(1)
         limit = self.largest_coefficient(residual.dtype)
         gamma, state.failed = solve_small(state.system[:, :size, :size], rhs, limit=limit)
         if state.failed is not None:
             state.plain = state.failed if state.plain is None else state.plain | state.failed
+            state.failed = state.failed if state.idle is None else state.failed & ~state.idle
         return gamma.to(residual.dtype)
 
 
-def _forget(state: SecantState, which: Tensor) -> None:
-    """These samples lose their columns."""
-    keep = ~which
-    state.alive = state.columns() & keep.unsqueeze(1)
+def _forget(state: SecantState, which: Tensor, *, spared: int = 0) -> None:
+    """These samples lose their columns, but for the newest so many."""
     slots = state.system.shape[1]
-    if state.alive.shape[1] < slots:
-        state.alive = torch.nn.functional.pad(state.alive, (0, slots - state.alive.shape[1]))
+    old = torch.nn.functional.pad(state.columns(), (0, slots - state.num_columns))
+    new = torch.zeros(slots, dtype=torch.bool, device=old.device)
+    for age in range(1, min(spared, state.num_columns) + 1):
+        new[(state.count - age) % state.memory] = True
+    state.alive = old & (new | ~which.unsqueeze(1))
     identity = torch.eye(slots, dtype=state.system.dtype, device=state.system.device)
-    state.system = torch.where(keep.view(-1, 1, 1), state.system, identity)
+    lost = (which.unsqueeze(1) & ~new).unsqueeze(1)
+    state.system = torch.where(lost | lost.mT, identity, state.system)
+    if state.products is not None:
+        size = state.products.shape[1]
+        state.products = torch.where(state.alive[:, :size], state.products, 0)
     state.lost_at = state.count
 
 

@@ -156,7 +156,8 @@ def test_a_fast_contraction_is_picards_to_the_bit(rate: float) -> None:
 
 def test_the_plain_iteration_keeps_no_history() -> None:
     # An image is the next iterate, but for the samples that are finished: those are held at their best.
-    for batch, most in ((1, 4), (4, 6)):
+    # The start is kept too: a method that a sample is handed to may begin there.
+    for batch, most in ((1, 5), (4, 7)):
         base = tanh_rnn(batch=batch, width=24, rate=0.5, dtype=torch.float64)
         auto = solve(base, Auto(), rtol=1e-5)
         assert auto.nfe > 10
@@ -229,6 +230,38 @@ def test_samples_fare_in_a_mixed_batch_as_they_do_alone() -> None:
         alone = solve(sample(base, index), Auto())
         assert alone.num_steps[0] == auto.num_steps[index]
         torch.testing.assert_close(alone.value[0], auto.value[index], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_samples_that_a_secant_method_gets_at_different_looks_fare_as_they_do_alone(compact: bool) -> None:
+    # Each begins at a distance of its own from what falls slowly, so the plain iteration is found to be slow
+    # later for some; what Anderson learnt of them meanwhile must not show.
+    hard = nearly_singular(batch=8, width=64, dtype=torch.float64)
+    easy = tanh_rnn(batch=4, width=64, rate=0.5, dtype=torch.float64)
+    log: list[list[int]] = []
+
+    def cell(z: Tensor, rows: Tensor) -> Tensor:
+        both = torch.zeros(12, 64, dtype=torch.float64).index_copy(0, rows, z)
+        return torch.cat([hard.f(both[:8]), easy.f(both[8:])])[rows]
+
+    def run(rows: list[int], log: list[list[int]]) -> Solution:
+        where = torch.tensor(rows)
+        z0, rule = torch.cat([hard.z0, easy.z0])[where], Stopping(rtol=1e-6, max_steps=200)
+        with torch.no_grad():
+            return fixed_point(
+                cell, z0, (where,), solver=watched(Auto(), log), stopping=rule, compact=compact
+            )
+
+    together = run(list(range(12)), log)
+    joined = (
+        {next(i for i, row in enumerate(log) if row[k] == 1) for k in range(8)} if not compact else {0, 1}
+    )
+    assert len(joined) >= 2
+    for index in range(12):
+        alone = run([index], [])
+        assert alone.num_steps[0] == together.num_steps[index]
+        assert alone.method[0] == together.method[index]
+        torch.testing.assert_close(alone.value[0], together.value[index], rtol=1e-7, atol=1e-9)
 
 
 # From one method to the next ----------------------------------------------------------------------------
