@@ -8,9 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_integer, check_number
 from .base import combination, products
 from .secant import SecantSolver, SecantState
+
+_FEWEST = 10  # differences that the budget does not forbid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,9 @@ class Anderson(SecantSolver):
 
     Args:
         memory: most differences kept, and never more than a sample has numbers, plus one.
+        budget: numbers that all kept differences of a sample may have together, `None` for any: of a large
+            sample fewer are kept, since each is read at every step, but never fewer than 10 if `memory`
+            allows those.
         ridge: added to the diagonal of the least-squares system after its columns were scaled to unit
             norm, so it means the same at every size of the residual.
         damping: in (0, 1], of the residual that the combination leaves.
@@ -41,6 +46,7 @@ class Anderson(SecantSolver):
     """
 
     memory: int = 10
+    budget: int | None = None
     ridge: float = 1e-7
     damping: float = 1.0
     kind: Literal["I", "II"] = "II"
@@ -50,6 +56,8 @@ class Anderson(SecantSolver):
     def __post_init__(self) -> None:
         """Validate."""
         super().__post_init__()
+        if self.budget is not None:
+            check_integer("Anderson", 1, budget=self.budget)
         check_number("Anderson", 0, ridge=self.ridge)
         check_number("Anderson", 0, 1, open_minimum=True, damping=self.damping)
         if self.kind not in ("I", "II"):
@@ -64,6 +72,11 @@ class Anderson(SecantSolver):
     def method(self) -> str:
         """Type I or II."""
         return f"Anderson of type {self.kind}"
+
+    def most_columns(self, width: int) -> int:
+        """Within the budget too."""
+        most = super().most_columns(width)
+        return most if self.budget is None else min(most, max(self.budget // max(width, 1), _FEWEST))
 
     def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
         """Of dR^T dR, which is symmetric, or of dZ^T dR = dZ^T dF - dZ^T dZ."""

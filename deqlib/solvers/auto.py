@@ -25,7 +25,7 @@ _LATER = 4  # times the patience with the first method is that with the others
 
 
 def _default_methods() -> tuple[Solver, ...]:
-    return (Anderson(memory=25), Broyden(), NewtonKrylov())
+    return (Anderson(memory=25, budget=2**18), Broyden(), NewtonKrylov())
 
 
 @dataclass(eq=False)

@@ -329,7 +329,8 @@ def solve_small(
     else:
         found = torch.linalg.solve_ex(system, rhs.unsqueeze(2))[0].squeeze(2)
     values = found.detach()
-    if can_look(values) and float(torch.linalg.vector_norm(values, torch.inf)) < limit:  # false for NaN
+    looks = can_look(values) and values.numel() > 0
+    if looks and float(torch.linalg.vector_norm(values, torch.inf)) < limit:  # false for NaN
         return found, None
     solved = torch.linalg.vector_norm(values, torch.inf, dim=1) < limit
     return torch.where(solved.unsqueeze(1), found, 0), ~solved

@@ -160,7 +160,7 @@ class SecantSolver(Solver):
         """
 
     def most_columns(self, width: int) -> int:
-        """How many columns help with a state of so many numbers."""
+        """How many columns help with a state of so many numbers, and one for the pending values."""
         return max(width, 1) + 1
 
     @property
@@ -486,7 +486,9 @@ def _forget(state: SecantState, which: Tensor, *, spared: int = 0) -> None:
     state.alive = old & (new | ~which.unsqueeze(1))
     identity = torch.eye(slots, dtype=state.system.dtype, device=state.system.device)
     lost = (which.unsqueeze(1) & ~new).unsqueeze(1)
-    state.system = torch.where(lost | lost.mT, identity, state.system)
+    in_place = not (is_recorded(state.system) or torch.compiler.is_compiling())
+    out = {"out": state.system} if in_place else {}
+    state.system = torch.where(lost | lost.mT, identity, state.system, **out)
     if state.products is not None:
         size = state.products.shape[1]
         state.products = torch.where(state.alive[:, :size], state.products, 0)

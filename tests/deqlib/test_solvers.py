@@ -279,6 +279,29 @@ def test_a_history_takes_memory_as_it_grows_and_no_more_than_it_can_use(solver: 
         assert sizes[-1] == most
 
 
+@pytest.mark.parametrize(
+    ("memory", "budget", "width", "most"),
+    [
+        (25, 1000, 40, 25),
+        (25, 1000, 50, 20),
+        (25, 1000, 500, 10),
+        (8, 1000, 500, 8),
+        (25, 1, 7, 8),
+        (25, 1, 50, 10),
+    ],
+)
+def test_a_budget_bounds_what_a_history_of_large_samples_takes(
+    memory: int, budget: int, width: int, most: int
+) -> None:
+    solver, base = Anderson(memory=memory, budget=budget), problem(dim=width, contraction=0.95)
+    z, state = base.z0, solver.init(base.z0)
+    for _ in range(memory + 2):
+        z, state = solver.step(z, base.f(z), state)
+    assert state.df.shape[1] == state.left.shape[1] == most
+    with pytest.raises(ValueError, match="budget"):
+        Anderson(budget=0)
+
+
 @pytest.mark.parametrize("solver", [Anderson(memory=9), Broyden(memory=9)], ids=["anderson", "broyden"])
 def test_columns_stay_where_they_are_when_room_is_made(solver: Solver) -> None:
     base = problem(dim=30, contraction=0.95)
