@@ -19,7 +19,7 @@ from .secant import SecantSolver
 
 _RECENT = 3  # plain steps that a method learns from: as many as come before the first look
 _BLOWUP = 1e6  # residuals beyond the best by this factor are lost
-_SLOW = 0.11  # a method that brings log(residual) down by less than that an evaluation is left
+_SLOW = 0.11  # a method that brings log(residual) down by less than that an evaluation is slow
 _NEAR = 0.01  # a residual below this share of that at the start of a method: it led towards a solution
 _LATER = 4  # times the patience with the first method is that with the others
 
@@ -53,7 +53,7 @@ class _Lead:
 
     led: Tensor  # (B,), bool, the samples that it works on
     since: Tensor  # (B,), int64, the evaluation at which it got each
-    ages: tuple[int, ...]  # all that are in `since`
+    begun: tuple[int, ...]  # all that are in `since`
     lowest: Tensor  # (B,), smallest residual then
     state: Any  # of the method
     finished: Tensor | None = None  # (B,), bool, as of the evaluation before; None: nobody
@@ -67,10 +67,8 @@ class AutoState:
     method: Tensor  # (B,), int64, the method of each sample
     falls: Tensor  # (B, methods + 1), how far each method has brought log(residual) down an evaluation
     has_plain: bool  # whether there may be samples that are left with the plain iteration
+    parts: Parts  # of _Trial; samples that are neither plain nor led are in one of them each
     lead: _Lead | None = None  # the first method, if that is a secant method
-    parts: Parts = field(
-        default_factory=lambda: Parts(())
-    )  # of _Trial; the other samples are in one of them each
     residuals: tuple[Tensor, ...] = ()  # the last two before this evaluation, (B,) each
     recent: tuple[tuple[Tensor, Tensor], ...] = ()  # iterates and images that a new method may learn from
     step: int | None = None  # the evaluation that was last observed; None: none was
@@ -85,13 +83,14 @@ class Auto(Solver):
     trend carried on, and from the rate the number of steps to the tolerance. A sample that needs more than
     `plain_steps`, or more than are left, goes on with the first of `methods`, which learns from the last
     evaluations too. A method is judged by what it did for a sample since it got it. If the sample's residual
-    did not improve for `patience` evaluations, falls by less than a tenth an evaluation, or is predicted not
-    to arrive within the steps that are left, the next method goes on: from the sample's best iterate and with
-    the history of the one before, if that brought the residual down a hundredfold, else from where the solve
-    began, as if it were the first. (Methods after the first get four times the patience, measured by their
-    own progress.) When none is left, the sample goes back to the one that made most progress and stays there.
-    A sample whose residual blows up is handed on at once. `Stopping.patience` counts anew when a sample
-    changes method, and does not count until a later method has had its time.
+    did not improve for `patience` evaluations, falls by less than a tenth an evaluation while more than half
+    of the evaluations that it took are still to go, or is predicted not to arrive within the steps that are
+    left, the next method goes on: from the sample's best iterate and with the history of the one before, if
+    that brought the residual down a hundredfold, else from where the solve began, as if it were the first.
+    (Methods after the first get four times the patience, measured by their own progress.) When none is left,
+    the sample goes back to the one that made most progress and stays there. A sample whose residual blows up
+    is handed on at once. `Stopping.patience` counts anew when a sample changes method, and does not count
+    until a later method has had its time.
 
     `Solution.method` says who worked on each sample last. Samples change hands when the host looks
     (`Stopping.check_every`); on a CPU, where looking costs nothing, at any step. With a fixed number of steps
@@ -142,6 +141,7 @@ class Auto(Solver):
             method=torch.zeros(batch, dtype=torch.int64, device=z0.device),
             falls=z0.new_full((1, 1), -torch.inf).expand(batch, len(self.methods) + 1),
             has_plain=self.plain_steps > 0,
+            parts=Parts(()),
         )
 
     def _all_by_the_first(self, state: Any, z0: Tensor) -> AutoState:
@@ -282,7 +282,7 @@ class Auto(Solver):
         state.lead = _Lead(
             lead.led | slow,
             torch.where(slow, seen.step, lead.since),
-            (*lead.ages, seen.step),
+            (*lead.begun, seen.step),
             torch.where(slow, _lowest(seen), lead.lowest),
             lead.state,
             seen.finished,
@@ -293,17 +293,18 @@ class Auto(Solver):
         lead, first = state.lead, self.methods[0]
         if lead is None or not isinstance(first, SecantSolver):
             return
-        is_look = any(self._is_look(1, seen.step - since) for since in lead.ages)
-        if seen.all_improved and not is_look:
+        looked_at = [since for since in lead.begun if self._is_look(1, seen.step - since)]
+        if seen.all_improved and not looked_at:
             return
-        at_work, age, slow = lead.led & (seen.before > -torch.inf), seen.step - lead.since, None
-        if is_look:
-            looked_at = (age >= self.patience) & (age % max(self.patience // 2, 1) == 0)
-            slow = looked_at & self._is_slow(seen, lead.lowest, age, seen.since)
-        leaving = _leaving(seen, at_work, slow)
+        slow = None
+        for since in looked_at:
+            found = self._is_slow(seen, lead.lowest, seen.step - since, seen.since)
+            found = found if len(lead.begun) == 1 else found & (lead.since == since)
+            slow = found if slow is None else slow | found
+        leaving = _leaving(seen, lead.led & (seen.before > -torch.inf), slow)
         if leaving is None:
             return
-        fall = _fall(seen, lead.lowest, age)
+        fall = _fall(seen, lead.lowest, (seen.step - lead.since).clamp_min(1))
         column = torch.where(leaving, fall, state.falls[:, 1]).unsqueeze(1)
         state.falls = torch.cat([state.falls[:, :1], column, state.falls[:, 2:]], 1)
         rows = leaving.nonzero().squeeze(1)
@@ -311,7 +312,7 @@ class Auto(Solver):
         self._hand_on(Part(rows, trial), seen, state)
         lead.led = lead.led & ~leaving
         first.let_go(lead.state, leaving)
-        if not anyone(lead.led):
+        if not anyone(lead.led if seen.finished is None else lead.led & ~seen.finished):
             state.lead = None
 
     def _judge(self, part: Part, seen: Seen, state: AutoState) -> None:
@@ -331,7 +332,7 @@ class Auto(Solver):
             return
         rows = _rows(part, state.method)
         column = torch.full_like(rows, trial.code)
-        state.falls = state.falls.index_put((rows, column), _fall(told, trial.lowest, age))
+        state.falls = state.falls.index_put((rows, column), _fall(told, trial.lowest, max(age, 1)))
         state.parts = Parts(tuple(other for other in state.parts.items if other is not part))
         stays = ~leaving
         if bool(stays.any()):
@@ -339,7 +340,7 @@ class Auto(Solver):
             part = _cut(part, leaving.nonzero().squeeze(1))
         self._hand_on(part, seen, state)
 
-    def _is_slow(self, told: Seen, lowest: Tensor, age: int | Tensor, stuck: Tensor, code: int = 1) -> Tensor:
+    def _is_slow(self, told: Seen, lowest: Tensor, age: int, stuck: Tensor, code: int = 1) -> Tensor:
         """Whose method is predicted to take too long, bool (b,).
 
         Args:
@@ -349,12 +350,14 @@ class Auto(Solver):
             stuck: evaluations since the last progress, (b,).
             code: the method.
         """
-        slow = stuck >= self._patience(code)
-        if code > 1:
-            return slow
-        fall = _fall(told, lowest, age)
-        too_slow = (fall < _SLOW) | (_steps(told.goal / _lowest(told), -fall) > told.steps_left)
-        return slow | too_slow & torch.as_tensor(age >= 1.5 * self.patience, device=slow.device)
+        is_stuck = stuck >= self._patience(code)
+        if code > 1 or age < 1.5 * self.patience:
+            return is_stuck
+        now = _lowest(told)
+        gone, left = (lowest / now).log(), (now / told.goal).log()
+        has_more_to_go = 2 * left > gone
+        is_late = left * age > gone * told.steps_left
+        return is_stuck | (gone < _SLOW * age) & has_more_to_go | is_late
 
     def _is_look(self, code: int, age: int) -> bool:
         """Whether a method is judged after so many evaluations."""
@@ -519,9 +522,7 @@ def _some(which: Tensor, *exempt: Tensor | None) -> Tensor | None:
 
 def _fall(told: Seen, lowest: Tensor, age: int | Tensor) -> Tensor:
     """How far log(residual) came down an evaluation since it was at `lowest`, (b,)."""
-    return (lowest.log() - _lowest(told).log()) / (
-        age.clamp_min(1) if isinstance(age, Tensor) else max(age, 1)
-    )
+    return (lowest / _lowest(told)).log() / age
 
 
 def _lowest(told: Seen) -> Tensor:
