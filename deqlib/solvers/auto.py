@@ -19,7 +19,7 @@ from .secant import SecantSolver
 
 _RECENT = 3  # plain steps that a method learns from: as many as come before the first look
 _BLOWUP = 1e6  # residuals beyond the best by this factor are lost
-_SLOW = 0.11  # a method that brings log(residual) down by less than that an evaluation is slow
+_SLOW = 0.08  # a method that brings log(residual) down by less than that an evaluation is slow
 _NEAR = 0.01  # a residual below this share of that at the start of a method: it led towards a solution
 _LATER = 4  # times the patience with the first method is that with the others
 
@@ -57,6 +57,7 @@ class _Lead:
     lowest: Tensor  # (B,), smallest residual then
     state: Any  # of the method
     finished: Tensor | None = None  # (B,), bool, as of the evaluation before; None: nobody
+    is_over: bool = False  # whether all of its samples are finished
 
 
 @dataclass(eq=False)
@@ -83,7 +84,7 @@ class Auto(Solver):
     trend carried on, and from the rate the number of steps to the tolerance. A sample that needs more than
     `plain_steps`, or more than are left, goes on with the first of `methods`, which learns from the last
     evaluations too. A method is judged by what it did for a sample since it got it. If the sample's residual
-    did not improve for `patience` evaluations, falls by less than a tenth an evaluation while more than half
+    did not improve for `patience` evaluations, falls by less than 8 % an evaluation while more than half
     of the evaluations that it took are still to go, or is predicted not to arrive within the steps that are
     left, the next method goes on: from the sample's best iterate and with the history of the one before, if
     that brought the residual down a hundredfold, else from where the solve began, as if it were the first.
@@ -162,20 +163,18 @@ class Auto(Solver):
                 f"state: expected the state of a solve of {len(z0)} samples, got one of {len(state.method)}; "
                 "leave it out to start afresh"
             )
-        if not self.plain_steps and not (state.parts.items or state.lead):
-            return self.init(z0)
         fresh, old, parts = self._fresh(z0), list(state.parts.items), []
         if state.lead is not None:
             led = Part(None, _Trial(1, 0, state.lead.lowest, state.lead.state))
             rows = state.lead.led.nonzero().squeeze(1)
             old.append(led if rows.shape[0] == z0.shape[0] else _cut(led, rows))
+        method = fresh.method
         for part in old:
-            code = min(part.state.code, len(self.methods))
-            start = z0 if part.rows is None else z0[part.rows]
+            code, rows = min(part.state.code, len(self.methods)), _rows(part, z0)
+            method, start = method.index_fill(0, rows, code), z0[rows]
             known = self.methods[code - 1].resume(part.state.state, start)
             unknown = start.new_full((len(start),), torch.inf)
             parts.append(Part(part.rows, _Trial(code, 0, unknown, known)))
-        method = state.method.clamp_max(len(self.methods))
         return replace(fresh, parts=Parts(tuple(parts)), method=method, has_plain=anyone(method == 0))
 
     def observe(self, seen: Seen, state: AutoState) -> AutoState:
@@ -190,12 +189,12 @@ class Auto(Solver):
         lead = state.lead
         if lead is not None and lead.finished is not seen.finished:
             lead.finished = seen.finished
-            at_work = lead.led if seen.finished is None else lead.led & ~seen.finished
-            state.lead = lead = lead if anyone(at_work) else None
-        if lead is not None:
+            lead.is_over = not anyone(_without(lead.led, seen.finished))
+        if lead is not None and not lead.is_over:
             lead.state = self.methods[0].observe(seen, lead.state)
         if seen.may_look:
-            self._judge_led(seen, state)
+            if lead is not None and not lead.is_over:
+                self._judge_led(lead, seen, state)
             for part in parts:
                 if not (part.state.is_over or part.state.is_last):
                     self._judge(part, seen, state)
@@ -273,11 +272,15 @@ class Auto(Solver):
         """A secant method learns from all samples, and leads these."""
         lead = state.lead
         if lead is None:
-            known = first.init(state.recent[0][0])
-            first.let_go(known, torch.ones_like(slow))
+            nobody, known = torch.zeros_like(slow), first.init(state.recent[0][0])
+            lead = _Lead(nobody, torch.zeros_like(state.method), (), seen.before, known, is_over=True)
+        if lead.is_over:
+            known = lead.state
+            known.let_go(torch.ones_like(slow))
+            known.pending = False
             for z, fz in state.recent:
+                known.leaving = seen.finished
                 known = first.step(z, fz, known)[1]
-            lead = _Lead(torch.zeros_like(slow), torch.zeros_like(state.method), (), seen.before, known)
         first.lead(lead.state, slow, seen.before, seen.step)
         state.lead = _Lead(
             lead.led | slow,
@@ -288,11 +291,8 @@ class Auto(Solver):
             seen.finished,
         )
 
-    def _judge_led(self, seen: Seen, state: AutoState) -> None:
+    def _judge_led(self, lead: _Lead, seen: Seen, state: AutoState) -> None:
         """Samples that the first method, a secant method, is too slow for are handed on."""
-        lead, first = state.lead, self.methods[0]
-        if lead is None or not isinstance(first, SecantSolver):
-            return
         looked_at = [since for since in lead.begun if self._is_look(1, seen.step - since)]
         if seen.all_improved and not looked_at:
             return
@@ -311,9 +311,8 @@ class Auto(Solver):
         trial = _Trial(1, 0, lead.lowest[rows], take_samples(lead.state, rows))
         self._hand_on(Part(rows, trial), seen, state)
         lead.led = lead.led & ~leaving
-        first.let_go(lead.state, leaving)
-        if not anyone(lead.led if seen.finished is None else lead.led & ~seen.finished):
-            state.lead = None
+        lead.state.let_go(leaving)
+        lead.is_over = not anyone(_without(lead.led, seen.finished))
 
     def _judge(self, part: Part, seen: Seen, state: AutoState) -> None:
         """Samples of a part whose residual blew up, or whose method is too slow, are handed on."""
@@ -420,7 +419,7 @@ class Auto(Solver):
         if state.step is None and state.has_plain:  # nothing is measured
             state = self._all_accelerated(z, state)
         z_next, lead = fz, state.lead
-        if lead is not None:
+        if lead is not None and not lead.is_over:
             moved, lead.state = self.methods[0].step(z, fz, lead.state)
             z_next = torch.where(lead.led.unsqueeze(1), moved, fz) if state.has_plain else moved
         for part in state.parts.items:
@@ -513,10 +512,15 @@ def _leaving(told: Seen, at_work: Tensor, slow: Tensor | None) -> Tensor | None:
     return lost if slow is None else slow if lost is None else slow | lost
 
 
+def _without(which: Tensor, others: Tensor | None) -> Tensor:
+    """Samples, bool (b,), without some; `None`: without nobody."""
+    return which if others is None else which & ~others
+
+
 def _some(which: Tensor, *exempt: Tensor | None) -> Tensor | None:
     """Samples, bool (b,), without those that are exempt; `None`: nobody."""
     for others in exempt:
-        which = which if others is None else which & ~others
+        which = _without(which, others)
     return which if bool(which.any()) else None
 
 

@@ -96,6 +96,10 @@ class SecantState:
             found[:, self.slot] = False
         return found
 
+    def let_go(self, which: Tensor) -> None:
+        """These samples, bool (B,), go their own way: see `SecantSolver.lead`."""
+        self.idle = which if self.idle is None else self.idle | which
+
     def transposed(
         self,
         g: Tensor,  # (B, D)
@@ -330,10 +334,6 @@ class SecantSolver(Solver):
         state.then = torch.where(which, torch.inf, state.then)
         if self.restart is not None:
             state.window = step % self.restart
-
-    def let_go(self, state: SecantState, which: Tensor) -> None:
-        """These samples, bool (B,), go their own way."""
-        state.idle = which if state.idle is None else state.idle | which
 
     def _half_step(self, z_next: Tensor, refused: Tensor, fz: Tensor, source: Tensor) -> Tensor:
         """`z_next`, where refused half a Picard step from the iterate before, whose values are given."""

@@ -264,6 +264,25 @@ def test_samples_that_a_secant_method_gets_at_different_looks_fare_as_they_do_al
         torch.testing.assert_close(alone.value[0], together.value[index], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_method_whose_samples_are_all_finished_waits_and_is_there_when_the_solve_goes_on(
+    compact: bool,
+) -> None:
+    # What contracts by 0.97 is accelerated at once and arrives before what contracts by 0.7.
+    base = mixed_difficulty(batch=6, width=8, easy=0.7, hard=0.97, num_hard=2, dtype=torch.float64)
+    auto = Auto(plain_steps=100)
+    first = solve(base, auto, compact=compact)
+    assert first.method.tolist() == [0] * 4 + [1] * 2
+    assert first.num_steps[4:].max() < first.num_steps[:4].min()
+    resumed = auto.resume(first.state, first.value)
+    assert resumed.method.tolist() == [0] * 4 + [1] * 2
+    owners = torch.cat([part.rows for part in resumed.parts.items])
+    assert sorted(owners.tolist()) == [4, 5]
+    again = solve(base, auto, compact=compact, state=first.state, rtol=1e-9)
+    assert again.converged.all()
+    torch.testing.assert_close(again.value, base.solution, rtol=1e-7, atol=1e-7)
+
+
 # From one method to the next ----------------------------------------------------------------------------
 
 
