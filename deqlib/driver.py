@@ -123,6 +123,8 @@ def _iterate_to_tolerance(
 def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
     """f(z), and what the solver is to get: J times its direction, where it asked for that, else f(z)."""
     if query is None or query.direction is None:
+        if query is not None and query.wanted is not None:
+            raise ValueError("Query: wanted says who gets J v, so it needs a direction v; leave it out")
         fz = f(z)
         return fz, fz
     fz, product = torch.func.jvp(f, (z,), (query.direction,))[:2]
@@ -131,10 +133,20 @@ def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
     """One solver step, in the precision of the state: autocast is for the cell."""
-    if not torch.is_autocast_enabled(z.device.type):
-        return solver.step(z, fz, state)
-    with torch.autocast(z.device.type, enabled=False):
-        return solver.step(z, fz, state)
+    if torch.is_autocast_enabled(z.device.type):
+        with torch.autocast(z.device.type, enabled=False):
+            made = solver.step(z, fz, state)
+    else:
+        made = solver.step(z, fz, state)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor)):
+        name, got = type(solver).__name__, type(made).__name__
+        raise TypeError(f"{name}.step: must return the next iterate, a tensor, and the state, got {got}")
+    if made[0].shape != z.shape or made[0].dtype != z.dtype:
+        name, got = type(solver).__name__, f"{tuple(made[0].shape)} in {made[0].dtype}"
+        raise ValueError(
+            f"{name}.step: the next iterate must be like z, {tuple(z.shape)} in {z.dtype}, got {got}"
+        )
+    return made
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,7 @@ class _View:
     def note(self, cause: str, which: Tensor) -> None:
         refused = self.record.samples.refused
         counts = refused.get(cause, torch.zeros_like(self.record.samples.num_steps))
-        which = which.to(counts.dtype)
+        which = (which & self._cut(self.record.samples.active)).to(counts.dtype)
         refused[cause] = counts + which if self.rows is None else counts.index_add(0, self.rows, which)
 
     def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:

@@ -199,12 +199,13 @@ class Record:
             known = self.samples.lowest.tolist(), self.samples.floor.tolist()
             self._limits = list(zip(*known, strict=True))
         low, high = SAFE if self.guards else (0.0, torch.inf)
-        rtol, limits = self.rule.rtol or 0, []
+        # What is as near to the goal as rounding is left to `_compare`, whose word counts.
+        rtol, margin, limits = self.rule.rtol or 0, 1 + 4 * (1 - self.factor), []
         measured = zip(self._limits, self.residual.tolist(), self.scale.tolist(), strict=True)
         for (lowest, floor), residual, scale in measured:
             if lowest == -torch.inf:  # finished
                 residual = lowest
-            elif not max(low, floor + rtol * scale) < residual <= min(high, self.factor * lowest):
+            elif not max(low, margin * (floor + rtol * scale)) < residual <= min(high, self.factor * lowest):
                 return False  # also where a number is not finite
             limits.append((residual, floor))
         self._limits = limits
@@ -265,7 +266,7 @@ class Record:
         now.best, self.improved_at = z, self.step
         if not self.keeps_trace:
             now.best_scale = torch.where(now.active, self.scale, now.best_scale)
-        everyone = self.num_active == len(z)
+        everyone = self.is_known and self.num_active == len(z)
         now.lowest = self.residual if everyone else torch.where(now.active, self.residual, now.lowest)
 
     def _keep(self, z: Tensor, better: Tensor) -> None:

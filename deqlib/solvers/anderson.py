@@ -31,9 +31,9 @@ class Anderson(SecantSolver):
 
     Args:
         memory: most differences kept, and never more than a sample has numbers, plus one.
-        budget: numbers that all kept differences of a sample may have together, `None` for any: of a large
-            sample fewer are kept, since each is read at every step, but never fewer than 10 if `memory`
-            allows those.
+        budget: most numbers of a sample that the kept differences of residuals may have together, and those
+            of f-values as many again; `None`: any. Of a large sample fewer differences are kept then, since
+            all are read at every step, but never fewer than 10 if `memory` allows those.
         ridge: added to the diagonal of the least-squares system after its columns were scaled to unit
             norm, so it means the same at every size of the residual.
         damping: in (0, 1], of the residual that the combination leaves.

@@ -115,8 +115,10 @@ class Auto(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.methods, tuple) or not self.methods:
-            raise TypeError(f"Auto: methods must be a tuple of at least one solver, got {self.methods!r}")
+        if not isinstance(self.methods, tuple):
+            raise TypeError(f"Auto: methods must be a tuple of solvers, got {self.methods!r}")
+        if not self.methods:
+            raise ValueError("Auto: methods must hold at least one solver, got ()")
         for i, method in enumerate(self.methods):
             hint = "a single method such as deqlib.Anderson()"
             check_instance("Auto", Solver, hint, **{f"methods[{i}]": method})
@@ -152,7 +154,8 @@ class Auto(Solver):
         return replace(fresh, method=method, has_plain=False, parts=Parts((Part(None, trial),)))
 
     def resume(self, state: Any, z0: Tensor) -> AutoState:
-        """Samples that a method worked on go on with it and its history; the others begin plainly.
+        """Samples that a method worked on go on with it and its history; the others begin plainly, and so do
+        those of a first method that keeps nothing.
 
         A history of another solver than `Auto` is the first method's, for all samples.
         """
@@ -171,6 +174,8 @@ class Auto(Solver):
         method = fresh.method
         for part in old:
             code, rows = min(part.state.code, len(self.methods)), _rows(part, z0)
+            if code == 1 and self.plain_steps and not overrides(self.methods[0], "resume"):
+                continue  # it remembers nothing, so what comes before it is not left out
             method, start = method.index_fill(0, rows, code), z0[rows]
             known = self.methods[code - 1].resume(part.state.state, start)
             unknown = start.new_full((len(start),), torch.inf)

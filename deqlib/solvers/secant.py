@@ -61,6 +61,7 @@ class SecantState:
     failed: Tensor | None = None  # (B,), bool, samples whose last system had no solution; None: nobody
     finished: Tensor | None = None  # (B,), bool, samples that had nothing pending put; None: nobody
     idle: Tensor | None = None  # (B,), bool, samples that go their own way, see `lead`; None: nobody
+    ended: Tensor | None = None  # (B,), int64, `count` + 1 when a sample finished; 0, None: it did not
     moving: Tensor | None = None  # (B, 1), 1 for the samples that are not finished, else 0; None: all are 1
     lost_at: int | None = None  # `count` when a sample last lost its columns; None: never
     uses_residuals: bool = True  # what `left` holds, see `SecantSolver`
@@ -95,6 +96,23 @@ class SecantState:
         if self.pending and self.slot < size:
             found[:, self.slot] = False
         return found
+
+    def oldest_first(self) -> Tensor:
+        """Slots of each sample's columns by age, int64, (B, number of columns).
+
+        Those that hold none of a sample's come first. How many these are hangs on its batch-mates, as the
+        number of columns does; the order of its own does not.
+        """
+        size, alive = self.num_columns, self.columns()
+        # Where a sample's history ended: a finished one keeps its own while others go on.
+        counts = torch.full_like(alive[:, :1], self.count, dtype=torch.int64)
+        if self.ended is not None:
+            ended = self.ended.unsqueeze(1)
+            counts = torch.where(ended > 0, ended - 1, counts)
+        places = torch.arange(size, device=alive.device)
+        order = (counts - size + places) % max(size, 1)
+        ranks = alive.gather(1, order).to(torch.int8).sort(dim=1, stable=True).indices
+        return order.gather(1, ranks)
 
     def let_go(self, which: Tensor) -> None:
         """These samples, bool (B,), go their own way: see `SecantSolver.lead`."""
@@ -231,13 +249,11 @@ class SecantSolver(Solver):
                 f"{z0.dtype}, got one of {got} in {state.df.dtype}; leave it out to start afresh"
             )
         fresh = self.init(z0)
-        kept = min(state.num_columns, fresh.memory)
-        begun = state.count - state.num_columns
-        order = [(begun + i) % state.memory for i in range(state.num_columns)][state.num_columns - kept :]
-        alive = state.columns()[:, order]
-        df, left = state.df[:, order].detach(), state.left[:, order].detach()
+        slots = state.oldest_first()[:, -fresh.memory :]
+        kept = slots.shape[1]
+        df, left = (rows.detach().take_along_dim(slots.unsqueeze(2), 1) for rows in (state.df, state.left))
         # What a sample lost or blew up must not come back: a coefficient of zero does not silence NaN.
-        alive = alive & (df.sum(2) + left.sum(2)).isfinite()
+        alive = state.columns().gather(1, slots) & (df.sum(2) + left.sum(2)).isfinite()
         df, left = (torch.where(alive.unsqueeze(2), columns, 0) for columns in (df, left))
         if state.uses_residuals != self.uses_residuals:
             left = df - left  # differences of residuals and of iterates add up to those of f-values
@@ -246,7 +262,8 @@ class SecantSolver(Solver):
         identity, fresh.scale, fresh.shift = self._matrices(z0, kept)
         if state.method == self.method:
             known = alive.unsqueeze(1) & alive.unsqueeze(2)
-            fresh.system = torch.where(known, state.system[:, order][:, :, order], identity)
+            system = state.system.take_along_dim(slots.unsqueeze(2), 1)
+            fresh.system = torch.where(known, system.take_along_dim(slots.unsqueeze(1), 2), identity)
             return fresh
         fresh.system = identity.clone()
         for newest in range(kept):
@@ -257,6 +274,9 @@ class SecantSolver(Solver):
 
     def observe(self, seen: Seen, state: SecantState) -> SecantState:
         """The last step is judged by what the driver measured; finished samples keep their history."""
+        if seen.finished is not state.finished and seen.finished is not None:
+            ended = torch.zeros_like(seen.since) if state.ended is None else state.ended
+            state.ended = torch.where(seen.finished & (ended == 0), state.count + 1, ended)
         if seen.finished is not state.finished:
             state.moving = None if seen.finished is None else (~seen.finished).to(state.df.dtype).unsqueeze(1)
         state.is_judged, state.difference, state.leaving = True, seen.difference, seen.finished

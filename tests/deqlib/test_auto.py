@@ -589,15 +589,21 @@ def test_a_resumed_solve_of_a_fixed_number_of_steps_goes_on_with_every_history(c
 
 
 def test_a_resumed_method_is_left_as_one_that_began_the_solve() -> None:
-    slow = Script(share=0.02)
-    first, _ = walk(mirror(2.0), Auto(methods=(slow, HALVES), patience=4), max_steps=8)
-    assert first.method.tolist() == [1]
-    log: list[list[int]] = []
-    auto = watched(Auto(methods=(slow, HALVES), patience=4), log)
-    rule = Stopping(rtol=0, atol=1e-6, max_steps=200, patience=None)
-    solution = iterate(mirror(2.0), first.value, auto, rule, state=first.state)
-    assert turns(log) == [1, 2]
-    assert solution.converged.all()
+    @dataclass(frozen=True, kw_only=True)
+    class Counts(Script):
+        def resume(self, state: int, z0: Tensor) -> int:
+            return state
+
+    # A method that keeps nothing of an earlier solve does not begin the next: that begins plainly.
+    for slow, turn in ((Counts(share=0.02), [1, 2]), (Script(share=0.02), [0, 1, 2])):
+        first, _ = walk(mirror(2.0), Auto(methods=(slow, HALVES), patience=4), max_steps=8)
+        assert first.method.tolist() == [1]
+        log: list[list[int]] = []
+        auto = watched(Auto(methods=(slow, HALVES), patience=4), log)
+        rule = Stopping(rtol=0, atol=1e-6, max_steps=200, patience=None)
+        solution = iterate(mirror(2.0), first.value, auto, rule, state=first.state)
+        assert turns(log) == turn
+        assert solution.converged.all()
 
 
 def test_a_first_method_that_begins_the_solve_is_judged_by_its_progress_too() -> None:
@@ -667,7 +673,7 @@ def test_an_empty_batch_is_solved() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: Auto(methods=()), TypeError, "at least one solver"),
+        (lambda: Auto(methods=()), ValueError, "at least one solver"),
         (lambda: Auto(methods=[Picard()]), TypeError, "must be a tuple"),
         (lambda: Auto(methods=(Picard(), "Broyden")), TypeError, r"methods\[1\] must be a single method"),
         (lambda: Auto(methods=(Auto(),)), TypeError, r"methods\[0\] must be a single method"),

@@ -36,6 +36,9 @@ class TestAndersonOfTypeOne(SolverConformance):
 
 class TestDampedAnderson(SolverConformance):
     solver = Anderson(memory=3, damping=0.7)
+    resume_allowance = (
+        1  # three columns of an earlier solve are soon dropped, and it takes as many to damp them
+    )
 
 
 class TestBroyden(SolverConformance):

@@ -13,6 +13,7 @@ from torch import Tensor
 from deqlib import (
     JFB,
     Anderson,
+    Auto,
     Broyden,
     ImplicitDifferentiation,
     PhantomGradient,
@@ -25,6 +26,7 @@ from deqlib import (
     fixed_point,
 )
 from deqlib.driver import iterate
+from deqlib.solvers.base import Query, Seen
 
 NAN, INF = float("nan"), float("inf")
 
@@ -408,3 +410,97 @@ def test_autocast_is_for_the_cell_the_solver_keeps_the_precision_of_the_state(so
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = iterate(cell, base.z0, solver, Stopping.steps(9, measure=True))
     assert torch.equal(plain.trace, cast.trace)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Auto()], ids=["picard", "anderson", "auto"])
+def test_what_becomes_of_a_sample_hangs_neither_on_the_batch_nor_on_when_the_host_looks(
+    solver: Solver, batch: int, dtype: torch.dtype
+) -> None:
+    gain = torch.tensor([0.05, 0.9, 0.97], dtype=dtype).repeat(batch // 3 + 1)[:batch].unsqueeze(1)
+    blows = (torch.arange(batch) % 3 == 1).unsqueeze(1)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.where(blows & (z > 7), NAN, gain * z + 1)
+
+    found = [
+        iterate(f, torch.zeros_like(gain), solver, Stopping(rtol=1e-5, max_steps=60, check_every=every))
+        for every in (1, 5, 6, 8)
+    ]
+    assert names(found[0])[1] == "DIVERGED"
+    for other in found[1:]:
+        assert names(other) == names(found[0])
+        assert torch.equal(other.num_steps, found[0].num_steps)
+    if batch > 3:
+        few = iterate(
+            lambda z: torch.where(blows[:3] & (z > 7), NAN, gain[:3] * z + 1),
+            torch.zeros_like(gain[:3]),
+            solver,
+            Stopping(rtol=1e-5, max_steps=60),
+        )
+        assert names(few) == names(found[0])[:3]
+        assert torch.equal(few.num_steps, found[0].num_steps[:3])
+
+
+def test_a_residual_that_is_the_goal_to_the_last_bit_meets_it_in_a_batch_of_any_size() -> None:
+    rtol = 0.0206
+    residual = torch.tensor(rtol)
+    for _ in range(20):  # in float32 the residual at 1 is rtol times the norm of the image, rounded
+        residual = torch.add(torch.zeros(()), 1 + residual, alpha=rtol)
+    step = torch.add(torch.tensor(1.0), residual) - 1
+
+    def f(z: Tensor) -> Tensor:
+        return torch.where(z == 0, torch.ones_like(z), torch.where(z == 1, z + step, z + step / 2))
+
+    for batch in (1, 64, 65):
+        solution = iterate(f, torch.zeros(batch, 1), Picard(), Stopping(rtol=rtol, max_steps=3))
+        assert solution.num_steps.tolist() == [1] * batch
+
+
+def test_refused_steps_of_finished_samples_are_not_counted() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Complains(Picard):
+        def observe(self, seen: Seen, state: Any) -> Any:
+            seen.note("complaint", torch.ones_like(seen.since, dtype=torch.bool))
+            return state
+
+    gain = torch.tensor([[0.01], [0.5]], dtype=torch.float64)
+    rule = Stopping(rtol=1e-6, max_steps=60)
+    together = iterate(lambda z: gain * z + 1, torch.zeros_like(gain), Complains(), rule)
+    for index in range(2):
+        own = gain[index : index + 1]
+        alone = iterate(lambda z, own=own: own * z + 1, torch.zeros_like(own), Complains(), rule)
+        assert alone.rejections["complaint"][0] == together.rejections["complaint"][index]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda z: z, "Slips.step: must return the next iterate, a tensor, and the state, got Tensor"),
+        (lambda z: None, "Slips.step: must return .* got NoneType"),
+        (
+            lambda z: (z[:, :1], None),
+            r"Slips.step: the next iterate must be like z, \(2, 3\) in torch.float32",
+        ),
+        (lambda z: (z.double(), None), r"got \(2, 3\) in torch.float64"),
+    ],
+)
+def test_a_solver_that_slips_is_named(made: Any, words: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Slips(Picard):
+        def step(self, z: Tensor, fz: Tensor, state: Any) -> Any:
+            return made(z)
+
+    with pytest.raises((TypeError, ValueError), match=words):
+        iterate(lambda z: z / 2 + 1, torch.zeros(2, 3), Slips(), Stopping())
+
+
+def test_a_query_that_says_who_gets_a_product_without_a_direction_is_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Asks(Picard):
+        def query(self, state: Any) -> Query:
+            return Query(wanted=torch.ones(2, dtype=torch.bool))
+
+    with pytest.raises(ValueError, match="wanted"):
+        iterate(lambda z: z / 2 + 1, torch.zeros(2, 3), Asks(), Stopping())

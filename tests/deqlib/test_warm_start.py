@@ -199,6 +199,41 @@ def test_a_solve_goes_on_with_the_history_of_another_method_or_memory(old: Solve
     first = solve(base, old, base.inputs[0], base.z0)
     fresh = solve(base, new, base.inputs[0] + 1e-3, first.value)
     resumed = solve(base, new, base.inputs[0] + 1e-3, first.value, state=first.state)
-    assert (resumed.num_steps < fresh.num_steps).all()
+    assert resumed.num_steps.sum() < fresh.num_steps.sum()
     assert resumed.state.memory == fresh.state.memory
     torch.testing.assert_close(resumed.value, fresh.value, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "solver",
+    [Auto(), Auto(plain_steps=0), Anderson(), Anderson(memory=4), Broyden(), Broyden(memory=6)],
+    ids=["auto", "auto without plain steps", "anderson", "anderson 4", "broyden", "broyden 6"],
+)
+def test_a_sample_goes_on_in_company_as_it_does_alone(solver: Solver, compact: bool) -> None:
+    # Histories end at different steps, some full and some not. The cell adds up every row by itself, so that
+    # rounding is that of the sample alone.
+    torch.manual_seed(0)
+    matrix = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    gain = torch.tensor([[1.5], [1.5], [0.2], [0.3], [2.0], [1.0]], dtype=torch.float64)
+    x, rule = torch.randn(6, 12, dtype=torch.float64), Stopping(rtol=1e-6, max_steps=150)
+
+    def cell(z: Tensor, x: Tensor, gain: Tensor) -> Tensor:
+        return gain * torch.tanh(3 * (z.unsqueeze(1) * matrix).sum(-1)) + x
+
+    def run(rows: slice, start: Tensor, shift: float, **settings: Any) -> Any:
+        inputs = (x[rows] + shift, gain[rows])
+        return fixed_point(
+            cell, start[rows], inputs, solver=solver, stopping=rule, on_failure="ignore", **settings
+        )
+
+    everyone = slice(0, 6)
+    first = run(everyone, torch.zeros_like(x), 0.0, compact=compact)
+    assert len(set(first.num_steps.tolist())) > 3
+    together = run(everyone, first.value, 0.05, state=first.state)
+    for index in range(6):
+        own = slice(index, index + 1)
+        state = run(own, torch.zeros_like(x), 0.0).state
+        alone = run(own, first.value, 0.05, state=state)
+        assert alone.num_steps[0] == together.num_steps[index]
+        torch.testing.assert_close(alone.value[0], together.value[index], rtol=1e-7, atol=1e-9)
