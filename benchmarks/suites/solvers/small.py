@@ -178,5 +178,5 @@ CASE = Case(
     },
     table=table,
     bars=bars,
-    picture=Picture(_paint, lambda rows: ["milliseconds of a solve or a training step"]),
+    picture=Picture(_paint, lambda rows: ["a solve, or a training step"], size=(7.0, 2.2)),
 )
