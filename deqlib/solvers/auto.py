@@ -87,11 +87,11 @@ class Auto(Solver):
     did not improve for `patience` evaluations, falls by less than 8 % an evaluation while more than half
     of the evaluations that it took are still to go, or is predicted not to arrive within the steps that are
     left, the next method goes on: from the sample's best iterate and with the history of the one before, if
-    that brought the residual down a hundredfold, else from where the solve began, as if it were the first.
-    (Methods after the first get four times the patience, measured by their own progress.) When none is left,
-    the sample goes back to the one that made most progress and stays there. A sample whose residual blows up
-    is handed on at once. `Stopping.patience` counts anew when a sample changes method, and does not count
-    until a later method has had its time.
+    that brought the residual down a hundredfold and has not got stuck, else from where the solve began, as if
+    it were the first. (Methods after the first get four times the patience, measured by their own progress.)
+    When none is left, the sample goes back to the one that made most progress and stays there. A sample whose
+    residual blows up is handed on at once. `Stopping.patience` counts anew when a sample changes method, and
+    does not count until a later method has had its time.
 
     `Solution.method` says who worked on each sample last. Samples change hands when the host looks
     (`Stopping.check_every`); on a CPU, where looking costs nothing, at any step. With a fixed number of steps
@@ -102,8 +102,8 @@ class Auto(Solver):
     samples that they work on.
 
     Args:
-        methods: in order; the default is Anderson and Broyden with larger memories than their own defaults,
-            then Newton-Krylov.
+        methods: in order; the default is Anderson with a larger memory than its own default, Broyden, and
+            Newton-Krylov.
         plain_steps: most steps that a sample is left with the plain iteration for; 0 begins with the first
             of `methods`.
         patience: evaluations without improvement after which the first method is left, at least 1.
@@ -376,8 +376,9 @@ class Auto(Solver):
         """The samples of a part, which is none of those in the state any more, go on with other methods."""
         trial: _Trial = part.state
         told, rows = _of(part, seen), _rows(part, state.method)
-        # A method that got stuck far from a solution may have led astray.
-        is_near = _lowest(told) <= _NEAR * trial.lowest
+        # A method that got stuck, or did not get far, may have led astray.
+        stuck = told.since if trial.own_at is None else told.step - trial.own_at
+        is_near = (_lowest(told) <= _NEAR * trial.lowest) & (stuck < self._patience(trial.code))
         for which, goes_on in ((is_near, True), (~is_near, False)):
             if not bool(which.any()):
                 continue

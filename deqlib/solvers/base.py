@@ -177,14 +177,12 @@ def anyone(which: Tensor | None) -> bool:
     return True in which.tolist() if which.shape[0] <= FEW else bool(which.any())
 
 
-def within(values: Tensor, limits: Tensor | float) -> bool:
-    """Whether the host knows that all values (B,) are below their limits, (B,) or one for all."""
+def within(values: Tensor, limits: Tensor) -> bool:
+    """Whether the host knows that all values (B,) are below their limits, (B,)."""
     if not can_look(values):
         return False
     if values.shape[0] > FEW:
         return bool((values < limits).all())
-    if isinstance(limits, float):
-        return all(value < limits for value in values.tolist())
     return all(value < limit for value, limit in zip(values.tolist(), limits.tolist(), strict=True))
 
 

@@ -255,22 +255,26 @@ def test_bars_compare_with_the_default_the_fastest_that_arrives_and_the_same_sol
         made_up("c", times.THEIR_DEFAULT, 1.0, reached=False),
         made_up("c", "torchdeq Anderson", 1.0, reached=False),
     ]
-    raises, misses, both, bound, fastest, picard, anderson, broyden = times.bars(rows)
+    raises, misses, both, bound, worst, fastest, picard, anderson, broyden = times.bars(rows)
     assert raises.value == misses.value == 0
     assert both.value == pytest.approx(0.25)
     assert bound.value == pytest.approx(0.5)  # 1/4 and at most 1/1
     assert "b, 1e-03: 1.00 (bound)" in bound.note
     assert "c, 1e-03" not in bound.note
+    assert worst.value == pytest.approx(0.25)  # "b" has no other to be compared with
+    assert worst.note == "a, 1e-03"
     assert fastest.value == pytest.approx(0.25)  # 1/2 and 1/8
     assert anderson.value == pytest.approx(0.25)
-    assert {bar.verdict for bar in (both, bound, fastest, anderson)} == {"pass"}
-    assert {bar.limit for bar in (both, bound, fastest, anderson)} == {0.6}
+    assert {bar.verdict for bar in (both, bound, worst, fastest, anderson)} == {"pass"}
+    assert [bar.limit for bar in (both, bound, worst, fastest, anderson)] == [0.8, 0.8, 1.05, 0.6, 0.6]
     assert {bar.verdict for bar in (picard, broyden)} == {"not measured"}
 
     def changed(**columns: Any) -> list[Row]:
         return [{**row, **(columns if row["contender"] == times.OURS else {})} for row in rows]
 
-    assert times.bars(changed(seconds=[3.0, 6.0]))[2].verdict == "FAIL"
+    slower = times.bars(changed(seconds=[5.0, 10.0]))
+    assert {slower[2].verdict, slower[4].verdict} == {"FAIL"}
+    assert slower[4].value == pytest.approx(1.25)
     lost = times.bars(changed(reached=False))
     assert lost[1].value == 2  # "c" torchdeq misses as well
     assert lost[2].verdict == "not measured"
