@@ -86,6 +86,12 @@ def none_of(name: str, cases: list[str], note: str = "") -> Bar:
     return Bar(name, len(cases), 0, "; ".join([note] * bool(note) + cases))
 
 
+def worst_of(name: str, figures: Mapping[str, float], limit: float, nobody: str = "nobody arrives") -> Bar:
+    """The bar for the largest of several figures, with its case for a note; `nobody` if there are none."""
+    worst = max(figures, key=lambda case: figures[case], default=nobody)
+    return Bar(f"{name}, worst", figures.get(worst, math.nan), limit, worst)
+
+
 @dataclass(frozen=True)
 class Table:
     """Text cells, for the terminal and for Markdown. The first column is aligned left, the others right.

@@ -280,12 +280,7 @@ class Auto(Solver):
             nobody, known = torch.zeros_like(slow), first.init(state.recent[0][0])
             lead = _Lead(nobody, torch.zeros_like(state.method), (), seen.before, known, is_over=True)
         if lead.is_over:
-            known = lead.state
-            known.let_go(torch.ones_like(slow))
-            known.pending = False
-            for z, fz in state.recent:
-                known.leaving = seen.finished
-                known = first.step(z, fz, known)[1]
+            first.catch_up(lead.state, state.recent, seen.finished)
         first.lead(lead.state, slow, seen.before, seen.step)
         state.lead = _Lead(
             lead.led | slow,
@@ -309,12 +304,9 @@ class Auto(Solver):
         leaving = _leaving(seen, lead.led & (seen.before > -torch.inf), slow)
         if leaving is None:
             return
-        fall = _fall(seen, lead.lowest, (seen.step - lead.since).clamp_min(1))
-        column = torch.where(leaving, fall, state.falls[:, 1]).unsqueeze(1)
-        state.falls = torch.cat([state.falls[:, :1], column, state.falls[:, 2:]], 1)
         rows = leaving.nonzero().squeeze(1)
         trial = _Trial(1, 0, lead.lowest[rows], take_samples(lead.state, rows))
-        self._hand_on(Part(rows, trial), seen, state)
+        self._hand_on(Part(rows, trial), seen.step - lead.since[rows], seen, state)
         lead.led = lead.led & ~leaving
         lead.state.let_go(leaving)
         lead.is_over = not anyone(_without(lead.led, seen.finished))
@@ -329,20 +321,16 @@ class Auto(Solver):
         told = _of(part, seen)
         slow = None
         if is_look:
-            stuck = told.since if trial.own_at is None else told.step - trial.own_at
-            slow = self._is_slow(told, trial.lowest, age, stuck, trial.code)
+            slow = self._is_slow(told, trial.lowest, age, _stuck(trial, told), trial.code)
         leaving = _leaving(told, told.before > -torch.inf, slow)
         if leaving is None:
             return
-        rows = _rows(part, state.method)
-        column = torch.full_like(rows, trial.code)
-        state.falls = state.falls.index_put((rows, column), _fall(told, trial.lowest, max(age, 1)))
         state.parts = Parts(tuple(other for other in state.parts.items if other is not part))
         stays = ~leaving
         if bool(stays.any()):
             state.parts = state.parts.with_part(_cut(part, stays.nonzero().squeeze(1)))
             part = _cut(part, leaving.nonzero().squeeze(1))
-        self._hand_on(part, seen, state)
+        self._hand_on(part, torch.full_like(_rows(part, state.method), age), seen, state)
 
     def _is_slow(self, told: Seen, lowest: Tensor, age: int, stuck: Tensor, code: int = 1) -> Tensor:
         """Whose method is predicted to take too long, bool (b,).
@@ -372,13 +360,22 @@ class Auto(Solver):
         """A later method gets more time: it starts where an earlier one got stuck."""
         return self.patience * (1 if code == 1 else _LATER)
 
-    def _hand_on(self, part: Part, seen: Seen, state: AutoState) -> None:
-        """The samples of a part, which is none of those in the state any more, go on with other methods."""
+    def _hand_on(self, part: Part, age: Tensor, seen: Seen, state: AutoState) -> None:
+        """The samples of a part, which is none of those in the state any more, go on with other methods.
+
+        Args:
+            part: a `_Trial`.
+            age: evaluations since its method got each, int64, (b,).
+            seen: what was measured, of all samples.
+            state: to change.
+        """
         trial: _Trial = part.state
         told, rows = _of(part, seen), _rows(part, state.method)
+        fall = (trial.lowest / _lowest(told)).log() / age.clamp_min(1)
+        state.falls = state.falls.index_put((rows, torch.full_like(rows, trial.code)), fall)
         # A method that got stuck, or did not get far, may have led astray.
-        stuck = told.since if trial.own_at is None else told.step - trial.own_at
-        is_near = (_lowest(told) <= _NEAR * trial.lowest) & (stuck < self._patience(trial.code))
+        is_stuck = _stuck(trial, told) >= self._patience(trial.code)
+        is_near = (_lowest(told) <= _NEAR * trial.lowest) & ~is_stuck
         for which, goes_on in ((is_near, True), (~is_near, False)):
             if not bool(which.any()):
                 continue
@@ -530,9 +527,9 @@ def _some(which: Tensor, *exempt: Tensor | None) -> Tensor | None:
     return which if bool(which.any()) else None
 
 
-def _fall(told: Seen, lowest: Tensor, age: int | Tensor) -> Tensor:
-    """How far log(residual) came down an evaluation since it was at `lowest`, (b,)."""
-    return (lowest / _lowest(told)).log() / age
+def _stuck(trial: _Trial, told: Seen) -> Tensor:
+    """Evaluations since the last progress: of a later method, its own, int64, (b,)."""
+    return told.since if trial.own_at is None else told.step - trial.own_at
 
 
 def _lowest(told: Seen) -> Tensor:

@@ -17,6 +17,7 @@ the identity, and zero on the right side keeps their coefficients at zero.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,6 +335,22 @@ class SecantSolver(Solver):
         if refused is not None:
             z_next = self._half_step(z_next, refused, state.df[:, state.slot], state.left[:, state.slot])
         return z_next, state
+
+    def catch_up(
+        self, state: SecantState, recent: Sequence[tuple[Tensor, Tensor]], finished: Tensor | None
+    ) -> None:
+        """Learn from the last evaluations, iterates and images, of samples that all go their own way.
+
+        Args:
+            state: of a solve that was not watched for a while, or never.
+            recent: the evaluations, in order.
+            finished: samples whose history is to be left alone, bool, (B,); `None`: nobody.
+        """
+        state.let_go(torch.ones_like(state.best, dtype=torch.bool))
+        state.pending = False
+        for z, fz in recent:
+            state.leaving = finished
+            self.step(z, fz, state)
 
     def lead(self, state: SecantState, which: Tensor, lowest: Tensor, step: int) -> None:
         """Samples that went their own way, bool (B,), are led by the method from now on.

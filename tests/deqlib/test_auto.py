@@ -253,10 +253,8 @@ def test_samples_that_a_secant_method_gets_at_different_looks_fare_as_they_do_al
             )
 
     together = run(list(range(12)), log)
-    joined = (
-        {next(i for i, row in enumerate(log) if row[k] == 1) for k in range(8)} if not compact else {0, 1}
-    )
-    assert len(joined) >= 2
+    if not compact:  # with it the log has the samples that are left
+        assert len({next(i for i, row in enumerate(log) if row[k] == 1) for k in range(8)}) >= 2
     for index in range(12):
         alone = run([index], [])
         assert alone.num_steps[0] == together.num_steps[index]

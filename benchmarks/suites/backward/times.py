@@ -25,7 +25,7 @@ from deqlib import GMRES, Anderson, Broyden, ImplicitDifferentiation, Picard, So
 from deqlib.testing import Problem, mlp, transformer
 
 from ... import problems
-from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
+from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product, worst_of
 from ...peers import torchdeq
 from ...show import COLORS
 from ...timing import geometric_mean, milliseconds, ratio, seconds
@@ -318,14 +318,18 @@ def _of(found: dict[str, dict[str, Row]], contender: str) -> dict[str, Row]:
     return {case: rows[contender] for case, rows in found.items() if contender in rows}
 
 
+def _ratios(ours: dict[str, Row], theirs: dict[str, Row]) -> tuple[dict[str, float], list[str]]:
+    """Time over theirs in the cases in which ours arrives, and those of them in which both do."""
+    arrived = [case for case, row in ours.items() if row["reached"] and row["seconds"]]
+    timed = [case for case in arrived if case in theirs and theirs[case]["seconds"]]
+    ratios = {case: ratio(ours[case]["seconds"], theirs[case]["seconds"]) for case in timed}
+    return ratios, [case for case in timed if theirs[case]["reached"]]
+
+
 def _worst_bar(name: str, ours: dict[str, Row], theirs: dict[str, Row]) -> Bar:
     """The case in which ours takes longest beside theirs, of those in which both arrive."""
-    both = [
-        case for case, row in ours.items() if row["reached"] and case in theirs and theirs[case]["reached"]
-    ]
-    ratios = {case: ratio(ours[case]["seconds"], theirs[case]["seconds"]) for case in both}
-    worst = max(ratios, key=lambda case: ratios[case], default="nobody arrives")
-    return Bar(f"{name}, backward time, worst", ratios.get(worst, math.nan), WORST, worst)
+    ratios, both = _ratios(ours, theirs)
+    return worst_of(f"{name}, backward time", {case: ratios[case] for case in both}, WORST)
 
 
 def _time_bars(name: str, ours: dict[str, Row], theirs: dict[str, Row], limit: float = LIMIT) -> list[Bar]:
@@ -333,10 +337,8 @@ def _time_bars(name: str, ours: dict[str, Row], theirs: dict[str, Row], limit: f
 
     Where theirs does not arrive its time is a lower bound of what it would need.
     """
-    arrived = [case for case, row in ours.items() if row["reached"] and row["seconds"]]
-    timed = [case for case in arrived if case in theirs and theirs[case]["seconds"]]
-    ratios = {case: ratio(ours[case]["seconds"], theirs[case]["seconds"]) for case in timed}
-    both = [case for case in timed if theirs[case]["reached"]]
+    ratios, both = _ratios(ours, theirs)
+    timed = list(ratios)
     shown = "; ".join(f"{case}: {ratios[case]:.2f}" + " (bound)" * (case not in both) for case in timed)
     bars = [
         Bar(

@@ -6,7 +6,6 @@ the last, which is not what a solver does all day.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 
@@ -18,7 +17,7 @@ from deqlib import Picard, Solution, Stopping, fixed_point
 from deqlib.testing import Problem
 
 from ... import problems
-from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product
+from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product, worst_of
 from ...show import COLORS
 from ...timing import interleaved, ratios, seconds, with_spread
 
@@ -87,14 +86,12 @@ def medians(rows: list[Row], kind: str) -> dict[str, float]:
 def bars(rows: list[Row]) -> list[Bar]:
     """The worst of the costly cells decides."""
     costly = [row for row in rows if row["evaluation_seconds"] >= COSTLY]
-    found = []
-    for kind, limit in LIMITS.items():
-        figures = medians(costly, kind)
-        worst = max(figures, key=lambda name: figures[name], default="no cell is costly enough")
-        found.append(
-            Bar(f"Picard / bare loop, time, {kind}, worst", figures.get(worst, math.nan), limit, worst)
+    return [
+        worst_of(
+            f"Picard / bare loop, time, {kind}", medians(costly, kind), limit, "no cell is costly enough"
         )
-    return found
+        for kind, limit in LIMITS.items()
+    ]
 
 
 def table(rows: list[Row]) -> Table:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deqlib.testing import Problem
 
 from ... import problems
-from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
+from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product, worst_of
 from ...contenders import CONTENDERS, not_run, style
 from ...profiling import marked
 from ...timing import geometric_mean, interleaved, milliseconds, ratio, seconds
@@ -140,11 +140,6 @@ def _mean_bar(name: str, ratios: dict[str, float], limit: float) -> Bar:
     )
 
 
-def _worst_bar(name: str, ratios: dict[str, float], limit: float) -> Bar:
-    worst = max(ratios, key=lambda solve: ratios[solve], default="nobody arrives")
-    return Bar(f"{name}, time, worst", ratios.get(worst, math.nan), limit, worst)
-
-
 def _lost(solves: Solves, solver: str) -> Bar:
     lost = [
         solve
@@ -184,7 +179,7 @@ def _anderson_bars(solves: Solves) -> list[Bar]:
     name = "deqlib / torchdeq Anderson where both arrive"
     return [
         _mean_bar(name, ratios, 0.57),
-        _worst_bar(name, ratios, 0.9),
+        worst_of(f"{name}, time", ratios, 0.9),
         _lost(solves, "Anderson"),
         none_of("Anderson needs more evaluations than torchdeq's", more),
         none_of("Anderson needs more evaluations than Picard + 2", slower),
@@ -217,7 +212,7 @@ def _auto_bars(solves: Solves) -> list[Bar]:
     return [
         none_of("some solver arrives, Auto does not", unsolved),
         none_of("Auto needs more than 1.5 times the fewest evaluations of any solver + 10", more),
-        _worst_bar("Auto / the fastest solver of each problem", ratios, 1.25),
+        worst_of("Auto / the fastest solver of each problem, time", ratios, 1.25),
         _mean_bar("Auto / the fastest solver of each problem", ratios, 1.25),
         _mean_bar("Auto / torchdeq's fastest solver of each problem", peers, 0.45),
     ]
