@@ -303,6 +303,68 @@ def test_a_sample_without_progress_is_handed_on_and_starts_at_its_best() -> None
     assert solution.nfe == 27
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tires(Script):
+    """Takes `share` of the way for so many steps, then `rest` of it."""
+
+    rest: float = 0.02
+
+    def step(self, z: Tensor, fz: Tensor, state: int) -> tuple[Tensor, int]:
+        assert self.steps is not None
+        return z + (self.share if state < self.steps else self.rest) * (fz - z), state + 1
+
+
+@pytest.mark.parametrize(
+    ("first", "from_the_start"),
+    [
+        (Script(share=0.25, steps=3), True),  # an eighth of the residual, and stuck
+        (Script(share=0.25, steps=9), True),  # less than a hundredth of it, and stuck
+        (Tires(share=0.25, steps=9), False),  # the same, and slow
+    ],
+)
+def test_a_method_that_got_stuck_or_not_far_does_not_say_where_the_next_begins(
+    first: Script, from_the_start: bool
+) -> None:
+    points: list[float] = []
+
+    def f(z: Tensor) -> Tensor:
+        points.append(float(z))
+        return mirror(2.0)(z)
+
+    auto = Auto(methods=(first, HALVES), patience=4, plain_steps=0)
+    solution, log = walk(f, auto, max_steps=400, atol=1e-12)
+    handed_on = [row[0] for row in log].index(2)
+    best = max(points[: handed_on + 1])  # all are below the fixed point at 1
+    assert 0 < best < 1
+    assert points[handed_on + 1] == (0.0 if from_the_start else best)
+    assert solution.converged.all()
+    assert turns(log) == [1, 2]
+
+
+def test_a_slow_method_is_kept_where_less_is_left_than_half_of_what_it_did() -> None:
+    tires = Tires(share=0.25, steps=9)
+    for atol, turn in ((1e-12, [1, 2]), (1e-4, [1])):
+        auto = Auto(methods=(tires, HALVES), patience=4, plain_steps=0)
+        solution, log = walk(mirror(2.0), auto, max_steps=400, atol=atol)
+        assert solution.converged.all()
+        assert turns(log) == turn
+    # It was slow by then: the same rate from the start is not borne.
+    solution, log = walk(mirror(2.0), Auto(methods=(Script(share=0.02), HALVES), patience=4), atol=1e-4)
+    assert turns(log) == [0, 1, 2]
+
+
+def test_a_method_that_catches_up_learns_from_steps_that_it_would_refuse() -> None:
+    solver = Anderson()
+    state = solver.init(torch.zeros(2, 4, dtype=torch.float64))
+    recent, z = [], torch.full((2, 4), 0.1, dtype=torch.float64)
+    for _ in range(3):  # the residual grows a hundredfold a step, and with it that of a sample
+        recent.append((z, -100 * z + 1))
+        z = recent[-1][1]
+    solver.catch_up(state, recent, None)
+    assert state.num_columns == 2
+    assert state.columns().all()
+
+
 def test_a_method_that_is_too_slow_is_left_before_it_stops() -> None:
     slow, fast = Script(share=0.02), Script(share=0.1)  # 4% and 20% of the error of gain 2
     for first, turn in ((slow, [0, 1, 2]), (fast, [0, 1])):
