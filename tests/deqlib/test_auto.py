@@ -342,15 +342,15 @@ def test_a_method_that_got_stuck_or_not_far_does_not_say_where_the_next_begins(
 
 
 def test_a_slow_method_is_kept_where_less_is_left_than_half_of_what_it_did() -> None:
+    # Nine halvings, then 4 % an evaluation: all in all less than 8 % each from about the 150th on, where the
+    # residual is down by exp(12). With 1e-6 to reach exp(3) are left then, with 1e-12 exp(16).
     tires = Tires(share=0.25, steps=9)
-    for atol, turn in ((1e-12, [1, 2]), (1e-4, [1])):
+    for atol, turn in ((1e-12, [1, 2]), (1e-6, [1])):
         auto = Auto(methods=(tires, HALVES), patience=4, plain_steps=0)
-        solution, log = walk(mirror(2.0), auto, max_steps=400, atol=atol)
+        solution, log = walk(mirror(2.0), auto, max_steps=4000, atol=atol)
         assert solution.converged.all()
         assert turns(log) == turn
-    # It was slow by then: the same rate from the start is not borne.
-    solution, log = walk(mirror(2.0), Auto(methods=(Script(share=0.02), HALVES), patience=4), atol=1e-4)
-    assert turns(log) == [0, 1, 2]
+        assert len(log) > 150
 
 
 def test_a_method_that_catches_up_learns_from_steps_that_it_would_refuse() -> None:
