@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viar import NextScaleTransformer, Tokenizer, TransformerConfig
-from viar.config import ImplicitTrunkConfig
-from viar.iterations import iteration_schedule
-from viar.scales import scale_slices
+from viar.model.config import ImplicitTrunkConfig
+from viar.model.scales import scale_slices
+from viar.model.schedule import iteration_schedule
 
 PREFIXES = (  # of names in `NextScaleTransformer.state_dict()`, and of ours
     (r"^trunk\.layer\.cell\.block\.", "implicit."),

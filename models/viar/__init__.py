@@ -5,18 +5,18 @@ ones before, `generate`, `generate_series` and `edit` put them to work; `load_of
 checkpoints.
 """
 
-from .cache import EquilibriumCache, IterateCache
-from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from .convert import export_official, load_official
-from .editing import box_mask, edit
-from .inference import prepare_inference
-from .iterations import Adaptive, Budget
-from .report import GenerationReport, ScaleReport
-from .sampling import Sample, generate, sample_tokens
-from .series import SeriesReport, generate_series
+from .checkpoints.convert import export_official, load_official
+from .generation.editing import box_mask, edit
+from .generation.inference import prepare_inference
+from .generation.report import GenerationReport, ScaleReport
+from .generation.sampling import Sample, generate, sample_tokens
+from .generation.series.series import SeriesReport, generate_series
+from .model.cache import EquilibriumCache, IterateCache
+from .model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .model.schedule import Adaptive, Budget
+from .model.transformer import NextScaleTransformer
+from .model.trunk import ExplicitTrunk, ImplicitTrunk
 from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
-from .trunk import ExplicitTrunk, ImplicitTrunk
 
 __all__ = [
     "Adaptive",

@@ -28,7 +28,7 @@ from benchmarks.suites.viar import (
     trunks,
 )
 from benchmarks.suites.viar.models import Shape, implicit, random_tokenizer, random_transformer
-from viar.demo import DemoConfig
+from viar.commands.demo import DemoConfig
 
 CPU = torch.device("cpu")
 QUICK = Run(CPU, 1, True)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from viar.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from viar.official import official_names
-from viar.scales import block_causal_mask, scale_ids
+from viar.checkpoints.official import official_names
+from viar.model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from viar.model.scales import block_causal_mask, scale_ids
+from viar.model.transformer import NextScaleTransformer
 from viar.tokenizer import Tokenizer
-from viar.transformer import NextScaleTransformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

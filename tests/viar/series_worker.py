@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from tiny_models import tiny_tokenizer, tiny_transformer
 
-import viar.series
-from viar.series import generate_series
+import viar.generation.series.series
+from viar.generation.series.series import generate_series
 
 WORLD, BATCH = 2, 4
 
@@ -36,7 +36,11 @@ def work(rank: int, folder: Path, port: str, num: int, manner: str) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
-    models, sample, sampled = (tiny_transformer(), tiny_tokenizer()), viar.series.sample_tokens, [0]
+    models, sample, sampled = (
+        (tiny_transformer(), tiny_tokenizer()),
+        viar.generation.series.series.sample_tokens,
+        [0],
+    )
 
     def noted(model: Any, tokenizer: Any, labels: Any, **settings: Any) -> Any:
         if manner == "slow":
@@ -47,7 +51,7 @@ def work(rank: int, folder: Path, port: str, num: int, manner: str) -> None:
     def failing(*arguments: Any, **settings: Any) -> Any:
         raise RuntimeError("this process fails")
 
-    viar.series.sample_tokens = noted
+    viar.generation.series.series.sample_tokens = noted
     if manner == "slow":
         generate_series(*models, folder, num, batch_size=BATCH)
         return
@@ -57,7 +61,7 @@ def work(rank: int, folder: Path, port: str, num: int, manner: str) -> None:
     # One write, so that the two do not mix their lines.
     os.write(1, f"{json.dumps({'made': report.made, 'images_of': counts})}\n".encode())
     if rank == 1:
-        viar.series.sample_tokens = failing
+        viar.generation.series.series.sample_tokens = failing
     generate_series(*models, folder / "broken", num, batch_size=BATCH)
 
 

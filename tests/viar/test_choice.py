@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from viar.choice import ROUNDING, TokenNoise, choose
+from viar.generation.choice import ROUNDING, TokenNoise, choose
 
 CPU = torch.device("cpu")
 

@@ -20,15 +20,15 @@ from PIL import Image
 from rich.console import Console
 from stage_work import fail_at_once, meet
 
-import viar.cli
-import viar.demo
+import viar.commands.cli
+import viar.commands.demo
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.demo import DemoConfig, Stage, Stages, print_summary, run_demo
-from viar.evaluate import balanced_labels
-from viar.pictures import save_grid
-from viar.series import SeriesReport
+from viar.commands.demo import DemoConfig, Stage, Stages, print_summary, run_demo
+from viar.data.pictures import save_grid
+from viar.evaluation.evaluate import balanced_labels
+from viar.generation.series.series import SeriesReport
 
-FINGERPRINT, RUN_TOGETHER = viar.demo._fingerprint_of_code, Stages.run_together  # before any patch
+FINGERPRINT, RUN_TOGETHER = viar.commands.demo._fingerprint_of_code, Stages.run_together  # before any patch
 TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
 
 
@@ -38,10 +38,10 @@ def call(*arguments: object) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", ["viar", *map(str, arguments)])
-        patch.setattr(viar.cli, "console", Console(file=output, width=200))
+        patch.setattr(viar.commands.cli, "console", Console(file=output, width=200))
         code = 0
         try:
-            viar.cli.main()
+            viar.commands.cli.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
     return code, output.getvalue(), " ".join(errors.getvalue().split())
@@ -65,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_is_installed_under_its_name() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="viar")
-    assert script.load() is viar.cli.main
+    assert script.load() is viar.commands.cli.main
 
 
 # Help
@@ -108,9 +108,9 @@ def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> Non
 
 def test_training_leaves_models_of_the_preset_and_its_changes(trained: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(trained / "tokenizer")
-    assert tokenizer.config == viar.cli.TOKENIZERS["digits"].model
+    assert tokenizer.config == viar.commands.cli.TOKENIZERS["digits"].model
     model = NextScaleTransformer.from_pretrained(trained / "viar")
-    preset = viar.cli.TRANSFORMERS["digits-viar"].model
+    preset = viar.commands.cli.TRANSFORMERS["digits-viar"].model
     assert model.config == dataclasses.replace(preset, width=16, num_heads=2)
     assert isinstance(model.config.trunk, ImplicitTrunkConfig)
 
@@ -163,7 +163,7 @@ def test_every_sampling_flag_reaches_a_series(
         calls.append((arguments[2:], settings))
         return SeriesReport(Path("a"), 4, 4, 0, None, 1.0)
 
-    monkeypatch.setattr(viar.cli, "generate_series", noted)
+    monkeypatch.setattr(viar.commands.cli, "generate_series", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     flags = ("--top-k", 5, "--top-p", 0.5, "--cache", "iterate", "--iterations", 3, 2, "--format", "npz")
     assert call("generate", *models, "--num", 4, *flags, "--labels", 1, "--cfg", 2)[0] == 0
@@ -195,7 +195,7 @@ def test_published_checkpoints_are_read_from_files(
     }
     for file in files.values():
         file.touch()
-    monkeypatch.setattr(viar.cli, "load_official", loaded.__getitem__)
+    monkeypatch.setattr(viar.commands.cli, "load_official", loaded.__getitem__)
     flags = ("--out", tmp_path / "a.png", "--per-class", 1)
     code, _, errors = call("generate", "--model", files["model"], "--tokenizer", files["tokenizer"], *flags)
     assert (code, errors) == (0, "")
@@ -233,7 +233,7 @@ def test_sampling_flags_reach_the_sampler(
         calls.append((labels.tolist(), settings))
         return torch.zeros(len(labels), 3, 8, 8)
 
-    monkeypatch.setattr(viar.cli, "generate", noted)
+    monkeypatch.setattr(viar.commands.cli, "generate", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
     code, _, errors = call("generate", *models, "--out", tmp_path / "a.png", "--batch-size", 6, *flags)
     assert code == 0, errors
@@ -256,7 +256,9 @@ def test_generate_reports_every_scale_of_every_batch(trained: Path, tmp_path: Pa
 
 def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = []
-    monkeypatch.setattr(viar.cli, "prepare_inference", lambda *a, **settings: prepared.append(settings))
+    monkeypatch.setattr(
+        viar.commands.cli, "prepare_inference", lambda *a, **settings: prepared.append(settings)
+    )
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
     for flags in ((), ("--dtype", "bfloat16", "--compile")):
         call("generate", *models, "--out", tmp_path / "a.png", *flags)
@@ -264,8 +266,8 @@ def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = viar.cli.train_classifier
-    monkeypatch.setattr(viar.cli, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2}))
+    train = viar.commands.cli.train_classifier
+    monkeypatch.setattr(viar.commands.cli, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2}))
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     code, output, errors = call("evaluate", *models, "--per-class", 2, "--iterations", 1)
     assert (code, errors) == (0, "")
@@ -417,21 +419,25 @@ def small_demo() -> Any:
     """Presets of a demo that takes a second or two."""
     patch = pytest.MonkeyPatch()
     for name in ("viar", "var"):
-        preset = viar.demo.TRANSFORMERS[f"digits-{name}"]
+        preset = viar.commands.demo.TRANSFORMERS[f"digits-{name}"]
         model = dataclasses.replace(preset.model, depth=3, width=16, num_heads=2)
         train = dataclasses.replace(preset.train, batch_size=32)
         small = dataclasses.replace(preset, model=model, train=train, augment=0)
-        patch.setitem(viar.demo.TRANSFORMERS, f"digits-{name}", small)
-    codec = dataclasses.replace(viar.demo.TOKENIZERS["digits"], augment=0)
-    patch.setitem(viar.demo.TOKENIZERS, "digits", codec)
+        patch.setitem(viar.commands.demo.TRANSFORMERS, f"digits-{name}", small)
+    codec = dataclasses.replace(viar.commands.demo.TOKENIZERS["digits"], augment=0)
+    patch.setitem(viar.commands.demo.TOKENIZERS, "digits", codec)
     # Processes of their own, tested by themselves below, would take longer to start than to work.
     patch.setattr(
         Stages,
         "run_together",
         lambda self, stages: {name: self.run(name, stage) for name, stage in stages.items()},
     )
-    patch.setattr(viar.demo, "_fingerprint_of_code", lambda: "1")  # whatever happens to the files meanwhile
-    patch.setattr(viar.demo, "seconds_of", lambda tasks: [float(task() is not None) for task in tasks])
+    patch.setattr(
+        viar.commands.demo, "_fingerprint_of_code", lambda: "1"
+    )  # whatever happens to the files meanwhile
+    patch.setattr(
+        viar.commands.demo, "seconds_of", lambda tasks: [float(task() is not None) for task in tasks]
+    )
     yield
     patch.undo()
 
@@ -536,7 +542,7 @@ def test_an_interrupted_stage_goes_on_and_stages_before_it_are_reused(
         (folder / "state").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(viar.demo, "train_transformer", interrupted)
+    monkeypatch.setattr(viar.commands.demo, "train_transformer", interrupted)
     for settings in ({}, {}, {"transformer_seconds": 0.1}):
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path, tokenizer_seconds=0.01, **settings)

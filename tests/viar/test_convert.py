@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import enlarge, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor
 
-import viar.cli
-import viar.convert
+import viar.checkpoints.convert
+import viar.commands.cli
 from viar import (
     ExplicitTrunkConfig,
     ImplicitTrunkConfig,
@@ -41,9 +41,9 @@ from viar import (
     export_official,
     load_official,
 )
-from viar.config import SIDES_256, SIDES_512
-from viar.official import official_names
-from viar.scales import block_causal_mask, scale_ids
+from viar.checkpoints.official import official_names
+from viar.model.config import SIDES_256, SIDES_512
+from viar.model.scales import block_causal_mask, scale_ids
 
 State = dict[str, Tensor]
 VAE, VAR, VIAR = "vae_ch160v4096z32.pth", "var_d16.pth", "viar.pth"
@@ -588,10 +588,10 @@ def call(
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["viar", "convert", *map(str, arguments)])
-        monkeypatch.setattr(viar.cli, "console", Console(width=200))
+        monkeypatch.setattr(viar.commands.cli, "console", Console(width=200))
         code = 0
         try:
-            viar.cli.main()
+            viar.commands.cli.main()
         except SystemExit as ended:
             code = int(ended.code or 0)
         output, errors = capsys.readouterr()
@@ -689,7 +689,7 @@ def test_an_interrupted_conversion_leaves_everything_as_it_was(
         path.write_text("half")
         raise ValueError("no space left")
 
-    monkeypatch.setattr(viar.convert, "save_file", interrupted)
+    monkeypatch.setattr(viar.checkpoints.convert, "save_file", interrupted)
     names = {path.name for path in tmp_path.iterdir()}
     assert call(tmp_path / "folder", out, "--overwrite")[0] == 2
     assert {path.name for path in tmp_path.iterdir()} == names

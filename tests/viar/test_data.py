@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from viar.data import (
+from viar.data.sources import (
     EndlessBatches,
     ImageFolder,
     TensorImages,

@@ -25,14 +25,14 @@ from rich.console import Console
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 
-import viar.cli
-import viar.editing
-import viar.evaluate
+import viar.commands.cli
+import viar.evaluation.evaluate
+import viar.generation.editing
 from viar import Sample, edit, generate, sample_tokens
-from viar.data import TensorImages
-from viar.editing import box_mask
-from viar.evaluate import inpainting_consistency
-from viar.pictures import read_mask, read_picture, save_picture
+from viar.data.pictures import read_mask, read_picture, save_picture
+from viar.data.sources import TensorImages
+from viar.evaluation.evaluate import inpainting_consistency
+from viar.generation.editing import box_mask
 
 BOX = torch.ones(4, 4)
 BOX[1:3, 1:3] = 0  # from 0.25 to 0.75
@@ -46,7 +46,7 @@ def test_edits_match_the_published_program(name: str, mask: Tensor, monkeypatch:
         samples.append(sample_tokens(*args, **settings))
         return samples[-1]
 
-    monkeypatch.setattr(viar.editing, "sample_tokens", noted)
+    monkeypatch.setattr(viar.generation.editing, "sample_tokens", noted)
     images = (golden_images() + 1) / 2
     edited = edit(
         golden_transformer("var"), golden_tokenizer(), images, mask, golden_labels(), keep="codes", top_k=1
@@ -104,7 +104,7 @@ def test_each_scale_keeps_its_own_codes_where_the_resized_mask_is_above_a_half(
         return sample_tokens(*args, replace=wrapped, **settings)
 
     tokens = tokenizer.encode(pictures * 2 - 1)
-    monkeypatch.setattr(viar.editing, "sample_tokens", noted)
+    monkeypatch.setattr(viar.generation.editing, "sample_tokens", noted)
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]])
     edit(model, tokenizer, pictures, mask, LABELS, keep="codes")
     assert kept[0] == [[[1]]] * 3
@@ -114,7 +114,7 @@ def test_each_scale_keeps_its_own_codes_where_the_resized_mask_is_above_a_half(
     assert kept[1] == [[[0, 0], [0, 0]]] * 3  # a half is not above a half
 
 
-@pytest.mark.parametrize("keep", viar.editing.KEEPS)
+@pytest.mark.parametrize("keep", viar.generation.editing.KEEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64, torch.float64])
 def test_masks_of_any_type_and_resolution_mean_the_same(
     dtype: torch.dtype, keep: str, pictures: Tensor
@@ -128,7 +128,7 @@ def test_masks_of_any_type_and_resolution_mean_the_same(
     assert edit(model, tokenizer, pictures, left.to(dtype), LABELS, keep=keep).equal(expected)
 
 
-@pytest.mark.parametrize("keep", viar.editing.KEEPS)
+@pytest.mark.parametrize("keep", viar.generation.editing.KEEPS)
 def test_every_image_may_have_a_mask_of_its_own(keep: str, pictures: Tensor) -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     masks = torch.stack([torch.ones(3, 3), torch.zeros(3, 3), torch.eye(3)])
@@ -190,7 +190,7 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], message: str, pictur
 
 
 def test_the_ladder_of_these_tests_has_one_coarse_scale() -> None:
-    assert [side for side in SIDES if side * side <= viar.editing.COARSE_TOKENS] == [1]
+    assert [side for side in SIDES if side * side <= viar.generation.editing.COARSE_TOKENS] == [1]
 
 
 # Features held, pixels put back: laws
@@ -252,7 +252,7 @@ def test_what_is_held_is_the_encoding_of_the_picture_so_far_with_the_kept_pixels
 
         return sample_tokens(*args, hold=wrapped, **settings)
 
-    monkeypatch.setattr(viar.editing, "sample_tokens", noted)
+    monkeypatch.setattr(viar.generation.editing, "sample_tokens", noted)
     edit(model, tokenizer, pictures, mask, LABELS)
     assert len(seen) == len(SIDES)
     for scale, (before, after) in enumerate(seen):
@@ -278,9 +278,9 @@ def test_kept_pixels_reach_the_regenerated_part_and_so_does_the_label(pictures: 
 
 def test_the_border_falls_linearly_over_the_kept_side() -> None:
     kept = torch.arange(8).gt(2).expand(1, 1, 8, 8)
-    share = viar.editing.made_share(kept, 3)[0, 0]
+    share = viar.generation.editing.made_share(kept, 3)[0, 0]
     assert share.tolist() == [[1, 1, 1, 0.75, 0.5, 0.25, 0, 0]] * 8
-    assert viar.editing.made_share(kept, 0)[0, 0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert viar.generation.editing.made_share(kept, 0)[0, 0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_the_default_border_is_half_a_token(pictures: Tensor) -> None:
@@ -383,9 +383,9 @@ def command(folder: Path, *flags: object) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", arguments)
-        patch.setattr(viar.cli, "console", Console(file=said, width=200))
+        patch.setattr(viar.commands.cli, "console", Console(file=said, width=200))
         try:
-            viar.cli.main()
+            viar.commands.cli.main()
         except SystemExit as ended:
             return int(ended.code or 0), " ".join(said.getvalue().split())
     return 0, " ".join(said.getvalue().split())
@@ -474,6 +474,8 @@ def test_inpainting_consistency_is_the_share_that_keeps_its_class(monkeypatch: p
     assert share(torch.ones(3, 3)) == pytest.approx(float(real))
     generated = generate(model, tokenizer, labels, seed=1).mean((2, 3)).argmax(1).eq(labels).float().mean()
     made = []
-    monkeypatch.setattr(viar.evaluate, "edit", lambda *a, **k: made.append(edit(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        viar.evaluation.evaluate, "edit", lambda *a, **k: made.append(edit(*a, **k)) or made[-1]
+    )
     assert share(torch.zeros(3, 3), seed=1, batch_size=2) == pytest.approx(float(generated))
     torch.testing.assert_close(torch.cat(made), generate(model, tokenizer, labels, seed=1))

@@ -9,9 +9,9 @@ import torch
 from tiny_models import tiny_tokenizer, tiny_transformer
 from torch import Tensor
 
-import viar.trunk
+import viar.model.trunk
 from viar import NextScaleTransformer, Tokenizer, generate, prepare_inference, sample_tokens
-from viar.blocks import gelu
+from viar.model.blocks import gelu
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def pair() -> tuple[NextScaleTransformer, Tokenizer]:
 
 def native(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
     """As if the processor had instructions for lower precisions, or none."""
-    for module in (viar.trunk, viar.inference):
+    for module in (viar.model.trunk, viar.generation.inference):
         monkeypatch.setattr(
             module, "computes_in", lambda dtype, device: yes or dtype not in (torch.bfloat16, torch.float16)
         )

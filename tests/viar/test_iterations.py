@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deqlib import Anderson, Picard
 from viar import Adaptive, Budget
-from viar.iterations import iteration_schedule
+from viar.model.schedule import iteration_schedule
 
 
 @given(st.integers(1, 99), st.integers(1, 14))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_tokenizer, tiny_transformer
 
-from viar.optim import build_optimizer, lr_factor, set_progress, weight_decay_at
+from viar.training.optim import build_optimizer, lr_factor, set_progress, weight_decay_at
 
 
 @pytest.mark.parametrize(

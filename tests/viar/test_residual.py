@@ -16,11 +16,11 @@ from tiny_models import IMPLICIT, SIDES, TRANSFORMER, tiny_config, tiny_tokenize
 from torch import Tensor
 
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
-from viar.data import TensorImages
-from viar.presets import TRANSFORMERS
-from viar.scales import block_causal_mask
-from viar.train import TrainConfig, train_transformer
-from viar.trunk import ImplicitTrunk, relative_change, squared_residual
+from viar.data.sources import TensorImages
+from viar.model.scales import block_causal_mask
+from viar.model.trunk import ImplicitTrunk, relative_change, squared_residual
+from viar.training.loop import TrainConfig, train_transformer
+from viar.training.presets import TRANSFORMERS
 
 ALONE = ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(2, 2), grad=(1, 1), iterations=3)
 TOKENS = sum(side**2 for side in SIDES)

@@ -16,12 +16,12 @@ from golden_reference import (
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer
 from torch import Tensor
 
-import viar.sampling
+import viar.generation.sampling
 from deqlib import Anderson
 from viar import Adaptive, NextScaleTransformer, Tokenizer, generate, sample_tokens
-from viar.choice import TokenNoise, choose
-from viar.sampling import guidance_ramp, guide
-from viar.scales import resize_tokens, scale_slices
+from viar.generation.choice import TokenNoise, choose
+from viar.generation.sampling import guidance_ramp, guide
+from viar.model.scales import resize_tokens, scale_slices
 
 SCHEDULES = golden_config()["gen_iterations"]
 
@@ -331,7 +331,7 @@ def test_images_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     together = generate(model, tokenizer, [0, 1, 2, 0, 1])
     batches = []
     tokenizer.decoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-    monkeypatch.setitem(viar.sampling.DECODED_PIXELS, "cpu", 2 * 36)  # two pictures of 6 x 6
+    monkeypatch.setitem(viar.generation.sampling.DECODED_PIXELS, "cpu", 2 * 36)  # two pictures of 6 x 6
     torch.testing.assert_close(generate(model, tokenizer, [0, 1, 2, 0, 1]), together)
     assert batches == [2, 2, 1]
 

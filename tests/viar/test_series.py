@@ -24,10 +24,10 @@ from PIL import Image
 from rich.console import Console
 from tiny_models import tiny_tokenizer, tiny_transformer
 
-import viar.choice
-import viar.series
+import viar.generation.choice
+import viar.generation.series.series
 from viar import Adaptive, prepare_inference, sample_tokens
-from viar.series import SeriesReport, _runs, _whole_batches, generate_series
+from viar.generation.series.series import SeriesReport, _runs, _whole_batches, generate_series
 
 NUM = 32
 PATIENCE = 60.0  # seconds after which a process is taken to hang
@@ -68,7 +68,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def doubting(rounding: float) -> Iterator[None]:
     """Sampling that is certain of less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(viar.choice, "ROUNDING", rounding)
+        patch.setattr(viar.generation.choice, "ROUNDING", rounding)
         yield
 
 
@@ -125,7 +125,7 @@ def test_only_the_formats_asked_for_stay(
 def test_the_archive_is_written_a_few_images_at_a_time(
     series: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(viar.series_folder, "READ_AT_ONCE", 7)
+    monkeypatch.setattr(viar.generation.series.folder, "READ_AT_ONCE", 7)
     make(tmp_path)
     assert files(tmp_path) == series
 
@@ -153,7 +153,7 @@ def test_pixels_and_doubtful_tokens_are_computed_on_one_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: dict[int, set[int]] = {1: set(), 4: set()}
-    sample = viar.series.sample_tokens
+    sample = viar.generation.series.series.sample_tokens
 
     def noted(model: Any, tokenizer: Any, labels: Any, **settings: Any) -> Any:
         threads[len(labels)].add(torch.get_num_threads())
@@ -165,7 +165,7 @@ def test_pixels_and_doubtful_tokens_are_computed_on_one_thread(
         threads[len(tokens[0])].add(torch.get_num_threads())
         return decode(self, tokens)
 
-    monkeypatch.setattr(viar.series, "sample_tokens", noted)
+    monkeypatch.setattr(viar.generation.series.series, "sample_tokens", noted)
     monkeypatch.setattr(viar.Tokenizer, "decode", noted_decode)
     torch.set_num_threads(3)
     try:
@@ -190,7 +190,7 @@ def test_images_in_doubt_are_sampled_again_alone(
     assert pictures(files(tmp_path / "all")).items() <= series.items()
 
     # And tokens that a batch got wrong are never used, if it said so.
-    sample = viar.series.sample_tokens
+    sample = viar.generation.series.series.sample_tokens
 
     def wrong_in_batches(model: Any, tokenizer: Any, labels: Any, **settings: Any) -> Any:
         made = sample(model, tokenizer, labels, **settings)
@@ -200,7 +200,7 @@ def test_images_in_doubt_are_sampled_again_alone(
                 tokens[::2] = 0
         return made
 
-    monkeypatch.setattr(viar.series, "sample_tokens", wrong_in_batches)
+    monkeypatch.setattr(viar.generation.series.series, "sample_tokens", wrong_in_batches)
     assert make(tmp_path / "wrong", batch_size=10).resampled == NUM // 2
     assert files(tmp_path / "wrong") == series
 
@@ -248,7 +248,7 @@ def test_a_larger_number_continues_the_series(series: dict[str, bytes], tmp_path
 def test_an_interruption_leaves_whole_pictures_only(
     series: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample, calls = viar.series.sample_tokens, []
+    sample, calls = viar.generation.series.series.sample_tokens, []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         calls.append(None)
@@ -256,7 +256,7 @@ def test_an_interruption_leaves_whole_pictures_only(
             raise KeyboardInterrupt
         return sample(*arguments, **settings)
 
-    monkeypatch.setattr(viar.series, "sample_tokens", interrupted)
+    monkeypatch.setattr(viar.generation.series.series, "sample_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, batch_size=10)
     left = files(tmp_path)

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from viar.config import TokenizerConfig
-from viar.scales import scale_slices
+from viar.model.config import TokenizerConfig
+from viar.model.scales import scale_slices
 from viar.tokenizer import MultiScaleQuantizer, Tokenizer
-from viar.tokenizer.losses import reconstruction_loss
 from viar.tokenizer.quantizer import phi_index
+from viar.training.losses import reconstruction_loss
 
 SMALL = TokenizerConfig(
     sides=(1, 2, 3),

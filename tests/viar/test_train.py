@@ -23,10 +23,10 @@ from tiny_models import TOKENIZER, tiny_config, tiny_tokenizer, tiny_transformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import viar.train
+import viar.training.loop
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.data import Batch, TensorImages
-from viar.train import (
+from viar.data.sources import Batch, TensorImages
+from viar.training.loop import (
     TokenizedImages,
     TrainConfig,
     cross_entropy,
@@ -242,15 +242,17 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     config = settings(steps=6, save_every=1e-9)  # a state after every step
     expected = run(tmp_path / "whole", config)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 5, viar.train, "set_progress", after=False)
+        interrupt_at(patch, 5, viar.training.loop, "set_progress", after=False)
         with pytest.raises(Interrupted):
             run(tmp_path / "parts", config)
     assert (tmp_path / "parts" / "state").is_dir()
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     steps = []
     with monkeypatch.context() as patch:
-        set_progress = viar.train.set_progress
-        patch.setattr(viar.train, "set_progress", lambda *a, **k: steps.append(a[1]) or set_progress(*a, **k))
+        set_progress = viar.training.loop.set_progress
+        patch.setattr(
+            viar.training.loop, "set_progress", lambda *a, **k: steps.append(a[1]) or set_progress(*a, **k)
+        )
         actual = run(tmp_path / "parts", config)
     assert steps == [4 / 6, 5 / 6]
     assert_same(actual, expected)
@@ -290,9 +292,9 @@ def test_an_interruption_while_saving_leaves_a_state_that_is_whole(
             run_transformer(tmp_path / "parts", config)
     progress = []
     with monkeypatch.context() as patch:
-        set_progress = viar.train.set_progress
+        set_progress = viar.training.loop.set_progress
         patch.setattr(
-            viar.train, "set_progress", lambda *a, **k: progress.append(a[1]) or set_progress(*a, **k)
+            viar.training.loop, "set_progress", lambda *a, **k: progress.append(a[1]) or set_progress(*a, **k)
         )
         actual = run_transformer(tmp_path / "parts", config)
     assert progress[0] > 0  # it did not start over
@@ -307,7 +309,7 @@ def test_a_run_interrupted_before_its_first_state_starts_over(
     config = settings(steps=12)
     expected = run_transformer(tmp_path / "whole", config)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 11, viar.train, "set_progress", after=False)
+        interrupt_at(patch, 11, viar.training.loop, "set_progress", after=False)
         with pytest.raises(Interrupted):
             run_transformer(tmp_path / "parts", config)
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 10]
@@ -362,7 +364,9 @@ def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path: Path, monkeypatch
 
 def test_schedules_reach_the_optimizer_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(viar.train, "set_progress", lambda *args, **given: seen.append((args[1], given)))
+    monkeypatch.setattr(
+        viar.training.loop, "set_progress", lambda *args, **given: seen.append((args[1], given))
+    )
     run_transformer(tmp_path, settings(steps=4, weight_decay=(0.1, 0.2)))
     assert [progress for progress, _ in seen] == [0, 0.25, 0.5, 0.75]
     assert all(given == {"lr": 3e-3, "weight_decay": (0.1, 0.2)} for _, given in seen)
@@ -386,7 +390,7 @@ def test_tokens_are_those_of_full_precision_whatever_the_training_runs_in(
         targets.setdefault(folder.name, []).append(wanted)
         return cross_entropy(logits, wanted)
 
-    monkeypatch.setattr(viar.train, "cross_entropy", noted)
+    monkeypatch.setattr(viar.training.loop, "cross_entropy", noted)
     for folder, source in ((tmp_path / "memory", data), (tmp_path / "disk", Disk(data))):
         config = settings(batch_size=24, mixed_precision="bf16")
         train_transformer(fresh_transformer(), tokenizer, source, folder, config)
@@ -495,7 +499,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
         calls.append(None)
         return cross_entropy(logits, targets) * (torch.nan if len(calls) >= step else 1)
 
-    monkeypatch.setattr(viar.train, "cross_entropy", broken)
+    monkeypatch.setattr(viar.training.loop, "cross_entropy", broken)
     with pytest.raises(FloatingPointError, match=f"the loss is nan at step {step}; lower lr"):
         run_transformer(tmp_path, settings(steps=5, save_every=1e-9))
     assert not (tmp_path / "model.safetensors").exists()

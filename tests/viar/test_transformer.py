@@ -23,11 +23,11 @@ from tiny_models import SIDES, TRUNKS, enlarge, tiny_config, tiny_transformer
 from torch import Tensor
 
 from viar import Adaptive, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
-from viar.attention import Attention
-from viar.blocks import Block, DropPath
-from viar.official import official_names
-from viar.scales import block_causal_mask, scale_ids, scale_slices
-from viar.trunk import drop_path_rates
+from viar.checkpoints.official import official_names
+from viar.model.attention import Attention
+from viar.model.blocks import Block, DropPath
+from viar.model.scales import block_causal_mask, scale_ids, scale_slices
+from viar.model.trunk import drop_path_rates
 
 KINDS = list(TRUNKS)
 ROUNDS = ["0.1", "2.3", "4.1"]

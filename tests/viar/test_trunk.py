@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
 from torch import Tensor, nn
 
-import viar.trunk
+import viar.model.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
 from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
-from viar.scales import block_causal_mask, scale_slices
-from viar.trunk import ExplicitTrunk, Trunk, build_trunk
+from viar.model.scales import block_causal_mask, scale_slices
+from viar.model.trunk import ExplicitTrunk, Trunk, build_trunk
 
 Case = tuple[Trunk, Tensor, Tensor]  # trunk in float64, tokens of all scales, what modulates
 
@@ -375,7 +375,7 @@ def test_the_number_of_samples_computed_at_a_time_does_not_matter(
     together = scale_by_scale(trunk, x, cond, iterations, "equilibrium")
     chunks = []
     monkeypatch.setattr(
-        viar.trunk,
+        viar.model.trunk,
         "row_chunks",
         lambda t: chunks.append(t) or [slice(i, min(i + rows, 5)) for i in range(0, 5, rows)],
     )
@@ -385,12 +385,12 @@ def test_the_number_of_samples_computed_at_a_time_does_not_matter(
 
 @pytest.mark.parametrize("shape", [(1, 1, 10), (7, 100, 1000), (64, 4, 64), (3, 500, 2000), (0, 4, 8)])
 def test_chunks_of_samples_cover_the_batch_and_fit_the_caches_of_a_cpu(shape: tuple[int, ...]) -> None:
-    chunks = list(viar.trunk.row_chunks(torch.empty(shape)))
+    chunks = list(viar.model.trunk.row_chunks(torch.empty(shape)))
     assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(shape[0]))
     for chunk in chunks:
         rows = chunk.stop - chunk.start
-        assert rows <= 1 or rows * shape[1] * shape[2] <= viar.trunk.CPU_CHUNK
-    assert list(viar.trunk.row_chunks(torch.empty(shape, device="meta"))) == [slice(0, shape[0])]
+        assert rows <= 1 or rows * shape[1] * shape[2] <= viar.model.trunk.CPU_CHUNK
+    assert list(viar.model.trunk.row_chunks(torch.empty(shape, device="meta"))) == [slice(0, shape[0])]
 
 
 # Warm start

@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 
 import viar
-from viar.config import SIDES_256
+from viar.model.config import SIDES_256
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
 from ...show import COLORS

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.official import official_names
-from viar.sampling import decode_images
-from viar.scales import scale_slices
+from viar.checkpoints.official import official_names
+from viar.generation.sampling import decode_images
+from viar.model.scales import scale_slices
 
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens

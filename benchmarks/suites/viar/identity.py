@@ -70,7 +70,7 @@ def differing(images: dict[str, bytes], reference: dict[str, bytes]) -> int:
 def series_command(models: Path, num: int, batch: int, out: Path) -> list[str]:
     """Make images 0 to `num` - 1 in `out`."""
     return [
-        *(sys.executable, "-m", "viar.cli", "generate"),
+        *(sys.executable, "-m", "viar", "generate"),
         *("--model", str(models / "viar"), "--tokenizer", str(models / "tokenizer")),
         *("--num", str(num), "--format", "png", "--out", str(out)),
         *("--batch-size", str(batch), "--seed", str(SEED)),

@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.data import all_batches
-from viar.evaluate import balanced_labels, class_consistency
-from viar.iterations import Iterations
-from viar.sampling import decode_images
+from viar.data.sources import all_batches
+from viar.evaluation.evaluate import balanced_labels, class_consistency
+from viar.generation.sampling import decode_images
+from viar.model.schedule import Iterations
 
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
 from ...show import COLORS
@@ -63,7 +63,7 @@ def build(
             nonlocal evaluated
             evaluated += len(output)
 
-        hook = trained.viar.trunk.layer.cell.block.register_forward_hook(count)
+        hook = trained.viar.model.trunk.layer.cell.block.register_forward_hook(count)
         starts = range(0, len(labels), AT_ONCE)
         samples = [sample(labels[start : start + AT_ONCE], start) for start in starts]
         hook.remove()

@@ -14,10 +14,10 @@ from rich.console import Console
 from torch import nn
 
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer, TokenizerConfig, TransformerConfig
-from viar.data import ImageData, load_data
-from viar.demo import DemoConfig, run_demo
-from viar.evaluate import Classifier
-from viar.presets import TOKENIZERS, TRANSFORMERS
+from viar.commands.demo import DemoConfig, run_demo
+from viar.data.sources import ImageData, load_data
+from viar.evaluation.evaluate import Classifier
+from viar.training.presets import TOKENIZERS, TRANSFORMERS
 
 from ...case import Run
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import viar
-from viar.iterations import iteration_schedule
+from viar.model.schedule import iteration_schedule
 
 from ...case import Case, Metric, Picture, Row, Run, Table, product
 from ...show import COLORS

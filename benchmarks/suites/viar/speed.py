@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.trunk import computes_in
+from viar.model.trunk import computes_in
 
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TokenizerConfig
+from ..model.config import TokenizerConfig
 
 
 def _norm(channels: int, config: TokenizerConfig) -> nn.GroupNorm:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TokenizerConfig
+from ..model.config import TokenizerConfig
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
 IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import TokenizerConfig
+from ..model.config import TokenizerConfig
 from ..pretrained import Pretrained
 from .autoencoder import Decoder, Encoder
 from .quantizer import MultiScaleQuantizer

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .config import (
+from ..model.config import (
     SIDES_256,
     SIDES_512,
     SIDES_1024,
@@ -24,9 +24,9 @@ from .config import (
     TokenizerConfig,
     TransformerConfig,
 )
-from .scales import scale_ids
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
+from ..model.scales import scale_ids
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
 
 Model = Tokenizer | NextScaleTransformer
 Rules = tuple[tuple[str, str], ...]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from .config import SIDES_512, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from .train import TrainConfig
+from ..model.config import SIDES_512, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .loop import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

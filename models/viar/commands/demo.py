@@ -28,9 +28,9 @@ from torch import Tensor
 
 import deqlib
 
-from .config import ImplicitTrunkConfig, TransformerConfig
-from .data import ImageData, load_data
-from .evaluate import (
+from ..data.pictures import draw_knob, save_grid
+from ..data.sources import ImageData, load_data
+from ..evaluation.evaluate import (
     Classifier,
     accuracy,
     balanced_labels,
@@ -39,12 +39,12 @@ from .evaluate import (
     train_classifier,
     training_bytes,
 )
-from .pictures import draw_knob, save_grid
-from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
-from .sampling import decode_images, generate, sample_tokens
-from .tokenizer import Tokenizer
-from .train import cross_entropy, tokenize, train_tokenizer, train_transformer, validation_loss
-from .transformer import NextScaleTransformer
+from ..generation.sampling import decode_images, generate, sample_tokens
+from ..model.config import ImplicitTrunkConfig, TransformerConfig
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from ..training.loop import cross_entropy, tokenize, train_tokenizer, train_transformer, validation_loss
+from ..training.presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
 
 MODELS = ("viar", "var")
 

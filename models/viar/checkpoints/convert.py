@@ -17,7 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from ..model.config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from ..model.scales import block_causal_mask, scale_ids
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
     PHI_RATIO,
@@ -27,9 +30,6 @@ from .official import (
     official_names,
     official_tensors,
 )
-from .scales import block_causal_mask, scale_ids
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
 
 LEVELS = ("trainer", "var_wo_ddp", "vae_local", "model", "state_dict")  # a transformer before its tokenizer
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile

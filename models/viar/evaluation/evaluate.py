@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 
 from deqlib.diagnostics import saved_bytes
 
-from .data import Batch, EndlessBatches, all_batches
-from .editing import edit
-from .iterations import Iterations
-from .optim import build_optimizer, lr_factor
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
+from ..data.sources import Batch, EndlessBatches, all_batches
+from ..generation.editing import edit
+from ..model.schedule import Iterations
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from ..training.optim import build_optimizer, lr_factor
 
 
 class Classifier(nn.Module):

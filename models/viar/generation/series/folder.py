@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .files import replacing
+from ...files import replacing
 
 SETTINGS = "series.json"
 FORMAT = 1  # of a series; to be raised with whatever changes the images of given settings

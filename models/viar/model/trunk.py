@@ -24,8 +24,8 @@ from .attention import KeyValue
 from .blocks import Block, gelu
 from .cache import EquilibriumCache, IterateCache, Solve
 from .config import ImplicitTrunkConfig, TransformerConfig
-from .iterations import Adaptive, Iterations, iteration_schedule
 from .scales import resize_tokens
+from .schedule import Adaptive, Iterations, iteration_schedule
 
 CACHES = ("equilibrium", "iterate")
 
@@ -54,7 +54,7 @@ class Trunk(nn.Module, ABC):
         measure: bool = False,
         warm_start: bool = False,
     ) -> EquilibriumCache:
-        """Empty cache for one generation of all scales under `schedule`; see `viar.cache`."""
+        """Empty cache for one generation of all scales under `schedule`; see `viar.model.cache`."""
 
     @abstractmethod
     def named_blocks(self) -> Iterator[tuple[str, Block]]:
@@ -283,7 +283,7 @@ class ImplicitTrunk(Trunk):
         measure: bool = False,
         warm_start: bool = False,
     ) -> EquilibriumCache:
-        """See `viar.cache` for the two kinds."""
+        """See `viar.model.cache` for the two kinds."""
         check_cache_kind(kind)
         if kind == "equilibrium":
             return EquilibriumCache(self.sides, measure=measure, warm_start=warm_start)

@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .config import check_at_least
-from .iterations import Adaptive, Iterations
-from .sampling import Sample, check_pair, check_reuse, check_sampling, sample_tokens
-from .series_folder import SeriesFolder
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
+from ...model.config import check_at_least
+from ...model.schedule import Adaptive, Iterations
+from ...model.transformer import NextScaleTransformer
+from ...tokenizer import Tokenizer
+from ..sampling import Sample, check_pair, check_reuse, check_sampling, sample_tokens
+from .folder import SeriesFolder
 
 FORMATS = ("png", "npz")
 PATIENCE = timedelta(days=30)  # a slow process is no error; one that ended is noticed at once
@@ -56,7 +56,7 @@ class SeriesReport:
         folder: where the images are.
         num: images of the series.
         made: images made by this call, in all processes; the others were there.
-        resampled: how many of them were sampled again alone, see `viar.series`.
+        resampled: how many of them were sampled again alone, see `viar.generation.series.series`.
         archive: the .npz, if asked for.
         seconds: spent on images, without the archive.
     """

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..pretrained import Pretrained
 from .blocks import norm
 from .config import TransformerConfig
 from .init import init_weights
-from .iterations import Adaptive
-from .pretrained import Pretrained
 from .scales import block_causal_mask, scale_ids, scale_slices
+from .schedule import Adaptive
 from .trunk import build_trunk
 
 

@@ -1,4 +1,4 @@
-"""In-painting, out-painting and class-conditional editing with the sampler of `viar.sampling`.
+"""In-painting, out-painting and class-conditional editing with the sampler of `viar.generation.sampling`.
 
 Two ways of keeping a region. "codes" is the published one: the image's own codes take the place of sampled
 ones. They stand for the region only roughly, and those near the border, and all coarse ones, know what the
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .iterations import Iterations
+from ..model.schedule import Iterations
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
 from .sampling import Hold, Replace, decode_images, sample_tokens
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
 KEEPS = ("features", "codes")

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .data import ImageFolder
-from .files import replacing
+from ..files import replacing
+from .sources import ImageFolder
 
 VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
 
@@ -22,8 +22,8 @@ VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     """A picture file as (3, side, side) in [0, 1], and the width and height the file has.
 
-    One of side x side pixels is taken as it is; of any other the centre is cut out as `viar.data` does for
-    validation.
+    One of side x side pixels is taken as it is; of any other the centre is cut out as `viar.data` does
+    for validation.
 
     Raises:
         ValueError: the file is no picture.

@@ -25,13 +25,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .config import check_at_least
-from .data import Batch, EndlessBatches, TensorImages, all_batches
+from ..data.sources import Batch, EndlessBatches, TensorImages, all_batches
+from ..generation.sampling import check_pair
+from ..model.config import check_at_least
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from .losses import reconstruction_loss
 from .optim import build_optimizer, set_progress
-from .sampling import check_pair
-from .tokenizer import Tokenizer
-from .tokenizer.losses import reconstruction_loss
-from .transformer import NextScaleTransformer
 
 # (model as prepared for training, batch, step) -> loss, and further numbers to log
 LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, float | Tensor]]]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
-from .trunk import computes_in
+from ..model.transformer import NextScaleTransformer
+from ..model.trunk import computes_in
+from ..tokenizer import Tokenizer
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 

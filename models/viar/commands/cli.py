@@ -18,21 +18,21 @@ from rich.progress import track
 from rich.table import Table
 from tyro.extras import SubcommandApp, subcommand_type_from_defaults
 
-from .config import check_at_least
-from .convert import convert_checkpoint, describe, load_official
-from .data import load_data
+from ..checkpoints.convert import convert_checkpoint, describe, load_official
+from ..data.pictures import read_mask, read_picture, save_edit, save_grid, save_picture
+from ..data.sources import load_data
+from ..evaluation.evaluate import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
+from ..generation.editing import box_mask, edit
+from ..generation.inference import prepare_inference
+from ..generation.sampling import generate
+from ..generation.series.series import FORMATS, generate_series
+from ..model.config import check_at_least
+from ..model.schedule import Adaptive, Budget, Iterations
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from ..training.loop import train_tokenizer, train_transformer, validation_loss
+from ..training.presets import TOKENIZERS, TRANSFORMERS
 from .demo import DemoConfig, run_demo
-from .editing import box_mask, edit
-from .evaluate import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
-from .inference import prepare_inference
-from .iterations import Adaptive, Budget, Iterations
-from .pictures import read_mask, read_picture, save_edit, save_grid, save_picture
-from .presets import TOKENIZERS, TRANSFORMERS
-from .sampling import generate
-from .series import FORMATS, generate_series
-from .tokenizer import Tokenizer
-from .train import train_tokenizer, train_transformer, validation_loss
-from .transformer import NextScaleTransformer
 
 app = SubcommandApp()
 console = Console()

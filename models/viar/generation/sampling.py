@@ -13,13 +13,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .cache import EquilibriumCache
+from ..model.cache import EquilibriumCache
+from ..model.scales import resize_tokens, scale_slices
+from ..model.schedule import Iterations
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
 from .choice import TokenNoise, choose
-from .iterations import Iterations
 from .report import GenerationReport, ScaleReport
-from .scales import resize_tokens, scale_slices
-from .tokenizer import Tokenizer
-from .transformer import NextScaleTransformer
 
 # Pixels decoded at a time: enough to keep a device busy.
 DECODED_PIXELS = {"cpu": 2**16, "cuda": 2**19}
@@ -37,8 +37,8 @@ class Sample:
     Attributes:
         tokens: sampled tokens, K tensors (B, p_k^2).
         f_hat: sum of all scales, (B, Z, p_K, p_K).
-        certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.choice`: computed in
-            float32 in a batch of another size, it gets the same tokens.
+        certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.generation.choice`:
+            computed in float32 in a batch of another size, it gets the same tokens.
         cache_bytes: keys and values held at the end, which is their peak.
         scales: what each scale took, if it was measured.
     """
@@ -115,7 +115,7 @@ def generate(
         top_p: keep the smallest set of tokens with at least this probability; `None` keeps all.
         seed: non-negative.
         first_index: index of the first image, to generate one series in several calls.
-        cache: "equilibrium" or "iterate", see `viar.cache`.
+        cache: "equilibrium" or "iterate", see `viar.model.cache`.
         warm_start: start the implicit block at each scale where the scale before suggests, instead of at the
             output of the blocks before it. Other results with few iterations, the same at convergence.
         guidance_reuse: so many of the last scales are computed with their class alone; the direction of

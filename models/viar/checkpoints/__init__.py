@@ -1,0 +1,1 @@
+"""The published checkpoints, read and written."""

@@ -1,0 +1,1 @@
+"""Images to train on, and pictures read and written."""

@@ -1,0 +1,1 @@
+"""From classes to images: the sampler, guidance, editing, reports, series."""

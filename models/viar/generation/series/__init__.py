@@ -1,0 +1,1 @@
+"""Many images in a folder, the same whatever makes them."""

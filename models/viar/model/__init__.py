@@ -1,0 +1,1 @@
+"""The transformer: configuration, blocks, trunks, caches, the schedule of iterations."""
