@@ -73,6 +73,7 @@ class ImplicitLayer(nn.Module):
         z0: Any = None,
         solver: Solver | None = None,
         stopping: Stopping | None = None,
+        backward: Backward | None = None,
         compact: Compact | None = None,
         state: Any = None,
     ) -> Solution:
@@ -83,6 +84,7 @@ class ImplicitLayer(nn.Module):
             z0: starting point of this call; default `init(*inputs)`.
             solver: of this call; default the layer's.
             stopping: of this call; default the layer's.
+            backward: of this call; default the layer's.
             compact: of this call; default the layer's.
             state: `Solution.state` of an earlier call on inputs like these, to go on with what that
                 learnt; pass its `value` as `z0`.
@@ -101,7 +103,7 @@ class ImplicitLayer(nn.Module):
             inputs,
             solver=self.solver if solver is None else solver,
             stopping=self.stopping if stopping is None else stopping,
-            backward=self.backward_mode,
+            backward=self.backward_mode if backward is None else backward,
             on_failure=self.on_failure,
             compact=self.compact if compact is None else compact,
             state=state,

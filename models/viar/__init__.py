@@ -11,11 +11,13 @@ from .generation.inference import prepare_inference
 from .generation.report import GenerationReport, ScaleReport
 from .generation.sampling import Sample, generate, sample_tokens
 from .generation.series.series import SeriesReport, generate_series
+from .generation.settings import Sampling
 from .model.cache import EquilibriumCache, IterateCache
 from .model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from .model.implicit import ImplicitTrunk
 from .model.schedule import Adaptive, Budget
 from .model.transformer import NextScaleTransformer
-from .model.trunk import ExplicitTrunk, ImplicitTrunk
+from .model.trunk import ExplicitTrunk
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "IterateCache",
     "NextScaleTransformer",
     "Sample",
+    "Sampling",
     "ScaleReport",
     "SeriesReport",
     "Tokenizer",

@@ -64,7 +64,7 @@ sys.path += [str(TESTS / "deqlib"), str(TESTS / "viar")]
 from test_compile import Waits  # noqa: E402
 from tiny_models import tiny_tokenizer, tiny_transformer  # noqa: E402
 
-from viar import sample_tokens  # noqa: E402
+from viar import Sampling, sample_tokens  # noqa: E402
 
 FILE = Path(__file__).with_name("counters.json")
 UPDATE = "UPDATE_COUNTERS"
@@ -193,7 +193,7 @@ def cache_bytes() -> Counts:
     tokenizer, found = tiny_tokenizer(), {}
     for kind, caches in (("explicit", ("equilibrium",)), ("implicit", ("equilibrium", "iterate"))):
         for cache in caches:
-            sample = sample_tokens(tiny_transformer(kind), tokenizer, [0, 1], cache=cache)
+            sample = sample_tokens(tiny_transformer(kind), tokenizer, [0, 1], Sampling(cache=cache))
             found[f"{kind} trunk, {cache} cache"] = sample.cache_bytes
     return found
 

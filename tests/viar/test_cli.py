@@ -22,7 +22,7 @@ from stage_work import fail_at_once, meet
 
 import viar.commands.cli
 import viar.commands.demo
-from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
+from viar import ImplicitTrunkConfig, NextScaleTransformer, Sampling, Tokenizer
 from viar.commands.demo import DemoConfig, Stage, Stages, print_summary, run_demo
 from viar.data.pictures import save_grid
 from viar.evaluation.evaluate import balanced_labels
@@ -174,14 +174,7 @@ def test_every_sampling_flag_reaches_a_series(
         "labels": (1,),
         "formats": ("npz",),
         "batch_size": 100,
-        "iterations": (3, 2),
-        "cfg": 2.0,
-        "top_k": 5,
-        "top_p": 0.5,
-        "seed": 0,
-        "cache": "iterate",
-        "warm_start": False,
-        "guidance_reuse": 0,
+        "sampling": Sampling(iterations=(3, 2), cfg=2.0, top_k=5, top_p=0.5, cache="iterate"),
     }
 
 

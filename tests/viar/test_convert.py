@@ -182,7 +182,6 @@ def test_a_loaded_model_is_whole(kind: str, source: str, tmp_path: Path) -> None
         assert buffer.device.type == "cpu"
         assert buffer.equal(expected[name]), name
     if kind == "viar":
-        assert model.trunk.depth_generator.get_state().equal(fresh.trunk.depth_generator.get_state())
         inputs = uniform(2, 29, model.config.code_channels)
         for each in (model, fresh):
             enlarge(torch.manual_seed(0) and each.train())
@@ -462,7 +461,7 @@ def test_code_in_a_file_is_named_and_not_run(
 
 def test_a_pickled_model_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
     torch.save(tiny_transformer(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"holds viar\.transformer\.NextScaleTransformer, which is code"):
+    with pytest.raises(ValueError, match=r"holds viar\.model\.transformer\.NextScaleTransformer, "):
         load_official(tmp_path / "a.pth")
 
 

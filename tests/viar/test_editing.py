@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import viar.commands.cli
 import viar.evaluation.evaluate
 import viar.generation.editing
-from viar import Sample, edit, generate, sample_tokens
+from viar import Sample, Sampling, edit, generate, sample_tokens
 from viar.data.pictures import read_mask, read_picture, save_picture
 from viar.data.sources import TensorImages
 from viar.evaluation.evaluate import inpainting_consistency
@@ -49,7 +49,13 @@ def test_edits_match_the_published_program(name: str, mask: Tensor, monkeypatch:
     monkeypatch.setattr(viar.generation.editing, "sample_tokens", noted)
     images = (golden_images() + 1) / 2
     edited = edit(
-        golden_transformer("var"), golden_tokenizer(), images, mask, golden_labels(), keep="codes", top_k=1
+        golden_transformer("var"),
+        golden_tokenizer(),
+        images,
+        mask,
+        golden_labels(),
+        keep="codes",
+        sampling=Sampling(top_k=1),
     )
     torch.testing.assert_close(edited, golden[f"var.edit.{name}.image"], atol=2e-4, rtol=0)
     tokens = torch.cat(samples[0].tokens, 1)
@@ -80,8 +86,10 @@ def test_with_codes_a_mask_of_zeros_keeps_the_coarsest_scale_alone(pictures: Ten
     def keep_first(scale: int, sampled: Tensor) -> Tensor:
         return tokenizer.quantizer.embed(first) if scale == 0 else sampled
 
-    expected = sample_tokens(model, tokenizer, LABELS, seed=3, replace=keep_first).f_hat
-    edited = edit(model, tokenizer, pictures, torch.zeros(3, 3), LABELS, seed=3, keep="codes")
+    expected = sample_tokens(model, tokenizer, LABELS, Sampling(seed=3), replace=keep_first).f_hat
+    edited = edit(
+        model, tokenizer, pictures, torch.zeros(3, 3), LABELS, sampling=Sampling(seed=3), keep="codes"
+    )
     assert edited.equal(tokenizer.decode_f_hat(expected).add(1).div(2))
     assert not edited.equal(generate(model, tokenizer, LABELS, seed=3))
 
@@ -132,10 +140,10 @@ def test_masks_of_any_type_and_resolution_mean_the_same(
 def test_every_image_may_have_a_mask_of_its_own(keep: str, pictures: Tensor) -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     masks = torch.stack([torch.ones(3, 3), torch.zeros(3, 3), torch.eye(3)])
-    together = edit(model, tokenizer, pictures, masks, LABELS, seed=4, keep=keep)
+    together = edit(model, tokenizer, pictures, masks, LABELS, sampling=Sampling(seed=4), keep=keep)
     for i in range(3):
         one = slice(i, i + 1)
-        settings = {"seed": 4, "first_index": i, "keep": keep}
+        settings = {"sampling": Sampling(seed=4), "first_index": i, "keep": keep}
         alone = edit(model, tokenizer, pictures[one], masks[i], LABELS[one], **settings)
         torch.testing.assert_close(alone, together[one], atol=1e-5, rtol=1e-5)
         again = edit(model, tokenizer, pictures[one], masks[one], LABELS[one], **settings)
@@ -146,8 +154,9 @@ def test_settings_reach_the_sampler(pictures: Tensor) -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     nothing = torch.zeros(3, 3)
 
-    def edited(**settings: Any) -> Tensor:
-        return edit(model, tokenizer, pictures, nothing, LABELS, **settings)
+    def edited(first_index: int = 0, **settings: Any) -> Tensor:
+        sampling = Sampling(**settings)
+        return edit(model, tokenizer, pictures, nothing, LABELS, sampling=sampling, first_index=first_index)
 
     assert edited().equal(edited(seed=0, cfg=1.5, top_k=900, top_p=0.96, iterations=3, cache="equilibrium"))
     for settings in ({"seed": 1}, {"cfg": 4.0}, {"top_k": 1}, {"top_p": 0.2}, {"first_index": 5}):
@@ -177,7 +186,6 @@ def test_settings_reach_the_sampler(pictures: Tensor) -> None:
         ({"labels": [0, 1]}, r"labels: expected shape \(3,\), one an image, got \(2,\)"),
         ({"labels": torch.tensor(0)}, r"labels: expected shape \(3,\), one an image, got \(\)"),
         ({"labels": [0, 1, 9]}, "labels: expected classes 0 to 2"),
-        ({"top_p": 2.0}, "top_p"),
         ({"keep": "pixels"}, r"keep: expected one of \['features', 'codes'\], got 'pixels'"),
         ({"border": -1}, "border: expected at least 0 pixels, got -1"),
         ({"border": 1, "keep": "codes"}, "border: keep='codes' blends nothing, so expected None, got 1"),
@@ -217,13 +225,17 @@ def test_kept_pixels_beyond_the_border_stay_and_hidden_ones_do_not_matter(
     mask: Tensor, border: int, seed: int
 ) -> None:
     model, tokenizer, images = tiny_transformer(), tiny_tokenizer(), uniform(3, 3, 6, 6, seed=seed)
-    edited = edit(model, tokenizer, images, mask, LABELS, border=border, seed=seed, iterations=1)
+    edited = edit(
+        model, tokenizer, images, mask, LABELS, border=border, sampling=Sampling(seed=seed, iterations=1)
+    )
     far = far_from(1 - mask, border).unsqueeze(1).expand_as(images)
     assert edited[far].equal(images[far])
     assert edited.min() >= 0
     assert edited.max() <= 1
     others = torch.where(mask.unsqueeze(1) > 0, images, uniform(3, 3, 6, 6, seed=seed + 100))
-    assert edit(model, tokenizer, others, mask, LABELS, border=border, seed=seed, iterations=1).equal(edited)
+    assert edit(
+        model, tokenizer, others, mask, LABELS, border=border, sampling=Sampling(seed=seed, iterations=1)
+    ).equal(edited)
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit"])
@@ -234,7 +246,9 @@ def test_a_mask_of_ones_gives_the_image_and_one_of_zeros_what_is_generated(
     model, tokenizer, images = tiny_transformer(kind), tiny_tokenizer(), pictures.to(dtype)
     assert edit(model, tokenizer, images, torch.ones(3, 3), LABELS).equal(images)
     generated = generate(model, tokenizer, LABELS, seed=3, first_index=2).to(dtype)
-    assert edit(model, tokenizer, images, torch.zeros(2, 2), LABELS, seed=3, first_index=2).equal(generated)
+    assert edit(
+        model, tokenizer, images, torch.zeros(2, 2), LABELS, sampling=Sampling(seed=3), first_index=2
+    ).equal(generated)
 
 
 def test_what_is_held_is_the_encoding_of_the_picture_so_far_with_the_kept_pixels_in_it(
@@ -404,7 +418,7 @@ def test_the_command_writes_the_edits_and_a_strip(folder: Path, tmp_path: Path) 
         image.expand(3, -1, -1, -1),
         torch.tensor([[0.0], [1.0]]),
         [2] * 3,
-        seed=5,
+        sampling=Sampling(seed=5),
     )
     results = [read_picture(tmp_path / "new" / f"a-{i}.png", 6)[0] for i in range(3)]
     torch.testing.assert_close(torch.stack(results), expected, atol=0.5001 / 255, rtol=0)
@@ -477,5 +491,7 @@ def test_inpainting_consistency_is_the_share_that_keeps_its_class(monkeypatch: p
     monkeypatch.setattr(
         viar.evaluation.evaluate, "edit", lambda *a, **k: made.append(edit(*a, **k)) or made[-1]
     )
-    assert share(torch.zeros(3, 3), seed=1, batch_size=2) == pytest.approx(float(generated))
+    assert share(torch.zeros(3, 3), sampling=Sampling(seed=1), batch_size=2) == pytest.approx(
+        float(generated)
+    )
     torch.testing.assert_close(torch.cat(made), generate(model, tokenizer, labels, seed=1))

@@ -10,7 +10,7 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 from torch import Tensor
 
 import viar.model.trunk
-from viar import NextScaleTransformer, Tokenizer, generate, prepare_inference, sample_tokens
+from viar import NextScaleTransformer, Sampling, Tokenizer, generate, prepare_inference, sample_tokens
 from viar.model.blocks import gelu
 
 
@@ -30,8 +30,8 @@ def native(monkeypatch: pytest.MonkeyPatch, yes: bool) -> None:
 def residual_state(model: NextScaleTransformer, tokenizer: Tokenizer) -> Tensor:
     """What the trunk hands to the head at the last scale."""
     states: list[Tensor] = []
-    handle = model.trunk.register_forward_hook(lambda _, __, x: states.append(x))
-    sample_tokens(model, tokenizer, [0, 1], top_k=1)
+    handle = model.trunk.register_forward_hook(lambda _, __, output: states.append(output.x_BLC))
+    sample_tokens(model, tokenizer, [0, 1], Sampling(top_k=1))
     handle.remove()
     return states[-1]
 

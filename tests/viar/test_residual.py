@@ -17,8 +17,9 @@ from torch import Tensor
 
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
 from viar.data.sources import TensorImages
+from viar.model.implicit import ImplicitTrunk, squared_residual
 from viar.model.scales import block_causal_mask
-from viar.model.trunk import ImplicitTrunk, relative_change, squared_residual
+from viar.model.trunk import TrunkOutput
 from viar.training.loop import TrainConfig, train_transformer
 from viar.training.presets import TRANSFORMERS
 
@@ -38,28 +39,34 @@ def an_input() -> tuple[Tensor, Tensor]:
     return torch.randn(2, TOKENS, 16, generator=generator), torch.randn(2, 16, generator=generator)
 
 
-def run(trunk: ImplicitTrunk) -> Tensor:
+def run(trunk: ImplicitTrunk) -> TrunkOutput:
     x, cond = an_input()
-    return trunk(x, cond, mask_LL=block_causal_mask(SIDES))
+    generator = torch.Generator().manual_seed(0)
+    return trunk(x, trunk.modulate(cond), mask_LL=block_causal_mask(SIDES), generator=generator)
+
+
+def relative_change(new: Tensor, old: Tensor) -> Tensor:
+    """||new - old|| / ||new|| of each sample, (B,)."""
+    return (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
 
 
 @given(weight=st.floats(1e-3, 1e3))
 def test_the_penalty_is_the_weighted_change_of_one_more_evaluation(weight: float) -> None:
     trunk = a_trunk(weight)
-    z = run(trunk).detach()
+    z, penalty, _ = run(trunk)
+    z = z.detach()
     with torch.no_grad():
         (x, cond), cell = an_input(), trunk.layer.cell
         image = cell(z, cell.inject(x), cell.block.modulate(cond), block_causal_mask(SIDES))
     changes = relative_change(image.view(-1, 1, 16), z.view(-1, 1, 16))  # of each token
     expected = weight * changes.square().mean()
-    penalty = trunk.take_penalty()
     assert penalty is not None
     assert float(expected) > 1e-9
     torch.testing.assert_close(penalty.detach(), expected, rtol=1e-4, atol=0)
 
 
 def test_the_penalty_leaves_what_the_trunk_returns_alone() -> None:
-    assert run(a_trunk(10.0)).equal(run(a_trunk(0.0)))
+    assert run(a_trunk(10.0)).x_BLC.equal(run(a_trunk(0.0)).x_BLC)
 
 
 def test_a_residual_has_no_gradient_through_its_denominator() -> None:
@@ -75,8 +82,7 @@ def test_a_residual_has_no_gradient_through_its_denominator() -> None:
 
 def test_the_penalty_moves_the_block_and_what_comes_before_it() -> None:
     trunk = a_trunk(1.0, num_pre=1)
-    run(trunk)
-    penalty = trunk.take_penalty()
+    penalty = run(trunk).penalty
     assert penalty is not None
     penalty.backward()
     for name in ("pre.0.fc1.weight", "layer.cell.projection_in.weight", "layer.cell.block.fc2.weight"):
@@ -85,22 +91,23 @@ def test_the_penalty_moves_the_block_and_what_comes_before_it() -> None:
         assert gradient.norm() > 0, name
 
 
-def test_a_penalty_is_given_out_once_and_the_trunk_can_be_copied_after() -> None:
+def test_a_call_leaves_nothing_on_the_trunk_so_it_can_be_copied_after() -> None:
     trunk = a_trunk(1.0)
-    run(trunk)
-    assert trunk.take_penalty() is not None
-    assert trunk.take_penalty() is None
-    copy.deepcopy(trunk)
+    before = {name: dict(vars(module)) for name, module in trunk.named_modules()}
+    first = run(trunk)
+    assert {name: dict(vars(module)) for name, module in trunk.named_modules()} == before
+    second = run(copy.deepcopy(trunk))
+    assert first.x_BLC.equal(second.x_BLC)
+    assert first.penalty is not None
+    assert first.penalty.equal(second.penalty)
 
 
 def test_no_penalty_without_a_weight_without_gradients_or_of_an_explicit_trunk() -> None:
     plain, weighted, explicit = a_trunk(0.0), a_trunk(1.0), tiny_transformer("explicit").trunk
-    x, cond = an_input()
-    explicit(x, cond, mask_LL=block_causal_mask(SIDES))
-    run(plain)
+    outputs = [run(plain), run(explicit)]
     with torch.no_grad():
-        run(weighted)
-    assert [trunk.take_penalty() for trunk in (plain, weighted, explicit)] == [None] * 3
+        outputs.append(run(weighted))
+    assert [output.penalty for output in outputs] == [None] * 3
 
 
 def test_the_block_is_evaluated_once_more_with_a_weight_only() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import viar.generation.sampling
 from deqlib import Anderson
-from viar import Adaptive, NextScaleTransformer, Tokenizer, generate, sample_tokens
+from viar import Adaptive, NextScaleTransformer, Sampling, Tokenizer, generate, sample_tokens
 from viar.generation.choice import TokenNoise, choose
-from viar.generation.sampling import guidance_ramp, guide
+from viar.generation.guidance import Guidance, guidance_ramp
 from viar.model.scales import resize_tokens, scale_slices
 
 SCHEDULES = golden_config()["gen_iterations"]
@@ -61,7 +61,7 @@ def test_generation_matches_the_published_program(
     if iterations is not None:
         settings["cache"] = "iterate"
     model = published_models[name.split(".")[0]]
-    sample = sample_tokens(model, published, golden_labels(), **settings)
+    sample = sample_tokens(model, published, golden_labels(), Sampling(**settings))
     assert torch.cat(sample.tokens, 1).equal(golden[f"{name}.tokens"].long())
     images = generate(model, published, golden_labels(), **settings)
     torch.testing.assert_close(images, golden[f"{name}.image"], atol=2e-4, rtol=0)
@@ -72,9 +72,10 @@ def test_generation_matches_the_published_program(
 
 def test_guidance_moves_away_from_the_logits_without_class() -> None:
     cond, null = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    both = torch.cat([cond, null])
-    torch.testing.assert_close(guide(both, 0.75), 1.75 * cond - 0.75 * null)
-    assert guide(both, 0.0).equal(cond)
+    guidance, both = Guidance(1.5, (1, 2, 3), 2), torch.cat([cond, null])
+    torch.testing.assert_close(guidance.guide(1, both), 1.75 * cond - 0.75 * null)
+    assert guidance.guide(0, both).equal(cond)
+    assert Guidance(0.0, (1, 2, 3), 2).guide(1, cond).equal(cond)
 
 
 def test_guidance_rises_linearly_over_the_scales() -> None:
@@ -90,24 +91,21 @@ def teacher_forced_tokens(
     tokenizer: Tokenizer,
     labels: Tensor,
     tokens: list[Tensor],
+    sampling: Sampling,
     *,
-    cfg: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
     first_index: int,
 ) -> list[Tensor]:
     """What each scale's tokens ought to be, given those before, from joint forward passes."""
     inputs = tokenizer.next_scale_inputs(tokens)
-    noise = TokenNoise.of_images(len(labels), seed, first_index, labels.device)
+    noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, labels.device)
     with torch.no_grad():
         cond = model(labels, inputs)
         null = model(torch.full_like(labels, model.null_class), inputs)
     expected = []
     for scale, where in enumerate(scale_slices(SIDES)):
-        strength = cfg * scale / (len(SIDES) - 1)
+        strength = sampling.cfg * scale / (len(SIDES) - 1)
         logits = (1 + strength) * cond[:, where] - strength * null[:, where]
-        expected.append(choose(logits, noise, where.start, top_k, top_p).tokens)
+        expected.append(choose(logits, noise, where.start, sampling.top_k, sampling.top_p).tokens)
     return expected
 
 
@@ -117,9 +115,9 @@ def test_every_token_is_the_choice_a_teacher_forced_pass_makes(kind: str, cfg: f
     model, tokenizer = tiny_transformer(kind), tiny_tokenizer()
     labels = torch.tensor([0, 1, 2, 3])
     cache = "iterate" if kind == "implicit" else "equilibrium"
-    settings = {"cfg": cfg, "top_k": 12, "top_p": 0.9, "seed": 5, "first_index": 2}
-    sample = sample_tokens(model, tokenizer, labels, cache=cache, **settings)
-    expected = teacher_forced_tokens(model, tokenizer, labels, sample.tokens, **settings)
+    sampling = Sampling(cfg=cfg, top_k=12, top_p=0.9, seed=5, cache=cache)
+    sample = sample_tokens(model, tokenizer, labels, sampling, first_index=2)
+    expected = teacher_forced_tokens(model, tokenizer, labels, sample.tokens, sampling, first_index=2)
     assert len({int(t) for tokens in expected for t in tokens.flatten()}) > 5
     for actual, wanted in zip(sample.tokens, expected, strict=True):
         assert actual.equal(wanted)
@@ -140,11 +138,11 @@ def test_sample_holds_tokens_of_every_scale_and_their_sum(kind: str) -> None:
 
 def test_without_guidance_the_null_class_plays_no_part() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
-    plain = sample_tokens(model, tokenizer, [0, 1, 2], cfg=0.0)
-    guided = sample_tokens(model, tokenizer, [0, 1, 2], cfg=3.0)
+    plain = sample_tokens(model, tokenizer, [0, 1, 2], Sampling(cfg=0.0))
+    guided = sample_tokens(model, tokenizer, [0, 1, 2], Sampling(cfg=3.0))
     with torch.no_grad():
         model.class_embed.weight[model.null_class] += 10
-    again = sample_tokens(model, tokenizer, [0, 1, 2], cfg=0.0)
+    again = sample_tokens(model, tokenizer, [0, 1, 2], Sampling(cfg=0.0))
     assert torch.cat(plain.tokens, 1).equal(torch.cat(again.tokens, 1))
     assert not torch.cat(plain.tokens, 1).equal(torch.cat(guided.tokens, 1))
     assert guided.cache_bytes == 2 * plain.cache_bytes  # both halves of the doubled batch
@@ -153,7 +151,7 @@ def test_without_guidance_the_null_class_plays_no_part() -> None:
 def test_guidance_towards_no_class_changes_nothing() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     labels = [model.null_class] * 3
-    plain, guided = (sample_tokens(model, tokenizer, labels, cfg=cfg, seed=1) for cfg in (0.0, 5.0))
+    plain, guided = (sample_tokens(model, tokenizer, labels, Sampling(cfg=cfg, seed=1)) for cfg in (0.0, 5.0))
     assert torch.cat(plain.tokens, 1).equal(torch.cat(guided.tokens, 1))
 
 
@@ -171,8 +169,10 @@ def test_an_image_depends_on_its_seed_index_and_label_alone(kind: str, settings:
     model, tokenizer = tiny_transformer(kind), tiny_tokenizer()
     labels = torch.tensor([0, 1, 2, 3, 0, 1, 2])
 
+    sampling = Sampling(seed=11, **settings)
+
     def tokens_of(start: int, stop: int) -> Tensor:
-        sample = sample_tokens(model, tokenizer, labels[start:stop], seed=11, first_index=start, **settings)
+        sample = sample_tokens(model, tokenizer, labels[start:stop], sampling, first_index=start)
         return torch.cat(sample.tokens, 1)
 
     together = tokens_of(0, 7)
@@ -180,7 +180,7 @@ def test_an_image_depends_on_its_seed_index_and_label_alone(kind: str, settings:
         together
     )
     assert torch.cat([tokens_of(i, i + 1) for i in range(7)]).equal(together)
-    other = sample_tokens(model, tokenizer, labels, seed=12, **settings)
+    other = sample_tokens(model, tokenizer, labels, Sampling(seed=12, **settings))
     assert (torch.cat(other.tokens, 1) != together).any(1).all()
     assert len(together[[0, 4]].unique(dim=0)) == 2  # same label, other index
 
@@ -208,9 +208,8 @@ def test_embeddings_can_be_replaced_scale_by_scale() -> None:
     assert seen == [(0, (1, 4, 1, 1)), (1, (1, 4, 2, 2)), (2, (1, 4, 3, 3))]
     torch.testing.assert_close(sample.f_hat, tokenizer.quantizer.decode_tokens(wanted))
     # the tokens reported are those sampled, and later ones follow from what replaced the earlier
-    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "first_index": 0}
-    iterate = sample_tokens(model, tokenizer, [0], replace=replace, cache="iterate")
-    expected = teacher_forced_tokens(model, tokenizer, torch.tensor([0]), wanted, **settings)
+    iterate = sample_tokens(model, tokenizer, [0], Sampling(cache="iterate"), replace=replace)
+    expected = teacher_forced_tokens(model, tokenizer, torch.tensor([0]), wanted, Sampling(), first_index=0)
     assert torch.cat(iterate.tokens, 1).equal(torch.cat(expected, 1))
 
 
@@ -228,7 +227,7 @@ def test_the_equilibrium_cache_keeps_what_the_explicit_trunk_of_as_many_blocks_k
     implicit, explicit = tiny_transformer("implicit"), tiny_transformer("explicit")
     expected = 2 * 2 * 3 * 14 * 16 * 4  # keys and values, guidance, blocks, tokens, width, float32
     for count in (1, 9):
-        assert sample_tokens(implicit, tokenizer, [0], iterations=count).cache_bytes == expected
+        assert sample_tokens(implicit, tokenizer, [0], Sampling(iterations=count)).cache_bytes == expected
     assert sample_tokens(explicit, tokenizer, [0]).cache_bytes == expected
 
 
@@ -249,8 +248,11 @@ def test_a_report_tells_what_every_scale_took(kind: str) -> None:
     assert evaluations == ([4, 3, 2] if kind == "implicit" else [None] * 3)
     assert report.evaluations == (9 if kind == "implicit" else None)
     assert all((scale.residual is not None) == (kind == "implicit") for scale in report.scales)
-    held = [scale.cache_bytes for scale in report.scales]
-    assert held[-1] == report.cache_bytes == sample_tokens(model, tokenizer, [0, 1], **settings).cache_bytes
+    held, sample = (
+        [scale.cache_bytes for scale in report.scales],
+        sample_tokens(model, tokenizer, [0, 1], Sampling(**settings)),
+    )
+    assert held[-1] == report.cache_bytes == sample.cache_bytes
     assert [14 * n for n in held] == [n * report.cache_bytes for n in (1, 5, 14)]  # as tokens so far
     assert 0 < report.decode_seconds < report.seconds
     lines = str(report).splitlines()
@@ -274,8 +276,8 @@ def test_reused_guidance_is_that_of_the_scale_before() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     labels = torch.tensor([0, 1, 2])
     settings = {"cfg": 3.0, "top_k": 1}
-    full = sample_tokens(model, tokenizer, labels, **settings)
-    reused = sample_tokens(model, tokenizer, labels, guidance_reuse=1, **settings)
+    full = sample_tokens(model, tokenizer, labels, Sampling(**settings))
+    reused = sample_tokens(model, tokenizer, labels, Sampling(guidance_reuse=1, **settings))
     for before, after in zip(full.tokens[:-1], reused.tokens[:-1], strict=True):
         assert before.equal(after)
     # The last scale by hand: the direction of the second, enlarged, on top of the third with class alone.
@@ -290,7 +292,7 @@ def test_reused_guidance_is_that_of_the_scale_before() -> None:
             if k:  # inputs begin at the second scale, one token later
                 given = inputs[:, where[k].start - 1 : where[k].stop - 1].mT.unflatten(2, (k + 1, k + 1))
             x = model.embed_scale(k, embedding, given)
-            x = model.trunk(x, cond, cache=memory, iterations=3)
+            x = model.trunk(x, model.trunk.modulate(cond), cache=memory, iterations=3).x_BLC
         return model.head_input(x, model.modulate_head(embedding))
 
     with torch.no_grad():
@@ -306,21 +308,22 @@ def test_reused_guidance_computes_no_null_class_on_those_scales() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     rows = []
     model.trunk.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    sample_tokens(model, tokenizer, [0, 1], guidance_reuse=2)
+    sample_tokens(model, tokenizer, [0, 1], Sampling(guidance_reuse=2))
     assert rows == [4, 2, 2]
 
 
 def test_guidance_without_a_class_may_be_reused_without_a_difference() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     labels = [model.null_class] * 3
-    plain, reused = (sample_tokens(model, tokenizer, labels, guidance_reuse=n) for n in (0, 2))
+    plain, reused = (sample_tokens(model, tokenizer, labels, Sampling(guidance_reuse=n)) for n in (0, 2))
     assert torch.cat(plain.tokens, 1).equal(torch.cat(reused.tokens, 1))
 
 
 def test_a_warm_start_reaches_the_sampler() -> None:
     model, tokenizer = tiny_transformer(), tiny_tokenizer()
     cold, warm = (
-        sample_tokens(model, tokenizer, [0, 1, 2], warm_start=w, measure=True) for w in (False, True)
+        sample_tokens(model, tokenizer, [0, 1, 2], Sampling(warm_start=start), measure=True)
+        for start in (False, True)
     )
     assert cold.scales[0].residual == warm.scales[0].residual
     assert cold.scales[1].residual != warm.scales[1].residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar.generation.choice
 import viar.generation.series.series
-from viar import Adaptive, prepare_inference, sample_tokens
+from viar import Adaptive, Sampling, prepare_inference, sample_tokens
 from viar.generation.series.series import SeriesReport, _runs, _whole_batches, generate_series
 
 NUM = 32
@@ -39,7 +40,14 @@ def models(kind: str = "implicit") -> tuple[Any, Any]:
 
 def make(folder: Path, num: int = NUM, *, kind: str = "implicit", **settings: Any) -> SeriesReport:
     console = Console(file=io.StringIO())
-    return generate_series(*models(kind), folder, num, **{"console": console, **settings})
+    return generate_series(*models(kind), folder, num, **{"console": console, **grouped(settings)})
+
+
+def grouped(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, with what is the sampler's in a `Sampling`."""
+    names = {field.name for field in dataclasses.fields(Sampling)}
+    sampling = Sampling(**{name: value for name, value in settings.items() if name in names})
+    return {"sampling": sampling, **{k: v for k, v in settings.items() if k not in names}}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -357,12 +365,12 @@ def test_below_float32_and_adaptive_batches_are_always_the_same(case: str, tmp_p
         model.trunk.bfloat16()
     forward = model.trunk.forward
     if case == "bfloat16":  # what is around the trunk stays in float32
-        model.trunk.forward = lambda x, cond, **k: forward(x.bfloat16(), cond.bfloat16(), **k).float()
+        model.trunk.forward = lambda x, *a, **k: forward(x.bfloat16(), *a, **k)
 
     def run(folder: Path, num: int, **settings: Any) -> SeriesReport:
         settings = {"iterations": iterations, "console": Console(file=io.StringIO()), **settings}
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast"):
-            return generate_series(model, tokenizer, folder, num, **settings)
+            return generate_series(model, tokenizer, folder, num, **grouped(settings))
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, 22, batch_size=8)

@@ -197,17 +197,21 @@ def test_the_same_seed_trains_the_same_model(run: Run, tmp_path: Path) -> None:
     assert any(not a.equal(b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
 
 
-def test_iterations_in_training_are_drawn_anew_from_seed_and_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_iterations_in_training_are_drawn_anew_from_seed_and_step(tmp_path: Path) -> None:
     model, seeds = fresh_transformer(), []
-    monkeypatch.setattr(model.trunk, "seed_depth", seeds.append)
+
+    def noting(seeds: list[int]) -> Any:
+        # Of a generator that was seeded and not yet drawn from, this is the seed.
+        return lambda _, __, given: seeds.append(given["generator"].initial_seed())
+
+    handle = model.register_forward_pre_hook(noting(seeds), with_kwargs=True)
     train_transformer(model, tiny_tokenizer(), pictures(), tmp_path, settings(seed=2, accumulate=2))
     steps = seeds[::2]
     assert steps == seeds[1::2]  # all parts of a batch get the same
     assert len(set(steps)) == 3
-    other = []
-    monkeypatch.setattr(model.trunk, "seed_depth", other.append)
+    handle.remove()
+    other: list[int] = []
+    model.register_forward_pre_hook(noting(other), with_kwargs=True)
     train_transformer(model, tiny_tokenizer(), pictures(), tmp_path, settings(seed=3))
     assert not set(other) & set(steps)
 

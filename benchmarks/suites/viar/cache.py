@@ -46,7 +46,7 @@ def build(
     models, tokenizer = _models(run.device, depth, num_explicit, tuple(sides))
 
     def cached(model: viar.NextScaleTransformer, **settings: Any) -> int:
-        sample = viar.sample_tokens(model, tokenizer, [0], **settings)
+        sample = viar.sample_tokens(model, tokenizer, [0], viar.Sampling(**settings))
         return sample.cache_bytes * 64 * depth // WIDTH
 
     yield {"contender": "VAR", "cache_bytes": cached(models["VAR"])}

@@ -50,7 +50,7 @@ def _generation(golden: ModuleType, device: torch.device) -> Iterator[Row]:
         model = golden.golden_transformer(name.split(".")[0]).to(device)
         kind = {} if iterations is None else {"cache": "iterate"}
         settings = {"iterations": iterations, "cfg": cfg, "top_k": 1, **kind}
-        sample = viar.sample_tokens(model, tokenizer, labels, **settings)
+        sample = viar.sample_tokens(model, tokenizer, labels, viar.Sampling(**settings))
         wanted = expected[f"{name}.tokens"]
         yield _tokens("viar", name, torch.cat(sample.tokens, 1), wanted)
         simple, _ = baseline_tokens(Baseline.of(model), tokenizer, labels, iterations, cfg, 1, 0.0, None)

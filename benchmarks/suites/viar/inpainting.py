@@ -36,8 +36,8 @@ def build(run: Run, iterations: int, images: int) -> Iterator[Row]:
     side = real.shape[-1]
     mask = torch.ones(side, side, device=trained.device)
     mask[side // 4 : side - side // 4, side // 4 : side - side // 4] = 0
-    settings = {"iterations": iterations, **DIGITS_SAMPLING}
-    edited = viar.edit(trained.viar, trained.tokenizer, real, mask, labels, **settings)
+    sampling = viar.Sampling(iterations=iterations, **DIGITS_SAMPLING)
+    edited = viar.edit(trained.viar, trained.tokenizer, real, mask, labels, sampling=sampling)
     kept = mask.bool()
     found = {REAL: real, EDITED: edited, GREY: real.where(kept, 0.5)}
     for name, shown in found.items():

@@ -63,7 +63,7 @@ def build(
             nonlocal evaluated
             evaluated += len(output)
 
-        hook = trained.viar.model.trunk.layer.cell.block.register_forward_hook(count)
+        hook = trained.viar.trunk.layer.cell.block.register_forward_hook(count)
         starts = range(0, len(labels), AT_ONCE)
         samples = [sample(labels[start : start + AT_ONCE], start) for start in starts]
         hook.remove()
@@ -106,8 +106,8 @@ def _sample(
     labels: Tensor,
     first_index: int,
 ) -> viar.Sample:
-    settings = {"iterations": iterations, "cache": cache, "first_index": first_index}
-    return viar.sample_tokens(model, trained.tokenizer, labels, **settings, **DIGITS_SAMPLING)
+    sampling = viar.Sampling(iterations=iterations, cache=cache, **DIGITS_SAMPLING)
+    return viar.sample_tokens(model, trained.tokenizer, labels, sampling, first_index=first_index)
 
 
 @cached

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.model.trunk import computes_in
+from viar.model.execution import computes_in
 
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
@@ -132,10 +132,7 @@ def _ours(model: viar.NextScaleTransformer, tokenizer: viar.Tokenizer, shape: Sh
         model,
         tokenizer,
         shape.labels(model.pos_embed.device),
-        iterations=shape.iterations,
-        cfg=shape.cfg,
-        top_k=shape.top_k,
-        top_p=shape.top_p,
+        viar.Sampling(iterations=shape.iterations, cfg=shape.cfg, top_k=shape.top_k, top_p=shape.top_p),
     ).f_hat
 
 

@@ -90,17 +90,13 @@ def _task(
     parameters = sum(p.numel() for p in model.parameters())
     if dtype != torch.float32:
         viar.prepare_inference(model, tokenizer, dtype=dtype)
-    sampler = viar.generate if decode else viar.sample_tokens
-    task = partial(
-        sampler,
-        model,
-        tokenizer,
-        shape.labels(device),
-        iterations=iterations,
-        cfg=shape.cfg,
-        top_k=shape.top_k,
-        top_p=shape.top_p,
-    )
+    settings = {"iterations": iterations, "cfg": shape.cfg, "top_k": shape.top_k, "top_p": shape.top_p}
+    inputs = (model, tokenizer, shape.labels(device))
+    task: Callable[[], object]
+    if decode:
+        task = partial(viar.generate, *inputs, **settings)
+    else:
+        task = partial(viar.sample_tokens, *inputs, viar.Sampling(**settings))
     return task, num_bytes(model) + num_bytes(tokenizer), parameters
 
 

@@ -26,6 +26,7 @@ from ..generation.editing import box_mask, edit
 from ..generation.inference import prepare_inference
 from ..generation.sampling import generate
 from ..generation.series.series import FORMATS, generate_series
+from ..generation.settings import Sampling as Settings
 from ..model.config import check_at_least
 from ..model.schedule import Adaptive, Budget, Iterations
 from ..model.transformer import NextScaleTransformer
@@ -212,7 +213,7 @@ def _generate_series(
         formats=formats,
         batch_size=sampling.batch_size,
         console=console,
-        **sampling.settings(),
+        sampling=Settings(**sampling.settings()),
     )
     if dist.is_initialized():
         dist.destroy_process_group()  # NCCL complains if it is left
@@ -317,7 +318,7 @@ def edit_command(
                 keep=keep,
                 border=border,
                 first_index=start,
-                **sampling.settings(),
+                sampling=Settings(**sampling.settings()),
             ).cpu()
             for start in track(range(0, num, sampling.batch_size), "edit", console=console)
         ]

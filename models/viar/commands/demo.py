@@ -40,6 +40,7 @@ from ..evaluation.evaluate import (
     training_bytes,
 )
 from ..generation.sampling import decode_images, generate, sample_tokens
+from ..generation.settings import Sampling
 from ..model.config import ImplicitTrunkConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
@@ -263,7 +264,7 @@ def _evaluate(config: DemoConfig, folder: Path) -> dict[str, Any]:
     made: dict[tuple[str, int | None], tuple[Tensor, int]] = {}  # images, bytes of cache
 
     def make(name: str, iterations: int | None) -> dict[tuple[str, int | None], tuple[Tensor, int]]:
-        sample = sample_tokens(models[name], tokenizer, labels, iterations=iterations, **sampling)
+        sample = sample_tokens(models[name], tokenizer, labels, Sampling(iterations=iterations, **sampling))
         made[name, iterations] = decode_images(tokenizer, sample), sample.cache_bytes
         return made
 

@@ -20,7 +20,7 @@ from deqlib.diagnostics import saved_bytes
 
 from ..data.sources import Batch, EndlessBatches, all_batches
 from ..generation.editing import edit
-from ..model.schedule import Iterations
+from ..generation.settings import Sampling
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from ..training.optim import build_optimizer, lr_factor
@@ -123,11 +123,9 @@ def inpainting_consistency(
     data: Dataset[Batch],
     mask: Tensor,  # (h, w), 0 hides
     *,
+    sampling: Sampling | None = None,
     keep: str = "features",
     border: int | None = None,
-    iterations: Iterations | None = None,
-    cfg: float = 1.5,
-    seed: int = 0,
     batch_size: int = 512,
 ) -> float:
     """Share of images that keep their class in the eyes of `classifier` when a part is made anew.
@@ -142,12 +140,10 @@ def inpainting_consistency(
             (images + 1) / 2,
             mask,
             labels,
+            sampling=sampling,
+            first_index=start,
             keep=keep,
             border=border,
-            iterations=iterations,
-            cfg=cfg,
-            seed=seed,
-            first_index=start,
         )
         hits += class_consistency(classifier, edited, labels) * len(labels)
         start += len(labels)

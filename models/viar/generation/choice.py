@@ -86,7 +86,8 @@ def choose(
     if k == 1:
         values, tokens = logits_BlV.topk(min(2, V))
         return Choice(tokens[..., 0], _apart(values))
-    nucleus = top_p is not None and top_p < 1
+    share = 1.0 if top_p is None else top_p
+    nucleus = share < 1
     if k < V or nucleus:
         # One candidate more than asked for shows whether the last one is in by more than rounding.
         values, tokens_Blk = logits_BlV.topk(min(k + 1, V))
@@ -100,8 +101,8 @@ def choose(
     if nucleus:
         before = values[..., :k].softmax(-1).cumsum(-1).roll(1, -1)
         before[..., 0] = 0
-        inside[..., :k] &= before < top_p
-        doubtful[..., :k] = (before - top_p).abs() < ROUNDING
+        inside[..., :k] &= before < share
+        doubtful[..., :k] = (before - share).abs() < ROUNDING
     if k < V or nucleus:
         size = inside.sum(-1, keepdim=True)
         last_in = values.gather(-1, size - 1)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .sampling import Hold, Replace, decode_images, sample_tokens
+from .settings import Sampling
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
 KEEPS = ("features", "codes")
@@ -34,17 +34,10 @@ def edit(
     mask: Tensor,
     labels: Tensor | Sequence[int],
     *,
+    sampling: Sampling | None = None,
+    first_index: int = 0,
     keep: str = "features",
     border: int | None = None,
-    iterations: Iterations | None = None,
-    cfg: float = 1.5,
-    top_k: int | None = 900,
-    top_p: float | None = 0.96,
-    seed: int = 0,
-    first_index: int = 0,
-    cache: str = "equilibrium",
-    warm_start: bool = False,
-    guidance_reuse: int = 0,
 ) -> Tensor:
     """Regenerate the part of images where `mask` is 0, keeping the rest.
 
@@ -68,8 +61,8 @@ def edit(
         keep: "features" or "codes", see above.
         border: of "features": pixels over which the kept side passes into the regenerated part; 0 cuts
             hard. Default half a token, at least 1. A token is H / p_K pixels.
-        iterations, cfg, top_k, top_p, seed, first_index, cache, warm_start, guidance_reuse: see
-            `viar.generate`.
+        sampling: how to sample the regenerated part; default `Sampling()`.
+        first_index: index of the first image, to edit a series in several calls.
 
     Returns:
         (B, 3, H, W) in [0, 1], of the type of `images`.
@@ -88,15 +81,8 @@ def edit(
         model,
         tokenizer,
         labels,
-        iterations=iterations,
-        cfg=cfg,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        sampling,
         first_index=first_index,
-        cache=cache,
-        warm_start=warm_start,
-        guidance_reuse=guidance_reuse,
         replace=_own_codes(tokenizer, own, mask_B1hw) if keep == "codes" else None,
         hold=_own_features(tokenizer, own, kept_B1HW) if keep == "features" else None,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..model.execution import computes_in
 from ..model.transformer import NextScaleTransformer
-from ..model.trunk import computes_in
 from ..tokenizer import Tokenizer
 
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,8 @@ def prepare_inference(
     model.eval()
     if tokenizer is not None:
         tokenizer.eval()
-        tokenizer.decoder.to(memory_format=torch.channels_last)
+        # Documented, but missing from PyTorch's annotations.
+        tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if dtype is not None:
         if dtype not in PRECISIONS:
             raise ValueError(

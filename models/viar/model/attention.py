@@ -58,4 +58,5 @@ class Attention(nn.Module):
             slot[1][:, :, -L:] = v
             k, v = slot
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=self.scale)
-        return self.out(x.transpose(1, 2).reshape(B, L, C))
+        attended: Tensor = self.out(x.transpose(1, 2).reshape(B, L, C))
+        return attended

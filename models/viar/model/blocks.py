@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, KeyValue
-from .config import TransformerConfig
+from .config import TransformerConfig, filled
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 
@@ -42,8 +42,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:
         super().__init__()
-        C, hidden = config.width, round(config.width * config.mlp_ratio)
-        self.attention = Attention(C, config.num_heads, config.qk_norm)
+        C = filled(config.width)
+        hidden = round(C * config.mlp_ratio)
+        self.attention = Attention(C, filled(config.num_heads), config.qk_norm)
         self.fc1 = nn.Linear(C, hidden)
         self.fc2 = nn.Linear(hidden, C)
         self.drop_path = DropPath(drop_path)
@@ -81,7 +82,8 @@ class Block(nn.Module):
 
     def _add(self, x_BLC: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         if self.training and self.drop_path.rate > 0:
-            return x_BLC + self.drop_path(gate * branch)
+            branch = self.drop_path(gate * branch)
+            return x_BLC + branch
         return torch.addcmul(x_BLC, gate, branch)
 
 
@@ -95,7 +97,8 @@ def gelu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return F.gelu(x, approximate="tanh")
     if x.device.type != "cpu":
-        return torch.ops.aten.gelu_(x, approximate="tanh")
+        activated: Tensor = torch.ops.aten.gelu_(x, approximate="tanh")
+        return activated
     # The same function as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): a CPU has a sigmoid in less than
     # half the time of a tanh.
     gate = torch.addcmul(x.new_tensor(_GELU), x, x, value=0.044715 * _GELU)

@@ -1,4 +1,4 @@
-"""What a generation keeps from scale to scale: keys, values, and what does not change.
+"""Keys and values of the scales generated so far, in buffers that a generation owns.
 
 | cache | sets kept for the implicit block | solver | iterations over scales |
 | --- | --- | --- | --- |
@@ -7,62 +7,45 @@
 
 Explicit blocks have one set in both. Buffers have their final size from the start, in the type the model
 computes in. A block writes its keys and values where they will stay and attends to past and present in
-place: nothing is copied or concatenated, and an iteration overwrites what the one before it wrote.
+place: nothing is copied or concatenated. What an evaluation of the implicit block writes, the next evaluation
+of the same set overwrites.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .attention import KeyValue
+from .schedule import Adaptive
 
+CACHES = ("equilibrium", "iterate")
 ALL_ROWS = slice(None)
 
 
-@dataclass(frozen=True)
-class Solve:
-    """How the implicit block got along at one scale.
-
-    Attributes:
-        evaluations: of the cell, (B,), the last one included.
-        residual: relative, ||f(z) - z|| / ||f(z)|| at the last evaluation, (B,); `None` if not asked for.
-    """
-
-    evaluations: Tensor
-    residual: Tensor | None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Solve]) -> Solve:
-        """Of the samples of all parts."""
-        measured = [part.residual for part in parts if part.residual is not None]
-        return cls(torch.cat([part.evaluations for part in parts]), torch.cat(measured) if measured else None)
-
-
-class EquilibriumCache:
-    """One set of keys and values a layer; the memory of one generation, used for all scales in turn.
+class KeyValueCache(ABC):
+    """Keys and values of one generation; a subclass says which sets of them a layer has.
 
     Args:
-        sides: of the scales to come.
-        measure: record the residual of every scale.
-        warm_start: start the implicit block from the fixed point of the scale before.
+        sides: of the scales to come, p_1 < ... < p_K.
     """
 
-    per_iteration = False
-
-    def __init__(self, sides: Sequence[int], *, measure: bool = False, warm_start: bool = False) -> None:
-        self.measure, self.warm_start = measure, warm_start
-        self.solves: list[Solve] = []  # one a scale, of the implicit block
-        self.modulations: dict[str, Tensor] = {}  # of every block, (6, B, 1, C)
-        self.displacement: Tensor | None = None  # fixed point minus its start at the last scale, (B, p^2, C)
+    def __init__(self, sides: Sequence[int]) -> None:
         self._tokens = [side * side for side in sides]
         self._like: Tensor | None = None
         self._buffers: dict[tuple[str, int], KeyValue] = {}
         self._end = 0
+
+    @abstractmethod
+    def _set(self, layer: str, evaluation: int) -> int:
+        """Which of the layer's sets its evaluation of that number at a scale reads and writes."""
+
+    @abstractmethod
+    def _capacity(self, layer: str, number: int) -> int:
+        """Tokens that set `number` of a layer holds in the end."""
 
     def open_scale(
         self,
@@ -82,14 +65,23 @@ class EquilibriumCache:
         self._end += num_tokens
         self._like = like if self._like is None else self._like
 
-    def slot(self, layer: str, rows: slice = ALL_ROWS, iteration: int = 0) -> KeyValue:
-        """Keys and values of a layer: those of the scales before, then room for the open one's."""
-        key = (layer, iteration)
+    def slot(self, layer: str, rows: slice = ALL_ROWS, evaluation: int = 0) -> KeyValue:
+        """Keys and values of a layer: those of the scales before, then room for the open one's.
+
+        Args:
+            layer: name of the block.
+            rows: samples of the batch.
+            evaluation: how often the block was evaluated at this scale before.
+
+        Returns:
+            Keys and values, each (rows, H, tokens so far, C / H), views of the buffers.
+        """
+        key = (layer, self._set(layer, evaluation))
         if key not in self._buffers:
             assert self._like is not None  # a scale is open
             B, H, _, d = self._like.shape
             # Tokens before heads in memory: what one token adds is then in one piece.
-            size = (B, self._capacity(layer, iteration), H, d)
+            size = (B, self._capacity(*key), H, d)
             self._buffers[key] = (self._like.new_empty(size), self._like.new_empty(size))
         keys, values = (buffer[rows, : self._end].transpose(1, 2) for buffer in self._buffers[key])
         return keys, values
@@ -106,11 +98,22 @@ class EquilibriumCache:
             t[:, : self._end].numel() * t.element_size() for pair in self._buffers.values() for t in pair
         )
 
-    def _capacity(self, layer: str, iteration: int) -> int:
+
+class EquilibriumCache(KeyValueCache):
+    """One set of keys and values a layer, whatever the number of iterations.
+
+    Args:
+        sides: of the scales to come, p_1 < ... < p_K.
+    """
+
+    def _set(self, layer: str, evaluation: int) -> int:
+        return 0
+
+    def _capacity(self, layer: str, number: int) -> int:
         return sum(self._tokens)
 
 
-class IterateCache(EquilibriumCache):
+class IterateCache(KeyValueCache):
     """One set of keys and values an iteration of the implicit block.
 
     Iteration i of a scale sees what iteration i of the earlier scales saw, so n iterations at every scale
@@ -118,37 +121,45 @@ class IterateCache(EquilibriumCache):
     nothing to see: the published program then loses context without a word, here it is an error.
 
     Args:
-        sides: of the scales to come.
+        sides: of the scales to come, p_1 < ... < p_K.
         iterations: of each scale.
         layer: name of the implicit layer.
-        measure: record the residual of every scale.
 
     Raises:
-        ValueError: `iterations` rise from one scale to the next.
+        ValueError: see `check_iterate_schedule`.
     """
 
-    per_iteration = True
-
-    def __init__(
-        self,
-        sides: Sequence[int],
-        iterations: Sequence[int],
-        layer: str,
-        *,
-        measure: bool = False,
-    ) -> None:
-        super().__init__(sides, measure=measure)
-        if any(later > earlier for earlier, later in pairwise(iterations)):
-            raise ValueError(
-                f"iterations: the iterate cache needs counts that do not rise from scale to scale, "
-                f"got {list(iterations)}; use cache='equilibrium' for rising counts"
-            )
+    def __init__(self, sides: Sequence[int], iterations: Sequence[int], layer: str) -> None:
+        super().__init__(sides)
+        check_iterate_schedule(iterations)
         self._iterations = list(iterations)
         self._layer = layer
 
-    def _capacity(self, layer: str, iteration: int) -> int:
+    def _set(self, layer: str, evaluation: int) -> int:
+        return evaluation
+
+    def _capacity(self, layer: str, number: int) -> int:
         if layer != self._layer:
-            return super()._capacity(layer, iteration)
+            return sum(self._tokens)
+        # Scales that stop before this iteration leave nothing in its set.
         return sum(
-            tokens for tokens, count in zip(self._tokens, self._iterations, strict=True) if count > iteration
+            tokens for tokens, count in zip(self._tokens, self._iterations, strict=True) if count > number
+        )
+
+
+def check_cache_name(cache: str) -> None:
+    """Raise `ValueError` unless `cache` names one of `CACHES`."""
+    if cache not in CACHES:
+        raise ValueError(f"cache: expected one of {CACHES}, got {cache!r}")
+
+
+def check_iterate_schedule(schedule: Sequence[int | Adaptive | None]) -> None:
+    """Raise `ValueError` unless the entries are counts, none above that of the scale before."""
+    counts = [entry for entry in schedule if isinstance(entry, int)]
+    if len(counts) != len(schedule):
+        raise ValueError("cache: 'iterate' needs fixed counts, got Adaptive; use cache='equilibrium'")
+    if any(later > earlier for earlier, later in pairwise(counts)):
+        raise ValueError(
+            f"iterations: the iterate cache needs counts that do not rise from scale to scale, "
+            f"got {counts}; use cache='equilibrium' for rising counts"
         )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .scales import check_sides
+
+T = TypeVar("T")
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -31,6 +33,12 @@ def check_fraction(owner: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ValueError(f"{owner}: {name} must be in [0, 1), got {value}")
+
+
+def filled(value: T | None) -> T:
+    """A setting whose default its config has filled in."""
+    assert value is not None
+    return value
 
 
 def _tuple(values: Any) -> Any:
@@ -89,7 +97,7 @@ class TokenizerConfig:
     @property
     def image_side(self) -> int:
         """Pixels a side of the images this tokenizer takes."""
-        return self.sides[-1] * 2 ** (len(self.multipliers) - 1)
+        return self.sides[-1] << (len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""
@@ -171,22 +179,20 @@ class TransformerConfig:
             object.__setattr__(self, "num_heads", self.depth)
         if self.drop_path is None:
             object.__setattr__(self, "drop_path", 0.1 * self.depth / 24)
-        assert self.width is not None
-        assert self.num_heads is not None
-        assert self.drop_path is not None
+        width, num_heads = filled(self.width), filled(self.num_heads)
         check_at_least(
             owner,
             1,
-            width=self.width,
-            num_heads=self.num_heads,
+            width=width,
+            num_heads=num_heads,
             codebook_size=self.codebook_size,
             code_channels=self.code_channels,
             num_classes=self.num_classes,
             mlp_ratio=self.mlp_ratio,
         )
-        check_fraction(owner, drop_path=self.drop_path, label_dropout=self.label_dropout)
-        if self.width % self.num_heads:
-            raise ValueError(f"{owner}: num_heads={self.num_heads} must divide width={self.width}")
+        check_fraction(owner, drop_path=filled(self.drop_path), label_dropout=self.label_dropout)
+        if width % num_heads:
+            raise ValueError(f"{owner}: num_heads={num_heads} must divide width={width}")
         if not isinstance(self.trunk, TrunkConfig):
             raise TypeError(
                 f"{owner}: trunk must be ExplicitTrunkConfig or ImplicitTrunkConfig, "

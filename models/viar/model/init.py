@@ -18,6 +18,7 @@ D is the depth of the explicit trunk also where the trunk is implicit.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,32 @@ from .blocks import Block
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, *, width: int, depth: int) -> None:
-    """Fill every parameter of a `NextScaleTransformer` by the table above."""
+def init_weights(
+    model: nn.Module,
+    *,
+    positions: Sequence[Tensor],
+    head_modulation: nn.Linear,
+    head: nn.Linear,
+    width: int,
+    depth: int,
+) -> None:
+    """Fill every parameter of a transformer by the table above, in place, from PyTorch's generator.
+
+    Args:
+        model: all of it.
+        positions: its parameters that belong to no linear layer or embedding.
+        head_modulation: its layer of that name.
+        head: its last layer.
+        width: C.
+        depth: D.
+    """
     std = math.sqrt(1 / (3 * width))
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             _truncated_normal(module.weight, std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-    for position in (model.pos_start, model.pos_embed):
+    for position in positions:
         _truncated_normal(position, std)
     for module in model.modules():
         if isinstance(module, Block):
@@ -48,8 +66,8 @@ def init_weights(model: nn.Module, *, width: int, depth: int) -> None:
                 rows = module.modulation.weight.view(6, width * width)
             rows[:2].mul_(1e-5)
             rows[2:].mul_(0.5)
-    model.head_modulation.weight.mul_(0.5)
-    model.head.weight.mul_(0.02)
+    head_modulation.weight.mul_(0.5)
+    head.weight.mul_(0.02)
 
 
 def _truncated_normal(tensor: Tensor, std: float) -> None:

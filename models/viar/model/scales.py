@@ -44,6 +44,6 @@ def block_causal_mask(sides: Sequence[int]) -> Tensor:
 def resize_tokens(x_BLC: Tensor, side: int) -> Tensor:
     """A map of tokens (B, p * p, C) at another side, (B, side * side, C), bilinear."""
     old = math.isqrt(x_BLC.shape[1])
-    x_BChw = x_BLC.transpose(1, 2).unflatten(2, (old, old))
+    x_BChw = torch.unflatten(x_BLC.transpose(1, 2), 2, (old, old))
     resized = F.interpolate(x_BChw, size=(side, side), mode="bilinear", align_corners=False)
     return resized.flatten(2).transpose(1, 2)

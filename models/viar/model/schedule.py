@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
-from deqlib import Picard, Solver, Stopping, fixed_point
+from deqlib import Picard, Solution, Solver, Stopping, fixed_point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +41,6 @@ class Adaptive:
     def stopping(self) -> Stopping:
         """The rule the driver follows."""
         return Stopping(rtol=self.rtol, max_steps=self.max_steps)
-
-    @property
-    def rule(self) -> dict[str, Any]:
-        """How a `deqlib.ImplicitLayer` is asked to solve."""
-        return {"solver": self.solver, "stopping": self.stopping}
-
-    def solve(self, f: Callable[[Tensor], Tensor], z0: Tensor) -> tuple[Tensor, Tensor]:
-        """The state (B, L, C) at the tolerance or the cap, and the evaluations each sample took, (B,)."""
-        if self.per_sample:
-            solution = fixed_point(f, z0, on_failure="ignore", **self.rule)
-            return solution.value, solution.sample_nfe
-        # One sample in the eyes of the solver.
-        solution = fixed_point(lambda z: f(z[0])[None], z0[None], on_failure="ignore", **self.rule)
-        return solution.value[0], solution.sample_nfe.expand(len(z0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,3 +133,36 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
     if min(counts) < 1:
         raise ValueError(f"iterations: every scale needs at least 1 iteration, got {iterations!r}")
     return counts
+
+
+def solve(
+    f: Callable[[Tensor], Tensor], z0_BLC: Tensor, iterations: int | Adaptive, *, measure: bool = False
+) -> Solution:
+    """z = f(z) from z0, by so many steps of the plain iteration or as `Adaptive` says; for inference.
+
+    Args:
+        f: (B, L, C) -> (B, L, C).
+        z0_BLC: where to start.
+        iterations: steps, at least 0, or the rule to stop by.
+        measure: with a number of steps: measure the residual at the end, at the cost of one more evaluation.
+            `Adaptive` always does.
+
+    Returns:
+        `deqlib.Solution` with value (B, L, C), evaluations (B,) and residual (B,); where a scale stops as a
+        whole, these two are the same for all samples.
+    """
+    if not isinstance(iterations, Adaptive):
+        stopping = Stopping.steps(iterations, measure=measure)
+        return fixed_point(f, z0_BLC, solver=Picard(), stopping=stopping)
+    settle = partial(fixed_point, solver=iterations.solver, stopping=iterations.stopping, on_failure="ignore")
+    if iterations.per_sample:
+        return settle(f, z0_BLC)
+    # One sample in the eyes of the solver.
+    whole = settle(lambda z: f(z[0])[None], z0_BLC[None])
+    assert whole.relative_residual is not None  # a tolerance implies it
+    return replace(
+        whole,
+        value=whole.value[0],
+        sample_nfe=whole.sample_nfe.expand(len(z0_BLC)),
+        relative_residual=whole.relative_residual.expand(len(z0_BLC)),
+    )

@@ -12,7 +12,7 @@ N classes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..pretrained import Pretrained
 from .blocks import norm
-from .config import TransformerConfig
+from .config import ImplicitTrunkConfig, TransformerConfig, filled
+from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import block_causal_mask, scale_ids, scale_slices
 from .schedule import Adaptive
-from .trunk import build_trunk
+from .trunk import ExplicitTrunk, Trunk
 
 
 class NextScaleTransformer(nn.Module, Pretrained):
@@ -40,6 +41,9 @@ class NextScaleTransformer(nn.Module, Pretrained):
             a VIAR.
     """
 
+    scale_ids: Tensor  # (L,) int64, the scale of every token
+    mask_LL: Tensor  # block-causal
+
     def __init__(self, config: TransformerConfig | dict[str, Any]) -> None:
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
@@ -47,7 +51,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.config = config
         # What the mixin writes to config.json; left alone it would flatten the dataclass itself.
         self._hub_mixin_config = config.to_dict()
-        C, sides = config.width, config.sides
+        C, sides = filled(config.width), config.sides
         num_tokens, first = sum(side * side for side in sides), sides[0] ** 2
         self.class_embed = nn.Embedding(config.num_classes + 1, C)
         self.pos_start = nn.Parameter(torch.empty(1, first, C))
@@ -60,19 +64,49 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.head = nn.Linear(C, config.codebook_size)
         self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
-        init_weights(self, width=C, depth=config.depth)
+        init_weights(
+            self,
+            positions=(self.pos_start, self.pos_embed),
+            head_modulation=self.head_modulation,
+            head=self.head,
+            width=C,
+            depth=config.depth,
+        )
 
     @property
     def null_class(self) -> int:
         """Index of the class that stands for "no class"."""
         return self.config.num_classes
 
+    @overload
+    def forward(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        iterations: int | Adaptive | None = ...,
+        *,
+        generator: torch.Generator | None = ...,
+        return_penalty: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        iterations: int | Adaptive | None = ...,
+        *,
+        generator: torch.Generator | None = ...,
+        return_penalty: Literal[True],
+    ) -> tuple[Tensor, Tensor | None]: ...
     def forward(
         self,
         labels: Tensor,  # (B,) int64 in [0, N], N the null class
         inputs: Tensor,  # (B, L - p_1^2, Z), from `Tokenizer.next_scale_inputs`
         iterations: int | Adaptive | None = None,
-    ) -> Tensor:
+        *,
+        generator: torch.Generator | None = None,
+        return_penalty: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Logits (B, L, V) of all scales at once, teacher-forced, float32.
 
         In training mode each label becomes the null class with probability `label_dropout`.
@@ -81,9 +115,14 @@ class NextScaleTransformer(nn.Module, Pretrained):
             labels: class of each sample.
             inputs: what each scale after the first is predicted from.
             iterations: of the implicit block, outside gradient recording; default the config's.
+            generator: draws the number of iterations while gradients are recorded, on the CPU; default
+                PyTorch's own. Give processes that train together generators of one seed.
+            return_penalty: return (logits, penalty), the penalty a scalar to add to the loss, or `None`
+                without `ImplicitTrunkConfig.residual_weight` or outside gradient recording.
 
         Raises:
             ValueError: labels out of range, inputs of another shape, `iterations` where they do not apply.
+            TypeError: `iterations` that are not those of a single solve.
         """
         self.check_labels(labels)
         expected = (
@@ -107,8 +146,15 @@ class NextScaleTransformer(nn.Module, Pretrained):
         with torch.autocast(labels.device.type, enabled=False):
             x_BLC = torch.cat([self._start(embedding_BC), self.input_projection(inputs.float())], 1)
             x_BLC = x_BLC + self._positions(slice(None))
-        x_BLC = self.trunk(x_BLC, cond, mask_LL=self.mask_LL, iterations=iterations)
-        return self.logits(x_BLC, embedding_BC)
+        output = self.trunk(
+            x_BLC,
+            self.trunk.modulate(cond),
+            mask_LL=self.mask_LL,
+            iterations=iterations,
+            generator=generator,
+        )
+        logits_BLV = self.logits(output.x_BLC, embedding_BC)
+        return (logits_BLV, output.penalty) if return_penalty else logits_BLV
 
     def condition(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Class embedding (B, C), and what the blocks are modulated by: (B, C) or (B, 6, C)."""
@@ -134,7 +180,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
     def logits(self, x_BLC: Tensor, embedding_BC: Tensor) -> Tensor:
         """Modulated head in float32, (B, L, V)."""
         with torch.autocast(x_BLC.device.type, enabled=False):
-            return self.head(self.head_input(x_BLC, self.modulate_head(embedding_BC)))
+            logits_BLV: Tensor = self.head(self.head_input(x_BLC, self.modulate_head(embedding_BC)))
+            return logits_BLV
 
     def modulate_head(self, embedding_BC: Tensor) -> Tensor:
         """1 + scale and shift of the head, (2, B, 1, C); the same for all scales."""
@@ -168,4 +215,11 @@ class NextScaleTransformer(nn.Module, Pretrained):
         return embedding_BC.unsqueeze(1) + self.pos_start
 
     def _positions(self, where: slice) -> Tensor:
-        return self.level_embed(self.scale_ids[where]) + self.pos_embed[:, where]
+        positions: Tensor = self.level_embed(self.scale_ids[where]) + self.pos_embed[:, where]
+        return positions
+
+
+def build_trunk(config: TransformerConfig) -> Trunk:
+    """The trunk `config.trunk` asks for."""
+    implicit = isinstance(config.trunk, ImplicitTrunkConfig)
+    return ImplicitTrunk(config) if implicit else ExplicitTrunk(config)

@@ -155,11 +155,13 @@ def train_transformer(
     tokenizer.eval().requires_grad_(False)
     in_memory = isinstance(data, TensorImages)
     samples = TokenizedImages(tokenizer, data) if in_memory else data
+    depth = torch.Generator()  # of one seed in all processes, so that they draw the same depths
 
     def step_loss(wrapped: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        model.trunk.seed_depth(config.seed * 1_000_003 + step)
+        depth.manual_seed(config.seed * 1_000_003 + step)
         inputs, targets, labels = batch if in_memory else tokenize(tokenizer.to(batch[0].device), *batch)
-        loss, penalty = cross_entropy(wrapped(labels, inputs), targets), model.trunk.take_penalty()
+        logits, penalty = wrapped(labels, inputs, generator=depth, return_penalty=True)
+        loss = cross_entropy(logits, targets)
         if penalty is None:
             return loss, {}
         return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}

@@ -16,6 +16,7 @@ full, on a CPU run on one thread, and their size is one of the settings of the s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,10 +38,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ...model.config import check_at_least
-from ...model.schedule import Adaptive, Iterations
+from ...model.schedule import Adaptive
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
-from ..sampling import Sample, check_pair, check_reuse, check_sampling, sample_tokens
+from ..sampling import Sample, check_pair, sample_tokens
+from ..settings import Sampling
 from .folder import SeriesFolder
 
 FORMATS = ("png", "npz")
@@ -75,17 +77,10 @@ def generate_series(
     folder: str | Path,
     num: int,
     *,
+    sampling: Sampling | None = None,
     labels: Sequence[int] | None = None,
     formats: Sequence[str] = FORMATS,
     batch_size: int = 64,
-    iterations: Iterations | None = None,
-    cfg: float = 1.5,
-    top_k: int | None = 900,
-    top_p: float | None = 0.96,
-    seed: int = 0,
-    cache: str = "equilibrium",
-    warm_start: bool = False,
-    guidance_reuse: int = 0,
     console: Console | None = None,
 ) -> SeriesReport:
     """Generate `num` images into a folder; goes on where an earlier call stopped.
@@ -104,42 +99,24 @@ def generate_series(
         tokenizer: of the model's sizes, in evaluation mode, on the same device.
         folder: new, empty, or of the same series.
         num: images, at least 1.
+        sampling: how to sample; default `Sampling()`.
         labels: classes that the images get in turn, image i the one at i modulo their number; default all.
         formats: "png" and "npz"; the latter is samples_{num}x{H}x{W}x3.npz with arr_0 (num, H, W, 3) uint8
             and labels arr_1 (num,) int64. With "npz" alone the pictures are removed once it is written.
         batch_size: images sampled at a time.
-        iterations: see `viar.generate`, as for the settings below.
-        cfg: guidance.
-        top_k: most likely tokens kept.
-        top_p: probability kept.
-        seed: of the series.
-        cache: "equilibrium" or "iterate".
-        warm_start: start each scale where the one before suggests.
-        guidance_reuse: last scales that reuse guidance.
         console: where the progress is shown.
 
     Raises:
         ValueError: an argument out of range; the folder holds a series of other settings, which the message
             lists, or pictures without settings; a picture is damaged inside.
     """
+    sampling = sampling or Sampling()
     _check(model, tokenizer, num, formats, batch_size)
-    check_sampling(cfg, top_k, top_p, seed, 0)
-    check_reuse(guidance_reuse, cfg, len(model.config.sides))
     classes = _classes(model, labels)
-    schedule = model.trunk.schedule(iterations)
-    model.trunk.new_cache(cache, schedule, warm_start=warm_start)  # refuses what does not go together
-    sampling = {
-        "cfg": cfg,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "cache": cache,
-        "warm_start": warm_start,
-        "guidance_reuse": guidance_reuse,
-    }
+    schedule = sampling.schedule(model.trunk)
     inexact = _why_inexact(model, tokenizer, schedule)
     settings = {
-        **sampling,
+        **{f.name: getattr(sampling, f.name) for f in dataclasses.fields(sampling)},
         "iterations": repr(schedule[0]) if isinstance(schedule[0], Adaptive) else schedule,
         "labels": classes,
         "batch_size": f"{batch_size}, because of {inexact}" if inexact else "any",
@@ -153,7 +130,7 @@ def generate_series(
     together = _Processes(model.pos_embed.device)
     missing = together.agree(settings, lambda: target.prepare(settings, num, formats))
     parts = list(_whole_batches(missing, batch_size) if inexact else _runs(missing, batch_size))
-    draw = partial(sample_tokens, model, tokenizer, iterations=iterations, **sampling)
+    draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
     maker = _Maker(draw, tokenizer, classes, target, inexact is None)
     with maker, _float32(), _Bar(target, num, len(missing), console, together.is_main) as bar:
         for indices, wanted in parts[together.index :: together.count]:

@@ -1,0 +1,82 @@
+"""How to sample: what `generate`, `edit`, a series and the command line have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ..model.cache import check_cache_name
+from ..model.schedule import Adaptive, Iterations
+from ..model.trunk import Trunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of the sampler; validated when made, and by `schedule` against a model.
+
+    Args:
+        iterations: of the implicit block at each scale: an int, (first, last), a list, `Adaptive` or
+            `Budget`; default the config's. An explicit trunk takes none.
+        cfg: guidance, rising linearly from 0 at the first scale to this at the last; 0 switches it off.
+        top_k: keep the most likely tokens only; `None`, or a number above V, keeps all; 1 is argmax.
+        top_p: keep the smallest set of tokens with at least this probability; `None` keeps all.
+        seed: non-negative.
+        cache: "equilibrium" or "iterate", see `viar.model.cache`.
+        warm_start: start the implicit block at each scale where the scale before suggests, instead of at the
+            output of the blocks before it. Other results with few iterations, the same at convergence.
+        guidance_reuse: so many of the last scales are computed with their class alone; the direction of
+            guidance is that of the scale before them, enlarged. Saves half their time; an approximation.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    # Set by three flags of the command line, so it is none by itself.
+    iterations: Annotated[Iterations | None, tyro.conf.Suppress] = None
+    warm_start: bool = False  # start each scale where the fixed point of the one before suggests
+    guidance_reuse: int = 0  # last scales that reuse the guidance of the scale before them; an approximation
+    cfg: float = 1.5  # guidance; 0 switches it off
+    top_k: int | None = 900  # most likely tokens kept
+    top_p: float | None = 0.96  # probability kept
+    seed: int = 0
+    cache: Literal["equilibrium", "iterate"] = "equilibrium"
+
+    def __post_init__(self) -> None:
+        """Validate what can be told without a model."""
+        if not self.cfg >= 0:
+            raise ValueError(f"cfg: expected a number of at least 0, got {self.cfg}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, or None to keep all tokens, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p: expected a number in (0, 1], or None to keep all tokens, got {self.top_p}"
+            )
+        check_index("seed", self.seed)
+        check_cache_name(self.cache)
+        if self.guidance_reuse < 0 or (self.guidance_reuse and self.cfg == 0):
+            raise ValueError(
+                "guidance_reuse: expected at least 0, and guidance to reuse, got "
+                f"{self.guidance_reuse} with cfg={self.cfg}"
+            )
+
+    def schedule(self, trunk: Trunk) -> list[int] | list[Adaptive] | list[None]:
+        """Iterations of each scale of a model's trunk.
+
+        Raises:
+            ValueError, TypeError: a setting that does not apply to the trunk.
+        """
+        num_scales = len(trunk.sides)
+        if self.guidance_reuse >= num_scales:
+            raise ValueError(
+                f"guidance_reuse: expected 0 to {num_scales - 1} of the {num_scales} scales, "
+                f"got {self.guidance_reuse}"
+            )
+        return trunk.schedule(self.iterations, cache=self.cache, warm_start=self.warm_start)
+
+
+def check_index(name: str, value: int) -> None:
+    """Raise `ValueError` unless `value` can be half of the key of an image's random numbers."""
+    if not 0 <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {value}")

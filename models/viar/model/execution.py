@@ -1,0 +1,56 @@
+"""How blocks are computed: how many samples at a time, in which type, with weights of which width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+# What a CPU works on at a time, in numbers of a state: a block's activations then stay in its caches.
+CPU_CHUNK = 400_000
+
+
+def row_chunks(x_BLC: Tensor) -> Iterator[slice]:
+    """Samples to compute at a time: all of them, on a CPU as many as its caches hold."""
+    rows = len(x_BLC)
+    if x_BLC.device.type == "cpu":
+        rows = max(1, CPU_CHUNK * rows // max(1, x_BLC.numel()))
+    for start in range(0, max(1, len(x_BLC)), max(1, rows)):
+        yield slice(start, min(start + rows, len(x_BLC)))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The chunks of samples as one batch; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:
+    """`module` with weights of the type of `x_BLC`: itself, or a call with widened copies."""
+    parameters = dict(module.named_parameters())
+    if all(p.dtype == x_BLC.dtype for p in parameters.values()):
+        return module
+    widened: Mapping[str, Tensor] = {
+        name: p.to(x_BLC.dtype)
+        for name, p in parameters.items()
+        if "modulation" not in name  # a third of the weights, used once a generation
+    }
+    return partial(_call_with, module, widened)
+
+
+def _call_with(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: object) -> Tensor:
+    output: Tensor = torch.func.functional_call(module, dict(parameters), inputs)
+    return output
+
+
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has instructions for matrix products in `dtype`.
+
+    A CPU without them takes ten times as long as in float32.
+    """
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if device.type != "cpu" or dtype not in names:
+        return True
+    ask = getattr(torch.ops.mkldnn, names[dtype], None)  # no public way to ask; not every build has it
+    return ask is not None and bool(ask())

@@ -1,0 +1,270 @@
+"""The implicit trunk of VIAR: blocks, one implicit block solved for its fixed point, blocks.
+
+With u the tokens after the first blocks, the implicit block's output is z* = f(z*, u),
+
+    f(z, u) = block(W2 gelu(W1 [z, u])),
+
+found by `deqlib`, in training and generation alike: the driver calls the cell, counts, measures and stops.
+(VIAR, arXiv 2605.01220.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqlib import ImplicitLayer, Picard, StochasticJFB, Stopping
+
+from .attention import KeyValue
+from .blocks import Block, gelu
+from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name, check_iterate_schedule
+from .config import ImplicitTrunkConfig, TransformerConfig, filled
+from .execution import in_type_of, joined, row_chunks
+from .scales import resize_tokens
+from .schedule import Adaptive, Iterations, iteration_schedule, solve
+from .trunk import (
+    Modulations,
+    ScaleSolve,
+    Trunk,
+    TrunkOutput,
+    advance_blocks,
+    drop_path_rates,
+    named,
+    run_blocks,
+)
+
+LAYER = "implicit"  # name of the implicit block's modulation and of its keys and values
+
+
+class ImplicitCell(nn.Module):
+    """f(z, u) = block(projection(concat(z, u))), with a two-layer projection 2C -> 2C -> C.
+
+    The first projection splits into a half for z and a half for u; u's half does not change over
+    iterations, so `inject` computes it once and the cell takes the result.
+
+    Args:
+        config: of the whole transformer.
+        drop_path: rate of the block.
+    """
+
+    def __init__(self, config: TransformerConfig, drop_path: float) -> None:
+        super().__init__()
+        C = filled(config.width)
+        self.width = C
+        self.projection_in = nn.Linear(2 * C, 2 * C)
+        self.projection_out = nn.Linear(2 * C, C)
+        self.block = Block(config, drop_path)
+
+    def inject(self, u_BLC: Tensor) -> Tensor:
+        """u's half of the first projection with its bias, (B, L, 2C)."""
+        weight, bias = self.projection_in.weight[:, self.width :], self.projection_in.bias
+        return F.linear(u_BLC, weight.to(u_BLC.dtype), bias.to(u_BLC.dtype))
+
+    def forward(
+        self,
+        z_BLC: Tensor,
+        injection: Tensor,  # (B, L, 2C), from `inject`
+        modulation: Tensor,  # (6, B, 1, C), from the block
+        mask_LL: Tensor | None = None,
+        slot: KeyValue | None = None,  # see `Attention.forward`
+    ) -> Tensor:
+        """f(z, u), (B, L, C); leaves the block's keys and values at z in the slot."""
+        weight = self.projection_in.weight[:, : self.width]
+        hidden = torch.addmm(injection.flatten(0, 1), z_BLC.flatten(0, 1), weight.t())
+        x_BLC = self.projection_out(gelu(hidden)).view_as(z_BLC)
+        output: Tensor = self.block(x_BLC, modulation, mask_LL, slot)
+        return output
+
+
+class ScaleCell:
+    """z -> f(z, u) for one scale, a few samples at a time; every evaluation has its slot in a cache.
+
+    Attributes:
+        image: f(z, u) at the last evaluation, (B, l, C).
+    """
+
+    def __init__(self, cell: ImplicitCell, u_BLC: Tensor, modulation: Tensor, cache: KeyValueCache) -> None:
+        self.image = u_BLC
+        self._cell, self._cache, self._num_evaluations = in_type_of(u_BLC, cell), cache, 0
+        modulation = modulation.to(u_BLC.dtype)
+        self._chunks = [(rows, cell.inject(u_BLC[rows]), modulation[:, rows]) for rows in row_chunks(u_BLC)]
+
+    def __call__(self, z_BLC: Tensor) -> Tensor:
+        """f(z, u); its keys and values take the place of those of the evaluation before in the same set."""
+        self.image = joined(
+            [
+                self._cell(
+                    z_BLC[rows],
+                    injection,
+                    modulation,
+                    None,
+                    self._cache.slot(LAYER, rows, self._num_evaluations),
+                )
+                for rows, injection, modulation in self._chunks
+            ]
+        )
+        self._num_evaluations += 1
+        return self.image
+
+
+class ImplicitTrunk(Trunk):
+    """Blocks, one implicit block solved for its fixed point, blocks (arXiv 2605.01220).
+
+    Drop path rates are those the kept blocks have in the explicit trunk of the same depth: the first
+    `num_pre`, the middle one, the last `num_post`.
+
+    In training the number of iterations is drawn at every call (`deqlib.StochasticJFB`) from the `generator`
+    that the call is given. Processes that train one model together should draw the same, or some wait for
+    others: give each a generator of the same seed.
+
+    With a `residual_weight` w the block is also asked to stand still where those iterations end: one more
+    evaluation there gives the penalty w mean ||f(z) - z||^2 / ||f(z)||^2 over tokens, the denominator held
+    constant, in `TrunkOutput.penalty`. Few iterations are enough then, and both caches soon agree. Not part
+    of the published recipe. Drop path of the block counts as movement.
+
+    Args:
+        config: of the whole transformer; its `trunk` is an `ImplicitTrunkConfig`.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        trunk = config.trunk
+        assert isinstance(trunk, ImplicitTrunkConfig)
+        rates = drop_path_rates(config)
+        self.default_iterations = trunk.iterations
+        self.residual_weight = trunk.residual_weight
+        self.random_depth = StochasticJFB(no_grad=trunk.no_grad, grad=trunk.grad)
+        self.pre = nn.ModuleList(Block(config, rate) for rate in rates[: trunk.num_pre])
+        self.layer = ImplicitLayer(
+            ImplicitCell(config, rates[config.depth // 2]),
+            solver=Picard(),
+            backward=self.random_depth,
+            stopping=Stopping.steps(trunk.iterations),
+            # Only Adaptive can miss a tolerance, and then by the cap its caller chose.
+            on_failure="ignore",
+        )
+        self.post = nn.ModuleList(Block(config, rate) for rate in rates[config.depth - trunk.num_post :])
+
+    def schedule(
+        self, iterations: Iterations | None, *, cache: str = "equilibrium", warm_start: bool = False
+    ) -> list[int] | list[Adaptive]:
+        """One count or `Adaptive` a scale; see `Trunk.schedule`.
+
+        Raises:
+            ValueError, TypeError: see `iteration_schedule`; with a cache of iterates: counts that rise,
+                `Adaptive`, a warm start.
+        """
+        schedule = iteration_schedule(
+            self.default_iterations if iterations is None else iterations, len(self.sides)
+        )
+        check_cache_name(cache)
+        if cache == "iterate":
+            if warm_start:
+                raise ValueError(
+                    "warm_start: needs cache='equilibrium', which keeps one state; got 'iterate'"
+                )
+            check_iterate_schedule(schedule)
+        return schedule
+
+    def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> KeyValueCache:
+        """See `Trunk.new_cache`, and `viar.model.cache` for the two kinds."""
+        check_cache_name(kind)
+        if kind == "equilibrium":
+            return EquilibriumCache(self.sides)
+        check_iterate_schedule(schedule)
+        return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)], LAYER)
+
+    def named_blocks(self) -> Iterator[tuple[str, Block]]:
+        """See `Trunk.named_blocks`."""
+        yield from named(self.pre, "pre")
+        yield LAYER, self._cell.block
+        yield from named(self.post, "post")
+
+    def compiled_parts(self) -> Iterator[nn.Module]:
+        """See `Trunk.compiled_parts`."""
+        yield from (*self.pre, self._cell, *self.post)
+
+    @property
+    def _cell(self) -> ImplicitCell:
+        cell = self.layer.cell
+        assert isinstance(cell, ImplicitCell)
+        return cell
+
+    def _joint(
+        self,
+        x_BLC: Tensor,
+        modulations: Modulations,
+        mask_LL: Tensor | None,
+        iterations: int | Adaptive | None,
+        generator: torch.Generator | None,
+    ) -> TrunkOutput:
+        u_BLC = run_blocks(named(self.pre, "pre"), x_BLC, modulations, mask_LL)
+        inputs = (self._cell.inject(u_BLC), modulations[LAYER], mask_LL)
+        penalty = None
+        if iterations is None:
+            depth = replace(self.random_depth, generator=generator)
+            z_BLC = self.layer.solve(*inputs, z0=u_BLC, backward=depth).value
+            if self.residual_weight and torch.is_grad_enabled():
+                penalty = self.residual_weight * squared_residual(self._cell(z_BLC, *inputs), z_BLC)
+        elif torch.is_grad_enabled():
+            raise ValueError(
+                "iterations: while gradients are recorded the trunk draws its own number, "
+                f"got {iterations!r}; leave it at None or call under torch.no_grad()"
+            )
+        else:
+            z_BLC = solve(lambda z_BLC: self._cell(z_BLC, *inputs), u_BLC, iterations).value
+        return TrunkOutput(run_blocks(named(self.post, "post"), z_BLC, modulations, mask_LL), penalty)
+
+    def _advance(
+        self,
+        x_BLC: Tensor,
+        modulations: Modulations,
+        cache: KeyValueCache,
+        iterations: int | Adaptive | None,
+        displacement: Tensor | None,
+        measure: bool,
+    ) -> TrunkOutput:
+        u_BLC = advance_blocks(named(self.pre, "pre"), x_BLC, modulations, cache)
+        z0_BLC = u_BLC
+        if displacement is not None:
+            z0_BLC = u_BLC + resize_tokens(displacement[: len(u_BLC)], math.isqrt(u_BLC.shape[1]))
+        f = ScaleCell(self._cell, u_BLC, modulations[LAYER], cache)
+        count = self.default_iterations if iterations is None else iterations
+        z_BLC, evaluations, residual = solve_scale(f, z0_BLC, count, measure)
+        x_BLC = advance_blocks(named(self.post, "post"), z_BLC, modulations, cache)
+        return TrunkOutput(x_BLC, solve=ScaleSolve(evaluations, residual, z_BLC - u_BLC))
+
+
+def solve_scale(
+    f: ScaleCell, z0_BLC: Tensor, iterations: int | Adaptive, measure: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The implicit block at one scale, its keys and values those of the evaluation that gave its output.
+
+    A solve ends at a state z that was evaluated somewhere along the way. The output is f(z), from an
+    evaluation of its own, whose keys and values the scales to come will see.
+
+    Returns:
+        The output (B, l, C), evaluations of each sample (B,), the residual at z (B,) if `measure`.
+    """
+    if isinstance(iterations, Adaptive):
+        solution = solve(f, z0_BLC, iterations)
+    else:
+        # n iterations are n - 1 steps and the evaluation that gives the output.
+        solution = solve(f, z0_BLC, iterations - 1, measure=measure)
+        if measure:
+            # To measure, the driver evaluated at the end of the last step: that is the output already.
+            return f.image, solution.sample_nfe, solution.relative_residual
+    z_BLC = f(solution.value)
+    return z_BLC, solution.sample_nfe + 1, solution.relative_residual if measure else None
+
+
+def squared_residual(new_BLC: Tensor, old_BLC: Tensor) -> Tensor:
+    """Mean over tokens of ||new - old||^2 / ||new||^2, scalar; no gradient through the denominator."""
+    new, old = new_BLC.float(), old_BLC.float()
+    size_BL = new.detach().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((new - old).square().sum(-1) / size_BL).mean()
