@@ -60,7 +60,7 @@ class TokenizerConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of base_channels
     num_residual_blocks: int = 2  # a level; the decoder has one more
     num_groups: int = 32  # of every GroupNorm
-    dropout: float = 0.0
+    dropout: float = 0.0  # rate in every residual block, in [0, 1)
     num_phi: int = 4  # Q, number of refinement convolutions shared by the scales; 0: one a scale
     phi_ratio: float = 0.5  # r in (1 - r) h + r conv(h)
     commitment: float = 0.25  # beta, weight of the encoder's half of the quantizer loss
@@ -105,7 +105,15 @@ class TokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
-        """Inverse of `to_dict`; unknown names raise `TypeError`."""
+        """Inverse of `to_dict`.
+
+        Args:
+            values: by the name of a field; those left out take their defaults.
+
+        Raises:
+            TypeError: a name that is no field.
+            ValueError: a value out of range.
+        """
         return cls(**values)
 
 
@@ -156,11 +164,11 @@ class TransformerConfig:
     depth: int = 16  # D: blocks of the explicit trunk; also sets drop path and initial weights of both
     width: int | None = None  # C; default 64 * depth
     num_heads: int | None = None  # H; default depth
-    sides: tuple[int, ...] = SIDES_256
+    sides: tuple[int, ...] = SIDES_256  # side of each of the K token maps, rising
     codebook_size: int = 4096  # V
     code_channels: int = 32  # Z
     num_classes: int = 1000  # N; index N is the null class of guidance
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # hidden width of every MLP, in units of C
     qk_norm: bool = True  # normalised queries and keys with a learned scale a head
     shared_modulation: bool = False  # one AdaLN projection for all blocks plus an offset a block
     drop_path: float | None = None  # largest rate, reached at the last block; default 0.1 * depth / 24
@@ -215,7 +223,15 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        """Inverse of `to_dict`; unknown names raise `TypeError`."""
+        """Inverse of `to_dict`.
+
+        Args:
+            values: by the name of a field, `trunk` with its `kind`; those left out take their defaults.
+
+        Raises:
+            TypeError: a name that is no field.
+            ValueError: a value out of range, or no such kind of trunk.
+        """
         values = dict(values)
         trunk = dict(values.pop("trunk", {"kind": "explicit"}))
         kind = trunk.pop("kind", None)

@@ -172,7 +172,7 @@ class ImplicitTrunk(Trunk):
         return schedule
 
     def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> KeyValueCache:
-        """See `Trunk.new_cache`, and `viar.model.cache` for the two kinds."""
+        """Of the kind "equilibrium" or "iterate"; see `Trunk.new_cache` and `viar.model.cache`."""
         check_cache_name(kind)
         if kind == "equilibrium":
             return EquilibriumCache(self.sides)

@@ -71,6 +71,9 @@ class Budget:
     def counts(self, num_scales: int) -> list[int]:
         """One count a scale, never rising.
 
+        Args:
+            num_scales: K, at least 1.
+
         Raises:
             ValueError: fewer evaluations than scales.
         """

@@ -157,7 +157,11 @@ class NextScaleTransformer(nn.Module, Pretrained):
         return (logits_BLV, output.penalty) if return_penalty else logits_BLV
 
     def condition(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Class embedding (B, C), and what the blocks are modulated by: (B, C) or (B, 6, C)."""
+        """Class embedding (B, C), and what the blocks are modulated by: (B, C) or (B, 6, C).
+
+        Args:
+            labels: (B,) classes in [0, N].
+        """
         embedding_BC = self.class_embed(labels)
         if self.shared_modulation is None:
             return embedding_BC, embedding_BC
@@ -169,7 +173,13 @@ class NextScaleTransformer(nn.Module, Pretrained):
         embedding_BC: Tensor,
         next_input: Tensor | None,  # (B, Z, p_k, p_k) from `MultiScaleQuantizer.next_input`; None at scale 0
     ) -> Tensor:
-        """Tokens (B, p_k^2, C) that go into the trunk for one scale."""
+        """Tokens (B, p_k^2, C) that go into the trunk for one scale.
+
+        Args:
+            scale: k, from 0.
+            embedding_BC: from `condition`.
+            next_input: what the scales before say of this one; `None` at scale 0.
+        """
         with torch.autocast(embedding_BC.device.type, enabled=False):
             if next_input is None:
                 x_BLC = self._start(embedding_BC)

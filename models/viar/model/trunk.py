@@ -73,7 +73,15 @@ class Trunk(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> KeyValueCache:
-        """Empty cache for one generation of all scales under `schedule`; see `viar.model.cache`."""
+        """Empty cache for one generation of all scales.
+
+        Args:
+            kind: "equilibrium" or "iterate", see `viar.model.cache`.
+            schedule: iterations of each scale, from `schedule`.
+
+        Raises:
+            ValueError: no such kind, or one that does not go with the trunk or the schedule.
+        """
 
     @abstractmethod
     def named_blocks(self) -> Iterator[tuple[str, Block]]:
@@ -207,7 +215,7 @@ class ExplicitTrunk(Trunk):
         return [None] * len(self.sides)
 
     def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> EquilibriumCache:
-        """One set of keys and values a block; see `Trunk.new_cache`."""
+        """One set of keys and values a block, of the kind "equilibrium"; see `Trunk.new_cache`."""
         self.schedule(None, cache=kind)
         return EquilibriumCache(self.sides)
 
