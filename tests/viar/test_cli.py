@@ -24,8 +24,8 @@ import viar.commands.cli
 import viar.commands.demo
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Sampling, Tokenizer
 from viar.commands.demo import DemoConfig, Stage, Stages, print_summary, run_demo
-from viar.data.pictures import save_grid
-from viar.evaluation.evaluate import balanced_labels
+from viar.data import save_grid
+from viar.evaluation import balanced_labels
 from viar.generation.series.series import SeriesReport
 
 FINGERPRINT, RUN_TOGETHER = viar.commands.demo._fingerprint_of_code, Stages.run_together  # before any patch

@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from viar.data.sources import (
-    EndlessBatches,
-    ImageFolder,
-    TensorImages,
-    all_batches,
-    augmented,
-    held_out,
-    load_data,
-)
+from viar.data import EndlessBatches, ImageFolder, TensorImages, all_batches, augmented, load_data
+from viar.data.sources import held_out
 
 # Digits
 

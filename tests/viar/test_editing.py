@@ -26,12 +26,11 @@ from tiny_models import SIDES, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 
 import viar.commands.cli
-import viar.evaluation.evaluate
+import viar.evaluation.metrics
 import viar.generation.editing
 from viar import Sample, Sampling, edit, generate, sample_tokens
-from viar.data.pictures import read_mask, read_picture, save_picture
-from viar.data.sources import TensorImages
-from viar.evaluation.evaluate import inpainting_consistency
+from viar.data import TensorImages, read_mask, read_picture, save_picture
+from viar.evaluation import inpainting_consistency
 from viar.generation.editing import box_mask
 
 BOX = torch.ones(4, 4)
@@ -489,7 +488,7 @@ def test_inpainting_consistency_is_the_share_that_keeps_its_class(monkeypatch: p
     generated = generate(model, tokenizer, labels, seed=1).mean((2, 3)).argmax(1).eq(labels).float().mean()
     made = []
     monkeypatch.setattr(
-        viar.evaluation.evaluate, "edit", lambda *a, **k: made.append(edit(*a, **k)) or made[-1]
+        viar.evaluation.metrics, "edit", lambda *a, **k: made.append(edit(*a, **k)) or made[-1]
     )
     assert share(torch.zeros(3, 3), sampling=Sampling(seed=1), batch_size=2) == pytest.approx(
         float(generated)

@@ -10,8 +10,8 @@ from tiny_models import tiny_transformer
 from torch import Tensor, nn
 
 from viar import ImplicitTrunkConfig
-from viar.data.sources import TensorImages
-from viar.evaluation.evaluate import (
+from viar.data import TensorImages
+from viar.evaluation import (
     Classifier,
     accuracy,
     balanced_labels,

@@ -16,12 +16,11 @@ from tiny_models import IMPLICIT, SIDES, TRANSFORMER, tiny_config, tiny_tokenize
 from torch import Tensor
 
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
-from viar.data.sources import TensorImages
+from viar.data import TensorImages
 from viar.model.implicit import ImplicitTrunk, squared_residual
 from viar.model.scales import block_causal_mask
 from viar.model.trunk import TrunkOutput
-from viar.training.loop import TrainConfig, train_transformer
-from viar.training.presets import TRANSFORMERS
+from viar.training import TRANSFORMERS, TrainConfig, train_transformer
 
 ALONE = ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(2, 2), grad=(1, 1), iterations=3)
 TOKENS = sum(side**2 for side in SIDES)

@@ -20,7 +20,7 @@ from viar.model.config import TokenizerConfig
 from viar.model.scales import scale_slices
 from viar.tokenizer import MultiScaleQuantizer, Tokenizer
 from viar.tokenizer.quantizer import phi_index
-from viar.training.losses import reconstruction_loss
+from viar.training import reconstruction_loss
 
 SMALL = TokenizerConfig(
     sides=(1, 2, 3),

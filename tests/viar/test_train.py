@@ -24,17 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import viar.training.loop
+import viar.training.losses
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.data.sources import Batch, TensorImages
-from viar.training.loop import (
-    TokenizedImages,
-    TrainConfig,
-    cross_entropy,
-    tokenize,
-    train_tokenizer,
-    train_transformer,
-    validation_loss,
-)
+from viar.data import Batch, TensorImages, TokenizedImages, tokenize
+from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
 
 DEADLOCK = 180.0  # seconds after which two processes are taken to wait for each other
 FINISHED = {"README.md", "config.json", "metrics.jsonl", "model.safetensors"}
@@ -394,7 +387,7 @@ def test_tokens_are_those_of_full_precision_whatever_the_training_runs_in(
         targets.setdefault(folder.name, []).append(wanted)
         return cross_entropy(logits, wanted)
 
-    monkeypatch.setattr(viar.training.loop, "cross_entropy", noted)
+    monkeypatch.setattr(viar.training.losses, "cross_entropy", noted)
     for folder, source in ((tmp_path / "memory", data), (tmp_path / "disk", Disk(data))):
         config = settings(batch_size=24, mixed_precision="bf16")
         train_transformer(fresh_transformer(), tokenizer, source, folder, config)
@@ -503,7 +496,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
         calls.append(None)
         return cross_entropy(logits, targets) * (torch.nan if len(calls) >= step else 1)
 
-    monkeypatch.setattr(viar.training.loop, "cross_entropy", broken)
+    monkeypatch.setattr(viar.training.losses, "cross_entropy", broken)
     with pytest.raises(FloatingPointError, match=f"the loss is nan at step {step}; lower lr"):
         run_transformer(tmp_path, settings(steps=5, save_every=1e-9))
     assert not (tmp_path / "model.safetensors").exists()

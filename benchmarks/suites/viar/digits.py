@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.evaluation.evaluate import balanced_labels, class_consistency
+from viar.evaluation import balanced_labels, class_consistency
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
 from ...show import COLORS

@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 import viar
-from viar.evaluation.evaluate import class_consistency
+from viar.evaluation import class_consistency
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
 from ...show import COLORS

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import viar
-from viar.data.sources import all_batches
-from viar.evaluation.evaluate import balanced_labels, class_consistency
+from viar.data import all_batches
+from viar.evaluation import balanced_labels, class_consistency
 from viar.generation.sampling import decode_images
 from viar.model.schedule import Iterations
 

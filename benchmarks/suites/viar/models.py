@@ -15,9 +15,9 @@ from torch import nn
 
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer, TokenizerConfig, TransformerConfig
 from viar.commands.demo import DemoConfig, run_demo
-from viar.data.sources import ImageData, load_data
-from viar.evaluation.evaluate import Classifier
-from viar.training.presets import TOKENIZERS, TRANSFORMERS
+from viar.data import ImageData, load_data
+from viar.evaluation import Classifier
+from viar.training import TOKENIZERS, TRANSFORMERS
 
 from ...case import Run
 

@@ -19,9 +19,8 @@ from rich.table import Table
 from tyro.extras import SubcommandApp, subcommand_type_from_defaults
 
 from ..checkpoints.convert import convert_checkpoint, describe, load_official
-from ..data.pictures import read_mask, read_picture, save_edit, save_grid, save_picture
-from ..data.sources import load_data
-from ..evaluation.evaluate import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
+from ..data import load_data, read_mask, read_picture, save_edit, save_grid, save_picture
+from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..generation.editing import box_mask, edit
 from ..generation.inference import prepare_inference
 from ..generation.sampling import generate
@@ -31,8 +30,7 @@ from ..model.config import check_at_least
 from ..model.schedule import Adaptive, Budget, Iterations
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from ..training.loop import train_tokenizer, train_transformer, validation_loss
-from ..training.presets import TOKENIZERS, TRANSFORMERS
+from ..training import TOKENIZERS, TRANSFORMERS, train_tokenizer, train_transformer, validation_loss
 from .demo import DemoConfig, run_demo
 
 app = SubcommandApp()

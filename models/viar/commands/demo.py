@@ -28,9 +28,8 @@ from torch import Tensor
 
 import deqlib
 
-from ..data.pictures import draw_knob, save_grid
-from ..data.sources import ImageData, load_data
-from ..evaluation.evaluate import (
+from ..data import ImageData, load_data, save_grid, tokenize
+from ..evaluation import (
     Classifier,
     accuracy,
     balanced_labels,
@@ -44,8 +43,17 @@ from ..generation.settings import Sampling
 from ..model.config import ImplicitTrunkConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from ..training.loop import cross_entropy, tokenize, train_tokenizer, train_transformer, validation_loss
-from ..training.presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
+from ..training import (
+    TOKENIZERS,
+    TRANSFORMERS,
+    TokenizerPreset,
+    TransformerPreset,
+    cross_entropy,
+    train_tokenizer,
+    train_transformer,
+    validation_loss,
+)
+from .knob import draw_knob
 
 MODELS = ("viar", "var")
 

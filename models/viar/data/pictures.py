@@ -1,28 +1,45 @@
-"""Pictures: read and written, grids of images, edits side by side, and the compute knob."""
+"""Pictures: read, cut to size and written; grids of images, edits side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..files import replacing
-from .sources import ImageFolder
 
-VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
+RESIZE = 1.125  # shorter edge before the cut, in units of the square (VAR, arXiv 2404.02905)
+
+
+def cut_square(image: Image.Image, side: int, *, at_random: bool) -> Tensor:
+    """A square of a picture, (3, side, side) in [-1, 1].
+
+    The shorter edge is brought to 1.125 times `side` (Lanczos), then the square is cut out.
+
+    Args:
+        image: of any size and mode.
+        side: pixels a side.
+        at_random: where PyTorch's own generator says, else from the centre.
+    """
+    image = image.convert("RGB")
+    scale = round(RESIZE * side) / min(image.size)
+    width, height = (max(side, round(edge * scale)) for edge in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    room = (width - side, height - side)
+    left, top = (int(torch.randint(r + 1, ())) if at_random else r // 2 for r in room)
+    square = image.crop((left, top, left + side, top + side))
+    return _channels_first(square).contiguous() / 127.5 - 1
 
 
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     """A picture file as (3, side, side) in [0, 1], and the width and height the file has.
 
-    One of side x side pixels is taken as it is; of any other the centre is cut out as `viar.data` does
+    One of side x side pixels is taken as it is; of any other the centre is cut out as `ImageFolder` does
     for validation.
 
     Raises:
@@ -31,13 +48,11 @@ def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     """
     try:
         with Image.open(path) as file:
-            size, pixels = file.size, np.array(file.convert("RGB"), dtype=np.float32)
+            if file.size == (side, side):
+                return _channels_first(file.convert("RGB")) / 255, file.size
+            return cut_square(file, side, at_random=False).add(1).div(2), file.size
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG file") from error
-    if size == (side, side):
-        return torch.from_numpy(pixels).permute(2, 0, 1) / 255, size
-    (image,), _ = ImageFolder([(path, 0)], side, train=False).__getitems__([0])
-    return image.add(1).div(2), size
 
 
 def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
@@ -96,39 +111,11 @@ def save_grid(
         sheet.save(file, "png")
 
 
-def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Class consistency, validation loss, images/s and cache bytes against iterations.
-
-    Args:
-        points: rows with model ("viar" or "var"), iterations (None for VAR), class_consistency,
-            validation_loss, images_per_second and cache_bytes.
-        path: PNG to write.
-    """
-    viar = [p for p in points if p["model"] == "viar"]
-    (var,) = (p for p in points if p["model"] == "var")
-    counts = [p["iterations"] for p in viar]
-    least = min(p["class_consistency"] for p in points)
-    panels: tuple[tuple[str, str, float, dict[str, float]], ...] = (
-        # A little below the worst, and never so close that a tenth of a percent looks like much.
-        ("class_consistency", "class consistency", 1.0, {"bottom": min(0.9, least - 0.02), "top": 1.005}),
-        ("validation_loss", "validation loss, nats a token", 1.0, {}),
-        ("images_per_second", "images/s", 1.0, {"bottom": 0.0}),
-        ("cache_bytes", "cache, MB", 1e-6, {"bottom": 0.0}),
-    )
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (key, label, unit, limits) in zip(axes, panels, strict=True):
-        axis.plot(counts, [p[key] * unit for p in viar], "o-", color=VIAR_COLOR, label="VIAR")
-        axis.axhline(var[key] * unit, color=VAR_COLOR, linestyle="--", label="VAR")
-        axis.set(xlabel="iterations a scale", ylabel=label, xticks=counts)
-        axis.set_ylim(**limits)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right")
-    figure.suptitle("One trained VIAR, its compute chosen at inference")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=150, format="png")
+def _channels_first(image: Image.Image) -> Tensor:
+    """Pixels of an RGB picture, (3, H, W) float32 in [0, 255]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
 
 
-def _pixels(image: Tensor) -> np.ndarray:
+def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    """An image (3, H, W) in [0, 1] as Pillow takes it, (H, W, 3) of 8 bits."""
     return image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

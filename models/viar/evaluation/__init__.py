@@ -1,1 +1,16 @@
 """What is measured of trained models."""
+
+from .classifier import Classifier, train_classifier
+from .cost import seconds_of, training_bytes
+from .metrics import accuracy, balanced_labels, class_consistency, inpainting_consistency
+
+__all__ = [
+    "Classifier",
+    "accuracy",
+    "balanced_labels",
+    "class_consistency",
+    "inpainting_consistency",
+    "seconds_of",
+    "train_classifier",
+    "training_bytes",
+]

@@ -44,7 +44,8 @@ class ResidualBlock(nn.Module):
         """Apply the block."""
         h_BChw = self.conv1(F.silu(self.norm1(x_BChw)))
         h_BChw = self.conv2(self.dropout(F.silu(self.norm2(h_BChw))))
-        return self.shortcut(x_BChw) + h_BChw
+        y_BChw: Tensor = self.shortcut(x_BChw) + h_BChw
+        return y_BChw
 
 
 class AttentionBlock(nn.Module):
@@ -63,7 +64,8 @@ class AttentionBlock(nn.Module):
         # scale, C ** -0.5, is the one wanted.
         q, k, v = qkv_B3Chw.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
         h_BCL = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
-        return x_BChw + self.project(h_BCL.reshape(x_BChw.shape))
+        y_BChw: Tensor = x_BChw + self.project(h_BCL.reshape(x_BChw.shape))
+        return y_BChw
 
 
 class Downsample(nn.Module):
@@ -75,7 +77,8 @@ class Downsample(nn.Module):
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Pad right and bottom only, then convolve: symmetric padding would shift the picture."""
-        return self.conv(F.pad(x_BChw, (0, 1, 0, 1)))
+        half_BChw: Tensor = self.conv(F.pad(x_BChw, (0, 1, 0, 1)))
+        return half_BChw
 
 
 class Upsample(nn.Module):
@@ -87,7 +90,8 @@ class Upsample(nn.Module):
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Apply the block."""
-        return self.conv(F.interpolate(x_BChw, scale_factor=2.0, mode="nearest"))
+        double_BChw: Tensor = self.conv(F.interpolate(x_BChw, scale_factor=2.0, mode="nearest"))
+        return double_BChw
 
 
 class Level(nn.Module):
@@ -117,7 +121,8 @@ class Level(nn.Module):
         """Apply the level."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             x_BChw = attention(block(x_BChw))
-        return self.resample(x_BChw)
+        y_BChw: Tensor = self.resample(x_BChw)
+        return y_BChw
 
 
 class Middle(nn.Module):
@@ -131,7 +136,8 @@ class Middle(nn.Module):
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Apply the blocks."""
-        return self.block2(self.attention(self.block1(x_BChw)))
+        y_BChw: Tensor = self.block2(self.attention(self.block1(x_BChw)))
+        return y_BChw
 
 
 class Encoder(nn.Module):
@@ -162,7 +168,8 @@ class Encoder(nn.Module):
         x_BChw = self.conv_in(images_B3HW)
         for level in self.levels:
             x_BChw = level(x_BChw)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x_BChw))))
+        features_BZhw: Tensor = self.conv_out(F.silu(self.norm_out(self.middle(x_BChw))))
+        return features_BZhw
 
 
 class Decoder(nn.Module):
@@ -197,4 +204,5 @@ class Decoder(nn.Module):
         x_BChw = self.middle(self.conv_in(f_hat_BZhw))
         for level in reversed(self.levels):
             x_BChw = level(x_BChw)
-        return self.conv_out(F.silu(self.norm_out(x_BChw)))
+        images_B3HW: Tensor = self.conv_out(F.silu(self.norm_out(x_BChw)))
+        return images_B3HW

@@ -178,7 +178,8 @@ class MultiScaleQuantizer(nn.Module):
     def embed(self, tokens_Bl: Tensor) -> Tensor:
         """Codes of one scale's tokens (B, p * p) as a map (B, Z, p, p)."""
         side = int(tokens_Bl.shape[1] ** 0.5)
-        return self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))
+        codes_BZpp: Tensor = self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))
+        return codes_BZpp
 
     def decode_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
         """Sum of the scales given: f_hat, (B, Z, p_K, p_K) float32.
@@ -352,7 +353,8 @@ class MultiScaleQuantizer(nn.Module):
         if scale < len(self.sides) - 1:
             h = F.interpolate(h, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
         with _full_precision(h):
-            return self.phi_for(scale)(h)
+            refined_BZhw: Tensor = self.phi_for(scale)(h)
+        return refined_BZhw
 
     def _shrink(self, x_BZhw: Tensor, scale: int) -> Tensor:
         """Average a (B, Z, p_K, p_K) map down to the side of `scale`."""

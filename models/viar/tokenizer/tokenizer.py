@@ -81,7 +81,8 @@ class Tokenizer(nn.Module, Pretrained):
                 f"images must be floating point of shape (B, 3, {side}, {side}), "
                 f"got {images_B3HW.dtype} {tuple(images_B3HW.shape)}"
             )
-        return self.pre_quantizer(self.encoder(images_B3HW))
+        features_BZhw: Tensor = self.pre_quantizer(self.encoder(images_B3HW))
+        return features_BZhw
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> list[Tensor]:
@@ -113,7 +114,8 @@ class Tokenizer(nn.Module, Pretrained):
         """
         self.quantizer.check_feature_map("f_hat", f_hat_BZhw)
         x_BZhw = f_hat_BZhw.to(self.post_quantizer.weight.dtype)  # a lower precision only if asked for
-        return self.decoder(self.post_quantizer(x_BZhw)).to(f_hat_BZhw.dtype).clamp(-1, 1)
+        images_B3HW: Tensor = self.decoder(self.post_quantizer(x_BZhw))
+        return images_B3HW.to(f_hat_BZhw.dtype).clamp(-1, 1)
 
     def next_scale_inputs(self, tokens: Sequence[Tensor]) -> Tensor:
         """What a transformer is fed under teacher forcing: (B, L - p_1 ** 2, Z) float32.

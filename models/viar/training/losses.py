@@ -1,18 +1,134 @@
-"""How far a reconstruction is from its image, for training the tokenizer."""
+"""What training makes small: the loss of the tokenizer, the loss of the transformer, and their pieces.
+
+Shape letters: B batch, L tokens of all scales, V codebook.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from ..data import Batch, BatchedDataset, all_batches, tokenize
+from ..model.transformer import NextScaleTransformer
+from ..seeds import seed_at
+from ..tokenizer import Tokenizer
 
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
+# A loss that carries gradient, and further numbers to log.
+LossAndNumbers = tuple[Tensor, dict[str, float | Tensor]]
+# (model as prepared for training, batch, step from 0) -> loss
+StepLoss = Callable[[nn.Module, Sequence[Tensor], int], LossAndNumbers]
+
+
+def tokenizer_loss(tokenizer: Tokenizer, *, kind: str, revive_every: int, seed: int) -> StepLoss:
+    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
+
+    Before the first step the codes become vectors of its batch, if that has as many as there are codes. In
+    every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+
+    Args:
+        tokenizer: the model itself, whose codebook is kept.
+        kind: see `reconstruction_loss`.
+        revive_every: steps.
+        seed: of the vectors that become codes.
+    """
+    quantizer, generator = tokenizer.quantizer, torch.Generator()
+
+    def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
+        images = batch[0]
+        output = model(images)
+        generator.manual_seed(seed_at(seed, step))
+        metrics: dict[str, float | Tensor] = {}
+        if step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
+            quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
+            output = model(images)
+        elif (step + 1) % revive_every == 0:
+            vectors = _of_main_process(output.vectors)
+            metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
+        reconstruction = reconstruction_loss(images, output.reconstruction, kind)
+        metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
+        return reconstruction + output.loss, metrics
+
+    return step_loss
+
+
+def _of_main_process(vectors: Tensor) -> Tensor:
+    """The main process's vectors: codebooks must change alike everywhere."""
+    shared: Tensor = broadcast(vectors.contiguous())
+    return shared
+
+
+def transformer_loss(tokenizer: Tokenizer | None, *, seed: int) -> StepLoss:
+    """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
+
+    Args:
+        tokenizer: of batches of images with labels; None where batches are a `TokenBatch` already.
+        seed: of the draw of iterations, the same in all parts of a batch and in all processes.
+    """
+    depth = torch.Generator()
+
+    def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
+        depth.manual_seed(seed_at(seed, step))
+        if tokenizer is not None:
+            images, labels = batch
+            batch = tokenize(tokenizer.to(images.device), images, labels)
+        inputs, targets, labels = batch
+        logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
+        loss = cross_entropy(logits, targets)
+        if penalty is None:
+            return loss, {}
+        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
+
+    return step_loss
+
+
+def cross_entropy(
+    logits_BLV: Tensor,
+    targets_BL: Tensor,  # int64 in [0, V)
+) -> Tensor:
+    """Mean over all positions of all scales in nats, scalar."""
+    return F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+
+
+@torch.no_grad()
+def validation_loss(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    data: BatchedDataset[Batch],
+    *,
+    iterations: int | None = None,
+    batch_size: int = 256,
+) -> float:
+    """Cross-entropy of held-out images in nats a token, in evaluation mode.
+
+    Args:
+        model: left in the mode it was in.
+        tokenizer: on the model's device, in evaluation mode.
+        data: images.
+        iterations: of the implicit block; default the config's.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: `iterations` with an explicit trunk, or images of another size.
+    """
+    device = model.pos_embed.device
+    training, total = model.training, 0.0
+    model.eval()
+    for images, labels in all_batches(data, batch_size):
+        inputs, targets, labels = tokenize(tokenizer, images.to(device), labels.to(device))
+        total += float(cross_entropy(model(labels, inputs, iterations), targets)) * len(labels)
+    model.train(training)
+    return total / len(data)
+
 
 def _edges(images: Tensor, reconstruction: Tensor) -> Tensor:
-    # The sharp changes that a mean pixel error hardly notices, at several resolutions. Differences are
-    # linear, so those of the error are the error of those.
+    # The sharp changes that a mean pixel error hardly notices, at several resolutions. Taking differences is
+    # linear, so the differences of the error are the error of the differences.
     error = reconstruction - images
     total = error.new_zeros(())
     for _ in range(EDGE_LEVELS):

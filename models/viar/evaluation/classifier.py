@@ -1,0 +1,102 @@
+"""A small classifier of real images, the judge of generated ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..data import Batch, BatchedDataset, EndlessBatches
+from ..training.optim import build_optimizer, lr_factor
+
+
+class Classifier(nn.Module):
+    """Small convolutional classifier of real images, the judge of generated ones.
+
+    Args:
+        num_classes: N.
+        image_side: pixels a side, a multiple of 4.
+        width: channels at full resolution.
+
+    Raises:
+        ValueError: `image_side` is no multiple of 4.
+    """
+
+    def __init__(self, num_classes: int, image_side: int, width: int = 32) -> None:
+        super().__init__()
+        if image_side % 4:
+            raise ValueError(f"image_side: expected a multiple of 4, got {image_side}")
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.GELU(),
+            nn.MaxPool2d(2),
+            nn.Dropout2d(0.2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Dropout(0.4),
+            nn.Linear(32 * width, num_classes),
+        )
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Logits (B, N) of images in [-1, 1]."""
+        logits_BN: Tensor = self.layers(images_B3HW)
+        return logits_BN
+
+    def save(self, path: Path) -> None:
+        """Write the weights, in safetensors' format."""
+        save_file(self.state_dict(), path)
+
+    def load(self, path: Path) -> Classifier:
+        """Read what `save` wrote, and return the classifier itself.
+
+        Raises:
+            RuntimeError: the weights are those of a classifier of other sizes.
+        """
+        self.load_state_dict(load_file(path))
+        return self
+
+
+def train_classifier(
+    classifier: Classifier,
+    data: BatchedDataset[Batch],
+    *,
+    steps: int = 600,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    seed: int = 0,
+    console: Console | None = None,
+) -> None:
+    """Train in place on images and labels; in evaluation mode afterwards.
+
+    Args:
+        classifier: on any device.
+        data: images of the classifier's side.
+        steps: of AdamW, with the schedule of VAR's training (`lr_factor`).
+        batch_size: images a step.
+        lr: highest learning rate.
+        seed: of the order of the images, and of dropout through PyTorch's own generator.
+        console: where progress is shown; default standard output.
+    """
+    torch.manual_seed(seed)
+    optimizer = build_optimizer(classifier, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    batches = iter(EndlessBatches(len(data), batch_size, seed=seed))
+    device = next(classifier.parameters()).device
+    classifier.train()
+    for step in track(range(steps), "classifier", console=console):
+        images, labels = data.__getitems__(next(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step / steps)
+        loss = F.cross_entropy(classifier(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # as torch declares it
+        optimizer.step()
+    classifier.eval()

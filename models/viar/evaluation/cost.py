@@ -1,0 +1,44 @@
+"""What sampling and training cost, in seconds and bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deqlib.diagnostics import saved_bytes
+
+
+def seconds_of(tasks: Sequence[Callable[[], object]], *, repeats: int = 3) -> list[float]:
+    """Median seconds of each task, run in turns so that a slow moment of the machine meets them all.
+
+    Args:
+        tasks: what to run; a GPU's work is waited for.
+        repeats: runs of each, the first of which is no warm-up but counts.
+    """
+    times: list[list[float]] = [[] for _ in tasks]
+    for _ in range(repeats):
+        for task, taken in zip(tasks, times, strict=True):
+            start = time.perf_counter()
+            task()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def training_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that one training step needs, counted: exact on any device, whatever the allocator does.
+
+    Parameters, their gradients, AdamW's two moments, and the activations saved for the backward pass of
+    `loss()` (storages that parameters own are not counted twice).
+
+    Args:
+        model: what is trained.
+        loss: one forward pass of a training step.
+    """
+    parameters = list(model.parameters())
+    return 4 * sum(p.numel() * p.element_size() for p in parameters) + saved_bytes(loss, exclude=parameters)

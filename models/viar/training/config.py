@@ -1,0 +1,67 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..model.config import check_at_least
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run; the defaults are those published for the transformer (arXiv 2605.01220).
+
+    A run ends after `steps` steps or `seconds` of training, whichever comes first; the schedules follow
+    whichever is nearer its end.
+
+    Raises:
+        ValueError: neither `steps` nor `seconds` is given, or a setting is out of range.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    batch_size: int = 512  # of all processes together, a step
+    lr: float = 1.6e-4  # published: 8e-5 per 256 images of a batch (VAR: 1e-4)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: tuple[float, float] = (0.05, 0.08)  # first and last
+    clip: float = 2.0  # largest gradient norm
+    accumulate: int = 1  # batches are processed in so many parts
+    mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    workers: int = 0  # processes that read pictures
+    save_every: float = 300.0  # seconds between states to resume from
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.steps is None and self.seconds is None:
+            raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
+        check_at_least("TrainConfig", 1, batch_size=self.batch_size, accumulate=self.accumulate)
+        check_at_least("TrainConfig", 0, workers=self.workers, seed=self.seed)
+        for name in ("steps", "seconds", "lr", "clip", "save_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"TrainConfig: {name} must be positive, got {value}")
+        if self.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"
+            )
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How far the run is after `step` steps and `seconds` of training, 0 to 1."""
+        parts = [step / self.steps if self.steps else 0.0, seconds / self.seconds if self.seconds else 0.0]
+        return min(max(parts), 1.0)
+
+    def part_size(self, num_processes: int) -> int:
+        """Images that all processes together see in one of the `accumulate` parts of a batch.
+
+        Raises:
+            ValueError: the batch does not divide into parts and among processes.
+        """
+        if self.batch_size % (self.accumulate * num_processes):
+            raise ValueError(
+                f"TrainConfig: batch_size={self.batch_size} must divide among accumulate={self.accumulate} "
+                f"parts and {num_processes} processes"
+            )
+        return self.batch_size // self.accumulate
