@@ -33,31 +33,19 @@ class QuantizerOutput(NamedTuple):
     vectors: Tensor  # (B * L, Z) without gradient: the residual vectors that were quantized
 
 
-class Phi(nn.Conv2d):
-    """Refinement of enlarged codes: (1 - ratio) * h + ratio * conv(h), shape (B, Z, h, w) kept."""
-
-    def __init__(self, channels: int, ratio: float) -> None:
-        super().__init__(channels, channels, kernel_size=3, padding=1)
-        self.ratio = ratio
-
-    def forward(self, h_BZhw: Tensor) -> Tensor:
-        """Blend the convolution with its input."""
-        return (1 - self.ratio) * h_BZhw + self.ratio * super().forward(h_BZhw)
-
-
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
     """Which of `num_phi` shared convolutions the 0-based `scale` of `num_scales` uses.
 
     Convolution i sits at tick i of `num_phi` evenly spaced ticks in (0, 1) and a scale at
     `scale / (num_scales - 1)` takes the nearest, the lower one of two equally near. `num_phi=0` gives
-    every scale its own.
+    every scale its own. The rule is that of VAR's public code, whose checkpoints depend on it.
     """
     if num_phi == 0:
         return scale
     if num_phi == 1 or num_scales == 1:
         return 0
-    # The margin of the published four is 1/3 of a spacing. Ties are real (scale 2 of 10), so the
-    # order of the float64 operations matters.
+    # The first of Q ticks is 1 / 2Q from the end, but 1 / 3Q of the published four. Scale 2 of 10 lies half
+    # way between two of those, so rounding decides, and the order of these operations has to stay.
     first = 1 / (3 if num_phi == 4 else 2) / num_phi
     last = 1 - first
     spacing = (last - first) / (num_phi - 1)
@@ -68,9 +56,9 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
 
 @contextmanager
 def _full_precision(like: Tensor) -> Iterator[None]:
-    """Float32 as such: no autocast, and on a GPU no TensorFloat32, the default of its convolutions.
+    """Inside of this, float32 is float32: no autocast, and no TensorFloat32 in the convolutions of a GPU.
 
-    Lower precision picks other codes: the residuals of late scales are small.
+    The residuals of late scales are small, so that lower precision would pick other codes.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
@@ -102,11 +90,13 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.sides = config.sides
         self.num_phi = config.num_phi
+        self.phi_ratio = config.phi_ratio
         self.commitment = config.commitment
         self.codebook = nn.Embedding(config.codebook_size, config.code_channels)
         nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
         self.phi = nn.ModuleList(
-            Phi(config.code_channels, config.phi_ratio) for _ in range(config.num_phi or len(config.sides))
+            nn.Conv2d(config.code_channels, config.code_channels, kernel_size=3, padding=1)
+            for _ in range(config.num_phi or len(config.sides))
         )
         self.register_buffer("usage", torch.zeros(len(config.sides), config.codebook_size))
 
@@ -176,7 +166,7 @@ class MultiScaleQuantizer(nn.Module):
         return f_hat_BZhw.float() + self._refine(embeddings_BZpp, scale)
 
     def embed(self, tokens_Bl: Tensor) -> Tensor:
-        """Codes of one scale's tokens (B, p * p) as a map (B, Z, p, p)."""
+        """Codes of one scale's tokens (B, p * p) as a map (B, Z, p, p); carries gradient to the codebook."""
         side = int(tokens_Bl.shape[1] ** 0.5)
         codes_BZpp: Tensor = self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))
         return codes_BZpp
@@ -348,13 +338,13 @@ class MultiScaleQuantizer(nn.Module):
             return torch.addmm(codes_VZ.square().sum(1), vectors_NZ, codes_VZ.T, alpha=-2).argmin(1)
 
     def _refine(self, embeddings_BZpp: Tensor, scale: int) -> Tensor:
-        """Enlarge a scale's codes to p_K and refine them: its summand of f_hat."""
-        h = embeddings_BZpp.float()
+        """A scale's summand of f_hat: its codes h enlarged to p_K, then (1 - r) h + r phi(h)."""
+        h_BZhw = embeddings_BZpp.float()
         if scale < len(self.sides) - 1:
-            h = F.interpolate(h, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
-        with _full_precision(h):
-            refined_BZhw: Tensor = self.phi_for(scale)(h)
-        return refined_BZhw
+            h_BZhw = F.interpolate(h_BZhw, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
+        with _full_precision(h_BZhw):
+            refined_BZhw: Tensor = self.phi_for(scale)(h_BZhw)
+            return (1 - self.phi_ratio) * h_BZhw + self.phi_ratio * refined_BZhw
 
     def _shrink(self, x_BZhw: Tensor, scale: int) -> Tensor:
         """Average a (B, Z, p_K, p_K) map down to the side of `scale`."""
@@ -364,11 +354,12 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def _record_usage(self, tokens_Bl: Tensor, scale: int) -> None:
+        """Move the average of one scale's hits towards those of this batch."""
         usage_V = self.usage[scale]
         ones_N = usage_V.new_ones(tokens_Bl.numel())
         hits_V = torch.zeros_like(usage_V).index_add_(0, tokens_Bl.flatten(), ones_N)
-        # The first batch is copied: averaged with zeros it would count for little. Decided on the
-        # device, so that no step waits for it.
+        # The first batch is copied, because averaged with zeros it would count for little. The device decides
+        # which batch is the first, so that no step waits for the answer.
         usage_V.lerp_(hits_V, torch.where(usage_V.any(), 1 - USAGE_DECAY, 1.0).to(usage_V))
 
     def _check_scale(self, scale: int, count: int) -> None:
@@ -385,6 +376,7 @@ class MultiScaleQuantizer(nn.Module):
 
 
 def _fraction_in_use(usage_V: Tensor) -> float:
+    """Share of the codes with more than `IN_USE_SHARE` of a uniform share of the hits."""
     return (usage_V > IN_USE_SHARE * usage_V.mean()).float().mean().item()
 
 
