@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from tiny_models import TOKENIZER, tiny_config, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import viar.training.loop
 import viar.training.losses
@@ -40,8 +39,8 @@ def pictures(count: int = 24) -> TensorImages:
     return TensorImages(images, labels)
 
 
-class Disk(Dataset[Batch]):
-    """The same pictures, but not held in memory as far as training knows."""
+class Disk:
+    """The same pictures, but not held in memory as far as training knows: two methods are a data set."""
 
     def __init__(self, data: TensorImages) -> None:
         self.data = data
