@@ -1,4 +1,4 @@
-"""Settings of a training run."""
+"""Settings of a training run, with the defaults of VIAR (arXiv 2605.01220)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a run; the defaults are those published for the transformer (arXiv 2605.01220).
+    """Settings of a run; the defaults are those published for the transformer.
 
     A run ends after `steps` steps or `seconds` of training, whichever comes first; the schedules follow
     whichever is nearer its end.

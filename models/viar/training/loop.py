@@ -45,7 +45,7 @@ def fit(
 
     Args:
         model: tokenizer or transformer: a module with `save_pretrained`.
-        step_loss: from the model as prepared for training, a batch of `data` and the step to the loss.
+        step_loss: called with the model as prepared for training.
         data: what to train on.
         folder: of the run; made if it is not there.
         config: settings.
@@ -68,31 +68,25 @@ def fit(
     log = RunLog(folder / "metrics.jsonl", name, state.step, is_main=is_main, console=console)
     batches = _batches(data, config, accelerator, state.step)
     wrapped.train()
-    loss, metrics = torch.zeros(()), dict[str, float]()
+    numbers: dict[str, float | Tensor] = {"loss": 0.0}  # of the last step
+    metrics: dict[str, float] = {}  # of the last step that was logged
     with log:
         while True:
             progress = config.progress(state.step, state.seconds)
             progress, save_is_due = _agreed(accelerator, progress, checkpoint.is_due())
             if progress >= 1 or save_is_due:
-                _check_finite(float(loss.detach()), state.step)
+                _check_finite(float(numbers["loss"]), state.step)
             if progress >= 1:
                 break
             if save_is_due:
                 checkpoint.save()
             start = time.monotonic()
             set_progress(optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
-            for _ in range(config.accumulate):
-                batch = next(batches)
-                with accelerator.accumulate(wrapped), accelerator.autocast():
-                    loss, numbers = step_loss(wrapped, batch, state.step)
-                accelerator.backward(loss)
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            numbers = _step(accelerator, wrapped, optimizer, step_loss, batches, state.step, config)
             state.step += 1
             state.seconds += time.monotonic() - start
             if state.step % LOG_EVERY == 0 or state.step == 1:
-                metrics = {key: float(value) for key, value in {"loss": loss.detach(), **numbers}.items()}
+                metrics = {key: float(value) for key, value in numbers.items()}
                 _check_finite(metrics["loss"], state.step)
                 log.write(state.step, progress, metrics)
         log.finish(state.step)
@@ -102,6 +96,27 @@ def fit(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return metrics | {"steps": state.step, "seconds": round(state.seconds, 2)}
+
+
+def _step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step_loss: StepLoss,
+    batches: Iterator[list[Tensor]],
+    step: int,
+    config: TrainConfig,
+) -> dict[str, float | Tensor]:
+    """Move the weights by the gradient of one batch; the loss of its last part, and what else is logged."""
+    for _ in range(config.accumulate):
+        batch = next(batches)
+        with accelerator.accumulate(wrapped), accelerator.autocast():
+            loss, numbers = step_loss(wrapped, batch, step)
+        accelerator.backward(loss)
+    accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **numbers}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -18,6 +18,12 @@ def build_optimizer(
     """AdamW that decays the weights of linear and convolution layers only.
 
     Biases, norms, embeddings, positions, codes, modulation offsets and attention scales are not decayed.
+
+    Args:
+        model: its parameters without `requires_grad` are left out.
+        lr: learning rate.
+        betas: of the two moments.
+        weight_decay: of the first of the optimiser's two groups, whose entry `decayed` is true.
     """
     decayed = {
         id(module.weight)
@@ -52,14 +58,21 @@ def lr_factor(progress: float) -> float:
 
 
 def weight_decay_at(progress: float, first: float, last: float) -> float:
-    """Weight decay at `progress` in [0, 1]: half a cosine from `first` to `last`."""
+    """Weight decay at `progress` in [0, 1]: half a period of a cosine, from `first` to `last`."""
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_progress(
     optimizer: torch.optim.Optimizer, progress: float, *, lr: float, weight_decay: tuple[float, float]
 ) -> None:
-    """Write this step's learning rate and weight decay into the optimiser."""
+    """Write learning rate and weight decay at `progress` into an optimiser of `build_optimizer`.
+
+    Args:
+        optimizer: changed in place.
+        progress: how far the run is, 0 to 1.
+        lr: highest learning rate, see `lr_factor`.
+        weight_decay: first and last, see `weight_decay_at`.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * lr_factor(progress)
         if group["decayed"]:
