@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class RunLog:
     """Progress bar and metrics of a run, a line of JSON for each step that is logged.
 
-    The bar is shown inside of `with log:`. Processes other than the main one show and write nothing.
+    The bar is shown inside of `with log.bar:`. Processes other than the main one show and write nothing.
 
     Args:
         path: of the metrics; those of a run before are removed where this one starts at step 0, and continued
@@ -30,7 +28,7 @@ class RunLog:
         self.path, self.is_main = path, is_main
         if is_main and step == 0:
             path.unlink(missing_ok=True)
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("step {task.fields[step]}  {task.fields[shown]}"),
@@ -38,25 +36,16 @@ class RunLog:
             console=console,
             disable=not is_main,
         )
-        self._task = self._bar.add_task(name, total=1.0, step=step, shown="")
-
-    def __enter__(self) -> Self:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+        self._task = self.bar.add_task(name, total=1.0, step=step, shown="")
 
     def write(self, step: int, progress: float, metrics: Mapping[str, float]) -> None:
         """Show and write the metrics of a step."""
         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        self._bar.update(self._task, completed=progress, step=step, shown=shown)
+        self.bar.update(self._task, completed=progress, step=step, shown=shown)
         if self.is_main:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def finish(self, step: int) -> None:
         """Fill the bar."""
-        self._bar.update(self._task, completed=1.0, step=step)
+        self.bar.update(self._task, completed=1.0, step=step)

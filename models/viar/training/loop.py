@@ -70,7 +70,7 @@ def fit(
     wrapped.train()
     numbers: dict[str, float | Tensor] = {"loss": 0.0}  # of the last step
     metrics: dict[str, float] = {}  # of the last step that was logged
-    with log:
+    with log.bar:
         while True:
             progress = config.progress(state.step, state.seconds)
             progress, save_is_due = _agreed(accelerator, progress, checkpoint.is_due())
