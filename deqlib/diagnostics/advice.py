@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..backward import ImplicitDifferentiation
 from ..solvers import Picard
-
-if TYPE_CHECKING:
-    from .report import Diagnosis, GradientReport, SolveReport
+from .findings import Findings
+from .reports import GradientReport
 
 GOOD_COSINE = 0.95  # from here on a cheap gradient is good enough
 POOR_COSINE = 0.8  # below, the layer's own mode is worth changing
@@ -23,14 +21,14 @@ ADJOINT_RESIDUAL = 1e-2  # relative residual up to which the exact gradient coun
 PATH_DEPENDENCE = 1e-2  # relative distance of two fixed points that counts as two
 
 
-def advise(found: Diagnosis) -> tuple[str, ...]:
+def advise(found: Findings) -> tuple[str, ...]:
     """Short sentences in order of importance, the cause before what follows from it."""
     rules = (_soundness, _tolerance, _stability, _speed, _adjoint, _gradient, _paths)
     lines = tuple(line for rule in rules for line in rule(found))
     return lines or ("Nothing to change: the layer converges, and no cheaper setting does as well.",)
 
 
-def _soundness(found: Diagnosis) -> Iterator[str]:
+def _soundness(found: Findings) -> Iterator[str]:
     """A cell that is not finite, or not a function."""
     bad = int(found.reference.relative_residual.isinf().sum())
     if bad:
@@ -45,7 +43,7 @@ def _soundness(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _tolerance(found: Diagnosis) -> Iterator[str]:
+def _tolerance(found: Findings) -> Iterator[str]:
     """Who meets the tolerance, and whether anybody can."""
     if found.layer.num_failed:
         yield (
@@ -62,7 +60,7 @@ def _tolerance(found: Diagnosis) -> Iterator[str]:
             f"rtol={rtol:.0e} is beyond what the cell computes in ({str(found.dtype).removeprefix('torch.')} "
             f"resolves {eps:.0e}): use rtol={2 * eps:.0e}, for the adjoint too, or a finer type."
         )
-    elif found.reference.num_failed or _worst(found.reference) > rtol:
+    elif found.reference.num_failed or found.reference.residual > rtol:
         yield (
             "No solver compared reaches the tolerance for all samples: make the cell contractive "
             "(deqlib.nn), allow more steps, or loosen rtol."
@@ -74,7 +72,7 @@ def _tolerance(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _stability(found: Diagnosis) -> Iterator[str]:
+def _stability(found: Findings) -> Iterator[str]:
     """What the spectral radius says of plain iteration."""
     radius = found.spectral_radius
     unstable = int((radius >= 1).sum())
@@ -93,20 +91,20 @@ def _stability(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _speed(found: Diagnosis) -> Iterator[str]:
+def _speed(found: Findings) -> Iterator[str]:
     """A solver with fewer evaluations than the layer's."""
     reach = [report for report in found.solvers if not report.num_failed]
     if not reach:
         return
     best = min(reach, key=lambda report: report.nfe)
     layer, rtol = found.layer, found.stopping.rtol or 0.0
-    if best.solver == layer.solver and not layer.num_failed and _worst(layer) <= rtol:
+    if best.solver == layer.solver and not layer.num_failed and layer.residual <= rtol:
         return
     if layer.num_failed:
         yield f"{best.name} reaches the tolerance for all samples, in {best.nfe} evaluations: use it."
-    elif _worst(layer) > rtol and layer not in found.solvers:
+    elif layer.residual > rtol and layer not in found.solvers:
         yield (
-            f"The layer's fixed number of steps leaves a relative residual of {_worst(layer):.0e}; "
+            f"The layer's fixed number of steps leaves a relative residual of {layer.residual:.0e}; "
             f"{best.name} reaches {rtol:.0e} in {best.nfe} evaluations."
         )
     elif best.nfe <= SAVING * layer.nfe:
@@ -116,25 +114,25 @@ def _speed(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _adjoint(found: Diagnosis) -> Iterator[str]:
+def _adjoint(found: Findings) -> Iterator[str]:
     """A backward solve that fails."""
     solve = found.adjoint if _is_implicit(found) else found.exact_adjoint
     if _is_implicit(found) and solve.num_failed:
         yield (
             f"The adjoint misses its tolerance for {_samples(solve.num_failed, found)} ({solve.outcome}, "
-            f"relative residual up to {_worst(solve):.0e}): gradients are that much off there. Give "
+            f"relative residual up to {solve.residual:.0e}): gradients are that much off there. Give "
             "ImplicitDifferentiation more steps, another solver, or an rtol that the cell's type allows."
         )
-    elif _worst(found.exact_adjoint) > ADJOINT_RESIDUAL:
+    elif found.exact_adjoint.residual > ADJOINT_RESIDUAL:
         yield (
             "The exact gradient is not known, since its adjoint does not converge (relative residual "
-            f"{_worst(found.exact_adjoint):.0e}): cosines say nothing."
+            f"{found.exact_adjoint.residual:.0e}): cosines say nothing."
         )
 
 
-def _gradient(found: Diagnosis) -> Iterator[str]:
+def _gradient(found: Findings) -> Iterator[str]:
     """A mode that is as good and cheaper, or one that is not good enough."""
-    if not _worst(found.exact_adjoint) <= ADJOINT_RESIDUAL:
+    if not found.exact_adjoint.residual <= ADJOINT_RESIDUAL:
         return
     own, *others = found.gradients
     good = [mode for mode in others if mode.worst_cosine >= GOOD_COSINE and _cost(mode) < _cost(own)]
@@ -153,7 +151,7 @@ def _gradient(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _paths(found: Diagnosis) -> Iterator[str]:
+def _paths(found: Findings) -> Iterator[str]:
     """Several fixed points, or starts that lead to none."""
     path = found.path
     if path is None:
@@ -182,15 +180,11 @@ def _norm_ratio(mode: GradientReport) -> float:
     return math.nan if ratio is None else ratio
 
 
-def _is_implicit(found: Diagnosis) -> bool:
+def _is_implicit(found: Findings) -> bool:
     return isinstance(found.gradients[0].mode, ImplicitDifferentiation)
 
 
-def _worst(report: SolveReport) -> float:
-    return float(report.relative_residual.max())
-
-
-def _samples(count: int, found: Diagnosis) -> str:
+def _samples(count: int, found: Findings) -> str:
     return f"{count} of {found.batch} samples"
 
 

@@ -1,26 +1,26 @@
-"""Gradients of backward modes beside the exact one."""
+"""The exact gradient at a fixed point, and those of backward modes beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..backward import Backward
+from ..backward import Backward, ImplicitDifferentiation
 from ..backward.base import ends
 from ..fixed_point import fixed_point
-from ..layer import ImplicitLayer
-from ..solvers import Anderson, Broyden, Picard, ReversiblePicard, Solver
+from ..solution import Solution
+from ..solvers import Auto, Solver
 from ..solvers.base import small_dtype
 from ..stopping import Stopping
 from .memory import saved_bytes
-from .report import GradientReport
-from .subject import Subject
+from .reports import GradientReport, SolveReport
+from .subject import Linearization, Subject
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,25 @@ class Leaves:
     tensors: tuple[Tensor, ...]  # trainable tensors that the cell uses
     inputs: tuple[Tensor, ...]  # floating-point inputs
 
+    @classmethod
+    def of(cls, subject: Subject, point: Linearization) -> Leaves:
+        """Those of the cell; none where its output carries no gradient.
+
+        The tensors are the parameters of the cell and the leaves that its output depends on, each once.
+        """
+        if not point.output.requires_grad:
+            return cls((), ())
+        found = list(subject.cell.parameters()) if isinstance(subject.cell, nn.Module) else []
+        if point.output.grad_fn is not None:
+            reached = ends(point.output, {point.source.grad_fn})
+            found += [node.variable for node in reached if hasattr(node, "variable")]
+        unique = {id(tensor): tensor for tensor in found if tensor.requires_grad}
+        for tensor in subject.floating:
+            unique.pop(id(tensor), None)
+        return cls(tuple(unique.values()), subject.floating)
+
     def gradients(self, value: Tensor, cotangent: Tensor) -> Gradients:
-        """Of <cotangent, value>; zeros where it does not depend on a leaf."""
+        """Of <cotangent, value>, both (B, D); zeros where it does not depend on a leaf."""
         leaves = (*self.tensors, *self.inputs)
         found: Sequence[Tensor | None] = [None] * len(leaves)
         if leaves and value.requires_grad:
@@ -47,17 +64,6 @@ class Gradients:
 
     tensors: list[Tensor]
     inputs: list[Tensor]
-
-
-def trainable(output: Tensor, source: Tensor, cell: object, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Leaves that `output` depends on, and the parameters of `cell`, without these inputs; each once."""
-    found = list(cell.parameters()) if isinstance(cell, nn.Module) else []
-    if output.grad_fn is not None:
-        found += [node.variable for node in ends(output, {source.grad_fn}) if hasattr(node, "variable")]
-    unique = {id(tensor): tensor for tensor in found if tensor.requires_grad}
-    for tensor in inputs:
-        unique.pop(id(tensor), None)
-    return tuple(unique.values())
 
 
 @dataclass
@@ -85,93 +91,134 @@ class Counted:
         self.products += 1
 
 
-def compare(
-    mode: Backward,
-    name: str,
-    layer: ImplicitLayer,
-    subject: Subject,
-    cotangent: Tensor,  # (B, D)
-    leaves: Leaves,
-    exact: Gradients,
-) -> GradientReport:
-    """What a layer with this mode would compute, beside the exact gradients."""
-    solver, stopping = _accepted(mode, layer.solver, layer.stopping), layer.stopping
-    counted = Counted(subject.cell)
-    values: list[Tensor] = []
+@dataclass(frozen=True)
+class ExactGradient:
+    """The gradient at a fixed point with both solves at rounding, and what cheaper ones are compared by."""
 
-    def forward() -> Tensor:
+    subject: Subject
+    cotangent: Tensor  # the gradient sent back, (B, D)
+    leaves: Leaves
+    values: Gradients
+    adjoint: SolveReport  # the adjoint solve with the settings of the layer
+    exact_adjoint: SolveReport  # gone on with from there, to rounding
+
+    @classmethod
+    def at(cls, subject: Subject, z: Tensor, cotangent: Tensor, mode: Backward) -> ExactGradient:
+        """At the fixed point z (B, D), for a gradient (B, D) sent back to it.
+
+        Args:
+            subject: whose gradient it is.
+            z: where it is taken.
+            cotangent: the gradient sent back.
+            mode: the layer's: its settings of the adjoint solve are tried first where it is
+                `ImplicitDifferentiation`, the default ones where it is not.
+        """
+        point = Linearization.at(subject.f, z)
+        if not isinstance(mode, ImplicitDifferentiation):
+            mode = ImplicitDifferentiation()
+
+        def solve(start: Tensor, solver: Solver, stopping: Stopping) -> Solution:
+            with torch.no_grad():
+                return fixed_point(
+                    lambda u: point.transposed(u) + cotangent,
+                    start,
+                    solver=solver,
+                    stopping=replace(stopping, norm_axes=None),  # the adjoint here is flat
+                    on_failure="ignore",
+                )
+
+        own = solve(cotangent, mode.solver, replace(mode.stopping, measure=True))
+        exact = solve(own.value, Auto(), subject.tight)
+        leaves = Leaves.of(subject, point)
+        return cls(
+            subject=subject,
+            cotangent=cotangent,
+            leaves=leaves,
+            values=leaves.gradients(point.output, exact.value),
+            adjoint=SolveReport.of("adjoint", mode.solver, own),
+            exact_adjoint=SolveReport.of("adjoint, tight", Auto(), exact),
+        )
+
+    def training_step(self, mode: Backward, solver: Solver, stopping: Stopping) -> Gradients:
+        """What training does with a layer of these settings: solve, and send the gradient back."""
+        return self._sent_back(self._solved(self.subject.cell, mode, solver, stopping))
+
+    def compare(self, name: str, mode: Backward, solver: Solver, stopping: Stopping) -> GradientReport:
+        """What a layer of these settings would compute, beside the exact gradient."""
+        counted = Counted(self.subject.cell)
+        values: list[Tensor] = []
+
+        def forward() -> Tensor:
+            values.append(self._solved(counted, mode, solver, stopping))
+            return values[0]
+
+        kept = saved_bytes(forward, exclude=(*self.leaves.tensors, *self.leaves.inputs))
+        found = self._sent_back(values[0])
+        tensors = _Difference.of(found.tensors, self.values.tensors)
+        inputs = _Difference.of(found.inputs, self.values.inputs)
+        return GradientReport(
+            name=name,
+            mode=mode,
+            solver=solver,
+            cosine=tensors.cosine,
+            norm_ratio=tensors.norm_ratio,
+            error=tensors.error,
+            input_cosine=inputs.cosine,
+            input_norm_ratio=inputs.norm_ratio,
+            input_error=inputs.error,
+            evaluations=counted.evaluations,
+            products=counted.products,
+            saved_bytes=kept,
+        )
+
+    def _solved(self, cell: Callable[..., Any], mode: Backward, solver: Solver, stopping: Stopping) -> Tensor:
+        """The fixed point (B, D) with its graph."""
         solution = fixed_point(
-            counted,
-            subject.z0,
-            subject.inputs,
+            cell,
+            self.subject.z0,
+            self.subject.inputs,
             solver=solver,
             stopping=stopping,
             backward=mode,
             on_failure="ignore",
         )
-        values.append(subject.ravel(solution.value))
-        return values[0]
+        return self.subject.ravel(solution.value)
 
-    kept = saved_bytes(forward, exclude=(*leaves.tensors, *leaves.inputs))
-    found = leaves.gradients(values[0], cotangent)
-    cosine, ratio = _beside(found.tensors, exact.tensors)
-    input_cosine, input_ratio = _beside(found.inputs, exact.inputs)
-    return GradientReport(
-        name=name,
-        mode=mode,
-        solver=solver,
-        cosine=cosine,
-        norm_ratio=ratio,
-        error=_error(found.tensors, exact.tensors),
-        input_cosine=input_cosine,
-        input_norm_ratio=input_ratio,
-        input_error=_error(found.inputs, exact.inputs),
-        evaluations=counted.evaluations,
-        products=counted.products,
-        saved_bytes=kept,
-    )
+    def _sent_back(self, value: Tensor) -> Gradients:
+        return self.leaves.gradients(value, self.cotangent)
 
 
-def _accepted(mode: Backward, solver: Solver, stopping: Stopping, owner: str = "diagnose: modes") -> Solver:
-    """The layer's solver, or the first of the usual ones that the mode works with."""
-    reason = ""
-    for candidate in (solver, Broyden(), Picard(), Anderson(), ReversiblePicard()):
-        try:
-            mode.check(candidate, stopping)
-        except ValueError as error:
-            reason = reason or str(error)
-        else:
-            return candidate
-    raise ValueError(
-        f"{owner} must work with the layer's solver, or Broyden, Picard, Anderson or ReversiblePicard, and "
-        f"its stopping rule, got {mode}: {reason}"
-    )
+@dataclass(frozen=True)
+class _Difference:
+    """Of two gradients of several tensors; `None` where there are no tensors, NaN where it is not known."""
+
+    cosine: float | None
+    norm_ratio: float | None
+    error: float | None  # relative to the exact gradient
+
+    @classmethod
+    def of(cls, found: list[Tensor], exact: list[Tensor]) -> _Difference:
+        if not exact:
+            return cls(None, None, None)
+        inner = squared = squared_exact = squared_apart = 0.0
+        for a, b in _flat(found, exact):
+            inner += float(a @ b)
+            squared += float(a @ a)
+            squared_exact += float(b @ b)
+            # Taken by itself: cosine and norm ratio tell it to the root of a rounding error only.
+            squared_apart += float((a - b) @ (a - b))
+        norm, norm_exact, apart = map(math.sqrt, (squared, squared_exact, squared_apart))
+        norms = norm * norm_exact
+        is_known = squared_exact > 0 and math.isfinite(squared_apart) and math.isfinite(squared_exact)
+        return cls(
+            cosine=inner / norms if 0 < norms < math.inf else math.nan,
+            norm_ratio=norm / norm_exact if squared_exact > 0 else math.nan,
+            error=apart / norm_exact if is_known else math.nan,
+        )
 
 
-def _beside(found: list[Tensor], exact: list[Tensor]) -> tuple[float | None, float | None]:
-    """Cosine and norm ratio of two gradients, each of several tensors."""
-    if not exact:
-        return None, None
-    inner = squared = squared_exact = 0.0
-    for ours, theirs in zip(found, exact, strict=True):
-        a, b = (t.detach().flatten().to(small_dtype(t)) for t in (ours, theirs))
-        inner += float(a @ b)
-        squared += float(a @ a)
-        squared_exact += float(b @ b)
-    norms = math.sqrt(squared) * math.sqrt(squared_exact)
-    cosine = inner / norms if 0 < norms < math.inf else math.nan
-    ratio = math.sqrt(squared) / math.sqrt(squared_exact) if squared_exact > 0 else math.nan
-    return cosine, ratio
-
-
-def _error(found: list[Tensor], exact: list[Tensor]) -> float | None:
-    """Relative distance, taken by itself: cosine and norm ratio tell it to the root of a rounding only."""
-    if not exact:
-        return None
-    apart = squared_exact = 0.0
-    for ours, theirs in zip(found, exact, strict=True):
-        a, b = (t.detach().flatten().to(small_dtype(t)) for t in (ours, theirs))
-        apart += float((a - b) @ (a - b))
-        squared_exact += float(b @ b)
-    known = squared_exact > 0 and math.isfinite(apart) and math.isfinite(squared_exact)
-    return math.sqrt(apart) / math.sqrt(squared_exact) if known else math.nan
+def _flat(found: list[Tensor], exact: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of vectors, in a type that small numbers do not vanish in."""
+    for pair in zip(found, exact, strict=True):
+        a, b = (t.detach().flatten().to(small_dtype(t)) for t in pair)
+        yield a, b

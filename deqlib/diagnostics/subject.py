@@ -1,16 +1,17 @@
-"""What is diagnosed: a cell at its inputs, and the care not to change it."""
+"""What is measured: a cell at its inputs, its graph at one point, and the care not to change the layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..backward.base import on_tape, product
 from ..fixed_point import fixed_point
 from ..layer import ImplicitLayer
 from ..solution import Solution
@@ -30,12 +31,15 @@ class Subject:
     floating: tuple[Tensor, ...]  # the inputs that gradients are taken of
     z0: Any
     f: FlatMap
-    eps: float  # resolution of the coarsest type that the cell computes in
-    dtype: torch.dtype  # that type
+    dtype: torch.dtype  # the coarsest type that the cell computes in
 
     @classmethod
-    def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...], owner: str = "diagnose") -> Subject:
-        """The layer's cell at these inputs; raises where there is no state to speak of."""
+    def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...], owner: str) -> Subject:
+        """The layer's cell at these inputs.
+
+        Raises:
+            ValueError: the state holds no number; the error names `owner`.
+        """
         floating: list[Tensor] = []
 
         def copy(leaf: Any) -> Any:
@@ -59,14 +63,12 @@ class Subject:
         if torch.is_autocast_enabled(flat.device.type):
             types.append(torch.get_autocast_dtype(flat.device.type))
         dtype = max(types, key=lambda dtype: torch.finfo(dtype).eps)
-        return cls(layer.cell, inputs, tuple(floating), z0, f, torch.finfo(dtype).eps, dtype)
+        return cls(layer.cell, inputs, tuple(floating), z0, f, dtype)
 
-    def solve(self, start: Any, solver: Solver, stopping: Stopping) -> Solution:
-        """Off the tape, whatever comes of it."""
-        with torch.no_grad():
-            return fixed_point(
-                self.cell, start, self.inputs, solver=solver, stopping=stopping, on_failure="ignore"
-            )
+    @property
+    def eps(self) -> float:
+        """Resolution of `dtype`."""
+        return torch.finfo(self.dtype).eps
 
     @property
     def tight(self) -> Stopping:
@@ -75,6 +77,13 @@ class Subject:
         The state of a cell in half precision is kept in float32, and its rounding errors average out.
         """
         return Stopping(rtol=(1 / 8 if self.eps > 1e-4 else 16) * self.eps, max_steps=_TIGHT_STEPS)
+
+    def solve(self, start: Any, solver: Solver, stopping: Stopping) -> Solution:
+        """Off the tape; a failure is neither an error nor a warning."""
+        with torch.no_grad():
+            return fixed_point(
+                self.cell, start, self.inputs, solver=solver, stopping=stopping, on_failure="ignore"
+            )
 
     def polish(self, solution: Solution) -> Solution:
         """Go on from what a solve found, by any method, to the fixed point next to it."""
@@ -85,24 +94,49 @@ class Subject:
         return self.f.layout.ravel(state)
 
 
+@dataclass(frozen=True)
+class Linearization:
+    """A map at one point, with the graph of its evaluation there: products with its Jacobian J.
+
+    Samples do not depend on one another: a product multiplies every sample by a Jacobian of its own. All
+    tensors are (B, D). The graph is kept as long as the object is.
+    """
+
+    f: FlatMap
+    source: Tensor  # the point, at which the graph ends
+    output: Tensor  # f there
+
+    @classmethod
+    def at(cls, f: FlatMap, z: Tensor) -> Linearization:
+        """Evaluate the map once on the tape, at z (B, D)."""
+        if torch.is_autocast_enabled(z.device.type):
+            # Autocast may hold weights that were cast without a graph, which would cut the one made here.
+            torch.clear_autocast_cache()
+        return cls(f, *on_tape(f, z))
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """J^T u; zero where the output carries no gradient."""
+        return product(u, self.output, self.source) if self.output.requires_grad else torch.zeros_like(u)
+
+    def forward_mode(self, v: Tensor) -> Tensor:
+        """J v by forward-mode differentiation, at the cost of another evaluation."""
+        with torch.no_grad():
+            image: Tensor = torch.func.jvp(self.f, (self.source.detach(),), (v,))[1]
+        return image
+
+    def differentiated_twice(self, v: Tensor) -> Tensor:
+        """J v as the derivative of J^T u, which is linear in u."""
+        with torch.enable_grad():
+            u = torch.zeros_like(v, requires_grad=True)
+            (back,) = torch.autograd.grad(self.output, self.source, u, create_graph=True)
+            (image,) = torch.autograd.grad(back, u, v)
+        return image
+
+
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers, drawn where the generator is."""
+    """Normal numbers of the shape, type and device of `like`, drawn in float32 where the generator is."""
     drawn = torch.randn(like.shape, generator=generator, device=generator.device, dtype=torch.float32)
     return drawn.to(like.device, like.dtype)
-
-
-def labels(settings: Sequence[Any]) -> list[str]:
-    """Class names; of several of one class the fields that tell them apart too."""
-    names = []
-    for one in settings:
-        same = [other for other in settings if type(other) is type(one)]
-        known = fields(one) if is_dataclass(one) else ()
-        differing = [
-            f.name for f in known if any(getattr(one, f.name) != getattr(other, f.name) for other in same)
-        ]
-        details = ", ".join(f"{name}={getattr(one, name)!r}" for name in differing)
-        names.append(type(one).__name__ + (f"({details})" if details else ""))
-    return names
 
 
 @contextmanager

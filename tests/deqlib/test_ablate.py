@@ -36,8 +36,16 @@ from deqlib import (
     Unroll,
     fixed_point,
 )
-from deqlib.diagnostics import Ablation, ablate, diagnose
-from deqlib.diagnostics.ablate import _times
+from deqlib.diagnostics import (
+    Ablation,
+    BackwardRow,
+    GradientReport,
+    SolveReport,
+    SolverRow,
+    ablate,
+    diagnose,
+)
+from deqlib.diagnostics.timing import interleaved_times
 from deqlib.testing import linear
 from deqlib.testing.problems import two_cycle
 
@@ -223,6 +231,25 @@ def test_a_cell_without_gradient_or_fixed_point_is_measured_too(tmp_path: Path) 
     assert f"note: {drift.notes[0]}" in str(drift)
 
 
+def test_rows_are_the_reports_of_a_diagnosis_with_times(usual: Ablation) -> None:
+    assert (SolverRow, BackwardRow) == (SolveReport, GradientReport)
+    torch.manual_seed(0)
+    found = diagnose(ImplicitLayer(Cell(), solver=Anderson(), backward=JFB()), inputs(), num_starts=0)
+    anderson, jfb = found.solvers[0], found.gradients[0]
+    row, mode = usual.solvers[0], usual.backwards[0]
+    assert torch.equal(anderson.trace, row.trace)
+    assert (anderson.evaluations, anderson.outcome) == (row.evaluations, row.outcome)
+    assert (jfb.evaluations, jfb.products, jfb.saved_bytes) == (
+        mode.evaluations,
+        mode.products,
+        mode.saved_bytes,
+    )
+    assert len(row.times) == len(mode.times) == 3
+    assert anderson.times == jfb.times == ()
+    assert math.isnan(anderson.seconds)
+    assert anderson.record()["seconds"] is jfb.record()["seconds"] is None
+
+
 # The rule, the defaults, the order -----------------------------------------------------------------------
 
 
@@ -376,12 +403,12 @@ def test_contenders_take_turns_and_a_device_is_waited_for(monkeypatch: pytest.Mo
     def contender(name: str) -> Callable[[], object]:
         return lambda: seen.append(name)
 
-    times = _times([contender("a"), contender("b")], 2, torch.device("cuda", 0))
+    times = interleaved_times([contender("a"), contender("b")], 2, torch.device("cuda", 0))
     assert seen == ["cuda:0", "a", "cuda:0", "cuda:0", "b", "cuda:0"] * 2
     assert [len(seconds) for seconds in times] == [2, 2]
     assert all(second >= 0 for seconds in times for second in seconds)
     seen.clear()
-    _times([contender("a")], 1, torch.device("cpu"))
+    interleaved_times([contender("a")], 1, torch.device("cpu"))
     assert seen == ["a"]
 
 

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,15 @@ from deqlib import (
     Stopping,
     Unroll,
 )
-from deqlib.diagnostics import Diagnosis, diagnose
+from deqlib.diagnostics import Diagnosis, diagnose, metrics
+from deqlib.diagnostics.experiment import Experiment
 from deqlib.diagnostics.gradients import Counted
-from deqlib.diagnostics.spectrum import spectral_norm, spectral_radius
-from deqlib.diagnostics.subject import labels
+from deqlib.diagnostics.krylov import spectral_norm, spectral_radius
+from deqlib.diagnostics.metrics.gradients import GradientComparison
+from deqlib.diagnostics.metrics.paths import PathReport
+from deqlib.diagnostics.metrics.spectrum import SpectrumReport
+from deqlib.diagnostics.reports import MetricReport
+from deqlib.diagnostics.settings import labels
 from deqlib.testing import linear
 from deqlib.testing.problems import explosion, two_cycle
 
@@ -603,19 +608,28 @@ def test_labels_tell_settings_of_one_class_apart() -> None:
 # Suggestions ---------------------------------------------------------------------------------------------
 
 
+def with_report(found: Diagnosis, kind: type[MetricReport], **changes: Any) -> Diagnosis:
+    """The diagnosis with other numbers in one of its reports."""
+    assert any(isinstance(report, kind) for report in found.reports)
+    reports = [replace(r, **changes) if isinstance(r, kind) else r for r in found.reports]
+    return replace(found, reports=tuple(reports))
+
+
 def with_gradient(found: Diagnosis, index: int, **changes: Any) -> Diagnosis:
     modes = list(found.gradients)
     modes[index] = replace(modes[index], **changes)
-    return replace(found, gradients=tuple(modes))
+    return with_report(found, GradientComparison, modes=tuple(modes))
 
 
 def test_the_spectral_radius_decides_on_picard(healthy: Diagnosis) -> None:
     words = r"spectral radius is 1 or more for (\d) of 4 samples"
     assert not says(healthy, words)
     radius = torch.tensor([0.9, 1.0, 1.2, 0.5], dtype=torch.float64)
-    (line,) = [s for s in replace(healthy, spectral_radius=radius).suggestions if "Picard cannot" in s]
+    (line,) = [
+        s for s in with_report(healthy, SpectrumReport, radius=radius).suggestions if "Picard cannot" in s
+    ]
     assert "for 2 of 4 samples (largest 1.20)" in line
-    slow = replace(healthy, spectral_radius=radius.clamp(max=0.98))
+    slow = with_report(healthy, SpectrumReport, radius=radius.clamp(max=0.98))
     assert not says(slow, "close to 1")  # an accelerated solver does not mind
     by_picard = replace(slow, layer=replace(slow.layer, solver=Picard()))
     assert says(by_picard, "close to 1 for 2 of 4 samples: Picard needs about 114 steps a digit")
@@ -641,8 +655,9 @@ def test_gradients_are_not_judged_by_an_exact_one_that_is_not_known(healthy: Dia
     lost = replace(healthy.exact_adjoint, relative_residual=torch.full((4,), 0.1))
     good = with_gradient(healthy, 1, cosine=1.0, input_cosine=1.0)
     assert says(good, "is good enough")
-    assert not says(replace(good, exact_adjoint=lost), "is good enough")
-    by_jfb = replace(good, exact_adjoint=lost, gradients=good.gradients[1:])
+    unknown = with_report(good, GradientComparison, exact_adjoint=lost)
+    assert not says(unknown, "is good enough")
+    by_jfb = with_report(unknown, GradientComparison, modes=good.gradients[1:])
     assert says(by_jfb, "exact gradient is not known")
 
 
@@ -657,10 +672,10 @@ def test_an_adjoint_that_fails_is_reported() -> None:
 
 def test_path_dependence_has_a_threshold(healthy: Diagnosis) -> None:
     assert healthy.path is not None
-    far = replace(healthy.path, distance=torch.tensor([0.0, 0.009, 0.011, math.nan]))
-    assert says(replace(healthy, path=far), "for 1 of 4 samples")
-    lost = replace(healthy.path, reached=torch.tensor([4, 4, 3, 4]))
-    assert says(replace(healthy, path=lost), "does not converge for 1 of 4 samples")
+    far = torch.tensor([0.0, 0.009, 0.011, math.nan])
+    assert says(with_report(healthy, PathReport, distance=far), "for 1 of 4 samples")
+    lost = with_report(healthy, PathReport, reached=torch.tensor([4, 4, 3, 4]))
+    assert says(lost, "does not converge for 1 of 4 samples")
     assert not says(healthy, "does not converge for")
 
 
@@ -712,6 +727,26 @@ def test_the_summary_holds_every_number_in_aligned_columns(healthy: Diagnosis) -
     assert all(f"- {line}" in text for line in healthy.suggestions)
     table = text.split("\n\n")[1].splitlines()
     assert len({len(line) for line in table}) == 1
+
+
+@dataclass(frozen=True, eq=False)
+class SizeReport(MetricReport):
+    size: Tensor
+
+    def numbers(self) -> dict[str, Tensor]:
+        return {"size of the fixed point": self.size}
+
+
+def test_a_new_metric_is_a_function_and_a_line_in_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_size(experiment: Experiment) -> MetricReport:
+        return SizeReport(experiment.z.norm(dim=1), notes=("sizes are Euclidean",))
+
+    monkeypatch.setattr("deqlib.diagnostics.diagnosis.METRICS", (*metrics.METRICS, measure_size))
+    found = diagnose(ImplicitLayer(lambda z, x: 0.5 * z + x), torch.ones(2, 4).double(), num_starts=0)
+    (size,) = [report for report in found.reports if isinstance(report, SizeReport)]
+    assert size.size.tolist() == pytest.approx([4.0, 4.0])
+    assert re.search("size of the fixed point +4.000 +4.000 +4.000\n", found.summary())
+    assert found.notes == ("sizes are Euclidean",)
 
 
 def test_the_plot_has_four_panels_with_the_measured_lines(healthy: Diagnosis, tmp_path: Path) -> None:

@@ -5,45 +5,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .findings import Findings
+from .reports import GradientReport, SolveReport
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .ablate import Ablation
-    from .report import Diagnosis
 
 _HIDDEN = 1e-20  # residuals of zero have no place on a logarithmic axis
 _BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 
-def draw(found: Diagnosis) -> Figure:
-    """Four panels; see `Diagnosis.plot`."""
+def draw(found: Findings, path: str | Path | None) -> Figure:
+    """Four panels, see `Diagnosis.plot`; saved where there is a path."""
     figure = _new_figure("Diagnosis.plot")
     panels = figure.subplots(2, 2)
     _residuals(panels[0, 0], found)
     _sizes(panels[0, 1], found)
     _cosines(panels[1, 0], found)
     _paths(panels[1, 1], found)
-    return figure
+    return _saved(figure, path)
 
 
-def draw_ablation(found: Ablation) -> Figure:
-    """Four panels; see `Ablation.plot`."""
+def draw_ablation(
+    solvers: Sequence[SolveReport],
+    backwards: Sequence[GradientReport],
+    rtol: float | None,
+    path: str | Path | None,
+) -> Figure:
+    """Four panels, see `Ablation.plot`; saved where there is a path."""
     figure = _new_figure("Ablation.plot")
     panels = figure.subplots(2, 2)
-    evaluations = [list(range(1, len(row.curve) + 1)) for row in found.solvers]
+    evaluations = [list(range(1, report.nfe + 1)) for report in solvers]
     times = [
-        [1e3 * row.seconds * count / len(row.curve) for count in counts]
-        for row, counts in zip(found.solvers, evaluations, strict=True)
+        [1e3 * report.seconds * count / report.nfe for count in counts]
+        for report, counts in zip(solvers, evaluations, strict=True)
     ]
-    _solves(panels[0, 0], found, evaluations, "evaluations of the cell")
-    _solves(panels[0, 1], found, times, "ms, spread evenly over the evaluations")
-    _modes(panels[1, 0], found, [1e3 * row.seconds for row in found.backwards], "ms of solve and backward")
-    _modes(panels[1, 1], found, [row.saved_bytes / 1e6 for row in found.backwards], "MB kept for backward")
+    _solves(panels[0, 0], solvers, rtol, evaluations, "evaluations of the cell")
+    _solves(panels[0, 1], solvers, rtol, times, "ms, spread evenly over the evaluations")
+    _modes(panels[1, 0], backwards, [1e3 * mode.seconds for mode in backwards], "ms of solve and backward")
+    _modes(panels[1, 1], backwards, [mode.saved_bytes / 1e6 for mode in backwards], "MB kept for backward")
     panels[1, 0].set_xlim(left=0)
     panels[1, 1].set_xscale("symlog", linthresh=1e-3)
     panels[1, 1].set_xlim(left=0)
@@ -51,7 +57,7 @@ def draw_ablation(found: Ablation) -> Figure:
     for row in panels:
         if row[0].get_legend_handles_labels()[0]:
             row[1].legend(*row[0].get_legend_handles_labels(), frameon=False, fontsize=8, **_BESIDE)
-    return figure
+    return _saved(figure, path)
 
 
 def _new_figure(owner: str) -> Figure:
@@ -66,47 +72,62 @@ def _new_figure(owner: str) -> Figure:
     return Figure(figsize=(9, 6), layout="constrained")
 
 
-def _solves(axes: Any, found: Ablation, places: Sequence[Sequence[float]], label: str) -> None:
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def _solves(
+    axes: Any,
+    solvers: Sequence[SolveReport],
+    rtol: float | None,
+    places: Sequence[Sequence[float]],
+    label: str,
+) -> None:
     """Worst residual of the batch, its end marked, the tolerance dotted."""
-    for row, where in zip(found.solvers, places, strict=True):
-        shown = _shown(torch.tensor(row.curve, dtype=torch.float64))
-        axes.plot(where, shown, label=row.name, linewidth=1.3, marker="o", markersize=4, markevery=[-1])
-    rtol = found.stopping.rtol or _HIDDEN
+    for report, where in zip(solvers, places, strict=True):
+        shown = _shown(report.worst)
+        axes.plot(where, shown, label=report.name, linewidth=1.3, marker="o", markersize=4, markevery=[-1])
+    _tolerance(axes, rtol)
+    axes.set(xlabel=label, ylabel="worst relative residual")
+
+
+def _tolerance(axes: Any, rtol: float | None) -> None:
+    """The tolerance dotted, on a logarithmic axis that begins a digit below it."""
+    rtol = rtol or _HIDDEN
     axes.axhline(rtol, color="grey", linestyle=":", linewidth=0.8)
-    axes.set(xlabel=label, ylabel="worst relative residual", yscale="log", ylim=(rtol / 10, 10))
+    axes.set(yscale="log", ylim=(rtol / 10, 10))
 
 
-def _modes(axes: Any, found: Ablation, places: list[float], label: str) -> None:
+def _modes(axes: Any, modes: Sequence[GradientReport], places: list[float], label: str) -> None:
     """A point a mode: the larger error of its gradients over what it costs."""
-    errors = _shown(torch.tensor([row.worst_error for row in found.backwards], dtype=torch.float64))
+    errors = _shown(torch.tensor([mode.worst_error for mode in modes], dtype=torch.float64))
     axes.set(xlabel=label, ylabel="relative error of the gradient")
     if all(map(math.isnan, errors)):  # a logarithmic axis without a value would be refused
         axes.text(0.5, 0.5, "nothing to compare", ha="center", transform=axes.transAxes)
         return
-    for row, where, error, marker in zip(found.backwards, places, errors, cycle("osD^vP*X<>"), strict=False):
-        axes.plot([where], [error], marker, label=row.name, markersize=6)
+    for mode, where, error, marker in zip(modes, places, errors, cycle("osD^vP*X<>"), strict=False):
+        axes.plot([where], [error], marker, label=mode.name, markersize=6)
     axes.set_yscale("log")
     axes.margins(0.1)
 
 
-def _residuals(axes: Any, found: Diagnosis) -> None:
+def _residuals(axes: Any, found: Findings) -> None:
     """Worst of the batch as a line, the median dashed, the tolerance dotted."""
     for report in found.solvers:
         (line,) = axes.plot(_shown(report.worst), label=report.name, linewidth=1.3)
         axes.plot(_shown(report.median), "--", color=line.get_color(), linewidth=0.8)
-    rtol = found.stopping.rtol or _HIDDEN
-    axes.axhline(rtol, color="grey", linestyle=":", linewidth=0.8)
+    _tolerance(axes, found.stopping.rtol)
     axes.set(
         title="worst (line) and median (dashed) sample",
         xlabel="evaluations of the cell",
         ylabel="relative residual",
-        yscale="log",
-        ylim=(rtol / 10, 10),
     )
     axes.legend(frameon=False, fontsize=8)
 
 
-def _sizes(axes: Any, found: Diagnosis) -> None:
+def _sizes(axes: Any, found: Findings) -> None:
     """What J does, sample by sample in the order of the spectral radius."""
     order = found.spectral_radius.argsort()
     rows = {
@@ -122,7 +143,7 @@ def _sizes(axes: Any, found: Diagnosis) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _cosines(axes: Any, found: Diagnosis) -> None:
+def _cosines(axes: Any, found: Findings) -> None:
     """A bar for the tensors and one for the inputs of every mode."""
     nan = float("nan")
     names = [mode.name for mode in found.gradients]
@@ -141,7 +162,7 @@ def _cosines(axes: Any, found: Diagnosis) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
-def _paths(axes: Any, found: Diagnosis) -> None:
+def _paths(axes: Any, found: Findings) -> None:
     """Distance between fixed points from several starts, smallest first."""
     if found.path is None or bool(found.path.distance.isnan().all()):
         reason = "not measured" if found.path is None else "fewer than two starts converged"

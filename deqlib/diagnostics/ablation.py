@@ -1,0 +1,244 @@
+"""An ablation of a layer: its cell with other solvers and other backward modes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from .._checks import check_instance, check_integer, check_number
+from ..backward import (
+    JFB,
+    Backward,
+    ImplicitDifferentiation,
+    PhantomGradient,
+    SharedInverse,
+    StochasticJFB,
+    Unroll,
+)
+from ..layer import ImplicitLayer
+from ..solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver
+from ..stopping import Stopping
+from .advice import ADJOINT_RESIDUAL
+from .gradients import ExactGradient
+from .plots import draw_ablation
+from .reports import GradientReport, Record, SolveReport, notes_on_fixed_point
+from .settings import accepted_solver, check_sequence, labels, with_tolerance
+from .subject import Subject, normal, untouched
+from .tables import headline, lines, page, timed_gradient_table, timed_solve_table
+from .timing import interleaved_times
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)  # the reports hold tensors
+class Ablation:
+    """What `deqlib.diagnostics.ablate` measured; prints as two tables.
+
+    Attributes:
+        stopping: the rule of every solve.
+        batch: samples, B.
+        width: numbers of one sample's state, D.
+        dtype: the coarsest floating-point type that the cell computes in.
+        device: of the state.
+        layer_solver: the layer's own, which modes ran with where they took it.
+        solvers: one timed report a solver, in the order asked for.
+        backwards: one timed report a backward mode, in the order asked for.
+        notes: why errors may not be those of the gradient.
+    """
+
+    stopping: Stopping
+    batch: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    layer_solver: Solver
+    solvers: tuple[SolveReport, ...]
+    backwards: tuple[GradientReport, ...]
+    notes: tuple[str, ...]
+
+    def records(self) -> list[Record]:
+        """All rows as dicts for JSON, solvers first; times in seconds, "kind" tells the two sorts apart."""
+        return [row.record() for row in self.solvers] + [row.record() for row in self.backwards]
+
+    def summary(self) -> str:
+        """All of it as text; also what `print` shows. Times are medians."""
+        return page(
+            headline(self.batch, self.width, self.dtype, self.stopping, where=f" on {self.device.type}"),
+            timed_solve_table(self.solvers),
+            timed_gradient_table(self.backwards, self.layer_solver),
+            lines("note: ", self.notes),
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Residuals against evaluations and time, errors of gradients against time and memory.
+
+        A solve's time is spread evenly over its evaluations.
+
+        Args:
+            path: where to save it, in a format that matplotlib knows by its ending; default nowhere.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return draw_ablation(self.solvers, self.backwards, self.stopping.rtol, path)
+
+
+def ablate(
+    layer: ImplicitLayer,
+    *inputs: Any,
+    solvers: Sequence[Solver] | None = None,
+    backwards: Sequence[Backward] | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    rounds: int = 5,
+) -> Ablation:
+    """Measure the layer's cell with other solvers and backward modes: what each costs, and what it gives.
+
+    One rule ends every solve: the layer's, with `rtol` and `max_steps` in place of its own where they are
+    given. Solvers are measured without gradient. Modes run with the layer's own solver, whatever `solvers`
+    are; one that refuses it, as `Reversible` does, runs with one that it takes. The exact gradient that they
+    are compared to is that of `diagnose`: of a random direction of a fixed seed, at the fixed point that the
+    layer's solver leads to, both solved to rounding. `compact` is left out, and so is an adjoint's
+    `warm_start`, which would begin at its own answer.
+
+    All are run once before any is timed, and take turns in every round. On a device the host waits for it
+    before and after each. As in `diagnose` a solve that fails is no error, the cell is measured as it is
+    (call `layer.eval()` first where that matters), and the layer stays as it was: parameters, their
+    gradients, buffers, and PyTorch's own random numbers. Works under `no_grad` and `inference_mode`.
+
+    Cost: `rounds` + 1 solves for each solver, `rounds` + 1 solves and backward passes for each mode, and
+    two tight solves. Memory: what the costliest mode keeps; `Unroll`, among the default ones, keeps every
+    evaluation.
+
+    Args:
+        layer: whose cell is measured.
+        *inputs: a batch of its inputs, of the size that times are to be told for.
+        solvers: default the layer's own, Auto, Anderson, Broyden, NewtonKrylov and Picard.
+        backwards: default the layer's own, ImplicitDifferentiation, SharedInverse, both forms of
+            PhantomGradient, JFB and Unroll.
+        rtol: relative tolerance; default the layer's, or 1e-3 where that has a fixed number of steps.
+        max_steps: most steps of a solve; default the layer's, or 50 where that has a fixed number of steps.
+        rounds: how often each is timed, at least 1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, a mode that takes none of the usual solvers, or
+            a cell that breaks its contract.
+    """
+    solvers, backwards, stopping = _settings(layer, solvers, backwards, rtol, max_steps)
+    check_integer("ablate", 1, rounds=rounds)
+    partners = [accepted_solver(mode, layer.solver, stopping, "ablate: backwards") for mode in backwards]
+    with untouched(layer, inputs):
+        subject = Subject.of(layer, inputs, owner="ablate")
+        batch, width = subject.ravel(subject.z0).shape
+        device = tree_leaves(subject.z0)[0].device
+        solves = _timed_solves(subject, solvers, stopping, rounds, device)
+        modes: tuple[GradientReport, ...] = ()
+        notes: tuple[str, ...] = ()
+        if backwards:
+            exact, notes = _exact_gradient(layer, subject, stopping)
+            modes = _timed_modes(exact, list(zip(backwards, partners, strict=True)), stopping, rounds, device)
+        return Ablation(
+            stopping=stopping,
+            batch=batch,
+            width=width,
+            dtype=subject.dtype,
+            device=device,
+            layer_solver=layer.solver,
+            solvers=solves,
+            backwards=modes,
+            notes=notes,
+        )
+
+
+def _settings(
+    layer: ImplicitLayer,
+    solvers: Sequence[Solver] | None,
+    backwards: Sequence[Backward] | None,
+    rtol: float | None,
+    max_steps: int | None,
+) -> tuple[Sequence[Solver], Sequence[Backward], Stopping]:
+    """Defaults filled in, the layer's own first."""
+    check_instance("ablate", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
+    if solvers is None:
+        usual = (Auto(), Anderson(), Broyden(), NewtonKrylov(), Picard())
+        solvers = (layer.solver, *(one for one in usual if one != layer.solver))
+    if backwards is None:
+        own, neumann = layer.backward_mode, PhantomGradient(form="neumann")
+        modes = (ImplicitDifferentiation(), SharedInverse(), PhantomGradient(), neumann, JFB(), Unroll())
+        backwards = (own, *(one for one in modes if one != own))
+    check_sequence("ablate", Solver, solvers=solvers)
+    check_sequence("ablate", Backward, backwards=backwards)
+    stopping = with_tolerance(layer.stopping)
+    if rtol is not None:
+        check_number("ablate", 0, rtol=rtol)
+        stopping = replace(stopping, rtol=rtol)
+    if max_steps is not None:
+        check_integer("ablate", 1, max_steps=max_steps)
+        stopping = replace(stopping, max_steps=max_steps)
+    return solvers, backwards, stopping
+
+
+def _timed_solves(
+    subject: Subject, solvers: Sequence[Solver], stopping: Stopping, rounds: int, device: torch.device
+) -> tuple[SolveReport, ...]:
+    """The first solve of each is the one that is reported, and warms up."""
+    solves = [partial(subject.solve, subject.z0, solver, stopping) for solver in solvers]
+    reports = [
+        SolveReport.of(name, solver, solve())
+        for name, solver, solve in zip(labels(solvers), solvers, solves, strict=True)
+    ]
+    times = interleaved_times(solves, rounds, device)
+    return tuple(replace(report, times=seconds) for report, seconds in zip(reports, times, strict=True))
+
+
+def _exact_gradient(
+    layer: ImplicitLayer, subject: Subject, stopping: Stopping
+) -> tuple[ExactGradient, tuple[str, ...]]:
+    """What modes are compared to, and notes where it is not known."""
+    reference = subject.polish(subject.solve(subject.z0, layer.solver, stopping))
+    z = subject.ravel(reference.value)
+    cotangent = normal(z, torch.Generator().manual_seed(0))
+    exact = ExactGradient.at(subject, z, cotangent, layer.backward_mode)
+    notes = [*notes_on_fixed_point(SolveReport.of("fixed point", Auto(), reference), stopping)]
+    residual = exact.exact_adjoint.residual
+    if residual > ADJOINT_RESIDUAL:
+        notes.append(
+            f"the exact gradient is not known: its adjoint is left with a residual of {residual:.0e}"
+        )
+    return exact, tuple(notes)
+
+
+def _timed_modes(
+    exact: ExactGradient,
+    modes: Sequence[tuple[Backward, Solver]],
+    stopping: Stopping,
+    rounds: int,
+    device: torch.device,
+) -> tuple[GradientReport, ...]:
+    """Every mode with the solver that it runs with, compared once before any is timed."""
+    reports, steps = [], []
+    for name, (mode, solver) in zip(labels([mode for mode, _ in modes]), modes, strict=True):
+        own = _separate(mode)
+        reports.append(replace(exact.compare(name, own, solver, stopping), mode=mode))
+        steps.append(partial(exact.training_step, own, solver, stopping))
+    times = interleaved_times(steps, rounds, device)
+    return tuple(replace(report, times=seconds) for report, seconds in zip(reports, times, strict=True))
+
+
+def _separate(mode: Backward) -> Backward:
+    """The mode without the objects in it that runs would change."""
+    if isinstance(mode, ImplicitDifferentiation):
+        return replace(mode, warm_start=None)
+    if isinstance(mode, StochasticJFB) and mode.generator is not None:
+        return replace(mode, generator=mode.generator.clone_state())
+    return mode

@@ -1,0 +1,88 @@
+"""All that `diagnose` measures, as data: what advice, tables and plots read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..stopping import Stopping
+from .metrics.contraction import ContractionReport
+from .metrics.determinism import DeterminismReport
+from .metrics.gradients import GradientComparison
+from .metrics.paths import PathReport
+from .metrics.spectrum import SpectrumReport
+from .reports import GradientReport, MetricReport, SolveReport, notes_on_fixed_point
+
+R = TypeVar("R", bound=MetricReport)
+
+
+@dataclass(frozen=True, eq=False)  # fields are tensors
+class Findings:
+    """The numbers of a `Diagnosis`, which has the same attributes and tells of them."""
+
+    stopping: Stopping
+    width: int
+    dtype: torch.dtype
+    layer: SolveReport
+    solvers: tuple[SolveReport, ...]
+    reference: SolveReport
+    reports: tuple[MetricReport, ...]
+
+    @property
+    def batch(self) -> int:
+        """Samples looked at, B."""
+        return self.layer.samples
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be measured, and why."""
+        missed = notes_on_fixed_point(self.reference, self.stopping)
+        return (*missed, *(note for report in self.reports for note in report.notes))
+
+    @property
+    def spectral_radius(self) -> Tensor:
+        """Largest modulus of an eigenvalue of J at the fixed point, float64, (B,)."""
+        return next(self._of(SpectrumReport)).radius
+
+    @property
+    def spectral_norm(self) -> Tensor:
+        """Largest singular value of J there, float64, (B,)."""
+        return next(self._of(SpectrumReport)).norm
+
+    @property
+    def contraction(self) -> Tensor:
+        """Factor by which plain iteration shrinks the residual in the end, float64, (B,)."""
+        return next(self._of(ContractionReport)).factor
+
+    @property
+    def adjoint(self) -> SolveReport:
+        """The adjoint solve with the layer's settings."""
+        return next(self._of(GradientComparison)).adjoint
+
+    @property
+    def exact_adjoint(self) -> SolveReport:
+        """The adjoint solve to rounding, which gives the exact gradient."""
+        return next(self._of(GradientComparison)).exact_adjoint
+
+    @property
+    def gradients(self) -> tuple[GradientReport, ...]:
+        """Every backward mode's gradient beside the exact one, the layer's own first."""
+        return next(self._of(GradientComparison)).modes
+
+    @property
+    def path(self) -> PathReport | None:
+        """Where other starts lead; `None` where there were none."""
+        return next(self._of(PathReport), None)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the cell gives the same twice."""
+        return next(self._of(DeterminismReport)).deterministic
+
+    def _of(self, kind: type[R]) -> Iterator[R]:
+        """What the metric that reports in this class found."""
+        return (report for report in self.reports if isinstance(report, kind))

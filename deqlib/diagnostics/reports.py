@@ -1,0 +1,237 @@
+"""What is measured of one solve, of one gradient, and by one metric: plain, frozen data.
+
+`diagnose` and `ablate` are collections of the same reports. Tables, plots and advice read them; nothing here
+computes with a layer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..backward import Backward
+from ..solution import Solution, Status
+from ..solvers import Solver
+from ..stopping import Stopping
+
+Record = dict[str, Any]  # what JSON can hold
+
+
+@dataclass(frozen=True, eq=False)  # as below: fields are tensors, which have no single truth value
+class SolveReport:
+    """One solve of the batch.
+
+    Attributes:
+        name: of the solver, told apart from the others.
+        solver: its settings.
+        trace: relative residual at every evaluation, (evaluations, B); infinite where it is not a number.
+        relative_residual: of what the solve returned, its best iterate, (B,); infinite likewise.
+        status: `deqlib.Status` codes, int64, (B,).
+        nfe: evaluations of the cell on the batch.
+        times: seconds of a solve without gradient, one a round; empty where it was not timed.
+    """
+
+    name: str
+    solver: Solver
+    trace: Tensor
+    relative_residual: Tensor
+    status: Tensor
+    nfe: int
+    times: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, solver: Solver, solution: Solution) -> SolveReport:
+        """What to keep of a measured solution: not its tensors of the state's size."""
+        trace, residual = solution.trace, solution.relative_residual
+        assert trace is not None  # every solve here is measured
+        assert residual is not None
+        trace, residual = (
+            t.detach().cpu().nan_to_num(nan=math.inf, posinf=math.inf) for t in (trace, residual)
+        )
+        return cls(name, solver, trace, residual, solution.status.cpu(), solution.nfe)
+
+    @property
+    def worst(self) -> Tensor:
+        """Largest relative residual of the batch at every evaluation, (evaluations,)."""
+        return self.trace.amax(1)
+
+    @property
+    def median(self) -> Tensor:
+        """Median relative residual of the batch at every evaluation, (evaluations,)."""
+        return self.trace.median(1).values
+
+    @property
+    def curve(self) -> tuple[float, ...]:
+        """`worst` as numbers."""
+        return tuple(self.worst.tolist())
+
+    @property
+    def residual(self) -> float:
+        """Largest relative residual of a sample at what the solve returned."""
+        return float(self.relative_residual.max())
+
+    @property
+    def evaluations(self) -> int:
+        """`nfe`."""
+        return self.nfe
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.status)
+
+    @property
+    def num_failed(self) -> int:
+        """Samples that did not meet the tolerance, where there was one."""
+        return sum(Status(code).is_failure for code in self.status.tolist())
+
+    @property
+    def converged(self) -> int:
+        """Samples that did not fail."""
+        return self.samples - self.num_failed
+
+    @property
+    def outcome(self) -> str:
+        """How many samples ended with each status, in words."""
+        codes = self.status.tolist()
+        return ", ".join(f"{codes.count(c)} {Status(c).name.lower()}" for c in sorted(set(codes)))
+
+    @property
+    def seconds(self) -> float:
+        """Median of `times`; NaN where there are none."""
+        return _median(self.times)
+
+    def record(self) -> Record:
+        """For JSON: `None` stands for what is not finite."""
+        return {
+            "kind": "solver",
+            "name": self.name,
+            "settings": repr(self.solver),
+            "evaluations": self.evaluations,
+            "samples": self.samples,
+            "converged": self.converged,
+            "outcome": self.outcome,
+            "residual": _finite(self.residual),
+            "curve": [_finite(value) for value in self.curve],
+            "seconds": _finite(self.seconds),
+            "times": list(self.times),
+        }
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """The gradient of one backward mode beside the exact one.
+
+    Attributes:
+        name: of the mode, told apart from the others.
+        mode: its settings.
+        solver: of the forward solve: the layer's unless the mode refuses that.
+        cosine: between the two gradients of all trainable tensors of the cell together, in [-1, 1]; NaN
+            where one of them is zero or not finite; `None` where there are no such tensors.
+        norm_ratio: norm of the mode's gradient of these tensors over that of the exact one; NaN where the
+            exact one is zero; `None` likewise.
+        error: norm of the difference of the two over that of the exact one; NaN where the exact one is zero
+            or one of them is not finite; `None` likewise.
+        input_cosine: as `cosine`, for the floating-point inputs together.
+        input_norm_ratio: as `norm_ratio`, for the inputs.
+        input_error: as `error`, for the inputs.
+        evaluations: of the cell on the tape.
+        products: vector-Jacobian products with the cell in the backward pass.
+        saved_bytes: what autograd keeps for the backward pass, parameters and inputs left out.
+        times: seconds of solve and backward pass, one a round; empty where they were not timed.
+    """
+
+    name: str
+    mode: Backward
+    solver: Solver
+    cosine: float | None
+    norm_ratio: float | None
+    error: float | None
+    input_cosine: float | None
+    input_norm_ratio: float | None
+    input_error: float | None
+    evaluations: int
+    products: int
+    saved_bytes: int
+    times: tuple[float, ...] = ()
+
+    @property
+    def worst_cosine(self) -> float:
+        """The smaller of the cosines there are; NaN where one cannot be told."""
+        return min(_known(self.cosine, self.input_cosine))
+
+    @property
+    def worst_error(self) -> float:
+        """The larger of the errors there are; NaN where one cannot be told."""
+        return max(_known(self.error, self.input_error))
+
+    @property
+    def seconds(self) -> float:
+        """Median of `times`; NaN where there are none."""
+        return _median(self.times)
+
+    def record(self) -> Record:
+        """For JSON: `None` stands for what is not finite, or not there."""
+        return {
+            "kind": "backward",
+            "name": self.name,
+            "settings": repr(self.mode),
+            "solver": repr(self.solver),
+            "cosine": _finite(self.cosine),
+            "error": _finite(self.error),
+            "input_cosine": _finite(self.input_cosine),
+            "input_error": _finite(self.input_error),
+            "evaluations": self.evaluations,
+            "products": self.products,
+            "saved_bytes": self.saved_bytes,
+            "seconds": _finite(self.seconds),
+            "times": list(self.times),
+        }
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MetricReport(ABC):
+    """What one metric of `deqlib.diagnostics.metrics` found. Subclasses are frozen dataclasses.
+
+    Attributes:
+        notes: what could not be measured, and why; default none.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def numbers(self) -> dict[str, Tensor]:
+        """What there is to tell of every sample, (B,) each, by the words that a table shows for it.
+
+        A table shows the smallest, the median and the largest number; NaN stands for one that is not known.
+        """
+
+
+def notes_on_fixed_point(reference: SolveReport, stopping: Stopping) -> Iterator[str]:
+    """A note where there is no fixed point to measure at: `reference` missed the tolerance."""
+    missed = int((~(reference.relative_residual <= (stopping.rtol or 0))).sum())
+    if missed:
+        yield (
+            f"no fixed point was found for {missed} of {reference.samples} samples: J and gradients are "
+            "those at the best iterate"
+        )
+
+
+def _known(*values: float | None) -> list[float]:
+    """The values that there are; NaN alone where there is none or one is NaN."""
+    known = [value for value in values if value is not None]
+    return [math.nan] if not known or any(map(math.isnan, known)) else known
+
+
+def _median(times: tuple[float, ...]) -> float:
+    return statistics.median(times) if times else math.nan
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
