@@ -29,10 +29,10 @@ from .problems import (
 )
 
 if TYPE_CHECKING:
-    from .cells import CellConformance as CellConformance
-    from .conformance import SolverConformance as SolverConformance
+    from .cell_laws import CellConformance as CellConformance
+    from .solver_laws import SolverConformance as SolverConformance
 
-_SUITES = {"CellConformance": "cells", "SolverConformance": "conformance"}  # and where they are
+_SUITES = {"CellConformance": "cell_laws", "SolverConformance": "solver_laws"}  # and where they are
 
 # Without the test suites: a star import must not need pytest.
 __all__ = [

@@ -10,13 +10,15 @@ shrinks an error in the long run; where it is 1 or more, Picard does not converg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..state import AUTOMATIC, cut
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Problem:
         cell: `cell(z, *inputs) -> z`; samples do not depend on one another.
         z0: where to start, (B, ...).
         inputs: of the cell. Those with B first differ from sample to sample, the others are shared.
-        solution: the fixed point, (B, ...); `None` if there is none.
+        solution: the fixed point, (B, ...); `None` if there is none, or it is not known.
         rate: spectral radius of the Jacobian at the solution; `None` if not known in closed form.
     """
 
@@ -61,6 +63,24 @@ class Problem:
         return replace(
             self, z0=move(self.z0), inputs=tuple(map(move, self.inputs)), solution=move(self.solution)
         )
+
+    def samples(self, rows: Sequence[int]) -> Problem:
+        """The problem for these samples of the batch, in this order."""
+        index, batch = torch.tensor(rows, device=self.z0.device), len(self.z0)
+        return replace(
+            self,
+            z0=self.z0[index],
+            inputs=tuple(cut(x, AUTOMATIC, batch, index) for x in self.inputs),
+            solution=None if self.solution is None else self.solution[index],
+        )
+
+    def requiring_grad(self) -> Problem:
+        """The problem with copies of its inputs that gradients are recorded for."""
+
+        def record(x: Any) -> Any:
+            return x.detach().clone().requires_grad_() if isinstance(x, Tensor) else x
+
+        return replace(self, inputs=tuple(map(record, self.inputs)))
 
 
 class _Draw:

@@ -26,7 +26,7 @@ from deqlib import (
 )
 from deqlib.driver import iterate
 from deqlib.solvers.gmres import GMRES, GMRESState
-from deqlib.testing.conformance import SolverConformance
+from deqlib.testing import SolverConformance
 
 
 class TestGMRES(SolverConformance):

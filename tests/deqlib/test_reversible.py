@@ -18,7 +18,7 @@ from deqlib import Anderson, ImplicitLayer, Solution, Status, Stopping, Unroll, 
 from deqlib.backward.reversible import ReconstructionError, ReconstructionWarning, Reversible
 from deqlib.diagnostics import saved_bytes
 from deqlib.solvers.reversible import ReversiblePicard
-from deqlib.testing.conformance import SolverConformance
+from deqlib.testing import SolverConformance
 
 SILENT = Reversible(on_drift="ignore")
 STRICT = Reversible(on_drift="raise")
