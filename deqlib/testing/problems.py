@@ -65,7 +65,10 @@ class Problem:
         )
 
     def samples(self, rows: Sequence[int]) -> Problem:
-        """The problem for these samples of the batch, in this order."""
+        """The problem for these samples of the batch, in this order.
+
+        Inputs whose first axis is as long as the batch are cut; so the others must not be.
+        """
         index, batch = torch.tensor(rows, device=self.z0.device), len(self.z0)
         return replace(
             self,

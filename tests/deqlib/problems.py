@@ -1,9 +1,14 @@
-"""Random contractions with known fixed points, and the tools to look into a solve."""
+"""Random contractions with weights of no symmetry, and the tools to look into a solve.
+
+The problems of `deqlib.testing` are drawn from their fixed points, and many of their Jacobians are symmetric
+there. Gradients are tested on these, where a transposed matrix is another one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deqlib import Anderson, Broyden, Picard, Solver
+from deqlib.testing import Problem
 
 TIGHT = 1e-13  # relative residual at which a float64 solve counts as exact
 
@@ -26,43 +32,27 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """z = cell(z, *tensors), a contraction of every sample (row) by itself."""
+def solution_of(problem: Problem) -> Tensor:
+    """The fixed point of a contraction in float64, with the inputs as they are, whatever their dtype."""
+    inputs = [t.detach().double() for t in problem.inputs]
+    z = torch.zeros_like(inputs[0])
+    for _ in range(2000):
+        z, previous = problem.cell(z, *inputs), z
+        if torch.equal(z, previous):
+            break
+    return z
 
-    cell: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]  # the input x (B, D) first, then the parameters
-    contraction: float  # Lipschitz constant of the cell in z, Euclidean norm
 
-    @property
-    def x(self) -> Tensor:
-        return self.tensors[0]
+def sample_of(problem: Problem, index: int) -> Problem:
+    """The same problem for one sample alone; only its first input has samples."""
+    x, *weights = problem.inputs
+    rows = slice(index, index + 1)
+    return replace(problem, z0=problem.z0[rows], inputs=(x[rows], *weights))
 
-    @property
-    def z0(self) -> Tensor:
-        return torch.zeros_like(self.x)
 
-    def f(self, z: Tensor) -> Tensor:
-        return self.cell(z, *self.tensors)
-
-    def exact(self) -> Tensor:
-        """The fixed point in float64, of the cell with the tensors as they are, whatever their dtype."""
-        tensors = [t.detach().double() for t in self.tensors]
-        z = torch.zeros_like(tensors[0])
-        for _ in range(2000):
-            z, previous = self.cell(z, *tensors), z
-            if torch.equal(z, previous):
-                break
-        return z
-
-    def requiring_grad(self) -> Problem:
-        return Problem(
-            self.cell, tuple(t.detach().clone().requires_grad_() for t in self.tensors), self.contraction
-        )
-
-    def sample(self, index: int) -> Problem:
-        """The same problem for one sample alone."""
-        return Problem(self.cell, (self.x[index : index + 1], *self.tensors[1:]), self.contraction)
+def lipschitz(problem: Problem) -> float:
+    """Bound on the Lipschitz constant of a cell of `problem` in z, Euclidean norm."""
+    return math.prod(float(torch.linalg.matrix_norm(weight.double(), 2)) for weight in problem.inputs[1:])
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
@@ -93,7 +83,11 @@ def problem(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Problem:
-    """A random contraction: "linear", "tanh" or "mlp"."""
+    """A random contraction: "linear", "tanh" or "mlp".
+
+    `contraction` is the product of the norms of its weights, which bounds its Lipschitz constant. Its inputs
+    are x (batch, dim) and the weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = _normal(generator, batch, dim)
     if kind == "mlp":
@@ -103,7 +97,12 @@ def problem(
     else:
         tensors = (x, _with_norm(_normal(generator, dim, dim), contraction))
         cell = {"linear": _linear_cell, "tanh": _tanh_cell}[kind]
-    return Problem(cell, tuple(t.to(dtype) for t in tensors), contraction)
+    return made(cell, *tensors, name=kind).to(dtype)
+
+
+def made(cell: Callable[..., Tensor], *inputs: Tensor, name: str = "made for a test") -> Problem:
+    """A problem that starts from zeros shaped like its first input; its solution is not computed."""
+    return Problem(name, cell, torch.zeros_like(inputs[0]), inputs, None)
 
 
 KINDS = ("linear", "tanh", "mlp")
@@ -166,15 +165,6 @@ def as_pytree(base: Problem) -> tuple[Callable[[Any], Any], Any]:
     return cell, z0
 
 
-def residuals(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual and relative residual of every sample at z, recomputed."""
-    with torch.no_grad():
-        z = z.detach()
-        fz = f(z)
-        residual = (fz - z).flatten(1).norm(dim=1)
-        return residual, residual / fz.flatten(1).norm(dim=1)
-
-
 def dense_jacobian(problem: Problem, z: Tensor) -> Tensor:
     """J (B*D, B*D) of the cell at z, all samples as one vector."""
     flat = lambda v: problem.f(v.view_as(z)).flatten()  # noqa: E731
@@ -184,14 +174,14 @@ def dense_jacobian(problem: Problem, z: Tensor) -> Tensor:
 def dense_gradients(
     problem: Problem, g: Tensor, adjoint: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> tuple[Tensor, ...]:
-    """Gradients of <g, z*> with respect to the problem's tensors, from dense float64 linear algebra.
+    """Gradients of <g, z*> with respect to the problem's inputs, from dense float64 linear algebra.
 
     `adjoint(J^T, g)` gives u; default solves (I - J^T) u = g.
     """
-    z = problem.exact()
+    z = solution_of(problem)
     transposed = dense_jacobian(problem, z).T.detach()
     if adjoint is None:
         u = torch.linalg.solve(torch.eye(len(transposed), dtype=z.dtype) - transposed, g.flatten())
     else:
         u = adjoint(transposed, g.flatten())
-    return torch.autograd.grad(problem.f(z), problem.tensors, u.view_as(z))
+    return torch.autograd.grad(problem.f(z), problem.inputs, u.view_as(z))

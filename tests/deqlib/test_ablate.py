@@ -293,8 +293,8 @@ def test_rows_come_in_the_order_asked_and_survive_json(
     solvers: list[Solver], backwards: list[Backward], rounds: int
 ) -> None:
     base = problem("tanh", batch=2, dim=3)
-    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.tensors[1:]))
-    found = ablate(layer, base.x, solvers=solvers, backwards=backwards, rounds=rounds)
+    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.inputs[1:]))
+    found = ablate(layer, base.inputs[0], solvers=solvers, backwards=backwards, rounds=rounds)
     assert [row.solver for row in found.solvers] == solvers
     assert [row.mode for row in found.backwards] == backwards
     assert all(len(row.times) == rounds for row in (*found.solvers, *found.backwards))

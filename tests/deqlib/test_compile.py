@@ -52,15 +52,15 @@ COMPILED: dict[str, Solver] = {
 def test_a_fixed_number_of_steps_compiles_without_a_graph_break(name: str, measure: bool) -> None:
     base = problem("mlp", dtype=torch.float32)
     layer = ImplicitLayer(
-        lambda z, x: base.cell(z, x, *base.tensors[1:]),
+        lambda z, x: base.cell(z, x, *base.inputs[1:]),
         solver=COMPILED[name],
         stopping=Stopping.steps(8, measure=measure),
     )
     with torch.no_grad():
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
-        found = compiled(base.x)
-        torch.testing.assert_close(found, layer(base.x), rtol=1e-4, atol=1e-5)
+        found = compiled(base.inputs[0])
+        torch.testing.assert_close(found, layer(base.inputs[0]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backward", [Unroll(), JFB(), PhantomGradient()], ids=lambda b: type(b).__name__)
@@ -70,7 +70,7 @@ def test_training_compiles_without_a_graph_break(backward: Any) -> None:
     gradients = []
     torch.compiler.reset()
     for run in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
-        tensors = base.requiring_grad().tensors
+        tensors = base.requiring_grad().inputs
         gradients.append(torch.autograd.grad(run(*tensors).sum(), tensors))
     torch.testing.assert_close(*gradients)
 
@@ -216,7 +216,7 @@ def test_the_host_waits_for_the_device_at_checks_alone(solver: Solver, check_eve
 @pytest.mark.usefixtures("blind")
 @pytest.mark.parametrize("name", ["picard", "reversible", "anderson", "broyden", "gmres"])
 def test_the_host_waits_once_while_nobody_may_have_finished(name: str) -> None:
-    x = problem("linear").x
+    x = problem("linear").inputs[0]
     reads = reads_by_step(lambda z: 0.5 * z + x, torch.zeros_like(x), ALL[name], Stopping(rtol=1e-6))
     # At the first evaluation a sample may be lost, at the last the tolerance is met.
     assert reads == [2] + [1] * (len(reads) - 2) + [2]
@@ -233,9 +233,9 @@ def test_finished_samples_leave_the_batch_at_checks_alone(solver: Solver, check_
 
         def cell(z: Tensor, x: Tensor, speed: Tensor) -> Tensor:
             seen.append((len(z), waits.counts.total()))
-            return speed * base.cell(z, x, base.tensors[1])
+            return speed * base.cell(z, x, base.inputs[1])
 
-        f, z0 = flatten(cell, base.z0, (base.x, speed))
+        f, z0 = flatten(cell, base.z0, (base.inputs[0], speed))
         stopping = Stopping(rtol=1e-9, max_steps=400, check_every=check_every, patience=None)
         found = iterate(f, z0, solver, stopping, compact=f)
     assert found.converged.all()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import dense_gradients, dense_jacobian, problem
+from problems import dense_gradients, dense_jacobian, problem, solution_of
 from torch import Tensor, nn
 
 from deqlib import (
@@ -169,9 +169,9 @@ def test_of_a_linear_layer_radius_and_norm_are_those_of_its_matrix(
 @pytest.mark.parametrize("kind", ["tanh", "mlp"])
 def test_radius_and_norm_are_those_of_the_jacobian_at_each_samples_fixed_point(kind: str) -> None:
     base = problem(kind, batch=3, dim=5, contraction=0.8)
-    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.tensors[1:]), solver=Picard())
-    found = diagnose(layer, base.x, modes=(), solvers=(), num_starts=0)
-    whole = dense_jacobian(base, base.exact()).view(3, 5, 3, 5)
+    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.inputs[1:]), solver=Picard())
+    found = diagnose(layer, base.inputs[0], modes=(), solvers=(), num_starts=0)
+    whole = dense_jacobian(base, solution_of(base)).view(3, 5, 3, 5)
     blocks = torch.stack([whole[i, :, i] for i in range(3)])
     torch.testing.assert_close(found.spectral_radius, dense_radius(blocks), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.spectral_norm, torch.linalg.matrix_norm(blocks, 2), rtol=1e-6, atol=0)
@@ -251,10 +251,11 @@ def cosine_and_ratio(found: list[Tensor], exact: list[Tensor]) -> tuple[float, f
 @pytest.mark.parametrize("kind", ["tanh", "mlp"])
 def test_cosines_and_norm_ratios_are_those_of_dense_gradients(kind: str) -> None:
     base = problem(kind, contraction=0.85).requiring_grad()
-    g = torch.randn(base.x.shape, dtype=torch.float64)
-    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.tensors[1:]), stopping=TIGHT)
+    g = torch.randn(base.z0.shape, dtype=torch.float64)
+    layer = ImplicitLayer(lambda z, x: base.cell(z, x, *base.inputs[1:]), stopping=TIGHT)
     modes = (JFB(), PhantomGradient(steps=3, damping=0.6), ImplicitDifferentiation(stopping=TIGHT))
-    found = diagnose(layer, base.x, modes=modes, loss=lambda z: (g * z).sum(), solvers=(), num_starts=0)
+    x = base.inputs[0]
+    found = diagnose(layer, x, modes=modes, loss=lambda z: (g * z).sum(), solvers=(), num_starts=0)
 
     def phantom(transposed: Tensor, g: Tensor) -> Tensor:
         step = 0.6 * transposed + 0.4 * torch.eye(len(g), dtype=g.dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import KINDS, SOLVERS, Problem, Spy, problem, problems, residuals
+from problems import KINDS, SOLVERS, Problem, Spy, problem, problems, sample_of, solution_of
 from torch import Tensor
 
 from deqlib import (
@@ -229,7 +229,7 @@ def test_the_trace_holds_every_relative_residual_and_repeats_the_value_of_a_samp
 def test_finished_samples_never_move_again(solver: Solver, dtype: torch.dtype) -> None:
     base = problem(batch=5, dtype=dtype)
     z0 = base.z0.clone()
-    z0[1] = base.exact()[1].to(dtype)  # at its fixed point
+    z0[1] = solution_of(base)[1].to(dtype)  # at its fixed point
     speed = torch.tensor([0.1, 0.5, 0.8, 1.0, 1.6], dtype=dtype).unsqueeze(1)  # the last one is slow
 
     def cell(z: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def test_reported_evaluations_and_residuals_equal_those_recounted(
     with torch.set_grad_enabled(grad):
         solution = fixed_point(f, base.z0, solver=solver, stopping=Stopping(rtol=1e-6), backward=backward)
     assert solution.nfe == f.count
-    residual, relative = residuals(base.f, solution.value)
+    residual, relative = base.residuals(solution.value)
     torch.testing.assert_close(solution.residual, residual, rtol=1e-6, atol=0)
     torch.testing.assert_close(solution.relative_residual, relative, rtol=1e-6, atol=0)
     assert (relative <= 1e-6).all()
@@ -293,8 +293,8 @@ def test_reported_residuals_are_those_of_the_value_when_steps_run_out(solver: So
     )
     assert names(solution) == ["MAX_STEPS"] * 3
     assert solution.nfe == f.count == max_steps + 2  # one more on the tape
-    torch.testing.assert_close(solution.residual, residuals(base.f, solution.value)[0], rtol=1e-9, atol=0)
-    assert (solution.residual < residuals(base.f, base.z0)[0]).all()  # better than the starting point
+    torch.testing.assert_close(solution.residual, base.residuals(solution.value)[0], rtol=1e-9, atol=0)
+    assert (solution.residual < base.residuals(base.z0)[0]).all()  # better than the starting point
 
 
 def _solve(base: Problem, solver: Solver) -> Solution:
@@ -307,8 +307,8 @@ def _solve(base: Problem, solver: Solver) -> Solution:
 @given(base=problems(dtype=torch.float64, max_contraction=0.8))
 def test_a_sample_alone_is_solved_as_in_its_batch(name: str, base: Problem) -> None:
     together = _solve(base, SOLVERS[name])
-    for sample in range(len(base.x)):
-        alone = _solve(base.sample(sample), SOLVERS[name])
+    for sample in range(len(base.z0)):
+        alone = _solve(sample_of(base, sample), SOLVERS[name])
         assert alone.status[0] == together.status[sample]
         assert alone.num_steps[0] == together.num_steps[sample]
         torch.testing.assert_close(alone.value[0], together.value[sample], rtol=1e-9, atol=1e-9)
@@ -379,7 +379,7 @@ def test_fixed_steps_evaluate_once_a_step_and_measure_nothing(solver: Solver, nu
     assert measured.nfe == num_steps + 1
     assert f.count == 2 * num_steps + 1
     assert torch.equal(measured.value, plain.value)
-    residual, relative = residuals(base.f, measured.value)
+    residual, relative = base.residuals(measured.value)
     torch.testing.assert_close(measured.residual, residual, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(measured.relative_residual, relative, rtol=1e-9, atol=1e-14)
     assert measured.trace.shape == (num_steps + 1, 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Spy, problem
+from problems import Spy, problem, solution_of
 from torch import Tensor, nn
 
 from deqlib import (
@@ -167,10 +167,10 @@ def test_a_budget_is_translated_to_the_same_number_of_evaluations(
 ) -> None:
     theirs, ours = Spy(base.cell), Spy(base.cell)
     deq = torchdeq.get_deq(f_solver=name, f_max_iter=9, f_tol=1e-14).eval()
-    deq(lambda z: theirs(z, *base.tensors), base.z0)
+    deq(lambda z: theirs(z, *base.inputs), base.z0)
     rule = Stopping(rtol=1e-14, max_steps=9 - fewer)
     with torch.no_grad():
-        fixed_point(ours, base.z0, base.tensors, solver=solver, stopping=rule, on_failure="ignore")
+        fixed_point(ours, base.z0, base.inputs, solver=solver, stopping=rule, on_failure="ignore")
     assert ours.count == theirs.count
 
 
@@ -180,11 +180,9 @@ def test_a_budget_is_translated_to_the_same_number_of_evaluations(
 def test_a_tolerance_is_met_at_the_same_evaluation(base: Any, mode: str, tolerance: dict[str, float]) -> None:
     theirs, ours = Spy(base.cell), Spy(base.cell)
     deq = torchdeq.get_deq(f_tol=1e-4, f_stop_mode=mode, f_max_iter=99).eval()
-    deq(lambda z: theirs(z, *base.tensors), base.z0)
+    deq(lambda z: theirs(z, *base.inputs), base.z0)
     with torch.no_grad():
-        fixed_point(
-            ours, base.z0, base.tensors, solver=Picard(), stopping=Stopping(max_steps=98, **tolerance)
-        )
+        fixed_point(ours, base.z0, base.inputs, solver=Picard(), stopping=Stopping(max_steps=98, **tolerance))
     assert ours.count == theirs.count < 60
 
 
@@ -221,7 +219,7 @@ def test_states_of_several_tensors_are_lists_in_one_and_trees_in_the_other() -> 
 
 
 def test_sampled_states_are_those_of_the_trajectory(base: Any) -> None:
-    target = torch.ones_like(base.x)
+    target = torch.ones_like(base.z0)
 
     def criterion(state: Tensor) -> Tensor:
         return (state - target).square().mean()
@@ -231,24 +229,24 @@ def test_sampled_states_are_those_of_the_trajectory(base: Any) -> None:
     sampled, _ = deq(theirs.f, theirs.z0)
     their_loss = torchdeq.loss.fp_correction(criterion, (sampled,), gamma=0.7)
     layer = ImplicitLayer(ours.cell, solver=Picard(), backward=JFB(), stopping=Stopping.steps(120))
-    states = trajectory(layer, *ours.tensors, steps=(2, 5), z0=ours.z0)
+    states = trajectory(layer, *ours.inputs, steps=(2, 5), z0=ours.z0)
     torch.testing.assert_close(states, sampled)
     our_loss = correction_loss(states, criterion, decay=0.7)
     torch.testing.assert_close(our_loss, their_loss)
     for one, other in zip(
-        torch.autograd.grad(our_loss, ours.tensors),
-        torch.autograd.grad(their_loss, theirs.tensors),
+        torch.autograd.grad(our_loss, ours.inputs),
+        torch.autograd.grad(their_loss, theirs.inputs),
         strict=True,
     ):
         torch.testing.assert_close(one, other)
 
 
 def test_the_jacobian_penalties_estimate_the_same_number(base: Any) -> None:
-    z = base.exact().requires_grad_()
+    z = solution_of(base).requires_grad_()
     theirs = torchdeq.loss.jac_reg(base.f(z), z, vecs=400, create_graph=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        ours = jacobian_penalty(base.cell, z.detach(), *base.tensors, num_probes=400, generator=generator)
+        ours = jacobian_penalty(base.cell, z.detach(), *base.inputs, num_probes=400, generator=generator)
     assert float(ours) == pytest.approx(float(theirs), rel=0.1)
 
 
@@ -326,14 +324,14 @@ def test_in_eval_they_give_no_gradient(base: Any) -> None:
     (value,), _ = torchdeq.get_deq(ift=True).eval()(base.f, base.z0)
     assert not value.requires_grad
     layer = ImplicitLayer(base.cell, solver=Picard()).eval()
-    assert layer(*base.tensors).requires_grad
+    assert layer(*base.inputs).requires_grad
 
 
 def test_their_double_backward_is_silently_wrong_and_ours_right(base: Any) -> None:
     def second(solve: Callable[[Any], Tensor]) -> Tensor:
         tensors = base.requiring_grad()
-        (first,) = torch.autograd.grad(solve(tensors).square().sum(), tensors.tensors[1], create_graph=True)
-        return torch.autograd.grad(first.square().sum(), tensors.tensors[1])[0]
+        (first,) = torch.autograd.grad(solve(tensors).square().sum(), tensors.inputs[1], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), tensors.inputs[1])[0]
 
     def unrolled(tensors: Any) -> Tensor:
         z = tensors.z0
@@ -346,7 +344,7 @@ def test_their_double_backward_is_silently_wrong_and_ours_right(base: Any) -> No
     ours = second(
         lambda p: (
             fixed_point(
-                p.cell, p.z0, p.tensors, solver=Picard(), backward=implicit(Picard()), stopping=TIGHT
+                p.cell, p.z0, p.inputs, solver=Picard(), backward=implicit(Picard()), stopping=TIGHT
             ).value
         )
     )
@@ -355,14 +353,14 @@ def test_their_double_backward_is_silently_wrong_and_ours_right(base: Any) -> No
 
 
 def test_a_sample_that_is_not_finite_keeps_their_solve_going_and_not_ours(base: Any) -> None:
-    x = base.x.clone()
+    x = base.inputs[0].clone()
     x[0] = torch.nan
     theirs, ours = Spy(base.cell), Spy(base.cell)
-    torchdeq.get_deq(f_max_iter=60).eval()(lambda z: theirs(z, x, *base.tensors[1:]), base.z0)
+    torchdeq.get_deq(f_max_iter=60).eval()(lambda z: theirs(z, x, *base.inputs[1:]), base.z0)
     rule = Stopping(atol=1e-3, rtol=0.0, max_steps=59)
     with torch.no_grad():
         solution = fixed_point(
-            ours, base.z0, (x, *base.tensors[1:]), solver=Picard(), stopping=rule, on_failure="ignore"
+            ours, base.z0, (x, *base.inputs[1:]), solver=Picard(), stopping=rule, on_failure="ignore"
         )
     assert theirs.count == 60
     assert ours.count < 40

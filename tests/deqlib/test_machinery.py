@@ -153,9 +153,9 @@ def test_the_adjoint_meets_its_relative_tolerance_whatever_the_size_of_the_gradi
 ) -> None:
     for dtype in (torch.float32, torch.float64):
         base = problem("tanh", contraction=contraction, seed=seed)
-        g = scale * torch.randn(base.x.shape, generator=torch.Generator().manual_seed(seed)).double()
+        g = scale * torch.randn(base.z0.shape, generator=torch.Generator().manual_seed(seed)).double()
         expected = dense_gradients(base.requiring_grad(), g)
-        tensors = tuple(t.to(dtype).requires_grad_() for t in base.tensors)
+        tensors = tuple(t.to(dtype).requires_grad_() for t in base.inputs)
         value = fixed_point(
             lambda z, base=base, tensors=tensors: base.cell(z, *tensors),
             base.z0.to(dtype),

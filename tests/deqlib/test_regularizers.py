@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from problems import SOLVERS, TIGHT, Problem, Spy, dense_jacobian, problem, problems
+from problems import SOLVERS, TIGHT, Problem, Spy, dense_jacobian, problem, problems, solution_of
 from torch import Tensor, nn
 
 from deqlib import (
@@ -49,12 +49,12 @@ class Signs:
 
 @given(problems(dtype=torch.float64))
 def test_the_penalty_estimates_the_jacobian_without_bias(base: Problem) -> None:
-    z = torch.randn(base.x.shape, dtype=base.x.dtype, generator=seeded(1))
+    z = torch.randn(base.z0.shape, dtype=base.z0.dtype, generator=seeded(1))
     n = 300
     generator = seeded(2)
     with torch.no_grad():
         draws = torch.stack(
-            [jacobian_penalty(base.cell, z, *base.tensors, generator=generator) for _ in range(n)]
+            [jacobian_penalty(base.cell, z, *base.inputs, generator=generator) for _ in range(n)]
         )
     error = float(draws.mean()) - square_norm(base, z)
     assert abs(error) <= 5 * float(draws.std()) / n**0.5 + 1e-12
@@ -69,12 +69,12 @@ def test_the_penalty_of_a_map_that_scales_channels_is_exact_with_one_probe() -> 
 @pytest.mark.parametrize("num_probes", [1, 3])
 def test_the_penalty_is_the_mean_square_of_the_products_with_its_probes(num_probes: int) -> None:
     base = problem("mlp")
-    z = torch.randn_like(base.x)
+    z = torch.randn_like(base.z0)
     signs = Signs(z, 5)
     dense = dense_jacobian(base, z)
     products = [signs.draw().flatten() @ dense for _ in range(num_probes)]
     expected = torch.stack(products).square().sum() / (num_probes * z.numel())
-    penalty = jacobian_penalty(base.cell, z, *base.tensors, num_probes=num_probes, generator=seeded(5))
+    penalty = jacobian_penalty(base.cell, z, *base.inputs, num_probes=num_probes, generator=seeded(5))
     torch.testing.assert_close(penalty, expected)
 
 
@@ -82,9 +82,9 @@ def test_the_penalty_is_the_mean_square_of_the_products_with_its_probes(num_prob
 @pytest.mark.parametrize("attached", [False, True], ids=["z constant", "z with gradient"])
 def test_the_gradient_is_that_of_the_dense_expression(kind: str, attached: bool) -> None:
     base = problem(kind).requiring_grad()
-    z = torch.randn(base.x.shape, dtype=base.x.dtype, requires_grad=attached)
-    wanted = [t for t in (*base.tensors, z) if t.requires_grad]
-    penalty = jacobian_penalty(base.cell, z, *base.tensors, num_probes=2, generator=seeded(5))
+    z = torch.randn(base.z0.shape, dtype=base.z0.dtype, requires_grad=attached)
+    wanted = [t for t in (*base.inputs, z) if t.requires_grad]
+    penalty = jacobian_penalty(base.cell, z, *base.inputs, num_probes=2, generator=seeded(5))
     found = torch.autograd.grad(penalty, wanted, allow_unused=True)
 
     flat = lambda v: base.f(v.view_as(z)).flatten()  # noqa: E731
@@ -107,7 +107,7 @@ def test_the_jacobian_is_with_respect_to_the_state_even_where_inputs_depend_on_i
 def test_with_a_layer_the_gradient_goes_through_the_fixed_point_only_if_it_is_attached() -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell, stopping=Stopping(rtol=TIGHT, max_steps=200))
-    x, w = base.tensors
+    x, w = base.inputs
     z = layer(x, w)
     gradients = {}
     for name, at in (("constant", z.detach()), ("attached", z)):
@@ -125,7 +125,7 @@ def test_with_a_layer_the_gradient_goes_through_the_fixed_point_only_if_it_is_at
 
 def dense_adjoint(base: Problem, g: Tensor) -> Tensor:
     """(I - J^T)^-1 g at the fixed point."""
-    transposed = dense_jacobian(base, base.exact()).T
+    transposed = dense_jacobian(base, solution_of(base)).T
     eye = torch.eye(len(transposed), dtype=g.dtype)
     return torch.linalg.solve(eye - transposed, g.flatten()).view_as(g)
 
@@ -133,10 +133,10 @@ def dense_adjoint(base: Problem, g: Tensor) -> Tensor:
 def test_under_no_grad_the_penalty_is_the_same_and_keeps_no_graph() -> None:
     base = problem("mlp").requiring_grad()
     spy = Spy(base.cell)
-    z = base.exact()
-    recorded = jacobian_penalty(spy, z, *base.tensors, num_probes=2, generator=seeded())
+    z = solution_of(base)
+    recorded = jacobian_penalty(spy, z, *base.inputs, num_probes=2, generator=seeded())
     with torch.no_grad():
-        measured = jacobian_penalty(spy, z, *base.tensors, num_probes=2, generator=seeded())
+        measured = jacobian_penalty(spy, z, *base.inputs, num_probes=2, generator=seeded())
     assert torch.equal(recorded, measured)
     assert recorded.requires_grad
     assert not measured.requires_grad
@@ -152,18 +152,18 @@ def test_a_pytree_gives_what_its_flat_state_gives() -> None:
     def cell(z: dict[str, Any], x: Tensor, w: Tensor) -> dict[str, Any]:
         return split(base.cell(torch.cat([z["a"].squeeze(2), z["b"][0]], 1), x, w))
 
-    z = torch.randn_like(base.x)
-    flat = jacobian_penalty(base.cell, z, *base.tensors, generator=seeded())
-    torch.testing.assert_close(jacobian_penalty(cell, split(z), *base.tensors, generator=seeded()), flat)
+    z = torch.randn_like(base.z0)
+    flat = jacobian_penalty(base.cell, z, *base.inputs, generator=seeded())
+    torch.testing.assert_close(jacobian_penalty(cell, split(z), *base.inputs, generator=seeded()), flat)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_cells_are_measured_in_single_precision(autocast: bool) -> None:
     base = problem("mlp", dim=16)
-    z = torch.randn_like(base.x)
-    exact = float(jacobian_penalty(base.cell, z, *base.tensors, generator=seeded()).detach())
+    z = torch.randn_like(base.z0)
+    exact = float(jacobian_penalty(base.cell, z, *base.inputs, generator=seeded()).detach())
     dtype = torch.float32 if autocast else torch.bfloat16
-    tensors = [t.to(dtype).requires_grad_() for t in base.tensors]
+    tensors = [t.to(dtype).requires_grad_() for t in base.inputs]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = jacobian_penalty(base.cell, z.to(dtype), *tensors, generator=seeded())
     assert found.dtype == torch.float32
@@ -173,10 +173,10 @@ def test_half_precision_cells_are_measured_in_single_precision(autocast: bool) -
 
 def test_float32_and_float64_agree() -> None:
     base = problem("mlp")
-    z = torch.randn_like(base.x)
+    z = torch.randn_like(base.z0)
     signs = Signs(z, 0).draw()
     for dtype in (torch.float32, torch.float64):
-        tensors = [t.to(dtype) for t in base.tensors]
+        tensors = [t.to(dtype) for t in base.inputs]
         found = jacobian_penalty(base.cell, z.to(dtype), *tensors, generator=seeded())
         assert found.dtype == dtype
         expected = (signs.flatten() @ dense_jacobian(base, z)).square().mean()
@@ -225,17 +225,17 @@ def test_a_trajectory_holds_the_images_of_the_solvers_own_iterates(solver: Any) 
     base = problem("mlp", contraction=0.9).requiring_grad()
     spy = Spy(base.cell)
     layer = ImplicitLayer(spy, solver=solver, backward=JFB(), stopping=Stopping(rtol=1e-9, max_steps=200))
-    solution = layer.solve(*base.tensors)
+    solution = layer.solve(*base.inputs)
     iterates, calls = list(spy.states), spy.count
     spy.states.clear()
-    states = trajectory(layer, *base.tensors, steps=(0, 1, 4))
+    states = trajectory(layer, *base.inputs, steps=(0, 1, 4))
     assert spy.count == calls + 3
     for k, state in zip((0, 1, 4), states, strict=False):
         torch.testing.assert_close(state, base.f(iterates[k]))
         weights = torch.randn_like(state)
         torch.testing.assert_close(
-            torch.autograd.grad(state, base.tensors, weights),
-            torch.autograd.grad(base.f(iterates[k]), base.tensors, weights),
+            torch.autograd.grad(state, base.inputs, weights),
+            torch.autograd.grad(base.f(iterates[k]), base.inputs, weights),
         )
     assert torch.equal(states[-1], solution.value)
 
@@ -246,7 +246,7 @@ def test_picard_states_are_powers_of_the_map() -> None:
     z, expected = base.z0, []
     for _ in range(6):
         expected.append(z := base.f(z))
-    states = trajectory(layer, *base.tensors, steps=(0, 2, 5))
+    states = trajectory(layer, *base.inputs, steps=(0, 2, 5))
     torch.testing.assert_close(states[:3], [expected[k] for k in (0, 2, 5)])
 
 
@@ -262,10 +262,10 @@ MODES: dict[str, Any] = {
 def test_the_last_state_has_the_gradient_of_the_layers_mode(backward: Any) -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell, solver=Picard(), backward=backward, stopping=Stopping(rtol=1e-8))
-    g = torch.randn_like(base.x)
-    expected = torch.autograd.grad(layer(*base.tensors), base.tensors, g)
-    states = trajectory(layer, *base.tensors, steps=(1,))
-    torch.testing.assert_close(torch.autograd.grad(states[-1], base.tensors, g), expected)
+    g = torch.randn_like(base.z0)
+    expected = torch.autograd.grad(layer(*base.inputs), base.inputs, g)
+    states = trajectory(layer, *base.inputs, steps=(1,))
+    torch.testing.assert_close(torch.autograd.grad(states[-1], base.inputs, g), expected)
     assert torch.equal(states[0].detach(), base.f(base.f(base.z0)).detach())
 
 
@@ -273,9 +273,9 @@ def test_the_last_state_has_the_gradient_of_the_layers_mode(backward: Any) -> No
 def test_steps_that_the_solve_does_not_get_to_give_the_image_of_its_end(backward: Any) -> None:
     base = problem("tanh", contraction=0.1).requiring_grad()
     layer = ImplicitLayer(base.cell, solver=Picard(), backward=backward, stopping=Stopping(rtol=1e-6))
-    taken = int(layer.solve(*base.tensors).num_steps.max())
+    taken = int(layer.solve(*base.inputs).num_steps.max())
     # The evaluations of the backward mode come after the last step, and are no iterates.
-    states = trajectory(layer, *base.tensors, steps=(2, *range(taken, taken + 5)))
+    states = trajectory(layer, *base.inputs, steps=(2, *range(taken, taken + 5)))
     assert not torch.equal(states[0], states[1])
     for state in states[1:-1]:
         assert torch.equal(state, base.f(states[-1]))
@@ -284,7 +284,7 @@ def test_steps_that_the_solve_does_not_get_to_give_the_image_of_its_end(backward
 def test_a_fixed_number_of_steps_has_a_trajectory() -> None:
     base = problem("tanh")
     layer = ImplicitLayer(base.cell, solver=Picard(), stopping=Stopping.steps(4))
-    states = trajectory(layer, *base.tensors, steps=(1, 3, 4))
+    states = trajectory(layer, *base.inputs, steps=(1, 3, 4))
     torch.testing.assert_close(states[1], states[3])  # the image of the third iterate is the fourth
     torch.testing.assert_close(states[2], base.f(states[3]))
 
@@ -292,9 +292,9 @@ def test_a_fixed_number_of_steps_has_a_trajectory() -> None:
 def test_without_gradient_a_trajectory_has_the_same_values() -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell)
-    recorded = trajectory(layer, *base.tensors)
+    recorded = trajectory(layer, *base.inputs)
     with torch.no_grad():
-        plain = trajectory(layer, *base.tensors)
+        plain = trajectory(layer, *base.inputs)
     assert len(plain) == 3
     for a, b in zip(recorded, plain, strict=True):
         assert torch.equal(a, b)
@@ -387,11 +387,9 @@ def test_the_gradient_of_the_correction_loss_is_the_weighted_sum() -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell, stopping=Stopping(rtol=1e-8))
     criterion: Callable[[Tensor], Tensor] = lambda z: (z - 1).square().mean()  # noqa: E731
-    states = trajectory(layer, *base.tensors, steps=(0, 1))
-    found = torch.autograd.grad(
-        correction_loss(states, criterion, decay=0.7), base.tensors, retain_graph=True
-    )
-    parts = [torch.autograd.grad(criterion(z), base.tensors, retain_graph=True) for z in states]
+    states = trajectory(layer, *base.inputs, steps=(0, 1))
+    found = torch.autograd.grad(correction_loss(states, criterion, decay=0.7), base.inputs, retain_graph=True)
+    parts = [torch.autograd.grad(criterion(z), base.inputs, retain_graph=True) for z in states]
     expected = [0.49 * a + 0.7 * b + c for a, b, c in zip(*parts, strict=True)]
     torch.testing.assert_close(list(found), expected)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import KINDS, Cell, Problem, Spy, as_pytree, dense_gradients, problem, problems
+from problems import KINDS, Cell, Problem, Spy, as_pytree, dense_gradients, made, problem, problems
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +72,7 @@ def assert_same_gradients(
 
 
 def random_start(base: Problem) -> Tensor:
-    return torch.randn_like(base.x).requires_grad_()
+    return torch.randn_like(base.z0).requires_grad_()
 
 
 # Against an explicit loop -------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_an_explicit_loop(damping: float, steps: int, bas
     z0 = random_start(base)
     solution = reversible(base.f, z0, damping, stopping=Stopping.steps(steps))
     expected = explicit(base.f, z0, damping, [steps] * len(z0))
-    assert_same_gradients(solution.value, expected, (z0, *base.tensors))
+    assert_same_gradients(solution.value, expected, (z0, *base.inputs))
 
 
 class Attention(nn.Module):
@@ -123,18 +123,18 @@ def test_gradcheck_passes(kind: str) -> None:
     def value(z0: Tensor, *tensors: Tensor) -> Tensor:
         return reversible(lambda z: base.cell(z, *tensors), z0, stopping=Stopping.steps(9)).value
 
-    assert torch.autograd.gradcheck(value, (random_start(base), *base.tensors))
+    assert torch.autograd.gradcheck(value, (random_start(base), *base.inputs))
 
 
 @pytest.mark.parametrize("damping", [0.3, 0.5, 0.8])
 def test_the_gradient_tends_to_the_implicit_one_as_the_solve_converges(damping: float) -> None:
     base = problem("mlp", contraction=0.4).requiring_grad()
-    g = torch.randn_like(base.x)
+    g = torch.randn_like(base.z0)
     exact = torch.cat([t.flatten() for t in dense_gradients(base, g)])
     errors = []
     for rtol in (1e-1, 1e-3, 1e-5):
         value = reversible(base.f, base.z0, damping, stopping=Stopping(rtol=rtol, max_steps=200)).value
-        found = torch.cat([t.flatten() for t in torch.autograd.grad(value, base.tensors, g)])
+        found = torch.cat([t.flatten() for t in torch.autograd.grad(value, base.inputs, g)])
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors[0] > 5 * errors[1] > 25 * errors[2]
     assert errors[2] < 1e-3
@@ -149,7 +149,7 @@ def test_in_lower_precision_gradients_are_those_of_unrolling(dtype: torch.dtype)
     for mode in (STRICT, Unroll()):
         value = reversible(base.f, z0, backward=mode, stopping=Stopping.steps(30)).value
         assert value.dtype == dtype
-        found.append(torch.autograd.grad(value, (z0, *base.tensors), g))
+        found.append(torch.autograd.grad(value, (z0, *base.inputs), g))
     for a, b in zip(*found, strict=True):
         assert a.dtype == dtype
         assert (a - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm()
@@ -161,10 +161,10 @@ def test_in_lower_precision_gradients_are_those_of_unrolling(dtype: torch.dtype)
 def mixed(batch: int = 4, dim: int = 5) -> Problem:
     """Samples of very different difficulty; the first starts at its fixed point, 0."""
     base = problem("linear", batch=batch, dim=dim, contraction=0.8)
-    x = base.x.clone()
+    x = base.inputs[0].clone()
     x[0] = 0
     rates = torch.linspace(0.1, 1, batch, dtype=torch.float64).unsqueeze(1)
-    return Problem(lambda z, x, w: torch.tanh(rates * (z @ w) + x), (x, *base.tensors[1:]), 0.8)
+    return made(lambda z, x, w: torch.tanh(rates * (z @ w) + x), x, *base.inputs[1:])
 
 
 @pytest.mark.parametrize("check_every", [1, 3, 50])
@@ -174,7 +174,7 @@ def test_each_sample_is_differentiated_from_its_own_step_on(
     check_every: int, damping: float, rtol: float
 ) -> None:
     base = mixed().requiring_grad()
-    z0 = torch.zeros_like(base.x, requires_grad=True)
+    z0 = torch.zeros_like(base.z0, requires_grad=True)
     stopping = Stopping(rtol=rtol, max_steps=150, check_every=check_every)
     solution = reversible(base.f, z0, damping, backward=SILENT, stopping=stopping)
     assert solution.converged.all()
@@ -182,24 +182,24 @@ def test_each_sample_is_differentiated_from_its_own_step_on(
     assert counts[0] == 0
     assert len(set(counts)) > 2
     expected = explicit(base.f, z0, damping, counts)
-    assert_same_gradients(solution.value, expected, (z0, *base.tensors), 1e-7)
+    assert_same_gradients(solution.value, expected, (z0, *base.inputs), 1e-7)
 
 
 def test_samples_that_left_the_batch_are_differentiated_from_their_own_step_on() -> None:
     base = problem("tanh", batch=6, contraction=0.8)
-    x = base.x.clone()
+    x = base.inputs[0].clone()
     x[:3] *= 1e-2
     rates = torch.linspace(0.1, 1, 6, dtype=torch.float64).unsqueeze(1)
-    base = Problem(lambda z, x, w, r: torch.tanh(r * (z @ w) + x), (x, base.tensors[1], rates), 0.8)
+    base = made(lambda z, x, w, r: torch.tanh(r * (z @ w) + x), x, base.inputs[1], rates)
     base = base.requiring_grad()
     seen = Spy(base.cell)
     stopping = Stopping(rtol=1e-5, max_steps=100)
     solution = reversible(
-        seen, base.z0, args=base.tensors, stopping=stopping, compact=(0, None, 0), damping=0.5
+        seen, base.z0, args=base.inputs, stopping=stopping, compact=(0, None, 0), damping=0.5
     )
     assert min(len(z) for z in seen.states) < 4
     expected = explicit(base.f, base.z0, 0.5, solution.num_steps.tolist())
-    assert_same_gradients(solution.value, expected, base.tensors, 1e-8)
+    assert_same_gradients(solution.value, expected, base.inputs, 1e-8)
 
 
 def rotation(batch: int, angle: float, scale: float, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -290,8 +290,8 @@ def test_backward_accumulates_into_leaves_and_grad_leaves_them_alone() -> None:
 
 def test_a_tensor_and_what_was_made_from_it_may_both_be_used() -> None:
     base = problem("tanh")
-    u = base.x.clone().requires_grad_()
-    weight = base.tensors[1]
+    u = base.inputs[0].clone().requires_grad_()
+    weight = base.inputs[1]
 
     def value(solve: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         x = u.exp().sin()  # keeps tensors for its own backward pass
@@ -344,8 +344,8 @@ def test_a_pytree_state_has_the_gradients_of_the_same_numbers_in_one_tensor() ->
     cell, start = as_pytree(base)
     tree = reversible(cell, start, stopping=Stopping(rtol=1e-6)).value
     flat = reversible(base.f, base.z0, stopping=Stopping(rtol=1e-6)).value
-    ours = torch.autograd.grad(tree["h"].sin().sum(), base.tensors)
-    theirs = torch.autograd.grad(flat[:, :3].sin().sum(), base.tensors)
+    ours = torch.autograd.grad(tree["h"].sin().sum(), base.inputs)
+    theirs = torch.autograd.grad(flat[:, :3].sin().sum(), base.inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -418,10 +418,10 @@ def test_the_reported_error_is_about_that_of_the_gradient(
 
 def test_a_gradient_that_fades_before_the_rounding_errors_grow_is_right_after_any_number_of_steps() -> None:
     base = problem("tanh", dim=16, contraction=0.6).requiring_grad()
-    g = torch.randn_like(base.x)
+    g = torch.randn_like(base.z0)
     value = reversible(base.f, base.z0, 0.8, stopping=Stopping.steps(300)).value
     exact = dense_gradients(base, g)
-    for ours, theirs in zip(torch.autograd.grad(value, base.tensors, g), exact, strict=True):
+    for ours, theirs in zip(torch.autograd.grad(value, base.inputs, g), exact, strict=True):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
@@ -448,10 +448,10 @@ def test_a_sample_that_is_not_finite_leaves_its_batch_mates_gradients_alone(stop
     base = problem(batch=4)
     results = []
     for bad in (0.0, float("nan"), float("inf")):
-        x = base.x.clone()
+        x = base.inputs[0].clone()
         x[1] += bad
         x.requires_grad_()
-        f = lambda z, x=x: z @ (base.tensors[1] * 0.5) + x  # noqa: E731
+        f = lambda z, x=x: z @ (base.inputs[1] * 0.5) + x  # noqa: E731
         solution = reversible(f, base.z0, backward=SILENT, stopping=stopping)
         g = torch.ones_like(solution.value)
         results.append(torch.autograd.grad(solution.value, x, g)[0][[0, 2, 3]])
@@ -531,7 +531,7 @@ def kept_bytes(dtype: torch.dtype, steps: int) -> int:
     """What the tape of a solve holds once it is over, parameters excepted."""
     base = problem("mlp", batch=4, dim=32, dtype=dtype).requiring_grad()
     boxes: list[weakref.ref] = []
-    known = {tensor.data_ptr() for tensor in base.tensors}
+    known = {tensor.data_ptr() for tensor in base.inputs}
 
     def pack(tensor: Tensor) -> Box:
         box = Box(tensor.detach())
@@ -551,7 +551,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(dtype: torch.dtype, start
 
     def measure(mode: Any, steps: int) -> int:
         settings = {"backward": mode, "stopping": Stopping.steps(steps)}
-        return saved_bytes(lambda: reversible(base.f, base.z0, **settings).value, exclude=base.tensors)
+        return saved_bytes(lambda: reversible(base.f, base.z0, **settings).value, exclude=base.inputs)
 
     assert measure(SILENT, 10) == measure(SILENT, 1000)
     assert measure(Unroll(), 1000) > 50 * measure(Unroll(), 10)
@@ -602,25 +602,25 @@ def test_two_forwards_before_one_backward_are_independent() -> None:
 def test_a_second_backward_needs_retain_graph_and_then_repeats_the_first() -> None:
     base = problem().requiring_grad()
     value = reversible(base.f, base.z0).value
-    first = torch.autograd.grad(value.sum(), base.tensors, retain_graph=True)
-    second = torch.autograd.grad(value.sum(), base.tensors)
+    first = torch.autograd.grad(value.sum(), base.inputs, retain_graph=True)
+    second = torch.autograd.grad(value.sum(), base.inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(value.sum(), base.tensors)
+        torch.autograd.grad(value.sum(), base.inputs)
 
 
 def test_differentiating_twice_is_refused() -> None:
     base = problem().requiring_grad()
     value = reversible(base.f, base.z0).value
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backward=Unroll\(\)"):
-        torch.autograd.grad(value.sum(), base.tensors, create_graph=True)
+        torch.autograd.grad(value.sum(), base.inputs, create_graph=True)
 
 
 def test_batched_gradients_are_refused() -> None:
     base = problem().requiring_grad()
     value = reversible(base.f, base.z0).value
     with pytest.raises(RuntimeError, match="cannot be batched"):
-        torch.autograd.grad(value, base.tensors, torch.ones(2, *value.shape), is_grads_batched=True)
+        torch.autograd.grad(value, base.inputs, torch.ones(2, *value.shape), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -655,9 +655,9 @@ def test_gradients_pass_checkpoints_inside_the_cell() -> None:
 def test_gradients_pass_tensors_saved_elsewhere() -> None:
     base = problem("mlp").requiring_grad()
     z0 = random_start(base)
-    expected = torch.autograd.grad(reversible(base.f, z0).value.sum(), (z0, *base.tensors))
+    expected = torch.autograd.grad(reversible(base.f, z0).value.sum(), (z0, *base.inputs))
     with torch.autograd.graph.save_on_cpu():
-        found = torch.autograd.grad(reversible(base.f, z0).value.sum(), (z0, *base.tensors))
+        found = torch.autograd.grad(reversible(base.f, z0).value.sum(), (z0, *base.inputs))
     torch.testing.assert_close(found, expected)
 
 
@@ -686,7 +686,7 @@ def test_a_warm_start_begins_a_new_iteration() -> None:
     first = reversible(base.f, base.z0, stopping=Stopping(rtol=1e-3))
     start = first.value.detach().requires_grad_()
     second = reversible(base.f, start, state=first.state, stopping=Stopping.steps(6))
-    assert_same_gradients(second.value, explicit(base.f, start, 0.5, [6] * 3), (start, *base.tensors))
+    assert_same_gradients(second.value, explicit(base.f, start, 0.5, [6] * 3), (start, *base.inputs))
 
 
 # Settings -----------------------------------------------------------------------------------------------

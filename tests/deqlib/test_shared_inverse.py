@@ -3,13 +3,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Problem, Spy, as_pytree, dense_gradients, problem, problems
+from problems import Problem, Spy, as_pytree, dense_gradients, made, problem, problems, sample_of, solution_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -55,8 +56,8 @@ def nonsymmetric(seed: int, batch: int, width: int, radius: float, cell: str = "
     weight = weight * (radius / float(torch.linalg.eigvals(weight).abs().max()))
     x = normal(seed + 1, batch, width)
     if cell == "linear":
-        return Problem(lambda z, x, w: z @ w + x, (x, weight), radius)
-    return Problem(lambda z, x, w: torch.tanh(z @ w + 0.1 * x), (x, weight), radius)
+        return made(lambda z, x, w: z @ w + x, x, weight)
+    return made(lambda z, x, w: torch.tanh(z @ w + 0.1 * x), x, weight)
 
 
 def gradients(
@@ -64,7 +65,7 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     settings = {"stopping": EXACT, "on_failure": "ignore", **settings}
     value = fixed_point(base.f, base.z0, backward=backward, solver=solver or Broyden(), **settings).value
-    return torch.autograd.grad(value, base.tensors, g)
+    return torch.autograd.grad(value, base.inputs, g)
 
 
 def flat(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -268,12 +269,12 @@ def test_where_nothing_is_trusted_it_is_jfb(solver: Solver) -> None:
 
 def test_a_solve_that_learnt_nothing_gives_the_gradient_of_jfb() -> None:
     base = problem("tanh").requiring_grad()
-    start = base.exact()
+    start = solution_of(base)
     g = normal(1, 3, 5)
     solution = fixed_point(base.f, start, solver=Broyden(), backward=SharedInverse())
     assert solution.num_steps.tolist() == [0, 0, 0]
-    found = torch.autograd.grad(solution.value, base.tensors, g)
-    expected = torch.autograd.grad(fixed_point(base.f, start, backward=JFB()).value, base.tensors, g)
+    found = torch.autograd.grad(solution.value, base.inputs, g)
+    expected = torch.autograd.grad(fixed_point(base.f, start, backward=JFB()).value, base.inputs, g)
     torch.testing.assert_close(found, expected)
 
 
@@ -299,11 +300,11 @@ def test_a_sample_alone_has_the_gradient_that_it_has_in_its_batch(
     solver: Solver, refine: int, base: Problem
 ) -> None:
     stopping = Stopping(rtol=1e-5, max_steps=60)
-    g = normal(0, *base.x.shape)
+    g = normal(0, *base.z0.shape)
     backward = SharedInverse(refine=refine)
     together = adjoints(base.requiring_grad(), backward, g, solver=solver, stopping=stopping)
     for i in range(len(g)):
-        sample = base.sample(i).requiring_grad()
+        sample = sample_of(base, i).requiring_grad()
         alone = adjoints(sample, backward, g[i : i + 1], solver=solver, stopping=stopping)
         # Rounding is amplified where differences are nearly parallel.
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-4, atol=1e-4)
@@ -317,10 +318,10 @@ def test_a_sample_that_is_not_finite_leaves_its_batch_mates_gradients_alone(
     base = problem(batch=4)
     results = []
     for bad in (0.0, float("nan"), float("inf")):
-        x = base.x.clone()
+        x = base.inputs[0].clone()
         x[1] += bad
         x.requires_grad_()
-        f = lambda z, x=x: base.cell(z, x, *base.tensors[1:])  # noqa: E731
+        f = lambda z, x=x: base.cell(z, x, *base.inputs[1:])  # noqa: E731
         settings = {"solver": solver, "backward": SharedInverse(refine=refine), "on_failure": "ignore"}
         value = fixed_point(f, base.z0, **settings).value
         results.append(torch.autograd.grad(value, x, torch.ones_like(value))[0][[0, 2, 3]])
@@ -344,12 +345,12 @@ def test_finished_samples_may_leave_the_batch() -> None:
     g = normal(1, 6, 8)
     found = []
     for compact in (False, True):
-        f = lambda z, x, speed: speed * base.cell(z, x, base.tensors[1])  # noqa: E731
+        f = lambda z, x, speed: speed * base.cell(z, x, base.inputs[1])  # noqa: E731
         settings = {"solver": Broyden(), "stopping": Stopping(rtol=1e-6), "compact": compact}
-        inputs = (base.tensors[0], speed)
+        inputs = (base.inputs[0], speed)
         solution = fixed_point(f, base.z0, inputs, backward=SharedInverse(), **settings)
         assert len(set(solution.num_steps.tolist())) > 2
-        found.append(torch.autograd.grad(solution.value, base.tensors, g)[0])
+        found.append(torch.autograd.grad(solution.value, base.inputs, g)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
 
 
@@ -364,7 +365,7 @@ def test_a_pytree_state_has_the_gradients_of_the_same_numbers_in_one_tensor() ->
     settings = {"solver": Broyden(), "backward": SharedInverse(refine=2), "stopping": Stopping(rtol=1e-9)}
     tree = fixed_point(cell, z0, **settings).value
     loss = (tree["h"] * g[:, :3]).sum() + (tree["rest"][0].flatten(1) * g[:, 3:]).sum()
-    ours = torch.autograd.grad(loss, base.tensors)
+    ours = torch.autograd.grad(loss, base.inputs)
     for a, b in zip(ours, gradients(base, SharedInverse(refine=2), g, **settings_of(settings)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -389,14 +390,14 @@ def test_lower_precision_gives_nearly_the_same_gradient(dtype: torch.dtype) -> N
 def test_a_backward_pass_under_autocast_uses_the_history_in_its_own_precision(refine: int) -> None:
     base = problem("tanh", dim=8, contraction=0.9, dtype=torch.float32).requiring_grad()
     cell = lambda z, x, w: torch.tanh((z.unsqueeze(2) * w).sum(1) + x)  # noqa: E731  # nothing autocast does
-    base = Problem(cell, base.tensors, base.contraction)
+    base = replace(base, cell=cell)
     g = normal(0, 3, 8).float()
     found = []
     for enabled in (False, True):
         settings = {"solver": Broyden(), "stopping": Stopping(rtol=1e-4, max_steps=60)}
         value = fixed_point(base.f, base.z0, backward=SharedInverse(refine=refine), **settings).value
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            found.append(torch.autograd.grad(value, base.tensors[0], g)[0])
+            found.append(torch.autograd.grad(value, base.inputs[0], g)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
@@ -441,14 +442,14 @@ def test_autograd_keeps_the_history_and_frees_it_with_the_graph_without_the_garb
 def test_under_activation_checkpointing_the_history_is_computed_again() -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell, solver=Broyden(), backward=SharedInverse(refine=2))
-    expected = torch.autograd.grad(layer(*base.tensors).sum(), base.tensors)
+    expected = torch.autograd.grad(layer(*base.inputs).sum(), base.inputs)
 
     def forward() -> Tensor:
-        return checkpoint(layer, *base.tensors, use_reentrant=False)
+        return checkpoint(layer, *base.inputs, use_reentrant=False)
 
-    held = saved_bytes(forward, exclude=base.tensors)
-    assert held < saved_bytes(lambda: layer(*base.tensors), exclude=base.tensors) / 10
-    found = torch.autograd.grad(forward().sum(), base.tensors)
+    held = saved_bytes(forward, exclude=base.inputs)
+    assert held < saved_bytes(lambda: layer(*base.inputs), exclude=base.inputs) / 10
+    found = torch.autograd.grad(forward().sum(), base.inputs)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -457,11 +458,11 @@ def test_a_solve_that_goes_on_from_the_state_leaves_the_gradient_alone() -> None
     g = normal(1, 3, 5)
     settings = {"solver": Broyden(memory=4), "stopping": Stopping(rtol=1e-4), "backward": SharedInverse()}
     first = fixed_point(base.f, base.z0, **settings)
-    (expected,) = torch.autograd.grad(first.value, base.tensors[:1], g, retain_graph=True)
+    (expected,) = torch.autograd.grad(first.value, base.inputs[:1], g, retain_graph=True)
     shifted = lambda z: base.f(z) + 0.1  # noqa: E731
     with torch.no_grad():
         fixed_point(shifted, first.value, state=first.state, **settings)
-    (found,) = torch.autograd.grad(first.value, base.tensors[:1], g)
+    (found,) = torch.autograd.grad(first.value, base.inputs[:1], g)
     assert torch.equal(found, expected)
 
 
@@ -469,8 +470,8 @@ def test_two_forwards_before_one_backward_are_independent() -> None:
     base = problem("tanh").requiring_grad()
     layer = ImplicitLayer(base.cell, solver=Broyden(), backward=SharedInverse(refine=1))
     xs = [normal(i, 3, 5).requires_grad_() for i in range(2)]
-    apart = [torch.autograd.grad(layer(x, base.tensors[1]).square().sum(), x)[0] for x in xs]
-    first, second = (layer(x, base.tensors[1]) for x in xs)
+    apart = [torch.autograd.grad(layer(x, base.inputs[1]).square().sum(), x)[0] for x in xs]
+    first, second = (layer(x, base.inputs[1]) for x in xs)
     found = torch.autograd.grad(first.square().sum() + second.square().sum(), xs)
     torch.testing.assert_close(found, tuple(apart))
 
@@ -492,7 +493,7 @@ def test_it_refuses_to_be_differentiated_twice() -> None:
     base = problem().requiring_grad()
     value = fixed_point(base.f, base.z0, solver=Broyden(), backward=SharedInverse()).value
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(value.sum(), base.tensors, create_graph=True)
+        torch.autograd.grad(value.sum(), base.inputs, create_graph=True)
 
 
 # Settings -----------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def adjoint_failure(on_failure: str) -> tuple[Tensor, Tensor]:
     )
     g = torch.ones_like(solution.value)
     g[1] = 0  # nothing to solve for this sample
-    return torch.autograd.grad(solution.value, base.x, g)[0], g
+    return torch.autograd.grad(solution.value, base.inputs[0], g)[0], g
 
 
 def test_an_adjoint_that_fails_raises_where_the_policy_says_so() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import KINDS, SOLVERS, Problem, problem, problems, residuals
+from problems import KINDS, SOLVERS, Problem, lipschitz, problem, problems, solution_of
 from torch import Tensor
 
 from deqlib import (
@@ -35,14 +35,14 @@ def solve(base: Problem, solver: Solver, **stopping: Any) -> Any:
 @pytest.mark.parametrize("name", SOLVERS)
 @given(base=problems())
 def test_every_solver_reaches_the_known_fixed_point_at_the_tolerance_asked(name: str, base: Problem) -> None:
-    rtol = 1e-4 if base.x.dtype == torch.float32 else 1e-9
+    rtol = 1e-4 if base.z0.dtype == torch.float32 else 1e-9
     solution = solve(base, SOLVERS[name], rtol=rtol)
-    exact = base.exact()
+    exact = solution_of(base)
     distance = (solution.value - exact).norm(dim=1)
-    rounding = 20 * torch.finfo(base.x.dtype).eps * exact.norm(dim=1)
-    assert (distance <= (solution.residual.double() + rounding) / (1 - base.contraction)).all()
+    rounding = 20 * torch.finfo(base.z0.dtype).eps * exact.norm(dim=1)
+    assert (distance <= (solution.residual.double() + rounding) / (1 - lipschitz(base))).all()
     assert (solution.relative_residual <= rtol).all()
-    residual, _ = residuals(base.f, solution.value)
+    residual, _ = base.residuals(solution.value)
     torch.testing.assert_close(solution.residual, residual, rtol=1e-3, atol=float(rounding.max()))
 
 
@@ -56,13 +56,13 @@ def test_anderson_reaches_the_fixed_point_with_any_settings(
     base: Problem, memory: int, ridge: float, damping: float
 ) -> None:
     solution = solve(base, Anderson(memory=memory, ridge=ridge, damping=damping), rtol=1e-9)
-    torch.testing.assert_close(solution.value, base.exact(), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(solution.value, solution_of(base), rtol=1e-7, atol=1e-7)
 
 
 @given(base=problems(dtype=torch.float64, max_contraction=0.7), memory=st.integers(1, 12))
 def test_broyden_reaches_the_fixed_point_with_any_memory(base: Problem, memory: int) -> None:
     solution = solve(base, Broyden(memory=memory), rtol=1e-9)
-    torch.testing.assert_close(solution.value, base.exact(), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(solution.value, solution_of(base), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("damping", [0.25, 1.0])
@@ -92,12 +92,12 @@ def test_anderson_is_gmres_on_a_linear_problem(num_steps: int) -> None:
     # Walker & Ni 2011, theorem 2.2: the iterate after k + 1 steps is f at GMRES's iterate k.
     base = problem("linear", batch=1, dim=7, contraction=0.9)
     z = iterate(base.f, base.z0, Anderson(memory=10, ridge=0.0), Stopping.steps(num_steps + 1)).value
-    a = torch.eye(7, dtype=torch.float64) - base.tensors[1].T
-    krylov = [base.x[0]]
+    a = torch.eye(7, dtype=torch.float64) - base.inputs[1].T
+    krylov = [base.inputs[0][0]]
     for _ in range(num_steps - 1):
         krylov.append(a @ krylov[-1])
     basis = torch.linalg.qr(torch.stack(krylov, 1))[0]
-    gmres = basis @ torch.linalg.lstsq(a @ basis, base.x[0].unsqueeze(1)).solution
+    gmres = basis @ torch.linalg.lstsq(a @ basis, base.inputs[0][0].unsqueeze(1)).solution
     torch.testing.assert_close(z, base.f(gmres.T), rtol=1e-8, atol=1e-10)
 
 

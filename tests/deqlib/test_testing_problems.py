@@ -241,3 +241,26 @@ def test_the_suite_has_problems_of_the_sizes_it_promises() -> None:
     assert max(problem.z0.numel() for problem in problems) > 1_000_000
     for problem in problems:
         assert (problem.residuals(problem.solution)[1] < 1e-5).all(), problem.name
+
+
+def test_samples_of_a_problem_have_their_own_answers() -> None:
+    whole = mixed_difficulty(batch=5, width=7, dtype=torch.float64)
+    part = whole.samples([4, 1])
+    assert whole.solution is not None
+    assert part.solution is not None
+    assert torch.equal(part.solution, whole.solution[[4, 1]])
+    assert part.z0.shape == (2, 7)
+    assert [x.shape for x in part.inputs] == [(2, 7), (2, 1), (7, 7)]  # the last one is shared
+    assert float(part.residuals(part.solution)[1].max()) < 1e-12
+    assert drift(batch=3).samples([0]).solution is None
+
+
+def test_a_problem_that_records_gradients_has_inputs_of_its_own() -> None:
+    plain = tanh_rnn(batch=2, width=5)
+    recorded = plain.requiring_grad()
+    assert all(x.requires_grad and x.is_leaf for x in recorded.inputs)
+    for ours, theirs in zip(recorded.inputs, plain.inputs, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr()
+        assert not theirs.requires_grad
+    assert recorded.f(plain.z0).requires_grad

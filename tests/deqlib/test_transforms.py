@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from problems import KINDS, TIGHT, Cell, Problem, Spy, problem, problems
+from problems import KINDS, TIGHT, Cell, Problem, Spy, made, problem, problems
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -53,7 +53,7 @@ def make(kind: str) -> Problem:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, TOKENS * WIDTH, generator=generator, dtype=torch.float64)
     w = 0.5 * torch.randn(WIDTH, 3 * WIDTH, generator=generator, dtype=torch.float64)
-    return Problem(attention, (x, w), 0.9)
+    return made(attention, x, w)
 
 
 ALL = (*KINDS, "attention")
@@ -139,15 +139,15 @@ TRANSFORMS: dict[str, Callable[[Value, tuple[Tensor, ...]], Any]] = {
 def test_transforms_give_what_unrolling_gives(name: str, kind: str) -> None:
     base = make(kind)
     transform = TRANSFORMS[name]
-    close(transform(implicit(base), base.tensors), transform(unrolled(base), base.tensors))
+    close(transform(implicit(base), base.inputs), transform(unrolled(base), base.inputs))
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_gradcheck_and_gradgradcheck_pass_in_reverse_and_in_forward_mode(kind: str) -> None:
     base = make(kind).requiring_grad()
     value = implicit(base)
-    assert torch.autograd.gradcheck(value, base.tensors, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(value, base.tensors, check_fwd_over_rev=True)
+    assert torch.autograd.gradcheck(value, base.inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(value, base.inputs, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize(
@@ -156,17 +156,17 @@ def test_gradcheck_and_gradgradcheck_pass_in_reverse_and_in_forward_mode(kind: s
 def test_any_solver_solves_the_problems_of_the_derivatives(solver: Solver) -> None:
     base = make("mlp")
     backward = ImplicitDifferentiation(solver=solver, stopping=EXACT)
-    found = hessian(loss(implicit(base, solver=solver, backward=backward)), (0, 1))(*base.tensors)
-    close(found, hessian(loss(unrolled(base)), (0, 1))(*base.tensors))
+    found = hessian(loss(implicit(base, solver=solver, backward=backward)), (0, 1))(*base.inputs)
+    close(found, hessian(loss(unrolled(base)), (0, 1))(*base.inputs))
 
 
 @given(base=problems(dtype=torch.float64, max_contraction=0.8))
 def test_forward_and_reverse_mode_are_transposes(base: Problem) -> None:
     value = implicit(base)
-    tangents = tuple(torch.randn_like(t) for t in base.tensors)
-    u = torch.randn_like(base.x)
-    _, pushed = jvp(value, base.tensors, tangents)
-    pulled = vjp(value, *base.tensors)[1](u)
+    tangents = tuple(torch.randn_like(t) for t in base.inputs)
+    u = torch.randn_like(base.z0)
+    _, pushed = jvp(value, base.inputs, tangents)
+    pulled = vjp(value, *base.inputs)[1](u)
     torch.testing.assert_close(
         (u * pushed).sum(),
         sum((a * b).sum() for a, b in zip(pulled, tangents, strict=True)),
@@ -260,12 +260,12 @@ def test_a_pytree_state_has_second_derivatives() -> None:
         found = fixed_point(cell, z0, stopping=EXACT, backward=ImplicitDifferentiation(stopping=EXACT)).value
         return torch.cat([found["a"], found["b"].flatten(1)], 1)
 
-    close(hessian(loss(value), (0, 1))(*base.tensors), hessian(loss(unrolled(base)), (0, 1))(*base.tensors))
+    close(hessian(loss(value), (0, 1))(*base.inputs), hessian(loss(unrolled(base)), (0, 1))(*base.inputs))
 
 
 def test_a_transform_inside_leaves_the_outer_graph_whole() -> None:
     base = make("tanh").requiring_grad()
-    x, w = base.tensors
+    x, w = base.inputs
     batch = torch.stack([x.detach(), 0.5 * x.detach()])
     results = [
         torch.autograd.grad(vmap(grad(loss(f)), (0, None))(batch, w).square().sum(), w)
@@ -413,7 +413,7 @@ def test_a_failed_adjoint_of_the_second_order_is_reported() -> None:
     backward = ImplicitDifferentiation(solver=Picard(), stopping=Stopping(rtol=1e-9, max_steps=2))
     value = fixed_point(base.f, base.z0, stopping=EXACT, backward=backward).value
     with pytest.warns(NonConvergenceWarning, match="adjoint solve"):
-        torch.autograd.grad(value.sum(), base.tensors, create_graph=True)
+        torch.autograd.grad(value.sum(), base.inputs, create_graph=True)
 
 
 def test_a_plain_backward_pass_evaluates_the_cell_no_more() -> None:
@@ -421,9 +421,9 @@ def test_a_plain_backward_pass_evaluates_the_cell_no_more() -> None:
     f = Spy(base.f)
     solution = fixed_point(f, base.z0)
     assert f.count == solution.nfe == int(solution.num_steps.max()) + 2
-    torch.autograd.grad(solution.value.sum(), base.tensors, retain_graph=True)
+    torch.autograd.grad(solution.value.sum(), base.inputs, retain_graph=True)
     assert f.count == solution.nfe
-    torch.autograd.grad(solution.value.sum(), base.tensors, create_graph=True)
+    torch.autograd.grad(solution.value.sum(), base.inputs, create_graph=True)
     assert f.count == solution.nfe + 2  # one for the adjoint's map, one for its product with df/dtensors
 
 
@@ -459,8 +459,8 @@ PASSING: dict[str, Backward] = {
 def test_first_derivatives_of_other_modes_are_theirs_under_transforms_too(name: str) -> None:
     base = make("mlp").requiring_grad()
     value = implicit(base, backward=PASSING[name], solver=Picard(), stopping=Stopping(rtol=1e-6))
-    expected = torch.autograd.grad(loss(value)(*base.tensors), base.tensors)
-    plain = tuple(t.detach() for t in base.tensors)
+    expected = torch.autograd.grad(loss(value)(*base.inputs), base.inputs)
+    plain = tuple(t.detach() for t in base.inputs)
     close(grad(loss(value), all_of(plain))(*plain), expected)
     directional = sum((a * b).sum() for a, b in zip(expected, plain, strict=True))
     close(jvp(loss(value), plain, plain)[1], directional)
@@ -484,7 +484,7 @@ def test_second_derivatives_of_modes_that_have_none_are_refused(name: str, twice
     base = make("tanh")
     value = implicit(base, backward=PASSING[name], solver=Picard(), stopping=Stopping(rtol=1e-6))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        twice(lambda x: value(x, base.tensors[1]), base.x)
+        twice(lambda x: value(x, base.inputs[1]), base.inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -500,9 +500,9 @@ def test_modes_that_need_a_recorded_graph_say_so_under_transforms(backward: Back
     base = make("tanh")
     value = implicit(base, backward=backward, solver=solver, stopping=Stopping(rtol=1e-8))
     with pytest.raises(RuntimeError, match=r"torch\.func.*use backward=ImplicitDifferentiation\(\)"):
-        grad(loss(value))(*base.tensors)
+        grad(loss(value))(*base.inputs)
     with torch.no_grad():
-        close(vmap(value, (0, None))(base.x[None], base.tensors[1])[0], value(*base.tensors))
+        close(vmap(value, (0, None))(base.inputs[0][None], base.inputs[1])[0], value(*base.inputs))
 
 
 @pytest.mark.parametrize("backward", [ImplicitDifferentiation(), JFB(), PhantomGradient(form="neumann")])
@@ -511,5 +511,5 @@ def test_gradients_batched_the_old_way_are_refused(backward: Backward) -> None:
     value = fixed_point(base.f, base.z0, backward=backward).value
     with pytest.raises(RuntimeError, match=r"use torch\.func\.jacrev"):
         torch.autograd.grad(
-            value, base.tensors, torch.ones(4, *value.shape, dtype=value.dtype), is_grads_batched=True
+            value, base.inputs, torch.ones(4, *value.shape, dtype=value.dtype), is_grads_batched=True
         )

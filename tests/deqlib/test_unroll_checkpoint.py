@@ -68,7 +68,7 @@ def test_a_checkpointed_solve_has_the_value_the_counts_and_the_gradients_of_one_
     assert torch.equal(kept.residual, plain.residual)
     assert kept.nfe == plain.nfe
     assert kept.value.requires_grad == plain.value.requires_grad
-    found = [torch.autograd.grad(s.value.sin().sum(), base.tensors, allow_unused=True) for s in (plain, kept)]
+    found = [torch.autograd.grad(s.value.sin().sum(), base.inputs, allow_unused=True) for s in (plain, kept)]
     for a, b in zip(*found, strict=True):
         assert a is b is None or torch.equal(a, b)
 
@@ -80,8 +80,8 @@ def test_second_derivatives_are_those_without_checkpoints(solver: Solver, kind: 
     found = []
     for mode in MODES:
         value = solved(base, mode, solver=solver, stopping=Stopping.steps(5)).value
-        slopes = torch.autograd.grad(value.sin().sum(), base.tensors, create_graph=True)
-        found.append(torch.autograd.grad(sum(s.square().sum() for s in slopes), base.tensors))
+        slopes = torch.autograd.grad(value.sin().sum(), base.inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(s.square().sum() for s in slopes), base.inputs))
         assert all(s.norm() > 0 for s in found[-1])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -166,7 +166,7 @@ def test_jacobian_products_of_a_solver_are_no_obstacle(solver: Solver) -> None:
     base = problem("tanh", contraction=0.8).requiring_grad()
     plain, kept = (solved(base, mode, solver=solver, stopping=Stopping.steps(9)) for mode in MODES)
     assert torch.equal(kept.value, plain.value)
-    found = [torch.autograd.grad(s.value.sum(), base.tensors) for s in (plain, kept)]
+    found = [torch.autograd.grad(s.value.sum(), base.inputs) for s in (plain, kept)]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
     assert found[0][1].norm() > 0
 
@@ -270,7 +270,7 @@ def test_all_a_checkpointed_solve_keeps_is_freed_without_the_garbage_collector()
 
 def test_finished_samples_leave_the_batch_of_checkpointed_evaluations() -> None:
     base = problem("tanh", batch=4, contraction=0.8)
-    x = base.x.clone()
+    x = base.inputs[0].clone()
     x[:3] = 0
     seen = []
     for mode in MODES:
@@ -278,7 +278,7 @@ def test_finished_samples_leave_the_batch_of_checkpointed_evaluations() -> None:
         x.requires_grad_()
         settings = {"solver": Picard(), "stopping": Stopping(rtol=1e-6), "on_failure": "ignore"}
         solution = fixed_point(
-            f, base.z0, (x, *base.tensors[1:]), backward=mode, compact=(0, None), **settings
+            f, base.z0, (x, *base.inputs[1:]), backward=mode, compact=(0, None), **settings
         )
         seen.append([len(z) for z in f.states])
         assert seen[-1][-1] == 1
