@@ -130,6 +130,9 @@ def ablate(
         max_steps: most steps of a solve; default the layer's, or 50 where that has a fixed number of steps.
         rounds: how often each is timed, at least 1.
 
+    Returns:
+        `Ablation`, one report a solver and one a mode.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, a mode that takes none of the usual solvers, or
             a cell that breaks its contract.

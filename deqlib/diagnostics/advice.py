@@ -44,7 +44,7 @@ def _soundness(found: Findings) -> Iterator[str]:
 
 
 def _tolerance(found: Findings) -> Iterator[str]:
-    """Who meets the tolerance, and whether anybody can."""
+    """Samples that miss the tolerance, and whether any solver reaches it."""
     if found.layer.num_failed:
         yield (
             f"The layer's solver misses its tolerance for {_samples(found.layer.num_failed, found)} "
@@ -73,7 +73,7 @@ def _tolerance(found: Findings) -> Iterator[str]:
 
 
 def _stability(found: Findings) -> Iterator[str]:
-    """What the spectral radius says of plain iteration."""
+    """Whether plain iteration converges, and how fast, by the spectral radius."""
     radius = found.spectral_radius
     unstable = int((radius >= 1).sum())
     if unstable:

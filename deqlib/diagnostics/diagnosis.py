@@ -142,6 +142,9 @@ def diagnose(
             direction.
         generator: of all that is drawn; default a new one of a fixed seed.
 
+    Returns:
+        `Diagnosis`, numbers of every sample (B,).
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, a mode that takes none of the usual solvers, or
             a cell that breaks its contract.

@@ -43,10 +43,19 @@ def spectral_radius(product: Product, start: Tensor, num_products: int) -> Tenso
 
 
 def spectral_norm(product: Product, transposed: Product, start: Tensor, num_products: int) -> Tensor:
-    """Largest singular value of each sample's matrix A, float64 (B,) on the CPU; NaN as above.
+    """Largest singular value of each sample's matrix A, float64 (B,) on the CPU.
 
-    Lanczos' process on A^T A, `num_products` products with each of the two. A lower bound, and with a dozen
-    products within a percent as a rule.
+    Lanczos' process on A^T A. A lower bound, and with a dozen products within a percent as a rule.
+    (Saad 2011, Numerical Methods for Large Eigenvalue Problems, chapter 6.)
+
+    Args:
+        product: of A.
+        transposed: of A^T.
+        start: random, (B, D).
+        num_products: most products with each of the two, at least 1.
+
+    Returns:
+        NaN where a product is not finite.
     """
     largest, _, _ = _leading(lambda v: transposed(product(v)), start, num_products)
     return largest.sqrt()

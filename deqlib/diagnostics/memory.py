@@ -24,7 +24,7 @@ def saved_bytes(compute: Callable[[], object], *, exclude: Iterable[Tensor] = ()
 
     Args:
         compute: runs the forward pass and returns what keeps its graph alive, its output or loss.
-        exclude: tensors whose storages do not count, such as parameters.
+        exclude: tensors whose storages do not count, such as parameters; default none.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 

@@ -141,7 +141,11 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
-    """Gradients on, whatever the caller has; buffers and random numbers as before in the end."""
+    """Measure with gradients enabled, and leave buffers and PyTorch's random numbers as they were.
+
+    A cell may assign its buffers anew or write to them: both the tensor and its values are put back. Random
+    numbers are those of the CPU and of the CUDA devices of the layer and the inputs.
+    """
     tensors = [*layer.parameters(), *layer.buffers(), *tree_leaves(inputs)]
     devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)), torch.inference_mode(False), torch.enable_grad():

@@ -160,7 +160,15 @@ def linear(
 def nearly_singular(
     *, batch: int = 4, width: int = 64, gap: float = 1e-2, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
-    """Linear, I - J nearly singular: one eigenvalue is 1 - `gap`, the others are spread over [-0.5, 0.5]."""
+    """Linear, I - J nearly singular: one eigenvalue is 1 - `gap`, the others are spread over [-0.5, 0.5].
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        gap: distance of the largest eigenvalue from 1.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     spectrum = torch.linspace(-0.5, 0.5, width, dtype=torch.float64)
     spectrum[-1] = 1 - gap
     return linear(spectrum, batch=batch, dtype=dtype, seed=seed, name="nearly singular")
@@ -169,7 +177,15 @@ def nearly_singular(
 def expanding(
     *, batch: int = 4, width: int = 64, rate: float = 3.0, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
-    """Linear with eigenvalues in [-rate, 0.5]: Picard diverges from a fixed point that exists."""
+    """Linear with eigenvalues in [-rate, 0.5]: Picard diverges from a fixed point that exists.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        rate: spectral radius, above 1.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     spectrum = torch.linspace(-rate, 0.5, width, dtype=torch.float64)
     return linear(spectrum, batch=batch, dtype=dtype, seed=seed, name="expanding")
 
@@ -177,7 +193,14 @@ def expanding(
 def two_cycle(
     *, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
-    """f(z) = 2 z* - z: Picard goes to and fro between two points for ever."""
+    """f(z) = 2 z* - z: Picard alternates between two points for ever.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     solution = _Draw(seed).normal(batch, width)
     return _make("two-cycle", _reflection_cell, solution, (solution,), 1.0, dtype)
 
@@ -187,7 +210,14 @@ def _reflection_cell(z: Tensor, centre: Tensor) -> Tensor:
 
 
 def drift(*, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
-    """f(z) = z + x: no fixed point. No solver can succeed; all must say so."""
+    """f(z) = z + x: no fixed point. No solver can succeed; all must say so.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     x = _Draw(seed).normal(batch, width)
     return _make("drift", _shift_cell, None, (x,), None, dtype, torch.zeros_like(x))
 
@@ -199,7 +229,14 @@ def _shift_cell(z: Tensor, x: Tensor) -> Tensor:
 def explosion(
     *, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
-    """f(z) = z^2 + 1 + |x|: no fixed point, and iterates overflow within a few steps."""
+    """f(z) = z^2 + 1 + |x|: no fixed point, and iterates overflow within a few steps.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     x = _Draw(seed).normal(batch, width)
     return _make("explosion", _square_cell, None, (x,), None, dtype, torch.zeros_like(x))
 
@@ -221,6 +258,14 @@ def tanh_rnn(
 
     The entries of the solution are plus or minus 0.5, so the Jacobian there is 0.75 W: with W symmetric of
     eigenvalues in [-rate / 0.75, rate / 0.75], `rate` is exact.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        rate: spectral radius of the Jacobian at the solution. Below 0.75 the cell contracts everywhere.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+        name: of the problem.
     """
     draw = _Draw(seed)
     basis = draw.orthogonal(width)
@@ -245,8 +290,16 @@ def monotone(
 ) -> Problem:
     """f(z) = relu(z W + x), W = (1 - strength) I - A^T A + B - B^T: a monotone operator network.
 
-    One fixed point for every input, whatever the size of A and B (Winston & Kolter 2020,
-    arXiv 2006.08591), yet Picard need not converge: `skew` turns it round, A pushes it past.
+    There is one fixed point for every input, whatever the size of A and B (Winston & Kolter 2020,
+    arXiv 2006.08591). Picard need not converge: eigenvalues of I - W are large, and complex where `skew` is.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        strength: of monotonicity: no eigenvalue of the symmetric part of I - W is below it; above 0.
+        skew: scale of B - B^T.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
     """
     draw = _Draw(seed)
     a, b = draw.weight(width, width), draw.weight(width, width, gain=skew / 2)
@@ -305,7 +358,18 @@ def mlp(
     seed: int = 0,
     name: str = "MLP",
 ) -> Problem:
-    """f(z) = LayerNorm(x + tanh(z W1) W2) on tokens (B, L, C)."""
+    """f(z) = LayerNorm(x + tanh(z W1) W2) on tokens.
+
+    Args:
+        batch: B.
+        tokens: L.
+        width: C; states are (B, L, C).
+        gain: of the weights, relative to weights that keep the size of what they multiply.
+        injection: size of the solution before the norm; the larger, the less the Jacobian.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+        name: of the problem.
+    """
     draw = _Draw(seed)
     weights = (draw.weight(width, width, gain=gain), draw.weight(width, width, gain=gain))
     solution = draw.normal(batch, tokens, width)
@@ -326,9 +390,18 @@ def mixer(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Problem:
-    """f(z) = LayerNorm(x + token mixing + channel mixing): an MLP-Mixer block, tokens (B, L, C).
+    """f(z) = LayerNorm(x + token mixing + channel mixing): an MLP-Mixer block.
 
     (Tolstikhin et al. 2021, arXiv 2105.01601.)
+
+    Args:
+        batch: B.
+        tokens: L.
+        width: C; states are (B, L, C).
+        gain: of the weights, as in `mlp`.
+        injection: size of the solution before the norm, as in `mlp`.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
     """
     draw = _Draw(seed)
     weights = tuple(draw.weight(n, n, gain=gain) for n in (tokens, tokens, width, width))
@@ -354,9 +427,19 @@ def transformer(
     seed: int = 0,
     name: str = "transformer",
 ) -> Problem:
-    """f(z) = LayerNorm(x + attention + MLP): a transformer block, tokens (B, L, C).
+    """f(z) = LayerNorm(x + attention + MLP): a transformer block.
 
-    `gain` scales values and MLP, `sharpness` the attention logits.
+    Args:
+        batch: B.
+        tokens: L.
+        width: C; states are (B, L, C).
+        heads: of the attention; a divisor of `width`.
+        gain: of the weights of values and MLP, as in `mlp`.
+        sharpness: of those of queries and keys.
+        injection: size of the solution before the norm, as in `mlp`.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+        name: of the problem.
     """
     draw = _Draw(seed)
     weights = (
@@ -392,7 +475,19 @@ def convolution(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Problem:
-    """f(z) = GroupNorm(x + conv(relu(conv(z)))) on images (B, C, H, W), as in multiscale DEQs."""
+    """f(z) = GroupNorm(x + conv(relu(conv(z)))) on images, as in multiscale DEQs.
+
+    (Bai et al. 2020, arXiv 2006.08656.)
+
+    Args:
+        batch: B.
+        channels: C.
+        side: H and W; states are (B, C, H, W).
+        gain: of the weights, as in `mlp`.
+        injection: size of the solution before the norm, as in `mlp`.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
+    """
     draw = _Draw(seed)
     shape = (channels, channels, 3, 3)
     scale = gain * math.sqrt(2 / (9 * channels))
@@ -419,6 +514,15 @@ def mixed_difficulty(
 
     The last `num_hard` samples have the rate `hard`, the others `easy`; a solver needs about
     log(easy) / log(hard) times the Picard steps for them.
+
+    Args:
+        batch: B.
+        width: D; states are (B, D).
+        easy: rate of most samples.
+        hard: rate of the others.
+        num_hard: how many they are.
+        dtype: of the problem; it is made in float64.
+        seed: of all that is random.
     """
     draw = _Draw(seed)
     rates = torch.full((batch, 1), easy, dtype=torch.float64)

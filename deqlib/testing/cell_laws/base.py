@@ -60,7 +60,10 @@ class CellLaws:
         )
 
     def _require(self, *faults: Callable[[], str | None]) -> None:
-        """Skip where one is found; the first of them lets the others be looked for."""
+        """Skip the law where the cell breaks one that it rests on.
+
+        Faults are looked for in this order: a later one can be told only where the earlier ones are not.
+        """
         for find in faults:
             fault = find()
             if fault is not None:
