@@ -11,22 +11,14 @@ from types import ModuleType
 import torch
 from rich.console import Console
 
-from . import compare, documents
 from .case import Run
-from .profiling import profiled
+from .measure import profiled
 from .results import Results
 from .runner import about, begin, measure, points
-from .show import draw_all, terminal, terminal_table
-from .suites import backward, batching, depth, scaling, solvers, viar
-
-SUITES: dict[str, ModuleType] = {
-    "solvers": solvers,
-    "backward": backward,
-    "depth": depth,
-    "viar": viar,
-    "scaling": scaling,
-    "batching": batching,
-}
+from .show import compare, documents
+from .show.pictures import draw_all
+from .show.tables import terminal, terminal_table
+from .suites import SUITES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_suite(commands: argparse._SubParsersAction, name: str, suite: ModuleType) -> None:
+def _add_suite(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, suite: ModuleType
+) -> None:
     text = about(suite)
     parser = commands.add_parser(
         name,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+
+from viar.files import replacing
 
 from .case import Bar, Row, Settings
 from .environment import hardware
@@ -86,10 +87,10 @@ class Results:
             "cases": self.points,
             "bars": self.bars,
         }
+        text = _json(record) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(_json(record) + "\n")
-        os.replace(part, path)
+        with replacing(path) as file:
+            file.write(text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .case import Bar, Case, Run, Settings
 from .environment import environment, hardware
 from .results import Results, unused
-from .show import bars_table, terminal_table
+from .show.tables import bars_table, terminal_table
 
 
 def begin(suite: str, run: Run, resume: Path | None, out: Path) -> tuple[Results, Path]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,8 @@ class CachedAttention(nn.Module):
             v = torch.cat([self.kept[iteration][1], v], dim=2)
         self.kept[iteration] = (k, v)
         attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.out(attended.transpose(1, 2).reshape(B, num_tokens, C))
+        out_BlC: Tensor = self.out(attended.transpose(1, 2).reshape(B, num_tokens, C))
+        return out_BlC
 
 
 class ModulatedBlock(nn.Module):
@@ -75,8 +76,9 @@ class ModulatedBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        C, hidden = config.width, round(config.width * config.mlp_ratio)
-        self.attention = CachedAttention(C, config.num_heads, config.qk_norm)
+        C, num_heads = _sizes(config)
+        hidden = round(C * config.mlp_ratio)
+        self.attention = CachedAttention(C, num_heads, config.qk_norm)
         self.fc1, self.fc2 = nn.Linear(C, hidden), nn.Linear(hidden, C)
         self.shared = config.shared_modulation
         if self.shared:
@@ -98,7 +100,8 @@ class ModulatedBlock(nn.Module):
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors.unbind(2)
         x_BlC = x_BlC + gain1 * self.attention(_norm(x_BlC) * (1 + scale1) + shift1, iteration)
         hidden = F.gelu(self.fc1(_norm(x_BlC) * (1 + scale2) + shift2), approximate="tanh")
-        return x_BlC + gain2 * self.fc2(hidden)
+        out_BlC: Tensor = x_BlC + gain2 * self.fc2(hidden)
+        return out_BlC
 
 
 class Baseline(nn.Module):
@@ -107,7 +110,7 @@ class Baseline(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        C, trunk, num_tokens = config.width, config.trunk, sum(side * side for side in config.sides)
+        C, trunk, num_tokens = _sizes(config)[0], config.trunk, sum(side * side for side in config.sides)
         self.class_embed = nn.Embedding(config.num_classes + 1, C)
         self.pos_start = nn.Parameter(torch.empty(1, config.sides[0] ** 2, C))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, C))
@@ -158,7 +161,8 @@ class Baseline(nn.Module):
         for block in self.post:
             x_BlC = block(x_BlC, condition)
         scale, shift = self.head_modulation(F.silu(embedding_BC)).unsqueeze(1).chunk(2, dim=-1)
-        return self.head(_norm(x_BlC.float()) * (1 + scale) + shift).float()
+        logits_BlV: Tensor = self.head(_norm(x_BlC.float()) * (1 + scale) + shift)
+        return logits_BlV.float()
 
 
 @torch.no_grad()
@@ -189,7 +193,9 @@ def sample_tokens(
     """
     config, quantizer = baseline.config, tokenizer.quantizer
     sides = config.sides
-    schedule = [0] * len(sides) if iterations is None else iteration_schedule(iterations, len(sides))
+    schedule = [0] * len(sides)
+    if iterations is not None:
+        schedule = cast("list[int]", iteration_schedule(iterations, len(sides)))
     baseline.forget()
     embedding_BC = baseline.class_embed(torch.cat([labels, torch.full_like(labels, config.num_classes)]))
     levels = torch.cat([torch.full((side * side,), scale) for scale, side in enumerate(sides)])
@@ -227,6 +233,13 @@ def draw(logits_BlV: Tensor, top_k: int, top_p: float, generator: torch.Generato
         logits_BlV = logits_BlV.masked_fill(unlikely.scatter(-1, order, unlikely), -torch.inf)
     probability = logits_BlV.softmax(-1).view(-1, V)
     return torch.multinomial(probability, 1, generator=generator).view(logits_BlV.shape[:2])
+
+
+def _sizes(config: TransformerConfig) -> tuple[int, int]:
+    """Width and heads, which every config has once it is made."""
+    assert config.width is not None
+    assert config.num_heads is not None
+    return config.width, config.num_heads
 
 
 def _norm(x_BlC: Tensor) -> Tensor:

@@ -1,1 +1,16 @@
-"""The suites: one module or package each, with `add_arguments(parser)` and `run(arguments)`."""
+"""The suites by name: a module or package each, whose `CASES` lists its cases."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import backward, batching, depth, scaling, solvers, viar
+
+SUITES: dict[str, ModuleType] = {
+    "solvers": solvers,
+    "backward": backward,
+    "depth": depth,
+    "viar": viar,
+    "scaling": scaling,
+    "batching": batching,
+}

@@ -8,46 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from deqlib import Solution, Stopping, fixed_point
+from deqlib import Solution, Stopping
 from deqlib.testing import Problem, mixed_difficulty
 
 from ..case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, none_of
-from ..contenders import CONTENDERS, SOLVERS
-from ..profiling import marked
-from ..show import COLORS
-from ..timing import interleaved, milliseconds, ratio
+from ..maps import solve
+from ..measure import Counted, interleaved, marked, milliseconds, ratio
+from ..rows import by_contender, distinct, grouped, having
+from ..show import COLORS, legend_below
+from .solvers.contenders import CONTENDERS, ROUNDING, SOLVERS
 
 RTOL = 1e-4
 MAX_EVALUATIONS = 2001
-ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
 EASY, HARD = 0.3, 0.955  # rates
 STEPS_RATIO = 20.0  # how much longer a hard sample must take for the bar
 WORK_LIMIT = 0.35
 BARRED = {"solver": "Picard", "batch": 32, "hard": 1}  # the point that has the bar
 OTHERS = ("compact", "torchdeq")  # whose costs are divided by those of `plain`
-
-
-@dataclass
-class Counted:
-    """A cell that counts its calls and the samples it sees in them."""
-
-    cell: Callable[..., Tensor]
-    calls: int = 0
-    samples: int = 0
-
-    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
-        """The cell."""
-        self.calls += 1
-        self.samples += len(z)
-        return self.cell(z, *inputs)
 
 
 def build(run: Run, solver: str, batch: int, hard: int, width: int) -> list[Row]:
@@ -94,16 +78,10 @@ def _value(problem: Problem, contender: str, solver: str) -> Tensor:
 
 
 def _solution(problem: Problem, contender: str, solver: str) -> Solution:
-    return fixed_point(
-        problem.cell,
-        problem.z0,
-        problem.inputs,
-        solver=SOLVERS[solver],
-        stopping=Stopping(rtol=RTOL, max_steps=MAX_EVALUATIONS - 1, patience=None),
-        on_failure="ignore",
-        # Inputs and rates are cut; the basis is shared, and may have as many rows as the batch has samples.
-        compact=(0, 0, None) if contender == "compact" else False,
-    )
+    rule = Stopping(rtol=RTOL, max_steps=MAX_EVALUATIONS - 1, patience=None)
+    # Inputs and rates are cut; the basis is shared, and may have as many rows as the batch has samples.
+    compact = (0, 0, None) if contender == "compact" else False
+    return solve(problem, SOLVERS[solver], rule, compact=compact)
 
 
 def _profiled(run: Run, solver: str, batch: int, hard: int, width: int) -> Callable[[], object]:
@@ -114,11 +92,7 @@ def _profiled(run: Run, solver: str, batch: int, hard: int, width: int) -> Calla
 
 def _points(rows: Iterable[Row]) -> list[dict[str, Row]]:
     """Rows of one point by contender."""
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("solver", "batch", "hard", "width"))
-        found.setdefault(key, {})[row["contender"]] = row
-    return list(found.values())
+    return [by_contender(point) for point in grouped(rows, "solver", "batch", "hard", "width")]
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -163,27 +137,25 @@ def _steps(steps: int | None) -> str:
     return "-" if steps is None else str(steps)
 
 
-def _panels(rows: list[Row]) -> list[str]:
-    return [f"{solver}, {what}" for solver in dict.fromkeys(r["solver"] for r in rows) for what in _WHAT]
-
-
 _WHAT = ("work", "time")
 
 
+def _panels(rows: list[Row]) -> list[str]:
+    return [f"{solver}, {what}" for solver in distinct(rows, "solver") for what in _WHAT]
+
+
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
-    pairs = [(solver, what) for solver in dict.fromkeys(r["solver"] for r in rows) for what in _WHAT]
-    batches = dict.fromkeys(row["batch"] for row in rows)
+    pairs = [(solver, what) for solver in distinct(rows, "solver") for what in _WHAT]
     for axis, (solver, what) in zip(axes, pairs, strict=True):
-        for batch, color in zip(batches, COLORS, strict=False):
-            found = _points(row for row in rows if row["solver"] == solver and row["batch"] == batch)
+        for batch, color in zip(distinct(rows, "batch"), COLORS, strict=False):
+            found = _points(having(rows, solver=solver, batch=batch))
             shares = [point["plain"]["hard"] / batch for point in found]
             for name, dashes in zip(OTHERS, ("o-", "x--"), strict=True):
                 values = [ratios(point, name)[what] for point in found]
                 axis.plot(shares, values, dashes, color=color, label=f"{name}, batch {batch}", linewidth=1.2)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xlabel="share of hard samples", ylabel=f"{what} / plain", ylim=(0, None))
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend_below(axes, 3)
 
 
 def _grid(

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from deqlib import Anderson, Broyden, Picard, Solver, Stopping, fixed_point
 
 from ..case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table
-from ..peak import peak_bytes
-from ..profiling import marked
-from ..show import COLORS, logarithmic
-from ..timing import interleaved, milliseconds
+from ..maps import elementwise
+from ..measure import interleaved, marked, milliseconds, peak_bytes
+from ..rows import distinct, figure, having
+from ..show import COLORS, curve, logarithmic, pivot
 
 STEPS = 64  # four times the longest history, so that it is full most of the time
 SOLVERS: dict[str, Callable[[int], Solver]] = {
@@ -51,17 +50,13 @@ def _solve(run: Run, solver: Solver, batch: int, width: int) -> Callable[[], obj
     rates = torch.rand(batch, width, generator=generator).mul_(0.999).to(run.device)
     return partial(
         fixed_point,
-        marked(_cell),
+        marked(elementwise),
         torch.zeros_like(x),
         (x, rates),
         solver=solver,
         stopping=Stopping(rtol=1e-30, max_steps=STEPS, patience=None),  # measured, but never met
         on_failure="ignore",
     )
-
-
-def _cell(z: Tensor, x: Tensor, rates: Tensor) -> Tensor:
-    return torch.addcmul(x, z, rates)
 
 
 def _profiled(run: Run, **settings: Any) -> Callable[[], object]:
@@ -76,7 +71,7 @@ def _grid(name: str, values: Sequence[int]) -> list[Settings]:
 
 def slope(rows: list[Row], name: str, metric: str, contender: str) -> float:
     """Of the logarithm of a metric over that of a setting, largest half of the grid; NaN of one point."""
-    found = sorted((row[name], _figure(row[metric])) for row in rows if row["contender"] == contender)
+    found = sorted((row[name], figure(row[metric]) or math.nan) for row in having(rows, contender=contender))
     found = found[len(found) // 2 :] if len(found) > 2 else found
     if len(found) < 2:
         return math.nan
@@ -84,31 +79,28 @@ def slope(rows: list[Row], name: str, metric: str, contender: str) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def _figure(value: Any) -> float:
-    return statistics.median(value) if isinstance(value, list) else value
-
-
 def _table(name: str, rows: list[Row]) -> Table:
-    lines = []
-    for contender in SOLVERS:
-        found = [row for row in rows if row["contender"] == contender]
-        cells = [f"{milliseconds(row['seconds'])} / {row['peak_bytes'] / 1e6:,.3g}" for row in found]
-        slopes = [f"{slope(rows, name, metric, contender):.2f}" for metric in METRICS]
-        lines.append((contender, *cells, *slopes))
-    values = [str(value) for value in dict.fromkeys(row[name] for row in rows)]
-    head = ("solver", *(f"{name} {value}" for value in values), "slope, time", "slope, memory")
-    return Table("ms a step / peak MB", head, lines)
+    def slopes(metric: str) -> Callable[[list[Row]], str]:
+        return lambda line: f"{slope(line, name, metric, line[0]['contender']):.2f}"
+
+    return pivot(
+        "ms a step / peak MB",
+        rows,
+        "solver",
+        line="contender",
+        column=lambda row: f"{name} {row[name]}",
+        cell=lambda row: f"{milliseconds(row['seconds'])} / {row['peak_bytes'] / 1e6:,.3g}",
+        more={"slope, time": slopes("seconds"), "slope, memory": slopes("peak_bytes")},
+    )
 
 
 def _paint(name: str, rows: list[Row], axes: list[Axes]) -> None:
     for axis, metric in zip(axes, METRICS, strict=True):
         for contender, color in zip(SOLVERS, COLORS, strict=False):
-            found = [row for row in rows if row["contender"] == contender]
-            xs, ys = [row[name] for row in found], [_figure(row[metric]) for row in found]
             label = f"{contender}, slope {slope(rows, name, metric, contender):.2f}"
-            axis.plot(xs, ys, "o-", color=color, label=label)
+            curve(axis, having(rows, contender=contender), name, metric, color=color, label=label)
         axis.set(yscale="log", xlabel=name)
-        logarithmic(axis, (row[name] for row in rows))
+        logarithmic(axis, distinct(rows, name))
         axis.legend(frameon=False, fontsize=8)
 
 

@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests judge no times."""
-    monkeypatch.setattr("benchmarks.timing.PAUSE", 0)
+    monkeypatch.setattr("benchmarks.measure.timing.PAUSE", 0)

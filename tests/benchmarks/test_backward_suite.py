@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Row, Run
-from benchmarks.profiling import profiled
+from benchmarks.measure import Counted, marks, profiled
 from benchmarks.results import Results
 from benchmarks.show import draw
 from benchmarks.suites import backward
-from benchmarks.suites.backward import accuracy, cosine, draws, marks, memory, modes, times
+from benchmarks.suites.backward import (
+    accuracy,
+    adjoints,
+    contenders,
+    cosine,
+    memory,
+    modes,
+    random_maps,
+    times,
+)
 from deqlib import JFB, ImplicitDifferentiation, Picard, Stopping, Unroll, fixed_point
 from deqlib.diagnostics import saved_bytes
 from deqlib.testing import Problem, expanding, linear, mlp, suite
@@ -104,7 +113,7 @@ def test_the_problems_are_those_of_the_solver_suite_and_two_more() -> None:
 
 
 def test_every_contender_meets_the_target_and_is_timed(rows: list[Row]) -> None:
-    assert len(rows) == 2 * (len(times.CONTENDERS) + 1)
+    assert len(rows) == 2 * (len(adjoints.CONTENDERS) + 1)
     for row in rows:
         assert row["error"] is None
         assert len(row["seconds"]) == 2
@@ -118,7 +127,7 @@ def test_every_contender_meets_the_target_and_is_timed(rows: list[Row]) -> None:
 
 
 def test_products_are_counted_exactly(rows: list[Row]) -> None:
-    problem = times.at_solution(tiny())
+    problem = contenders.at_solution(tiny())
     z = problem.z0.clone().requires_grad_()
     g = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image = problem.f(z)
@@ -126,60 +135,62 @@ def test_products_are_counted_exactly(rows: list[Row]) -> None:
     while True:  # Picard by hand, from g; the residual of every iterate costs one product
         (product,) = torch.autograd.grad(image, z, u, retain_graph=True)
         needed += 1
-        if times.adjoint_residual(problem, u, g) <= 1e-5:
+        if adjoints.adjoint_residual(problem, u, g) <= 1e-5:
             break
         u = product + g
     found = by_name(rows, 1e-5)
     assert found["deqlib Picard"]["products"] == needed
     # From zero it takes one more, and the image of the last one is what it returns: that is not measured.
     assert found["torchdeq Picard"]["products"] == needed
-    assert found[times.FLOOR]["products"] == found[times.OURS]["products"]
+    assert found[times.FLOOR]["products"] == found[adjoints.OURS]["products"]
 
 
 def test_the_adjoint_is_caught_where_it_enters_the_cells_graph() -> None:
-    problem = times.at_solution(tiny())
+    problem = contenders.at_solution(tiny())
     g = torch.randn(problem.z0.shape, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(
         lambda z: problem.f(z.view_as(problem.z0)).flatten(), problem.z0.flatten()
     )
     u = torch.linalg.solve(torch.eye(len(jacobian), dtype=torch.float64) - jacobian.T, g.flatten())
-    for name, contender in times.CONTENDERS.items():
-        tap = times.Tap(problem.cell)
-        contender(replace(problem, cell=tap), 1e-11, 100).backward(g)
-        assert tap.last is not None, name
-        torch.testing.assert_close(tap.last.flatten(), u, rtol=1e-8, atol=1e-8)
+    for name, contender in adjoints.CONTENDERS.items():
+        counted = Counted(problem.cell)
+        contender(replace(problem, cell=counted), 1e-11, 100).backward(g)
+        assert counted.adjoint is not None, name
+        torch.testing.assert_close(counted.adjoint.flatten(), u, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", times.CONTENDERS)
+@pytest.mark.parametrize("name", adjoints.CONTENDERS)
 def test_what_is_caught_is_what_the_inputs_gradients_are_made_of(name: str) -> None:
-    problem = times.at_solution(tiny())
+    problem = contenders.at_solution(tiny())
     g = torch.randn(problem.z0.shape, dtype=torch.float64)
-    tap = times.Tap(problem.cell)
-    times.CONTENDERS[name](replace(problem, cell=tap), 1e-2, 100).backward(g)  # far from the exact adjoint
-    assert tap.last is not None
-    (expected,) = torch.autograd.grad(problem.f(problem.z0), problem.inputs[1], tap.last)
+    counted = Counted(problem.cell)
+    adjoints.CONTENDERS[name](replace(problem, cell=counted), 1e-2, 100).backward(
+        g
+    )  # far from the exact adjoint
+    assert counted.adjoint is not None
+    (expected,) = torch.autograd.grad(problem.f(problem.z0), problem.inputs[1], counted.adjoint)
     torch.testing.assert_close(problem.inputs[1].grad, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_residual_of_a_wrong_adjoint_is_seen() -> None:
-    problem = times.at_solution(linear([0.5, 0.5], batch=2, dtype=torch.float64))
+    problem = contenders.at_solution(linear([0.5, 0.5], batch=2, dtype=torch.float64))
     g = torch.ones(2, 2, dtype=torch.float64)
-    assert times.adjoint_residual(problem, 2 * g, g) == pytest.approx(0, abs=1e-12)
-    assert times.adjoint_residual(problem, g, g) == pytest.approx(0.5)
+    assert adjoints.adjoint_residual(problem, 2 * g, g) == pytest.approx(0, abs=1e-12)
+    assert adjoints.adjoint_residual(problem, g, g) == pytest.approx(0.5)
     one_sample_off = torch.tensor([[2.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
-    assert times.adjoint_residual(problem, one_sample_off, g) == pytest.approx(0.5)
+    assert adjoints.adjoint_residual(problem, one_sample_off, g) == pytest.approx(0.5)
 
 
 def test_the_tolerance_is_the_loosest_that_meets_the_target(rows: list[Row]) -> None:
-    problem = times.at_solution(tiny())
-    g = times.cotangent(problem)
+    problem = contenders.at_solution(tiny())
+    g = contenders.cotangent(problem)
     row = by_name(rows, 1e-2)["torchdeq Picard"]
     assert row["rtol"] > 1e-2  # it returns the image of the iterate that it judges by
-    tap = times.Tap(problem.cell)
-    contender = times.CONTENDERS[row["contender"]]
-    contender(replace(problem, cell=tap), row["rtol"] * math.sqrt(2), times.BUDGET).backward(g)
-    assert tap.last is not None
-    assert times.adjoint_residual(problem, tap.last, g) > 1e-2
+    counted = Counted(problem.cell)
+    contender = adjoints.CONTENDERS[row["contender"]]
+    contender(replace(problem, cell=counted), row["rtol"] * math.sqrt(2), adjoints.BUDGET).backward(g)
+    assert counted.adjoint is not None
+    assert adjoints.adjoint_residual(problem, counted.adjoint, g) > 1e-2
 
 
 def test_a_contender_that_raises_or_never_arrives_loses_its_case_alone(
@@ -194,8 +205,8 @@ def test_a_contender_that_raises_or_never_arrives_loses_its_case_alone(
         ).value
         return value
 
-    monkeypatch.setitem(times.CONTENDERS, "deqlib Broyden", broken)
-    monkeypatch.setitem(times.CONTENDERS, "torchdeq Broyden", jfb)
+    monkeypatch.setitem(adjoints.CONTENDERS, "deqlib Broyden", broken)
+    monkeypatch.setitem(adjoints.CONTENDERS, "torchdeq Broyden", jfb)
     point = {"problem": "tiny", "target": 1e-3}
     rows = measured(times.CASE, point)
     found = by_name(rows, 1e-3)
@@ -203,7 +214,7 @@ def test_a_contender_that_raises_or_never_arrives_loses_its_case_alone(
     assert found["deqlib Broyden"]["seconds"] == []
     assert not found["deqlib Broyden"]["reached"]
     assert not found["torchdeq Broyden"]["reached"]
-    assert found[times.OURS]["reached"]
+    assert found[adjoints.OURS]["reached"]
     raises, *_, broyden = times.bars(rows)
     assert raises.value == 1
     assert "ZeroDivisionError" in raises.note
@@ -213,7 +224,7 @@ def test_a_contender_that_raises_or_never_arrives_loses_its_case_alone(
     assert cells["deqlib Broyden"] == "raised"
     assert cells["torchdeq Broyden"].startswith("(")
     assert not cells["deqlib default"].startswith("(")
-    monkeypatch.setitem(times.CONTENDERS, times.OURS, broken)  # then there is no floor to measure
+    monkeypatch.setitem(adjoints.CONTENDERS, adjoints.OURS, broken)  # then there is no floor to measure
     assert by_name(measured(times.CASE, point), 1e-3)[times.FLOOR]["products"] is None
 
 
@@ -221,8 +232,8 @@ def test_a_contender_that_hides_its_adjoint_is_an_error(monkeypatch: pytest.Monk
     def off_the_tape(problem: Problem, *_: Any) -> Tensor:
         return problem.z0.clone().requires_grad_()
 
-    monkeypatch.setitem(times.CONTENDERS, times.OURS, off_the_tape)
-    with pytest.raises(RuntimeError, match=f"{times.OURS}: no gradient reached"):
+    monkeypatch.setitem(adjoints.CONTENDERS, adjoints.OURS, off_the_tape)
+    with pytest.raises(RuntimeError, match=f"{adjoints.OURS}: no gradient reached"):
         list(times.build(RUN, problem="tiny", target=1e-2))
 
 
@@ -242,16 +253,16 @@ def made_up(problem: str, contender: str, seconds: float, reached: bool = True) 
 
 def test_bars_compare_with_the_default_the_fastest_that_arrives_and_the_same_solver() -> None:
     rows = [
-        made_up("a", times.OURS, 1.0),
+        made_up("a", adjoints.OURS, 1.0),
         made_up("a", "deqlib Anderson", 0.5),
         made_up("a", times.THEIR_DEFAULT, 4.0),
         made_up("a", "torchdeq Anderson", 2.0),
         made_up("a", "torchdeq Broyden", 0.1, reached=False),
-        made_up("b", times.OURS, 1.0),
+        made_up("b", adjoints.OURS, 1.0),
         made_up("b", "deqlib Anderson", 2.0, reached=False),
         made_up("b", times.THEIR_DEFAULT, 1.0, reached=False),
         made_up("b", "torchdeq Anderson", 8.0),
-        made_up("c", times.OURS, 9.0, reached=False),
+        made_up("c", adjoints.OURS, 9.0, reached=False),
         made_up("c", times.THEIR_DEFAULT, 1.0, reached=False),
         made_up("c", "torchdeq Anderson", 1.0, reached=False),
     ]
@@ -270,7 +281,7 @@ def test_bars_compare_with_the_default_the_fastest_that_arrives_and_the_same_sol
     assert {bar.verdict for bar in (picard, broyden)} == {"not measured"}
 
     def changed(**columns: Any) -> list[Row]:
-        return [{**row, **(columns if row["contender"] == times.OURS else {})} for row in rows]
+        return [{**row, **(columns if row["contender"] == adjoints.OURS else {})} for row in rows]
 
     slower = times.bars(changed(seconds=[5.0, 10.0]))
     assert {slower[2].verdict, slower[4].verdict} == {"FAIL"}
@@ -281,17 +292,17 @@ def test_bars_compare_with_the_default_the_fastest_that_arrives_and_the_same_sol
 
 
 def test_the_table_has_products_and_milliseconds() -> None:
-    rows = [made_up("a", times.OURS, 0.2), made_up("a", "torchdeq Anderson", 2.0, reached=False)]
+    rows = [made_up("a", adjoints.OURS, 0.2), made_up("a", "torchdeq Anderson", 2.0, reached=False)]
     table = times.table(rows)
     cells = dict(zip(table.head, table.lines[0], strict=True))
     assert table.lines[0][0] == "a, 1e-03"
-    assert cells[times.OURS] == "10 / 300 ± 50"
+    assert cells[adjoints.OURS] == "10 / 300 ± 50"
     assert cells["torchdeq Anderson"] == "(10 / 3,000 ± 500)"
     assert cells["deqlib GMRES"] == "-"
 
 
 def test_the_cells_take_10_to_60_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    only = {name: times.CONTENDERS[name] for name in (times.OURS, "deqlib Picard")}
+    only = {name: adjoints.CONTENDERS[name] for name in (adjoints.OURS, "deqlib Picard")}
     monkeypatch.setattr(times, "CONTENDERS", only)
     for row in times.build(replace(RUN, rounds=0), problem="MLP 32x1x256", target=1e-6):
         if row["contender"] == "deqlib Picard":
@@ -316,10 +327,10 @@ def test_a_marked_cell_has_the_same_gradients_and_marks_every_product(
         return call
 
     monkeypatch.setattr(marks, "marked", counting)
-    problem = times.at_solution(tiny())
+    problem = contenders.at_solution(tiny())
     cell = marks.marked_both_ways(problem.cell)
     z = problem.z0.clone().requires_grad_()
-    g = times.cotangent(problem)
+    g = contenders.cotangent(problem)
     image = cell(z, *problem.inputs)
     torch.testing.assert_close(image, problem.f(z), rtol=0, atol=0)
     (product,) = torch.autograd.grad(image, z, g, retain_graph=True)
@@ -362,13 +373,13 @@ def test_a_profile_tells_the_cell_from_the_rest(
 
 def test_the_exact_gradient_is_that_of_dense_linear_algebra() -> None:
     problem = tiny(batch=1)
-    g = times.cotangent(problem)
+    g = contenders.cotangent(problem)
     assert problem.solution is not None
     jacobian = torch.autograd.functional.jacobian(
         lambda z: problem.f(z.view_as(problem.z0)).flatten(), problem.solution.flatten()
     )
     u = torch.linalg.solve(torch.eye(len(jacobian), dtype=torch.float64) - jacobian.T, g.flatten())
-    subject = times.at_solution(problem)
+    subject = contenders.at_solution(problem)
     parts = torch.autograd.grad(subject.f(problem.solution), subject.inputs, u.view_as(g))
     expected = torch.cat([part.flatten() for part in parts])
     torch.testing.assert_close(modes.exact_gradient(problem, g), expected, rtol=1e-9, atol=1e-9)
@@ -424,7 +435,7 @@ def test_a_gradient_that_is_not_finite_has_no_error(monkeypatch: pytest.MonkeyPa
 def test_gradients_are_accurate_on_random_problems() -> None:
     rows = figures("accuracy")
     bars = accuracy.bars(rows)
-    assert len(bars) == len(accuracy.EXACT) + len(draws.CHEAP)
+    assert len(bars) == len(accuracy.EXACT) + len(random_maps.CHEAP)
     assert {bar.verdict for bar in bars} == {"pass"}
     assert {bar.limit for bar in bars} == {1e-6, 1e-10}
     assert all(row["worst_error"] > 0 for row in rows)
@@ -451,7 +462,7 @@ def test_chunks_are_what_the_whole_is() -> None:
 
 def test_the_reference_is_the_gradient_of_the_fixed_point_map() -> None:
     for seed in range(12):
-        problem = draws.draw(seed)
+        problem = random_maps.draw(seed)
         torch.testing.assert_close(problem.f(problem.solution), problem.solution, rtol=1e-12, atol=1e-12)
         assert torch.equal(problem.joined(problem.cut(problem.solution)), problem.solution)
         z = problem.solution.detach()
@@ -459,11 +470,11 @@ def test_the_reference_is_the_gradient_of_the_fixed_point_map() -> None:
             z = problem.f(z)
         parts = torch.autograd.grad(z, problem.leaves, problem.g)
         unrolled = torch.cat([part.flatten() for part in parts])
-        assert draws.relative_error(draws.reference(problem, draws.exact), unrolled) < 1e-9
+        assert random_maps.relative_error(random_maps.reference(problem, random_maps.exact), unrolled) < 1e-9
 
 
 def test_problems_have_the_norm_and_the_radius_that_they_should() -> None:
-    def jacobian(problem: draws.Draw) -> Tensor:
+    def jacobian(problem: random_maps.RandomMap) -> Tensor:
         flat = problem.solution.flatten()
         found: Tensor = torch.autograd.functional.jacobian(
             lambda v: problem.f(v.view_as(problem.solution)).flatten(), flat
@@ -471,23 +482,23 @@ def test_problems_have_the_norm_and_the_radius_that_they_should() -> None:
         return found.detach()
 
     for seed in range(6):
-        assert float(torch.linalg.matrix_norm(jacobian(draws.draw(seed)), 2)) <= 0.9 + 1e-9
-        radius = torch.linalg.eigvals(jacobian(draws.draw(seed, 0.95))).abs().max()
+        assert float(torch.linalg.matrix_norm(jacobian(random_maps.draw(seed)), 2)) <= 0.9 + 1e-9
+        radius = torch.linalg.eigvals(jacobian(random_maps.draw(seed, 0.95))).abs().max()
         assert float(radius) == pytest.approx(0.95)
-    names = " ".join(draws.draw(seed).name for seed in range(40))
-    assert all(kind in names for kind in (*draws.KINDS, "pytree"))
-    assert {draws.draw(seed).solution.shape[0] for seed in range(40)} == {1, 2, 3, 4}
+    names = " ".join(random_maps.draw(seed).name for seed in range(40))
+    assert all(kind in names for kind in (*random_maps.KINDS, "pytree"))
+    assert {random_maps.draw(seed).solution.shape[0] for seed in range(40)} == {1, 2, 3, 4}
 
 
 def test_an_inexact_mode_breaks_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     loose = ImplicitDifferentiation(solver=Picard(), stopping=Stopping(rtol=1e-2))
     monkeypatch.setattr(accuracy, "EXACT", {"loose": loose, "unrolled": Unroll()})
-    wrong = draws.Series(JFB(), 2, 1.0)
-    monkeypatch.setattr(accuracy, "CHEAP", {"wrong": wrong, "JFB": draws.CHEAP["JFB"]})
+    wrong = random_maps.Series(JFB(), 2, 1.0)
+    monkeypatch.setattr(accuracy, "CHEAP", {"wrong": wrong, "JFB": random_maps.CHEAP["JFB"]})
     rows = measured(accuracy.CASE, {"first_seed": 0, "count": 3})
     verdicts = {bar.name.partition(":")[0]: bar.verdict for bar in accuracy.bars(rows)}
     assert verdicts == {"loose": "FAIL", "unrolled": "pass", "wrong": "FAIL", "JFB": "pass"}
-    assert draws.relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+    assert random_maps.relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
 
 
 def test_a_gradient_that_is_not_a_number_breaks_the_bar(
@@ -513,12 +524,12 @@ def test_cheap_gradients_point_the_less_to_the_exact_one_the_larger_the_radius()
         assert medians == sorted(medians, reverse=True)
     at_most = {row["contender"]: row for row in rows if row["radius"] == 0.95}
     assert at_most["JFB"]["median"] < at_most["PhantomGradient, 10 steps, damping 0.8"]["median"]
-    problem = draws.draw(0, 0.95)
+    problem = random_maps.draw(0, 0.95)
     # Of one problem, median and least are its cosine; that of JFB by hand, u = g.
     (row,) = (row for row in measured(cosine.CASE, {"radius": 0.95, "count": 1}) if row["contender"] == "JFB")
     cheap = torch.autograd.grad(problem.f(problem.solution), problem.leaves, problem.g)
     flat = torch.cat([part.flatten() for part in cheap])
-    right = draws.reference(problem, draws.exact)
+    right = random_maps.reference(problem, random_maps.exact)
     expected = float(flat @ right / flat.norm() / right.norm())
     assert row["median"] == row["least"] == pytest.approx(expected, abs=1e-9)
 
@@ -542,7 +553,7 @@ def test_saved_bytes_grow_with_the_steps_of_unrolling_alone() -> None:
     for name in memory.BOUNDED:
         one, ten, many = sizes.pop(name)
         assert one < ten == many
-    assert set(sizes) == {*memory.CONSTANT, *memory.PEERS}
+    assert set(sizes) == {*memory.CONSTANT, *memory.THEIRS}
     for values in sizes.values():
         assert len(set(values)) == 1
         assert values[0] > 0

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import show
 from benchmarks.case import Row, Run
-from benchmarks.profiling import profiled
+from benchmarks.measure import profiled
 from benchmarks.suites import batching
 
 RUN = Run(torch.device("cpu"), 1, True)

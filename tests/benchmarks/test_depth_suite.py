@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Bar, Case, Row, Run
-from benchmarks.peak import peak_rss
+from benchmarks.measure import peak_rss
 from benchmarks.suites import depth as suite
 from benchmarks.suites.depth import digits, memory, parity
 from benchmarks.suites.depth.cells import Block, LocalCell

@@ -17,15 +17,14 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from benchmarks import __main__ as command
-from benchmarks import compare, documents, runner
+from benchmarks import runner
 from benchmarks.case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
 from benchmarks.environment import environment, hardware
-from benchmarks.peak import peak_rss
-from benchmarks.profiling import marked, profiled
+from benchmarks.measure import marked, milliseconds, peak_rss, profiled, spread, with_spread
 from benchmarks.results import COMMITTED, Results, unused
-from benchmarks.show import bars_markdown, markdown_table
+from benchmarks.show import compare, documents
+from benchmarks.show.tables import bars_markdown, markdown_table
 from benchmarks.suites import scaling
-from benchmarks.timing import milliseconds, spread, with_spread
 
 CPU = torch.device("cpu")
 RUN = Run(CPU, 1, False)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +14,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contenders, problems, show
+from benchmarks import maps, show
 from benchmarks.case import Bar, Case, Row, Run
-from benchmarks.contenders import CONTENDERS, SOLVERS, stopping, worst_residual
-from benchmarks.peak import peak_bytes
-from benchmarks.profiling import profiled
+from benchmarks.measure import (
+    Counted,
+    Watched,
+    cells,
+    geometric_mean,
+    interleaved,
+    peak_bytes,
+    profiled,
+    ratio,
+    worst_residual,
+)
 from benchmarks.suites import solvers
-from benchmarks.suites.solvers import memory, overhead, robustness, small, solves, traces
-from benchmarks.timing import geometric_mean, interleaved, ratio
+from benchmarks.suites.solvers import (
+    contenders,
+    faults,
+    memory,
+    overhead,
+    random_solves,
+    robustness,
+    small,
+    solves,
+    traces,
+)
+from benchmarks.suites.solvers.contenders import CONTENDERS, ROUNDING, SOLVERS, stopping
 from deqlib import Picard, Solution, Status, fixed_point
 from deqlib.testing import Problem, expanding, linear, mlp, suite
 
@@ -43,20 +63,20 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Measure these problems by their names."""
 
     def use(*those: Problem) -> None:
-        monkeypatch.setattr(problems, "by_name", lambda: {problem.name: problem for problem in those})
+        monkeypatch.setattr(maps, "by_name", lambda: {problem.name: problem for problem in those})
 
     return use
 
 
 def test_the_names_are_those_of_the_suite() -> None:
-    assert [problem.name for problem in suite()] == list(problems.NAMES)
-    assert list(problems.by_name()) == list(problems.SOLVED)
-    assert set(problems.QUICK) < set(problems.NAMES)
-    assert problems.named("linear, non-normal", CPU).name == "linear, non-normal"
+    assert [problem.name for problem in suite()] == list(maps.NAMES)
+    assert list(maps.by_name()) == list(maps.SOLVED)
+    assert set(maps.QUICK) < set(maps.NAMES)
+    assert maps.named("linear, non-normal", CPU).name == "linear, non-normal"
 
 
 def test_the_attention_cell_is_the_one_of_pytorchs_modules() -> None:
-    problem = problems.attention(batch=2, tokens=3, width=8)
+    problem = maps.attention(batch=2, tokens=3, width=8)
     torch.manual_seed(1)
     layer, norm = torch.nn.MultiheadAttention(8, 4, batch_first=True), torch.nn.LayerNorm(8)
     for weight in layer.parameters():
@@ -77,7 +97,7 @@ def test_every_contender_solves_an_easy_problem_within_its_budget(use: Callable[
     for row in rows:
         assert row["error"] is None
         assert row["reached"]
-        assert row["relative_residual"] <= row["rtol"] * solves.ROUNDING
+        assert row["relative_residual"] <= row["rtol"] * ROUNDING
         assert 1 < row["evaluations"] <= 41
         assert len(row["seconds"]) == 1
     evaluations = {(row["contender"], row["rtol"]): row["evaluations"] for row in rows}
@@ -101,7 +121,7 @@ def test_every_contender_may_evaluate_as_often(use: Callable[..., None]) -> None
 def test_scipy_stops_at_the_first_iterate_at_which_every_sample_meets_the_tolerance() -> None:
     problem = linear(torch.linspace(-0.9, 0.9, 32), batch=4)
     for name in ("scipy Anderson", "scipy Broyden"):  # without a line search every evaluation is an iterate
-        watched = traces.Watched(problem.cell)
+        watched = Watched(problem.cell)
         with torch.no_grad():
             found = CONTENDERS[name](replace(problem, cell=watched), 1e-3, 100)
         assert float(problem.residuals(found)[1].max()) == pytest.approx(watched.residuals[-1], rel=1e-3)
@@ -217,7 +237,7 @@ def test_a_profile_of_a_solve_tells_its_cell(use: Callable[..., None], tmp_path:
 
 
 def test_traces_of_picard_are_those_of_a_geometric_series() -> None:
-    watched = traces.Watched(lambda z: z / 2 + 1)
+    watched = Watched(lambda z: z / 2 + 1)
     rule = stopping(1e-30, 6)
     with torch.no_grad():
         fixed_point(watched, torch.zeros(3, 2), solver=Picard(), stopping=rule, on_failure="ignore")
@@ -256,9 +276,9 @@ def test_the_worst_sample_decides_and_recording_is_off_the_clock(monkeypatch: py
         now += 100
         return worst_residual(z, fz)
 
-    monkeypatch.setattr(traces, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(traces, "worst_residual", slow)
-    watched = traces.Watched(cell, begin=now)
+    monkeypatch.setattr(cells, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(cells, "worst_residual", slow)
+    watched = Watched(cell, begin=now)
     for _ in range(3):
         watched(torch.tensor([[1.0], [1.0]]))
     assert watched.seconds == [1, 2, 3]
@@ -359,13 +379,13 @@ def test_anderson_peaks_at_two_and_a_half_states_a_column_and_four(length: int) 
 # robustness ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("largest_exponent", [12, robustness.LARGEST_EXPONENT])
+@pytest.mark.parametrize("largest_exponent", [12, random_solves.LARGEST_EXPONENT])
 def test_random_problems_show_no_fault(largest_exponent: float) -> None:
     rows = figures(robustness.CASE, seed_from=0, seeds=150, largest_exponent=largest_exponent)
     assert rows[0]["failures"] == []
     assert robustness.bars(rows)[0].verdict == "pass"
     assert set().union(*rows[0]["endings"].values()) == {"CONVERGED", "MAX_STEPS", "STALLED", "DIVERGED"}
-    samples = sum(len(robustness.draw(seed).z0) for seed in range(150))
+    samples = sum(len(random_solves.draw(seed).z0) for seed in range(150))
     assert sum(sum(ended.values()) for ended in robustness.endings(rows).values()) == samples
 
 
@@ -411,13 +431,13 @@ def test_a_solver_with_a_fault_is_caught_and_its_seed_shows_it_again(solve: Any,
     line = next(line for line in robustness.table(rows).lines if line[0] == fault)
     failure = next(f for f in rows[0]["failures"] if fault in [kind for kind, _ in f["faults"]])
     assert line[2].startswith(f"seed {failure['seed']}: ")
-    drawn = robustness.draw(failure["seed"], rows[0]["largest_exponent"])
+    drawn = random_solves.draw(failure["seed"], rows[0]["largest_exponent"])
     assert str(drawn) == failure["problem"]
-    assert [list(told) for told in robustness.faults(drawn, solve)] == failure["faults"]
+    assert [list(told) for told in faults.faults(drawn, solve)] == failure["faults"]
 
 
 def test_a_problem_can_be_drawn_again_by_its_seed() -> None:
-    one, again = robustness.draw(17), robustness.draw(17)
+    one, again = random_solves.draw(17), random_solves.draw(17)
     assert str(one) == str(again)
     assert torch.equal(one.x, again.x)
     found = robustness.build(RUN, seed_from=5, seeds=2, largest_exponent=0, solve=raising)
@@ -429,7 +449,7 @@ def test_chunks_of_seeds_add_up_to_ten_thousand() -> None:
     assert seeds == list(range(10_000))
     assert {point["seeds"] for point in robustness.CASE.grid} == {500}
     chunks = [
-        {"seeds": 3, "faulty": 0, "faults": dict.fromkeys(robustness.FAULTS, 0), "failures": [], "endings": e}
+        {"seeds": 3, "faulty": 0, "faults": dict.fromkeys(faults.FAULTS, 0), "failures": [], "endings": e}
         for e in ({"linear": {"CONVERGED": 2}}, {"linear": {"CONVERGED": 1, "STALLED": 4}})
     ]
     assert robustness.endings(chunks) == {"linear": {"CONVERGED": 3, "STALLED": 4}}
@@ -452,6 +472,36 @@ def test_contenders_take_turns_in_another_order_every_round_and_slow_ones_run_on
     assert times["slow"] == [5.0]
     assert ratio([5.0], [1.0, 2.0, 5.0]) == 2.5
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_what_prepares_a_turn_comes_right_before_it_and_is_off_the_clock() -> None:
+    events: list[str] = []
+
+    def prepare(name: str) -> None:
+        events.append(f"prepare {name}")
+        time.sleep(0.05)
+
+    runs = {name: partial(events.append, f"run {name}") for name in ("a", "b")}
+    times = interleaved(runs, 3, prepare=prepare)
+    assert len(events) == 2 * 2 * (3 + 1)  # the first round warms up
+    for before, after in zip(events[::2], events[1::2], strict=True):
+        assert before.removeprefix("prepare ") == after.removeprefix("run ")
+    assert max(max(found) for found in times.values()) < 0.05
+
+
+def test_a_counted_cell_counts_evaluations_samples_and_products_and_changes_no_gradient() -> None:
+    counted = Counted(lambda z, x: torch.sin(z) * x)
+    z, x = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    image = counted(z, x)
+    counted(z[:1].detach(), x[:1])
+    assert (counted.calls, counted.samples, counted.products) == (2, 4, 0)
+    g = torch.randn(3, 2)
+    for number in (1, 2):
+        (found,) = torch.autograd.grad(image, z, g, retain_graph=True)
+        assert counted.products == number
+        torch.testing.assert_close(found, torch.cos(z) * x * g)
+        assert counted.adjoint is not None
+        assert torch.equal(counted.adjoint, g)
 
 
 # small --------------------------------------------------------------------------------------------------

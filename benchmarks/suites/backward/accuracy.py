@@ -21,8 +21,9 @@ from deqlib import (
 )
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...rows import grouped, having
 from ...show import COLORS
-from .draws import CHEAP, draw, exact, gradients, reference, relative_error
+from .random_maps import CHEAP, draw, exact, gradients, reference, relative_error
 
 # By what the modes are compared with: the largest relative error they may have.
 LIMITS = {"gradient": 1e-6, "series": 1e-10}
@@ -63,14 +64,6 @@ def build(run: Run, first_seed: int, count: int) -> Iterator[Row]:
         yield {"contender": name, "dense": dense, "worst_error": figure, "problem": where}
 
 
-def _by_mode(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows of all chunks by mode and what it is compared with."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["contender"], row["dense"]), []).append(row)
-    return found
-
-
 def _worst(rows: list[Row]) -> tuple[float, str]:
     return max(
         (math.inf if row["worst_error"] is None else row["worst_error"], row["problem"]) for row in rows
@@ -80,7 +73,8 @@ def _worst(rows: list[Row]) -> tuple[float, str]:
 def bars(rows: list[Row]) -> list[Bar]:
     """One a mode."""
     found = []
-    for (name, dense), chunks in _by_mode(rows).items():
+    for chunks in grouped(rows, "contender", "dense"):
+        name, dense = chunks[0]["contender"], chunks[0]["dense"]
         error, problem = _worst(chunks)
         title = f"{name}: error to the dense {dense}, worst of {_count(chunks)}"
         found.append(Bar(title, error, LIMITS[dense], problem))
@@ -94,9 +88,10 @@ def _count(chunks: list[Row]) -> int:
 def table(rows: list[Row]) -> Table:
     """One line a mode."""
     lines = []
-    for (name, dense), chunks in _by_mode(rows).items():
+    for chunks in grouped(rows, "contender", "dense"):
         error, problem = _worst(chunks)
-        lines.append((name, dense, str(_count(chunks)), f"{error:.1e}", problem))
+        names = (chunks[0]["contender"], chunks[0]["dense"])
+        lines.append((*names, str(_count(chunks)), f"{error:.1e}", problem))
     head = ("mode", "dense", "problems", "worst error", "of")
     return Table("relative error to dense linear algebra in float64", head, lines)
 
@@ -104,7 +99,7 @@ def table(rows: list[Row]) -> Table:
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """A dot a chunk; the line is the bar."""
     for axis, (dense, limit) in zip(axes, LIMITS.items(), strict=True):
-        found = [row for row in rows if row["dense"] == dense and row["worst_error"] is not None]
+        found = [row for row in having(rows, dense=dense) if row["worst_error"] is not None]
         axis.scatter(
             [row["worst_error"] for row in found], [row["contender"] for row in found], color=COLORS[0], s=16
         )

@@ -9,8 +9,9 @@ import torch
 from matplotlib.axes import Axes
 
 from ...case import Case, Metric, Picture, Row, Run, Table, product
-from ...show import COLORS
-from .draws import CHEAP, draw, exact, gradients, reference
+from ...rows import distinct, having
+from ...show import COLORS, curve, pivot
+from .random_maps import CHEAP, draw, exact, gradients, reference
 
 MODES = ("JFB", *(name for name in CHEAP if "neumann" in name))  # both forms give the same direction
 
@@ -30,27 +31,19 @@ def build(run: Run, radius: float, count: int) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> Table:
     """One line a mode."""
-    radii = list(dict.fromkeys(row["radius"] for row in rows))
-    lines = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        cells = {
-            row["radius"]: f"{row['median']:.3f} ({row['least']:.2f})"
-            for row in rows
-            if row["contender"] == name
-        }
-        lines.append((name, *(cells.get(radius, "-") for radius in radii)))
     title = "cosine to the exact gradient, median (least), by spectral radius of J"
-    return Table(title, ("mode", *map(str, radii)), lines)
+    return pivot(
+        title, rows, "mode", "contender", "radius", lambda row: f"{row['median']:.3f} ({row['least']:.2f})"
+    )
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """Medians, and below them the least of each mode."""
     (axis,) = axes
-    for name, color in zip(dict.fromkeys(row["contender"] for row in rows), COLORS, strict=False):
-        found = sorted((r["radius"], r["median"], r["least"]) for r in rows if r["contender"] == name)
-        radii, medians, least = zip(*found, strict=True)
-        axis.plot(radii, medians, "o-", color=color, label=name)
-        axis.plot(radii, least, ":", color=color, linewidth=1.2)
+    for name, color in zip(distinct(rows, "contender"), COLORS, strict=False):
+        found = having(rows, contender=name)
+        curve(axis, found, "radius", "median", color=color, label=name)
+        curve(axis, found, "radius", "least", ":", color=color, linewidth=1.2)
     axis.set(xlabel="spectral radius of J", ylabel="cosine: median, dotted the least")
     axis.legend(frameon=False, fontsize=8)
 

@@ -8,96 +8,69 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from deqlib import (
-    JFB,
-    Backward,
-    Broyden,
-    ImplicitDifferentiation,
-    PhantomGradient,
-    Picard,
-    Reversible,
-    ReversiblePicard,
-    SharedInverse,
-    Solver,
-    StochasticJFB,
-    Stopping,
-    Unroll,
-    fixed_point,
-)
+from deqlib import Broyden, Picard, SharedInverse, StochasticJFB, Stopping
 from deqlib.diagnostics import saved_bytes
 from deqlib.testing import Problem, mlp
 
+from ...baselines import torchdeq
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...peers import torchdeq
-from ...show import COLORS
+from ...rows import distinct, having
+from ...show import COLORS, pivot
+from .contenders import MODES, PEERS, solved, trained
 
 Contender = Callable[[Problem, int], Tensor]  # problem, steps -> the value with its graph
 
 
-def _ours(mode: Backward, solver: Solver, problem: Problem, steps: int) -> Tensor:
-    if isinstance(mode, StochasticJFB):  # it draws its steps itself: so many without gradient
-        mode = StochasticJFB(no_grad=(steps, steps), grad=mode.grad)
-    value: Tensor = fixed_point(
-        problem.cell,
-        problem.z0,
-        problem.inputs,
-        solver=solver,
-        stopping=Stopping.steps(steps),
-        backward=mode,
-    ).value
-    return value
+def _mode(name: str, problem: Problem, steps: int) -> Tensor:
+    return solved(*MODES[name], problem, Stopping.steps(steps))
 
 
-def _theirs(settings: dict[str, object], problem: Problem, steps: int) -> Tensor:
-    deq = torchdeq.get_deq(f_max_iter=steps, f_tol=0.0, f_stop_mode="rel", **settings)
-    values, _ = deq(problem.f, problem.z0)
-    value: Tensor = values[-1]
-    return value
+def _stochastic(problem: Problem, steps: int) -> Tensor:
+    """It draws its steps itself: so many without gradient, and 5 with it."""
+    mode = StochasticJFB(no_grad=(steps, steps), grad=(5, 5))
+    return solved(mode, Picard(), problem, Stopping.steps(steps))
 
 
-GROWING: dict[str, Contender] = {
-    "Unroll": partial(_ours, Unroll(), Picard()),
-    "Unroll, checkpoint": partial(_ours, Unroll(checkpoint=True), Picard()),
-}
+def _shared_inverse(problem: Problem, steps: int) -> Tensor:
+    return solved(SharedInverse(), Broyden(memory=5), problem, Stopping.steps(steps))
+
+
+def _peer(settings: dict[str, Any], problem: Problem, steps: int) -> Tensor:
+    return torchdeq.layer({"f_max_iter": steps, "f_tol": 0.0, **settings}, problem)
+
+
+GROWING: dict[str, Contender] = {name: partial(_mode, name) for name in ("Unroll", "Unroll, checkpoint")}
 CONSTANT: dict[str, Contender] = {
-    "PhantomGradient, 5 steps": partial(_ours, PhantomGradient(steps=5), Picard()),
-    "PhantomGradient, Neumann": partial(_ours, PhantomGradient(steps=5, form="neumann"), Picard()),
-    "StochasticJFB, 5 steps": partial(_ours, StochasticJFB(grad=(5, 5)), Picard()),
-    "JFB": partial(_ours, JFB(), Picard()),
-    "ImplicitDifferentiation": partial(_ours, ImplicitDifferentiation(), Picard()),
-    "Reversible": partial(_ours, Reversible(), ReversiblePicard()),
+    "PhantomGradient, 5 steps": partial(_mode, "PhantomGradient, 5 steps"),
+    "PhantomGradient, Neumann": partial(_mode, "PhantomGradient, Neumann"),
+    "StochasticJFB, 5 steps": _stochastic,
+    "JFB": partial(_mode, "JFB"),
+    "ImplicitDifferentiation": partial(_mode, "ImplicitDifferentiation"),
+    "Reversible": partial(_mode, "Reversible"),
 }
 # Grows with the history of the forward solve until that is full.
-BOUNDED: dict[str, Contender] = {
-    "SharedInverse, memory 5": partial(_ours, SharedInverse(), Broyden(memory=5)),
-}
-PEERS: dict[str, Contender] = {
-    "torchdeq ift": partial(_theirs, {"ift": True}),
-    "torchdeq hook_ift": partial(_theirs, {"hook_ift": True}),
-    "torchdeq grad=1": partial(_theirs, {"grad": 1}),
-    "torchdeq grad=5, tau=0.5": partial(_theirs, {"grad": 5, "tau": 0.5}),
-}
+BOUNDED: dict[str, Contender] = {"SharedInverse, memory 5": _shared_inverse}
+THEIRS: dict[str, Contender] = {name: partial(_peer, settings) for name, settings in PEERS.items()}
 
 
 def build(run: Run, batch: int, width: int, steps: int) -> Iterator[Row]:
     """Bytes of every mode; the cell's inputs and weights do not count."""
-    problem = mlp(batch=batch, tokens=1, width=width, gain=1.0).to(device=run.device)
-    inputs = tuple(x.detach().requires_grad_() for x in problem.inputs)
-    problem = Problem(problem.name, problem.cell, problem.z0, inputs, None)
-    for name, contender in {**GROWING, **CONSTANT, **BOUNDED, **PEERS}.items():
-        size = saved_bytes(partial(contender, problem, steps), exclude=inputs)
+    problem = trained(mlp(batch=batch, tokens=1, width=width, gain=1.0).to(device=run.device))
+    for name, contender in {**GROWING, **CONSTANT, **BOUNDED, **THEIRS}.items():
+        size = saved_bytes(partial(contender, problem, steps), exclude=problem.inputs)
         yield {"contender": name, "constant": name in CONSTANT, "saved_bytes": size}
 
 
 def bars(rows: list[Row]) -> list[Bar]:
     """The same number of bytes, whatever the number of steps, of modes that promise it."""
     found = []
-    for name in dict.fromkeys(row["contender"] for row in rows if row["constant"]):
-        sizes = {row["steps"]: row["saved_bytes"] for row in rows if row["contender"] == name}
+    for name in distinct(having(rows, constant=True), "contender"):
+        sizes = {row["steps"]: row["saved_bytes"] for row in having(rows, contender=name)}
         least, most = min(sizes.values()), max(sizes.values())
         # Fewer bytes would be as odd as more, and so would be none.
         value = most / least if least else math.inf
@@ -108,20 +81,16 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 def table(rows: list[Row]) -> Table:
     """One line a mode."""
-    steps = list(dict.fromkeys(row["steps"] for row in rows))
-    lines = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        sizes = {row["steps"]: row["saved_bytes"] for row in rows if row["contender"] == name}
-        lines.append((name, *(f"{sizes[n] / 1e3:,.1f}" if n in sizes else "-" for n in steps)))
-    return Table("kB saved for backward, by steps of the solve", ("mode", *map(str, steps)), lines)
+    title = "kB saved for backward, by steps of the solve"
+    return pivot(title, rows, "mode", "contender", "steps", lambda row: f"{row['saved_bytes'] / 1e3:,.1f}")
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """Modes that keep the same share a line."""
     (axis,) = axes
     lines: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        sizes = [(row["steps"], row["saved_bytes"]) for row in rows if row["contender"] == name]
+    for name in distinct(rows, "contender"):
+        sizes = [(row["steps"], row["saved_bytes"]) for row in having(rows, contender=name)]
         lines.setdefault(tuple(sizes), []).append(name)
     for (points, names), color in zip(lines.items(), COLORS * len(lines), strict=False):
         axis.plot(*zip(*points, strict=True), "o-", color=color, label="\n".join(names))

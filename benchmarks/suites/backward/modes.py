@@ -14,44 +14,25 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from deqlib import (
-    JFB,
-    Auto,
-    Backward,
-    Broyden,
-    ImplicitDifferentiation,
-    PhantomGradient,
-    Picard,
-    Reversible,
-    ReversiblePicard,
-    SharedInverse,
-    Solver,
-    StochasticJFB,
-    Stopping,
-    Unroll,
-    fixed_point,
-)
+from deqlib import Auto, ImplicitDifferentiation, Stopping
 from deqlib.diagnostics import saved_bytes
 from deqlib.testing import Problem, convolution, mixer, mlp, transformer
 
+from ...baselines import torchdeq
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Table, product
-from ...peak import peak_bytes
-from ...peers import torchdeq
-from ...show import COLORS
-from ...timing import interleaved, milliseconds
-from .draws import flat, relative_error
-from .marks import marked_both_ways
-from .times import cotangent
+from ...measure import interleaved, marked_both_ways, milliseconds, peak_bytes
+from ...rows import distinct, having
+from ...show import COLORS, legend_below, one_two_five, pivot
+from . import contenders
+from .contenders import cotangent, solved, trained
+from .random_maps import flat, relative_error
 
-RTOL, MAX_STEPS = 1e-5, 200  # of the forward solve
-ADJOINT_RTOL, ADJOINT_STEPS = 1e-4, 50  # deqlib's default, given to torchdeq as well
+FORWARD = Stopping(rtol=1e-5, max_steps=200)
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {  # Picard converges on all
     "MLP": partial(mlp, tokens=64, width=128, gain=1.2),
@@ -63,59 +44,22 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {  # Picard converges on all
 Contender = Callable[[Problem], Tensor]  # to the fixed point carrying gradient
 
 
-def _ours(mode: Backward, solver: Solver, problem: Problem) -> Tensor:
-    value: Tensor = fixed_point(
-        problem.cell,
-        problem.z0,
-        problem.inputs,
-        solver=solver,
-        stopping=Stopping(rtol=RTOL, max_steps=MAX_STEPS),
-        backward=mode,
-        on_failure="ignore",
-    ).value
-    return value
-
-
-def _theirs(settings: dict[str, Any], problem: Problem) -> Tensor:
-    deq = torchdeq.get_deq(
-        f_max_iter=MAX_STEPS + 1,
-        f_tol=RTOL,
-        f_stop_mode="rel",
-        b_max_iter=ADJOINT_STEPS + 1,
-        b_tol=ADJOINT_RTOL,
-        b_stop_mode="rel",
-        **settings,
-    )
-    values, _ = deq(problem.f, problem.z0)
-    value: Tensor = values[-1]
-    return value
-
-
-_ADJOINT = Stopping(rtol=ADJOINT_RTOL, max_steps=ADJOINT_STEPS)
-OURS: dict[str, Contender] = {
-    "ImplicitDifferentiation": partial(_ours, ImplicitDifferentiation(), Picard()),
-    "ImplicitDifferentiation, Picard": partial(
-        _ours, ImplicitDifferentiation(solver=Picard(), stopping=_ADJOINT), Picard()
-    ),
-    "SharedInverse": partial(_ours, SharedInverse(), Broyden()),
-    "SharedInverse, 5 refining steps": partial(_ours, SharedInverse(refine=5), Broyden()),
-    "PhantomGradient, 5 steps": partial(_ours, PhantomGradient(), Picard()),
-    "PhantomGradient, Neumann": partial(_ours, PhantomGradient(form="neumann"), Picard()),
-    "JFB": partial(_ours, JFB(), Picard()),
-    # The means of the numbers that its default draws.
-    "StochasticJFB, 5 + 6 steps": partial(_ours, StochasticJFB(no_grad=(5, 5), grad=(6, 6)), Picard()),
-    "Unroll": partial(_ours, Unroll(), Picard()),
-    "Unroll, checkpoint": partial(_ours, Unroll(checkpoint=True), Picard()),
-    # Its error is measured here.
-    "Reversible": partial(_ours, Reversible(on_drift="ignore"), ReversiblePicard()),
+_PEER_STOPPING = {  # of torchdeq's layers, which count evaluations
+    "f_tol": FORWARD.rtol,
+    "f_max_iter": FORWARD.max_steps + 1,
+    "b_tol": contenders.ADJOINT.rtol,
+    "b_max_iter": contenders.ADJOINT.max_steps + 1,
 }
-PEERS: dict[str, Contender] = {
-    "torchdeq ift": partial(_theirs, {"ift": True}),
-    "torchdeq hook_ift": partial(_theirs, {"hook_ift": True}),
-    "torchdeq grad=1": partial(_theirs, {"grad": 1}),
-    "torchdeq grad=5, tau=0.5": partial(_theirs, {"grad": 5, "tau": 0.5}),
+MODES: dict[str, Contender] = {
+    **{
+        name: partial(solved, mode, solver, stopping=FORWARD)
+        for name, (mode, solver) in contenders.MODES.items()
+    },
+    **{
+        name: partial(torchdeq.layer, {**_PEER_STOPPING, **settings})
+        for name, settings in contenders.PEERS.items()
+    },
 }
-MODES = {**OURS, **PEERS}
 
 
 def build(run: Run, problem: str, batch: int) -> Iterator[Row]:
@@ -123,7 +67,7 @@ def build(run: Run, problem: str, batch: int) -> Iterator[Row]:
     exact = PROBLEMS[problem](batch=batch, dtype=torch.float64).to(device=run.device)
     g = cotangent(exact)
     right = exact_gradient(exact, g)
-    subject = _trained(exact.to(torch.float32))
+    subject = trained(exact.to(torch.float32))
     g = g.float()
     steps = {name: partial(_step, mode, subject, g) for name, mode in MODES.items()}
     errors = {name: relative_error(step().double(), right) for name, step in steps.items()}
@@ -145,7 +89,7 @@ def exact_gradient(problem: Problem, g: Tensor) -> Tensor:
         RuntimeError: u <- J^T u + g does not converge.
     """
     assert problem.solution is not None
-    subject = _trained(problem)
+    subject = trained(problem)
     z = problem.solution.clone().requires_grad_()
     image = subject.f(z)
     u = g
@@ -157,11 +101,6 @@ def exact_gradient(problem: Problem, g: Tensor) -> Tensor:
     raise RuntimeError(f"{problem.name}: the series of its adjoint does not converge")
 
 
-def _trained(problem: Problem) -> Problem:
-    """With inputs that require gradient."""
-    return replace(problem, inputs=tuple(x.detach().clone().requires_grad_() for x in problem.inputs))
-
-
 def _step(mode: Contender, problem: Problem, g: Tensor) -> Tensor:
     """Forward and backward; the gradients in one vector."""
     return flat(torch.autograd.grad(mode(problem), problem.inputs, g))
@@ -169,23 +108,16 @@ def _step(mode: Contender, problem: Problem, g: Tensor) -> Tensor:
 
 def profiled(run: Run, problem: str, batch: int) -> Callable[[], object]:
     """A training step with deqlib's default solver and mode, the cell marked both ways."""
-    subject = _trained(PROBLEMS[problem](batch=batch).to(device=run.device))
+    subject = trained(PROBLEMS[problem](batch=batch).to(device=run.device))
     subject = replace(subject, cell=marked_both_ways(subject.cell))
-    return partial(_step, partial(_ours, ImplicitDifferentiation(), Auto()), subject, cotangent(subject))
-
-
-def _problems(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["problem"] for row in rows))
+    default = partial(solved, ImplicitDifferentiation(), Auto(), stopping=FORWARD)
+    return partial(_step, default, subject, cotangent(subject))
 
 
 def table(rows: list[Row]) -> Table:
     """One line a mode."""
-    lines = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        cells = {row["problem"]: _cell(row) for row in rows if row["contender"] == name}
-        lines.append((name, *(cells.get(problem, "-") for problem in _problems(rows))))
     title = "relative error of the gradient / ms a training step / MB saved for backward"
-    return Table(title, ("mode", *_problems(rows)), lines)
+    return pivot(title, rows, "mode", "contender", "problem", _cell)
 
 
 def _cell(row: Row) -> str:
@@ -215,8 +147,8 @@ _STYLES = {
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """A dot a mode, its area the peak of memory."""
-    for axis, problem in zip(axes, _problems(rows), strict=True):
-        here = [r for r in rows if r["problem"] == problem and r["gradient_error"] and r["seconds"]]
+    for axis, problem in zip(axes, distinct(rows, "problem"), strict=True):
+        here = [row for row in having(rows, problem=problem) if row["gradient_error"] and row["seconds"]]
         least = min((row["peak_bytes"] for row in here), default=1)
         for row in here:
             color, marker = _STYLES.get(row["contender"], ("grey", "o"))
@@ -228,12 +160,8 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
             xscale="log", yscale="log", xlabel="ms a training step", ylabel="relative error of the gradient"
         )
         axis.margins(0.1)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    handles = axes[0].get_legend_handles_labels()
-    columns = 2 if len(axes) == 1 else 4
-    axes[0].figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        one_two_five(axis)
+    legend_below(axes, columns=2 if len(axes) == 1 else 4)
 
 
 CASE = Case(
@@ -251,7 +179,7 @@ CASE = Case(
     table=table,
     picture=Picture(
         _paint,
-        lambda rows: [f"{problem}; area: peak memory" for problem in _problems(rows)],
+        lambda rows: [f"{problem}; area: peak memory" for problem in distinct(rows, "problem")],
         columns=2,
         size=(5.2, 3.8),
     ),

@@ -30,7 +30,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(z + x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
         h = self.first(z + self.mixed((weights @ v).transpose(1, 2).flatten(2)))
-        return self.second(h + self.outer(nn.functional.gelu(self.inner(h))))
+        image: Tensor = self.second(h + self.outer(nn.functional.gelu(self.inner(h))))
+        return image
 
 
 class LocalCell(nn.Module):
@@ -49,4 +50,5 @@ class LocalCell(nn.Module):
         """Next state, shape of `z`."""
         h = z + x
         before = nn.functional.pad(h, (0, 0, 1, 0))[:, :-1]
-        return self.norm(x + self.outer(torch.relu(self.inner(torch.cat((before, h), -1)))))
+        image: Tensor = self.norm(x + self.outer(torch.relu(self.inner(torch.cat((before, h), -1)))))
+        return image

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from deqlib import JFB, Backward, ImplicitDifferentiation, ImplicitLayer, PhantomGradient, Picard, Stopping
 
 MakeCell = Callable[[], nn.Module]  # a new cell(z, x) -> z
+MakeBody = Callable[[MakeCell], nn.Module]  # of a cell: x -> z
 
 
 class Explicit(nn.Module):
@@ -39,21 +40,6 @@ class Explicit(nn.Module):
         return z
 
 
-def untied(make_cell: MakeCell, depth: int) -> nn.Module:
-    """Every step has weights of its own."""
-    return Explicit([make_cell() for _ in range(depth)], depth)
-
-
-def tied(make_cell: MakeCell, depth: int) -> nn.Module:
-    """One set of weights, unrolled."""
-    return Explicit([make_cell()], depth)
-
-
-def checkpointed(make_cell: MakeCell, depth: int) -> nn.Module:
-    """One set of weights, unrolled, every step checkpointed."""
-    return Explicit([make_cell()], depth, checkpointed=True)
-
-
 def implicit(backward: Callable[[int], Backward]) -> Callable[[MakeCell, int], nn.Module]:
     """An implicit layer that takes as many Picard steps; `backward` of the depth is its mode."""
 
@@ -66,9 +52,12 @@ def implicit(backward: Callable[[int], Backward]) -> Callable[[MakeCell, int], n
 
 
 CONTENDERS: dict[str, Callable[[MakeCell, int], nn.Module]] = {
-    "explicit, untied": untied,
-    "explicit, tied": tied,
-    "explicit, tied, checkpointed": checkpointed,
+    # Weights of its own for every step, or one set for all.
+    "explicit, untied": lambda make_cell, depth: Explicit([make_cell() for _ in range(depth)], depth),
+    "explicit, tied": lambda make_cell, depth: Explicit([make_cell()], depth),
+    "explicit, tied, checkpointed": lambda make_cell, depth: Explicit(
+        [make_cell()], depth, checkpointed=True
+    ),
     "implicit, JFB": implicit(lambda depth: JFB()),
     "implicit, PhantomGradient": implicit(lambda depth: PhantomGradient()),
     # As many steps of the adjoint as of the solve, so that the price of both grows with the depth.
@@ -78,6 +67,11 @@ CONTENDERS: dict[str, Callable[[MakeCell, int], nn.Module]] = {
 }
 EXPLICIT = tuple(name for name in CONTENDERS if name.startswith("explicit"))
 IMPLICIT = tuple(name for name in CONTENDERS if name.startswith("implicit"))
+
+
+def of_depth(name: str, depth: int) -> MakeBody:
+    """A contender, its depth filled in."""
+    return lambda make_cell: CONTENDERS[name](make_cell, depth)
 
 
 def parameters(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...case import COUNT, SECONDS, Case, Metric, Picture, Row, Run, Table, product
-from ...timing import seconds, with_spread
-from .contenders import CONTENDERS, parameters
+from ...measure import seconds, with_spread
+from .contenders import CONTENDERS, of_depth, parameters
 from .show import by_depth, plot_by_depth
 from .training import Batch, Reader, train
 
@@ -44,7 +43,7 @@ def build(run: Run, depth: int, updates: int, seeds: int) -> Iterator[Row]:
     for seed in range(seeds):
         for name, row in rows.items():
             torch.manual_seed(seed)
-            model = Reader(partial(CONTENDERS[name], depth=depth), 8, WIDTH, 10).to(run.device)
+            model = Reader(of_depth(name, depth), 8, WIDTH, 10).to(run.device)
             work = partial(train, model, batch, _loss, updates=updates, seed=seed, rate=RATE)
             row["seconds"].append(seconds(work))
             row["parameters"] = parameters(model)
@@ -73,12 +72,12 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
-    plot_by_depth(axes[0], rows, lambda row: statistics.median(row["accuracy"]))
+    plot_by_depth(axes[0], rows, "accuracy")
     axes[0].set(ylim=(None, 1.01))
     axes[0].axvline(8, color="black", linewidth=0.7, linestyle=":")
     axes[0].legend(frameon=False, fontsize=7)
-    plot_by_depth(axes[1], rows, lambda row: statistics.median(row["seconds"]))
-    plot_by_depth(axes[2], rows, lambda row: row["parameters"])
+    plot_by_depth(axes[1], rows, "seconds")
+    plot_by_depth(axes[2], rows, "parameters")
     for axis in axes[1:]:
         axis.set(yscale="log")
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from deqlib.diagnostics import saved_bytes
 
 from ...case import COUNT, Bar, Case, Metric, Picture, Row, Run, Settings, Table, product
-from ...peak import peak_bytes, peak_rss
+from ...measure import peak_bytes, peak_rss
+from ...rows import distinct, having
 from .cells import Block
 from .contenders import CONTENDERS, EXPLICIT, IMPLICIT, parameters
-from .show import by_depth, depths_of, plot_by_depth
+from .show import by_depth, plot_by_depth
 
 FLAT, LINEAR = 1.02, 0.02
 FROM = {"saved_bytes": 1, "peak_bytes": 2}  # an adjoint of a single step holds one state less than of more
@@ -82,7 +83,7 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 def _bar(what: str, rows: list[Row], values: dict[str, float], limit: float) -> Bar:
     """NaN if any value is."""
-    depths = depths_of(rows)
+    depths = sorted(distinct(rows, "depth"))
     span = f"depth {depths[0]} to {depths[-1]}" if depths else "no depth"
     worst = math.nan if any(map(math.isnan, values.values())) else max(values.values())
     note = "; ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -90,7 +91,7 @@ def _bar(what: str, rows: list[Row], values: dict[str, float], limit: float) -> 
 
 
 def _by_depth(rows: list[Row], contender: str, metric: str) -> dict[int, int]:
-    return {row["depth"]: row[metric] for row in rows if row["contender"] == contender}
+    return {row["depth"]: row[metric] for row in having(rows, contender=contender)}
 
 
 def _growth(sizes: dict[int, int]) -> float:
@@ -114,11 +115,13 @@ def _table(rows: list[Row]) -> Table:
     return by_depth(rows, "MB saved for backward / peak of a training step / resident in a process", cell)
 
 
+def _megabytes(metric: str, row: Row) -> float | None:
+    return None if row[metric] is None else row[metric] / 1e6
+
+
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     for axis, metric in zip(axes, ("saved_bytes", "peak_bytes", "resident_bytes"), strict=False):
-        plot_by_depth(
-            axis, rows, lambda row, metric=metric: row[metric] / 1e6 if row[metric] is not None else None
-        )
+        plot_by_depth(axis, rows, partial(_megabytes, metric))
         axis.set(yscale="log", ylabel="MB")
     axes[0].legend(frameon=False, fontsize=7)
 
@@ -133,16 +136,12 @@ CASE = Case(
     "bytes of a training step against depth, transformer block",
     build,
     grid=[
-        settings
-        for depth in (1, 2, 4, 8, 16, 32, 64)
-        for settings in product(
-            depth=(depth,), batch=(32,), tokens=(64,), width=(256,), resident=(depth in RESIDENT,)
-        )
+        {**point, "resident": point["depth"] in RESIDENT}
+        for point in product(depth=(1, 2, 4, 8, 16, 32, 64), batch=(32,), tokens=(64,), width=(256,))
     ],
     quick=[
-        settings
-        for depth in (1, 4, 8)
-        for settings in product(depth=(depth,), batch=(4,), tokens=(16,), width=(32,), resident=(depth == 8,))
+        {**point, "resident": point["depth"] == 8}
+        for point in product(depth=(1, 4, 8), batch=(4,), tokens=(16,), width=(32,))
     ],
     metrics={
         "parameters": COUNT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -14,11 +14,12 @@ from torch.nn.functional import cross_entropy
 from deqlib import JFB, Backward, ImplicitDifferentiation, ImplicitLayer, PhantomGradient, Picard, Stopping
 
 from ...case import COUNT, SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
-from ...show import COLORS
-from ...timing import seconds
-from .contenders import CONTENDERS, Explicit, MakeCell, parameters
-from .show import STYLES, contenders_of, depths_of, ticks_at_depths
-from .training import Batch, MakeBody, Reader, train
+from ...measure import seconds
+from ...rows import distinct, grouped, having
+from ...show import COLORS, curve, pivot
+from .contenders import Explicit, MakeBody, MakeCell, of_depth, parameters
+from .show import STYLES, depth_axis
+from .training import Batch, Reader, train
 
 WIDTH, BATCH, RATE = 32, 32, 1e-2
 LONGER = (1, 2, 4)  # lengths of tests, in lengths of training
@@ -26,7 +27,7 @@ TESTED = 1000  # sequences
 TEST_SEED = 20261125  # of sequences that had no part in choosing the settings
 TOLERANCE = 1e-3
 STEPS_A_PLACE = 4  # most solver steps to the tolerance
-BACKWARD = {
+BACKWARD: dict[str, Callable[[Stopping], Backward]] = {
     "JFB": lambda rule: JFB(),
     "PhantomGradient": lambda rule: PhantomGradient(),
     "ImplicitDifferentiation": lambda rule: ImplicitDifferentiation(solver=Picard(), stopping=rule),
@@ -54,7 +55,7 @@ def build(run: Run, depth: int | None, length: int, updates: int, seeds: int) ->
             for name, mode in zip(TO_TOLERANCE, BACKWARD, strict=True)
         }
     else:
-        bodies = {name: partial(CONTENDERS[name], depth=depth) for name in FIXED}
+        bodies = {name: of_depth(name, depth) for name in FIXED}
     batch = partial(_batch, run.device, length)
     rows: dict[tuple[str, int], Row] = {}
     for seed in range(seeds):
@@ -74,8 +75,9 @@ def build(run: Run, depth: int | None, length: int, updates: int, seeds: int) ->
 
 def _to_tolerance(mode: str, length: int, make_cell: MakeCell) -> ImplicitLayer:
     rule = _rule(length)
-    backward: Backward = BACKWARD[mode](rule)
-    return ImplicitLayer(make_cell(), solver=Picard(), backward=backward, stopping=rule, on_failure="ignore")
+    return ImplicitLayer(
+        make_cell(), solver=Picard(), backward=BACKWARD[mode](rule), stopping=rule, on_failure="ignore"
+    )
 
 
 def _rule(length: int) -> Stopping:
@@ -132,57 +134,49 @@ def _test(model: Reader, x: Tensor, y: Tensor, rule: int | Stopping) -> Settings
 
 
 def _table(rows: list[Row]) -> Table:
-    lengths = list(dict.fromkeys(row["tested"] for row in rows))
-    depths = depths_of(rows)
-    every: list[int | None] = [*depths, *([None] if any(row["depth"] is None for row in rows) else [])]
-    lines = []
-    for name in contenders_of(rows):
-        ours = [row for row in rows if row["contender"] == name]
-        cells = []
-        for depth in every:
-            found = {row["tested"]: row for row in ours if row["depth"] == depth}
-            cells.append(
-                " / ".join(f"{statistics.median(found[n]['accuracy']):.2f}" for n in lengths) if found else ""
-            )
-        spent = statistics.median(max(ours, key=lambda row: row["depth"] or 0)["seconds"])
-        lines.append((name, *cells, f"{spent:.1f}", f"{max(row['parameters'] for row in ours):,}"))
-    head = ["contender", *("to tolerance" if depth is None else f"depth {depth}" for depth in every)]
-    title = f"accuracy at the last place, lengths {' / '.join(map(str, lengths))}, trained on the first"
-    return Table(title, (*head, "s of training, deepest", "parameters, deepest"), lines)
+    lengths = distinct(rows, "tested")
+
+    def line(point: list[Row]) -> Row:
+        """All tests of a contender and depth."""
+        accuracy = {row["tested"]: statistics.median(row["accuracy"]) for row in point}
+        return {**point[0], "accuracy": " / ".join(f"{accuracy[length]:.2f}" for length in lengths)}
+
+    return pivot(
+        f"accuracy at the last place, lengths {' / '.join(map(str, lengths))}, trained on the first",
+        [line(point) for point in grouped(rows, "contender", "depth")],
+        "contender",
+        "contender",
+        lambda row: "to tolerance" if row["depth"] is None else f"depth {row['depth']}",
+        lambda row: row["accuracy"],
+        missing="",
+        more={
+            "s of training, deepest": lambda line: f"{statistics.median(line[-1]['seconds']):.1f}",
+            "parameters, deepest": lambda line: f"{max(row['parameters'] for row in line):,}",
+        },
+    )
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
-    lengths = list(dict.fromkeys(row["tested"] for row in rows))
-    for axis, length in zip(axes, lengths, strict=True):
-        here = [row for row in rows if row["tested"] == length]
-        for name in contenders_of(here):
-            points = [row for row in here if row["contender"] == name]
-            points.sort(key=lambda row: row["depth"] or 0)
-            heights = [statistics.median(row["accuracy"]) for row in points]
-            if points[0]["depth"] is None:
+    for axis, length in zip(axes, distinct(rows, "tested"), strict=True):
+        here = having(rows, tested=length)
+        for name in distinct(here, "contender"):
+            points = having(here, contender=name)
+            if name in TO_TOLERANCE:
                 color = COLORS[len(STYLES) + TO_TOLERANCE.index(name)]
-                steps = statistics.median(points[0]["steps"])
-                axis.plot([steps], heights, "*", color=color, label=name, markersize=11)
+                curve(axis, points, "steps", "accuracy", "*", color=color, label=name, markersize=11)
             else:
                 style, color = STYLES[name.removesuffix(DEEPER)]
                 style = style[0] + (":" if name.endswith(DEEPER) else "-")
-                axis.plot(
-                    [row["depth"] for row in points],
-                    heights,
-                    style,
-                    color=color,
-                    label=name,
-                    markersize=3,
-                    alpha=0.8,
-                )
-        ticks_at_depths(axis, rows)
+                look = {"color": color, "label": name, "markersize": 3, "alpha": 0.8}
+                curve(axis, points, "depth", "accuracy", style, **look)
+        depth_axis(axis, rows)
         axis.set(xlabel="depth in training; stars: steps taken", ylim=(0.4, 1.05))
         axis.axvline(length, color="black", linewidth=0.7, linestyle=":")
     axes[-1].legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _panels(rows: list[Row]) -> list[str]:
-    lengths = list(dict.fromkeys(row["tested"] for row in rows))
+    lengths = distinct(rows, "tested")
     return [f"tested on length {length}{' (trained)' * (not i)}" for i, length in enumerate(lengths)]
 
 

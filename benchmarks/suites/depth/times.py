@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,8 +11,7 @@ from matplotlib.axes import Axes
 from deqlib import ImplicitLayer, Picard, Stopping
 
 from ...case import COUNT, SECONDS, Case, Picture, Row, Run, Table, product
-from ...profiling import marked
-from ...timing import interleaved, milliseconds
+from ...measure import interleaved, marked, milliseconds
 from .cells import Block
 from .contenders import CONTENDERS, parameters
 from .memory import model_and_input, step
@@ -45,8 +43,8 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
-    plot_by_depth(axes[0], rows, lambda row: statistics.median(row["seconds"]))
-    plot_by_depth(axes[1], rows, lambda row: row["parameters"])
+    plot_by_depth(axes[0], rows, "seconds")
+    plot_by_depth(axes[1], rows, "parameters")
     for axis in axes:
         axis.set(yscale="log")
     axes[0].legend(frameon=False, fontsize=7)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .cells import LocalCell
-from .contenders import MakeCell
+from .contenders import MakeBody
 
-MakeBody = Callable[[MakeCell], nn.Module]  # of a cell: x -> z
 Batch = tuple[Tensor, Tensor]  # inputs (B, length, features), classes (B,) or (B, length)
 
 
@@ -26,7 +25,8 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.head(self.body(self.embed(x)))
+        logits: Tensor = self.head(self.body(self.embed(x)))
+        return logits
 
 
 def train(
@@ -45,7 +45,7 @@ def train(
     for _ in range(updates):
         x, y = batch(generator)
         optimizer.zero_grad()
-        loss(model(x), y).backward()
+        torch.autograd.backward(loss(model(x), y))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from deqlib import Anderson, Solution, Stopping, fixed_point
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...peak import peak_bytes
-from ...show import COLORS
+from ...maps import elementwise
+from ...measure import peak_bytes
+from ...show import COLORS, curve, listing
 
 
 def limit(memory: int) -> int:
@@ -21,8 +21,7 @@ def limit(memory: int) -> int:
 def build(run: Run, memory: int, batch: int, width: int) -> list[Row]:
     """Peak of a solve in states, and whether it went through all that costs memory.
 
-    The cell allocates its output and nothing else. Samples finish at different steps, the history wraps
-    round, and some iterates are worse than the best one.
+    Samples finish at different steps, the history wraps round, and some iterates are worse than the best one.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, width, generator=generator)
@@ -35,7 +34,7 @@ def build(run: Run, memory: int, batch: int, width: int) -> list[Row]:
 
     def solve() -> Solution:
         return fixed_point(
-            _cell,
+            elementwise,
             z0,
             (x, rates),
             solver=Anderson(memory=memory),
@@ -59,10 +58,6 @@ def build(run: Run, memory: int, batch: int, width: int) -> list[Row]:
     ]
 
 
-def _cell(z: Tensor, x: Tensor, rates: Tensor) -> Tensor:
-    return torch.addcmul(x, z, rates)
-
-
 def bars(rows: list[Row]) -> list[Bar]:
     """One a memory."""
     return [
@@ -79,24 +74,24 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 def table(rows: list[Row]) -> Table:
     """One line a memory."""
-    lines = [
-        (
-            str(row["memory"]),
-            f"{row['peak_bytes'] / 1e6:.1f}",
-            f"{row['states']:.2f}",
-            str(limit(row["memory"])),
-        )
-        for row in rows
-    ]
-    return Table("peak memory of an Anderson solve", ("memory", "MB", "states", "limit"), lines)
+    return listing(
+        "peak memory of an Anderson solve",
+        rows,
+        {
+            "memory": lambda row: str(row["memory"]),
+            "MB": lambda row: f"{row['peak_bytes'] / 1e6:.1f}",
+            "states": lambda row: f"{row['states']:.2f}",
+            "limit": lambda row: str(limit(row["memory"])),
+        },
+    )
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
-    memories = [row["memory"] for row in rows]
-    axes[0].plot(memories, [limit(memory) for memory in memories], "--", color=COLORS[6], label="2.5 k + 4")
-    axes[0].plot(memories, [row["states"] for row in rows], "o", color=COLORS[0], label="measured")
-    axes[0].set(xlabel="memory k", ylabel="states", ylim=(0, 1.05 * max(row["states"] for row in rows)))
-    axes[0].legend(frameon=False)
+    (axis,) = axes
+    curve(axis, rows, "memory", lambda row: limit(row["memory"]), "--", color=COLORS[6], label="2.5 k + 4")
+    curve(axis, rows, "memory", "states", "o", color=COLORS[0], label="measured")
+    axis.set(xlabel="memory k", ylabel="states", ylim=(0, 1.05 * max(row["states"] for row in rows)))
+    axis.legend(frameon=False)
 
 
 CASE = Case(

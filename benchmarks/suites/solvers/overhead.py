@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from deqlib import Picard, Solution, Stopping, fixed_point
+from deqlib import Picard, Stopping
 from deqlib.testing import Problem
 
-from ... import problems
+from ... import maps
 from ...case import COUNT, SECONDS, Bar, Case, Picture, Row, Run, Table, product, worst_of
+from ...measure import interleaved, ratios, seconds, with_spread
+from ...rows import distinct, having
 from ...show import COLORS
-from ...timing import interleaved, ratios, seconds, with_spread
 
 COSTLY = 2e-3  # seconds that an evaluation must take for the bars
 REPEATS = 4  # rounds for each that is asked for: solves are short, and differences of a few hundredths count
@@ -29,9 +31,10 @@ BARE = "{}, bare loop"
 
 def build(run: Run, problem: str, max_steps: int) -> list[Row]:
     """Picard that measures residuals, Picard of a fixed number of steps, and a bare loop for each."""
-    subject = problems.named(problem, run.device)
+    subject = maps.named(problem, run.device)
     with torch.no_grad():
-        needed = int(_solver(subject, Stopping(rtol=1e-5, max_steps=max_steps))().num_steps.max())
+        until = Stopping(rtol=1e-5, max_steps=max_steps)
+        needed = int(maps.solve(subject, Picard(), until).num_steps.max())
         rules = {
             "tracked": Stopping(rtol=1e-30, max_steps=needed, patience=None),
             "fixed": Stopping.steps(needed),
@@ -39,8 +42,8 @@ def build(run: Run, problem: str, max_steps: int) -> list[Row]:
         evaluations: dict[str, int] = {}
         contenders: dict[str, Callable[[], object]] = {}
         for name, rule in rules.items():
-            contenders[name] = _solver(subject, rule)
-            evaluations[name] = evaluations[BARE.format(name)] = _solver(subject, rule)().nfe
+            contenders[name] = partial(maps.solve, subject, Picard(), rule)
+            evaluations[name] = evaluations[BARE.format(name)] = maps.solve(subject, Picard(), rule).nfe
             contenders[BARE.format(name)] = _loop(subject, evaluations[name])
         times = interleaved(contenders, run.rounds if run.quick else REPEATS * run.rounds)
         evaluation = statistics.median(seconds(lambda: subject.f(subject.z0)) for _ in range(5))
@@ -53,12 +56,6 @@ def build(run: Run, problem: str, max_steps: int) -> list[Row]:
         }
         for name in contenders
     ]
-
-
-def _solver(problem: Problem, rule: Stopping) -> Callable[[], Solution]:
-    return lambda: fixed_point(
-        problem.cell, problem.z0, problem.inputs, solver=Picard(), stopping=rule, on_failure="ignore"
-    )
 
 
 def _loop(problem: Problem, evaluations: int) -> Callable[[], Tensor]:
@@ -74,8 +71,9 @@ def _loop(problem: Problem, evaluations: int) -> Callable[[], Tensor]:
 def by_problem(rows: list[Row], kind: str) -> dict[str, list[float]]:
     """Time of Picard over that of its bare loop, in every round."""
     times = {(row["problem"], row["contender"]): row["seconds"] for row in rows}
-    names = dict.fromkeys(row["problem"] for row in rows)
-    return {name: ratios(times[name, kind], times[name, BARE.format(kind)]) for name in names}
+    return {
+        name: ratios(times[name, kind], times[name, BARE.format(kind)]) for name in distinct(rows, "problem")
+    }
 
 
 def medians(rows: list[Row], kind: str) -> dict[str, float]:
@@ -97,7 +95,7 @@ def bars(rows: list[Row]) -> list[Bar]:
 def table(rows: list[Row]) -> Table:
     """One line a cell."""
     evaluation = {row["problem"]: row["evaluation_seconds"] for row in rows}
-    steps = {row["problem"]: row["evaluations"] for row in rows if row["contender"] == "fixed"}
+    steps = {row["problem"]: row["evaluations"] for row in having(rows, contender="fixed")}
     found = {kind: by_problem(rows, kind) for kind in LIMITS}
     lines = []
     for name, cost in evaluation.items():
@@ -122,8 +120,8 @@ CASE = Case(
     "overhead",
     f"Picard against a bare loop of as many evaluations; cells of {COSTLY * 1e3:.0f} ms and more have bars",
     build,
-    grid=product(problem=problems.NAMES, max_steps=[30]),
-    quick=product(problem=problems.QUICK, max_steps=[10]),
+    grid=product(problem=maps.NAMES, max_steps=[30]),
+    quick=product(problem=maps.QUICK, max_steps=[10]),
     metrics={"evaluations": COUNT, "seconds": SECONDS, "evaluation_seconds": SECONDS},
     table=table,
     bars=bars,

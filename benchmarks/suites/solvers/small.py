@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from deqlib import Auto, ImplicitLayer, Solution, Status, fixed_point
 
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...peak import peak_bytes
-from ...show import COLORS
-from ...timing import interleaved, milliseconds, ratio
-from ..backward.times import Tap
+from ...measure import Counted, interleaved, milliseconds, peak_bytes, ratio
+from ...rows import by_contender, figure, grouped, having
+from ...show import COLORS, listing
 
 LAYER, NUMBERS = "layer", "numbers"
 SOLVED, BARE = "default", "bare loop"
@@ -82,9 +81,9 @@ def _layer(run: Run, batch: int, width: int) -> Iterator[Row]:
 
 def _products(layer: ImplicitLayer, x: Tensor) -> int:
     """Products with J^T of the adjoint solve."""
-    tap = Tap(layer.cell)
-    ImplicitLayer(tap)(x).sum().backward()
-    return tap.count - 1  # the last one is for the parameters
+    cell = Counted(layer.cell)
+    ImplicitLayer(cell)(x).sum().backward()
+    return cell.products - 1  # the last one is for the parameters
 
 
 def _numbers(run: Run, batch: int, width: int) -> Iterator[Row]:
@@ -107,52 +106,47 @@ def _numbers(run: Run, batch: int, width: int) -> Iterator[Row]:
     }
 
 
-def _pairs(rows: list[Row]) -> dict[str, float]:
+def _ratios(rows: list[Row]) -> dict[str, float]:
     """Time of the default over that of the bare loop, by size."""
-    layers = [row for row in rows if row["what"] == LAYER]
-    sizes = dict.fromkeys((row["batch"], row["width"]) for row in layers)
-    times = {(row["batch"], row["width"], row["contender"]): row["seconds"] for row in layers}
-    return {
-        f"{batch} x {width}": ratio(times[batch, width, SOLVED], times[batch, width, BARE])
-        for batch, width in sizes
-    }
+    found = {}
+    for point in grouped(having(rows, what=LAYER), "batch", "width"):
+        times = {name: row["seconds"] for name, row in by_contender(point).items()}
+        found[f"{point[0]['batch']} x {point[0]['width']}"] = ratio(times[SOLVED], times[BARE])
+    return found
 
 
 def bars(rows: list[Row]) -> list[Bar]:
-    """What the issue of defaults on cheap cells comes to."""
+    """The layer beside its bare loop; time and memory of the many numbers."""
     found = [
         Bar(f"training step of a {size} layer at its defaults / bare loop, time", value, LIMIT)
-        for size, value in _pairs(rows).items()
+        for size, value in _ratios(rows).items()
     ]
-    for row in rows:
-        if row["what"] == NUMBERS:
-            name = f"{row['batch']:,} samples of {row['width']} number, Auto"
-            found.append(Bar(f"{name}, seconds", statistics.median(row["seconds"]), SECONDS_LIMIT))
-            found.append(Bar(f"{name}, peak memory in states", round(row["states"], 1), STATES_LIMIT))
+    for row in having(rows, what=NUMBERS):
+        name = f"{row['batch']:,} samples of {row['width']} number, Auto"
+        found.append(Bar(f"{name}, seconds", statistics.median(row["seconds"]), SECONDS_LIMIT))
+        found.append(Bar(f"{name}, peak memory in states", round(row["states"], 1), STATES_LIMIT))
     return found
 
 
 def table(rows: list[Row]) -> Table:
     """One line a contender."""
-    lines = [
-        (
-            f"{row['what']} {row['batch']:,} x {row['width']}",
-            row["contender"],
-            str(row["evaluations"]),
-            "-" if row["products"] is None else str(row["products"]),
-            milliseconds(row["seconds"]),
-            "-" if row["states"] is None else f"{row['states']:.1f}",
-        )
-        for row in rows
-    ]
-    heads = ("what", "contender", "evaluations", "products", "ms", "peak, states")
-    return Table("defaults where the bookkeeping weighs most", heads, lines)
+    return listing(
+        "defaults where the bookkeeping weighs most",
+        rows,
+        {
+            "what": lambda row: f"{row['what']} {row['batch']:,} x {row['width']}",
+            "contender": lambda row: row["contender"],
+            "evaluations": lambda row: str(row["evaluations"]),
+            "products": lambda row: "-" if row["products"] is None else str(row["products"]),
+            "ms": lambda row: milliseconds(row["seconds"]),
+            "peak, states": lambda row: "-" if row["states"] is None else f"{row['states']:.1f}",
+        },
+    )
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     names = [f"{row['what']}, {row['contender']}" for row in rows]
-    values = [statistics.median(row["seconds"]) * 1e3 if row["seconds"] else math.nan for row in rows]
-    axes[0].barh(names, values, color=COLORS[0])
+    axes[0].barh(names, [(figure(row["seconds"]) or math.nan) * 1e3 for row in rows], color=COLORS[0])
     axes[0].set(xlabel="ms", xscale="log")
     axes[0].invert_yaxis()
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -15,34 +14,21 @@ from torch import Tensor
 
 from deqlib.testing import Problem
 
-from ... import problems
+from ... import maps
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product, worst_of
-from ...contenders import CONTENDERS, not_run, style
-from ...profiling import marked
-from ...timing import geometric_mean, interleaved, milliseconds, ratio, seconds
+from ...measure import Counted, geometric_mean, interleaved, marked, milliseconds, ratio, seconds
+from ...rows import by_contender, distinct, grouped, having
+from ...show import legend_below, pivot
+from .contenders import CONTENDERS, ONCE, ROUNDING, head, not_run, style
 
 TOLERANCES = (1e-3, 1e-5)
-ROUNDING = 1.001  # what a residual may exceed its tolerance by when it is computed anew
 LARGE = 100_000  # numbers of a batch from which on Broyden has a bar of its own
-ONCE = 2.0  # seconds; a solve that takes longer is timed once
 FARTHEST = 16  # times the best, in the picture
-
-
-class Counted:
-    """A cell that counts its calls."""
-
-    def __init__(self, cell: Callable[..., Tensor]) -> None:
-        self.cell, self.count = cell, 0
-
-    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
-        """The cell."""
-        self.count += 1
-        return self.cell(z, *inputs)
 
 
 def build(run: Run, problem: str, rtol: float, max_evaluations: int) -> list[Row]:
     """All contenders on one problem. The round that counts evaluations warms up."""
-    subject = problems.named(problem, run.device)
+    subject = maps.named(problem, run.device)
     with torch.no_grad():
         rows = [_row(subject, rtol, name, max_evaluations) for name in CONTENDERS]
         able = [row for row in rows if row["error"] is None]
@@ -82,7 +68,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
     row["seconds"] = [seconds(attempt)]
     worst = float(problem.residuals(found[0])[1].max()) if found else math.nan
     row |= {
-        "evaluations": cell.count,
+        "evaluations": cell.calls,
         "relative_residual": worst if math.isfinite(worst) else None,
         "reached": worst <= ROUNDING * rtol,
     }
@@ -91,7 +77,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
 
 def profiled(run: Run, problem: str, rtol: float, max_evaluations: int) -> Callable[[], object]:
     """A solve by the default solver."""
-    subject = problems.named(problem, run.device)
+    subject = maps.named(problem, run.device)
     subject = replace(subject, cell=marked(subject.cell))
     return torch.no_grad()(partial(CONTENDERS["deqlib Auto"], subject, rtol, max_evaluations))
 
@@ -101,10 +87,11 @@ Solves = dict[str, dict[str, Row]]  # by problem and tolerance, by contender
 
 def by_solve(rows: Iterable[Row]) -> Solves:
     """Rows of everybody who was measured."""
-    found: Solves = {}
-    for row in rows:
-        found.setdefault(f"{row['problem']} {row['rtol']:.0e}", {})[row["contender"]] = row
-    return found
+    return {_solve_of(point[0]): by_contender(point) for point in grouped(rows, "problem", "rtol")}
+
+
+def _solve_of(row: Row) -> str:
+    return f"{row['problem']} {row['rtol']:.0e}"
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -220,15 +207,8 @@ def _auto_bars(solves: Solves) -> list[Bar]:
 
 def table(rows: list[Row]) -> Table:
     """One line a problem and tolerance."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    lines = [(solve, *(_cell(found[name]) for name in names)) for solve, found in by_solve(rows).items()]
     title = "evaluations / ms, in brackets where the tolerance was not reached, - where nobody tried"
-    return Table(title, ("problem, tolerance", *heads(names)), lines)
-
-
-def heads(names: Iterable[str]) -> list[str]:
-    """Names of contenders that can be broken."""
-    return [name.replace("NewtonKrylov", "Newton Krylov") for name in names]
+    return pivot(title, rows, "problem, tolerance", _solve_of, head, _cell)
 
 
 def _cell(row: Row) -> str:
@@ -261,15 +241,14 @@ def factors(rows: Iterable[Row], cost: str) -> dict[str, list[float]]:
 
 
 def _panels(rows: list[Row]) -> list[str]:
-    tolerances = dict.fromkeys(row["rtol"] for row in rows)
-    return [f"{cost} to a residual of {rtol:.0e}" for rtol in tolerances for cost in _COSTS]
+    return [f"{cost} to a residual of {rtol:.0e}" for rtol in distinct(rows, "rtol") for cost in _COSTS]
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """Performance profiles (Dolan & Moré 2002): share of problems solved at so many times the least cost."""
-    pairs = [(rtol, cost) for rtol in dict.fromkeys(row["rtol"] for row in rows) for cost in _COSTS]
+    pairs = [(rtol, cost) for rtol in distinct(rows, "rtol") for cost in _COSTS]
     for axis, (rtol, cost) in zip(axes, pairs, strict=True):
-        for name, values in factors((row for row in rows if row["rtol"] == rtol), cost).items():
+        for name, values in factors(having(rows, rtol=rtol), cost).items():
             near = sorted(value for value in values if value <= FARTHEST)
             shares = [(index + 1) / len(values) for index in range(len(near))]
             axis.step([1, *near, FARTHEST], [0, *shares, max(shares, default=0)], where="post", **style(name))
@@ -277,16 +256,15 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
         axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         axis.minorticks_off()
         axis.set_ylabel("share of problems")
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    legend_below(axes, 4)
 
 
 CASE = Case(
     "solves",
     "evaluations, success and time of every solver on every problem",
     build,
-    grid=product(problem=problems.SOLVED, rtol=TOLERANCES, max_evaluations=[problems.MAX_EVALUATIONS]),
-    quick=product(problem=problems.QUICK, rtol=TOLERANCES[:1], max_evaluations=[60]),
+    grid=product(problem=maps.SOLVED, rtol=TOLERANCES, max_evaluations=[maps.MAX_EVALUATIONS]),
+    quick=product(problem=maps.QUICK, rtol=TOLERANCES[:1], max_evaluations=[60]),
     metrics={
         "numbers": Metric(better=None),
         "evaluations": COUNT,

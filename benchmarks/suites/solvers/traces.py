@@ -8,58 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from deqlib.testing import Problem
 
-from ... import problems
+from ... import maps
 from ...case import Case, Metric, Picture, Row, Run, Table, product
-from ...contenders import CONTENDERS, not_run, style, worst_residual
-from ...timing import interleaved
-from .solves import ONCE, heads
+from ...measure import Watched, interleaved
+from ...rows import distinct, having
+from ...show import legend_below, pivot
+from .contenders import CONTENDERS, ONCE, head, not_run, style
 
 LARGEST = 10.0  # residual that a picture shows
 
 
-@dataclass
-class Watched:
-    """A cell that records the largest relative residual of each batch it sees, and when it came.
-
-    Attributes:
-        cell: which is watched.
-        residuals: one a call.
-        seconds: one a call, since it was made, without what recording takes.
-    """
-
-    cell: Callable[..., Tensor]
-    residuals: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    begin: float = field(default_factory=time.perf_counter)  # moves on while something is recorded
-
-    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
-        """The cell."""
-        fz = self.cell(z, *inputs)
-        if fz.is_cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self.begin)
-        self.residuals.append(worst_residual(z, fz))
-        self.begin += time.perf_counter() - now
-        return fz
-
-
 def build(run: Run, problem: str, rtol: float, max_evaluations: int) -> list[Row]:
     """Everybody's residuals, of the round whose time is the median."""
-    subject = problems.named(problem, run.device)
+    subject = maps.named(problem, run.device)
     names = [name for name in CONTENDERS if not_run(name, subject) is None]
     found: dict[str, list[Watched]] = {name: [] for name in names}
     solves = {name: partial(_watch, found[name], subject, name, rtol, max_evaluations) for name in names}
@@ -98,13 +68,8 @@ def smallest(row: Row) -> list[float]:
 
 def table(rows: list[Row]) -> Table:
     """One line a problem."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    cells = {(row["problem"], row["contender"]): _cell(row) for row in rows}
-    lines = [
-        (problem, *(cells.get((problem, name), "-") for name in names))
-        for problem in dict.fromkeys(row["problem"] for row in rows)
-    ]
-    return Table("smallest relative residual / ms until it came", ("problem", *heads(names)), lines)
+    title = "smallest relative residual / ms until it came"
+    return pivot(title, rows, "problem", "problem", head, _cell)
 
 
 def _cell(row: Row) -> str:
@@ -115,15 +80,14 @@ def _cell(row: Row) -> str:
 
 
 def _panels(rows: list[Row]) -> list[str]:
-    names = dict.fromkeys(row["problem"] for row in rows)
-    return [f"{name}, {axis}" for name in names for axis in ("evaluations", "ms")]
+    return [f"{name}, {axis}" for name in distinct(rows, "problem") for axis in ("evaluations", "ms")]
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     """Two panels a problem: over evaluations, and over time."""
-    for index, problem in enumerate(dict.fromkeys(row["problem"] for row in rows)):
+    for index, problem in enumerate(distinct(rows, "problem")):
         pair = axes[2 * index : 2 * index + 2]
-        found = [row for row in rows if row["problem"] == problem]
+        found = having(rows, problem=problem)
         for row in found:
             places = range(1, len(row["residuals"]) + 1), [t * 1e3 for t in row["seconds"]]
             for axis, place in zip(pair, places, strict=True):
@@ -131,18 +95,16 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
         for axis in pair:
             axis.axhline(found[0]["rtol"], color="grey", linewidth=0.8)
             axis.set(xscale="log", yscale="log", ylim=(found[0]["rtol"] / 10, LARGEST))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure = axes[0].figure
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.supylabel("smallest relative residual so far, worst sample")
+    legend_below(axes, 4, fontsize=9)
+    axes[0].figure.supylabel("smallest relative residual so far, worst sample")
 
 
 CASE = Case(
     "traces",
     "the residual after every evaluation, and when it came",
     build,
-    grid=product(problem=problems.NAMES, rtol=[1e-5], max_evaluations=[problems.MAX_EVALUATIONS]),
-    quick=product(problem=problems.QUICK, rtol=[1e-3], max_evaluations=[40]),
+    grid=product(problem=maps.NAMES, rtol=[1e-5], max_evaluations=[maps.MAX_EVALUATIONS]),
+    quick=product(problem=maps.QUICK, rtol=[1e-3], max_evaluations=[40]),
     metrics={"residuals": Metric(better=None), "seconds": Metric(better=None)},
     table=table,
     picture=Picture(_paint, _panels, columns=4, size=(3.4, 2.5)),

@@ -18,9 +18,9 @@ import viar
 from viar.model.config import SIDES_256
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
+from ...rows import by_contender, grouped
 from ...show import COLORS
 from .models import Shape, implicit, random_tokenizer, random_transformer
-from .rows import by_contender, grouped
 
 LIMIT = 0.37
 WIDTH = 8  # of the models that are run
@@ -59,7 +59,7 @@ def build(
 def _models(
     device: torch.device, depth: int, num_explicit: tuple[int, int], sides: tuple[int, ...]
 ) -> tuple[dict[str, viar.NextScaleTransformer], viar.Tokenizer]:
-    shape = {"depth": depth, "width": WIDTH, "num_heads": 1, "sides": sides}
+    shape: dict[str, Any] = {"depth": depth, "width": WIDTH, "num_heads": 1, "sides": sides}
     shape |= {"codebook_size": 16, "code_channels": 4, "num_classes": 1}
     configs = {
         "VAR": viar.TransformerConfig(**shape),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
+import runpy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
 from matplotlib.axes import Axes
@@ -20,11 +19,12 @@ from viar.model.scales import scale_slices
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...show import COLORS
+from ...environment import ROOT
+from ...show import COLORS, listing
 
 LIMIT = 2e-4
 LEAST_NORM = 5e-6  # of a gradient; smaller ones are rounding
-REFERENCE = Path(__file__).parents[3] / "tests" / "viar" / "golden_reference.py"
+REFERENCE = ROOT / "tests" / "viar" / "golden_reference.py"
 
 
 def build(run: Run, numbers: str) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def build(run: Run, numbers: str) -> Iterator[Row]:
         yield from _NUMBERS[numbers](reference(), run.device)
 
 
-def _generation(golden: ModuleType, device: torch.device) -> Iterator[Row]:
+def _generation(golden: SimpleNamespace, device: torch.device) -> Iterator[Row]:
     """Tokens of every generation, ours and the baseline's, and the worst pixel of ours."""
     expected, tokenizer = _expected(golden, device), golden.golden_tokenizer().to(device)
     worst, cfg = 0.0, golden.golden_config()["cfg"]
@@ -59,7 +59,7 @@ def _generation(golden: ModuleType, device: torch.device) -> Iterator[Row]:
     yield {"contender": "viar", "what": "images", "deviation": worst}
 
 
-def _tokenizer(golden: ModuleType, device: torch.device) -> Iterator[Row]:
+def _tokenizer(golden: SimpleNamespace, device: torch.device) -> Iterator[Row]:
     """Tokens of images, and the worst of features, f_hat, teacher's input and decoded images."""
     expected, tokenizer = _expected(golden, device), golden.golden_tokenizer().to(device)
     images = golden.golden_images().to(device)
@@ -77,7 +77,7 @@ def _tokenizer(golden: ModuleType, device: torch.device) -> Iterator[Row]:
     yield {"contender": "viar", "what": "images", "deviation": worst}
 
 
-def _training(golden: ModuleType, device: torch.device) -> Iterator[Row]:
+def _training(golden: SimpleNamespace, device: torch.device) -> Iterator[Row]:
     """Worst logit, and worst norm of a parameter's gradient in units of itself."""
     expected = _expected(golden, device)
     labels, inputs = golden.golden_labels().to(device), expected["teacher_input"]
@@ -112,18 +112,13 @@ def _deviation(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max())
 
 
-def _expected(golden: ModuleType, device: torch.device) -> dict[str, Tensor]:
+def _expected(golden: SimpleNamespace, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in golden.golden_tensors().items()}
 
 
-def reference() -> ModuleType:
-    """The tests' regeneration of the published models, which is no package."""
-    spec = importlib.util.spec_from_file_location("golden_reference", REFERENCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reference() -> SimpleNamespace:
+    """The tests' regeneration of the published models, which is in no package."""
+    return SimpleNamespace(**runpy.run_path(str(REFERENCE)))
 
 
 def deviations(rows: list[Row]) -> dict[str, float]:
@@ -148,15 +143,12 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 def table(rows: list[Row]) -> Table:
     """One line a case."""
-    lines = [
-        (
-            row["what"],
-            row["contender"],
-            str(row["differing"]) if "differing" in row else f"{row['deviation']:.1e}",
-        )
-        for row in rows
-    ]
-    return Table("against the published programs", ("what", "whose", "deviation"), lines)
+    columns: dict[str, Callable[[Row], str]] = {
+        "what": lambda row: row["what"],
+        "whose": lambda row: row["contender"],
+        "deviation": lambda row: str(row["differing"]) if "differing" in row else f"{row['deviation']:.1e}",
+    }
+    return listing("against the published programs", rows, columns)
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:

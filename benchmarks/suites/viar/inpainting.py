@@ -9,12 +9,13 @@ import torch
 from matplotlib.axes import Axes
 
 import viar
+from viar.data import all_batches
 from viar.evaluation import class_consistency
 
 from ...case import Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...show import COLORS
+from ...rows import by_contender, grouped, having
+from ...show import COLORS, curve
 from .models import DIGITS_SAMPLING, trained_digits
-from .rows import by_contender, grouped
 
 LIMIT = 0.10
 JUDGED_AT = 5  # iterations, the default of the trained model
@@ -30,8 +31,7 @@ def build(run: Run, iterations: int, images: int) -> Iterator[Row]:
         images: at most so many; 185 are held out.
     """
     trained = trained_digits(run)
-    held_out = trained.data.validation
-    real, labels = held_out.__getitems__(range(min(images, len(held_out))))
+    real, labels = next(all_batches(trained.data.validation, images))
     real, labels = ((real + 1) / 2).to(trained.device), labels.to(trained.device)
     side = real.shape[-1]
     mask = torch.ones(side, side, device=trained.device)
@@ -50,7 +50,7 @@ def build(run: Run, iterations: int, images: int) -> Iterator[Row]:
 
 def bars(rows: list[Row]) -> list[Bar]:
     """The share that loses its class."""
-    found = by_contender([row for row in rows if row["iterations"] == JUDGED_AT])
+    found = by_contender(having(rows, iterations=JUDGED_AT))
     lost = {name: 1 - row["class_consistency"] for name, row in found.items()}
     note = f"real digits {lost[REAL]:.3f}, {GREY} {lost[GREY]:.3f}" if lost else ""
     return [Bar("in-painted digits not of their class", lost.get(EDITED, math.nan), LIMIT, note)]
@@ -71,9 +71,8 @@ def table(rows: list[Row]) -> Table:
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     (axis,) = axes
     for name, color, style in zip((EDITED, REAL, GREY), COLORS, ("o-", "--", ":"), strict=False):
-        found = [row for row in rows if row["contender"] == name]
-        shares = [row["class_consistency"] for row in found]
-        axis.plot([row["iterations"] for row in found], shares, style, color=color, label=name)
+        found = having(rows, contender=name)
+        curve(axis, found, "iterations", "class_consistency", style, color=color, label=name)
     axis.axhline(1 - LIMIT, color="grey", linewidth=0.8)
     axis.set(xlabel="iterations a scale", ylabel="seen as their class")
     axis.legend(frameon=False, fontsize=8)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache as cached
 from functools import partial
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -19,18 +21,16 @@ from torch import Tensor
 import viar
 from viar.data import all_batches
 from viar.evaluation import balanced_labels, class_consistency
-from viar.generation.sampling import decode_images
 from viar.model.schedule import Iterations
 
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
-from ...show import COLORS
-from ...timing import interleaved, ratio, with_spread
-from .models import DIGITS_SAMPLING, DTYPES, Trained, trained_digits
-from .rows import by_contender, grouped, written
+from ...measure import interleaved, ratio, with_spread
+from ...rows import by_contender, grouped, having
+from ...show import COLORS, curve
+from .models import DTYPES, Trained, trained_digits, written
 
 ADAPTIVE = {f"Adaptive {rtol:g}": viar.Adaptive(rtol=rtol) for rtol in (1e-1, 3e-2, 1e-2, 1e-3)}
 POINT = ("iterations", "cache", "dtype", "batch")
-AT_ONCE = 250  # images that are made at a time to be judged; has no influence
 
 
 def build(
@@ -48,33 +48,25 @@ def build(
     """
     real = real_logits(trained_digits(run))
     trained = _prepared(trained_digits(run), dtype)
-    samplers: dict[str, Callable[[Tensor, int], viar.Sample]] = {
-        "VIAR": partial(_sample, trained, trained.viar, _schedule(iterations), cache),
-        "VAR": partial(_sample, trained, trained.var, None, "equilibrium"),
+    samplers: dict[str, Callable[[Tensor], list[viar.Sample]]] = {
+        "VIAR": partial(trained.samples, trained.viar, iterations=_schedule(iterations), cache=cache),
+        "VAR": partial(trained.samples, trained.var, iterations=None, cache="equilibrium"),
     }
     num_classes = trained.data.num_classes
     few = (torch.arange(batch) % num_classes).to(trained.device)
-    times = interleaved({name: partial(sample, few, 0) for name, sample in samplers.items()}, run.rounds)
+    times = interleaved({name: partial(sample, few) for name, sample in samplers.items()}, run.rounds)
     labels = balanced_labels(num_classes, per_class).to(trained.device)
     for name, sample in samplers.items():
-        evaluated = 0
-
-        def count(block: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal evaluated
-            evaluated += len(output)
-
-        hook = trained.viar.trunk.layer.cell.block.register_forward_hook(count)
-        starts = range(0, len(labels), AT_ONCE)
-        samples = [sample(labels[start : start + AT_ONCE], start) for start in starts]
-        hook.remove()
-        images = torch.cat([decode_images(trained.tokenizer, found) for found in samples])
+        with _evaluations(trained.viar) as evaluated:
+            samples = sample(labels)
+        images = trained.images(samples)
         with torch.no_grad():
             logits = trained.classifier(images * 2 - 1)
         yield {
             "contender": name,
             "seconds": times[name],
             "cache_bytes": sum(found.cache_bytes for found in samples) / len(labels),
-            "evaluations": evaluated / (2 * len(labels)),  # guided: a row with its class, one without
+            "evaluations": sum(evaluated) / (2 * len(labels)),  # guided: a row with its class, one without
             "class_consistency": class_consistency(trained.classifier, images, labels),
             "frechet": frechet(logits, real),
         }
@@ -98,16 +90,18 @@ def _schedule(iterations: int | str | list[int]) -> Iterations:
     return iterations
 
 
-def _sample(
-    trained: Trained,
-    model: viar.NextScaleTransformer,
-    iterations: Iterations | None,
-    cache: str,
-    labels: Tensor,
-    first_index: int,
-) -> viar.Sample:
-    sampling = viar.Sampling(iterations=iterations, cache=cache, **DIGITS_SAMPLING)
-    return viar.sample_tokens(model, trained.tokenizer, labels, sampling, first_index=first_index)
+@contextmanager
+def _evaluations(model: viar.NextScaleTransformer) -> Iterator[list[int]]:
+    """Rows of every call of the implicit block."""
+    rows: list[int] = []
+    trunk: Any = model.trunk
+    hook = trunk.layer.cell.block.register_forward_hook(
+        lambda block, inputs, output: rows.append(len(output))
+    )
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 @cached
@@ -170,14 +164,14 @@ def _line(name: str, row: Row, faster: str) -> tuple[str, ...]:
 
 def _rate(row: Row) -> float:
     """Images a second."""
-    return row["batch"] / statistics.median(row["seconds"])
+    rate: float = row["batch"] / statistics.median(row["seconds"])
+    return rate
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     batch = statistics.mode(row["batch"] for row in rows)
     usual = [row for row in rows if _is_usual(row, "cache", "dtype") and row["batch"] == batch]
-    solved = [row for row in usual if row["contender"] == "VIAR"]
-    var = [row for row in usual if row["contender"] == "VAR"]
+    solved, var = having(usual, contender="VIAR"), having(usual, contender="VAR")
     groups = {
         "a count": [row for row in solved if isinstance(row["iterations"], int)],
         "first to last": [row for row in solved if isinstance(row["iterations"], list)],
@@ -190,9 +184,7 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
     ]
     for axis, figure in zip(axes, figures, strict=False):
         for (name, found), color in zip(groups.items(), (COLORS[0], COLORS[3], COLORS[2]), strict=True):
-            points = sorted((row["evaluations"], figure(row)) for row in found)
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=color, label=f"VIAR, {name}")
+            curve(axis, found, "evaluations", figure, color=color, label=f"VIAR, {name}")
         if var:
             level = statistics.median(map(figure, var))
             axis.axhline(level, color=COLORS[1], linestyle="--", label="VAR")
@@ -201,9 +193,7 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     for name, color in (("VIAR", COLORS[0]), ("VAR", COLORS[1])):
         chosen = [row for row in rows if _is_usual(row, "iterations", "cache", "dtype")]
-        points = sorted((row["batch"], _rate(row)) for row in chosen if row["contender"] == name)
-        if points:
-            axes[3].plot(*zip(*points, strict=True), "o-", color=color, label=name)
+        curve(axes[3], having(chosen, contender=name), "batch", _rate, color=color, label=name)
     axes[3].set(xscale="log", yscale="log", xlabel="batch")
     axes[3].legend(frameon=False, fontsize=8)
 

@@ -8,24 +8,36 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer, TokenizerConfig, TransformerConfig
+from viar import (
+    ImplicitTrunkConfig,
+    NextScaleTransformer,
+    Sample,
+    Sampling,
+    Tokenizer,
+    TokenizerConfig,
+    TransformerConfig,
+    sample_tokens,
+)
 from viar.commands.demo import DemoConfig, run_demo
 from viar.data import ImageData, load_data
 from viar.evaluation import Classifier
+from viar.generation.sampling import decode_images
 from viar.training import TOKENIZERS, TRANSFORMERS
 
 from ...case import Run
 
 DEMO = Path("runs/demo")
-DIGITS_SAMPLING = {"cfg": 1.5, "top_k": None, "top_p": 0.96}  # of the demo
+AT_ONCE = 250  # images of digits that are made at a time; has no influence
+DIGITS_SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": None, "top_p": 0.96}  # of the demo
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A shape that takes next to no time.
-QUICK = {
+QUICK: dict[str, Any] = {
     "width": 32,
     "num_heads": 2,
     "sides": (1, 2, 3),
@@ -79,6 +91,18 @@ class Trained:
     classifier: Classifier
     data: ImageData
     device: torch.device
+
+    def samples(self, model: NextScaleTransformer, labels: Tensor, **settings: Any) -> list[Sample]:
+        """One image a label, sampled as the demo does, `AT_ONCE` at a time."""
+        sampling = Sampling(**settings, **DIGITS_SAMPLING)
+        return [
+            sample_tokens(model, self.tokenizer, labels[start : start + AT_ONCE], sampling, first_index=start)
+            for start in range(0, len(labels), AT_ONCE)
+        ]
+
+    def images(self, samples: list[Sample]) -> Tensor:
+        """(B, 3, H, W) in [0, 1]."""
+        return torch.cat([decode_images(self.tokenizer, sample) for sample in samples])
 
 
 def digits_folder(run: Run) -> Path:
@@ -148,7 +172,7 @@ class Shape:
         real_coder: bool,
     ) -> Shape:
         """With the published tokenizer; unless `real_coder`, with a coder that is small and quickly made."""
-        small = {} if real_coder else {"base_channels": 32, "multipliers": (1,)}
+        small: dict[str, Any] = {} if real_coder else {"base_channels": 32, "multipliers": (1,)}
         tokenizer = TokenizerConfig(
             **small,
             sides=transformer.sides,
@@ -157,9 +181,19 @@ class Shape:
         )
         return cls(transformer, tokenizer, batch, iterations)
 
-    def labels(self, device: torch.device) -> torch.Tensor:
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Of `viar.Sampling`; `viar.generate` takes them too."""
+        return {"iterations": self.iterations, "cfg": self.cfg, "top_k": self.top_k, "top_p": self.top_p}
+
+    def labels(self, device: torch.device) -> Tensor:
         """Classes in turn."""
         return torch.arange(self.batch, device=device) % self.transformer.num_classes
+
+
+def written(iterations: int | str | list[int]) -> str:
+    """A schedule in words."""
+    return " to ".join(map(str, iterations)) if isinstance(iterations, list) else str(iterations)
 
 
 def implicit(num_pre: int, num_post: int) -> ImplicitTrunkConfig:

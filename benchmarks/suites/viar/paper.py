@@ -6,8 +6,9 @@ and for the other ways to a faster VAR their authors. Speed and memory to compar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import torch
 from matplotlib.axes import Axes
@@ -17,9 +18,8 @@ import viar
 from viar.model.schedule import iteration_schedule
 
 from ...case import Case, Metric, Picture, Row, Run, Table, product
-from ...show import COLORS
-from .models import implicit
-from .rows import written
+from ...show import COLORS, curve, listing
+from .models import implicit, written
 
 CHECKPOINTS = {"source": "VAR's checkpoints"}
 VIAR_PAPER = {"source": "arXiv 2605.01220, RTX 4090"}
@@ -136,61 +136,50 @@ def cache_share(model: viar.NextScaleTransformer, iterations: int | list[int], k
     first, last = iterations if isinstance(iterations, list) else (iterations, iterations)
     tokens = [side * side for side in sides]
     num_blocks = len(list(model.trunk.named_blocks()))
-    counts = [1] * len(sides) if kind == "equilibrium" else iteration_schedule((first, last), len(sides))
+    counts = [1] * len(sides)
+    if kind == "iterate":
+        counts = cast("list[int]", iteration_schedule((first, last), len(sides)))
     implicit_sets = sum(n * length for n, length in zip(counts, tokens, strict=True))
     return ((num_blocks - 1) * sum(tokens) + implicit_sets) / (model.config.depth * sum(tokens))
 
 
 def table(rows: list[Row]) -> Table:
     """One line a published setting."""
-    lines = [
-        (
-            row["contender"],
-            written(row.get("iterations", "")),
-            _millions(row, "parameters"),
-            _millions(row, "our_parameters"),
-            _figure(row, "fid"),
-            _figure(row, "inception_score"),
-            _figure(row, "similarity"),
-            _with_share(_figure(row, "memory_gb"), _figure(row, "memory_share")),
-            _with_share(_figure(row, "images_per_second"), _figure(row, "speed_share")),
-            _figure(row, "our_equilibrium_cache_share"),
-            _figure(row, "our_iterate_cache_share"),
-            row["source"],
-        )
-        for row in rows
-    ]
-    head = (
-        *("published", "iterations", "parameters, M", "ours, M", "FID", "IS", "state, cosine"),
-        *(
-            "memory, GB (of VAR's)",
-            "images/s (of VAR's)",
-            "our cache / VAR's",
-            "a set an iteration",
-            "source",
-        ),
-    )
-    return Table("published figures, ImageNet at 256 pixels", head, lines)
+    columns: dict[str, Callable[[Row], str]] = {
+        "published": lambda row: row["contender"],
+        "iterations": lambda row: written(row.get("iterations", "")),
+        "parameters, M": partial(_millions, "parameters"),
+        "ours, M": partial(_millions, "our_parameters"),
+        "FID": partial(_figure, "fid"),
+        "IS": partial(_figure, "inception_score"),
+        "state, cosine": partial(_figure, "similarity"),
+        "memory, GB (of VAR's)": partial(_with_share, "memory_gb", "memory_share"),
+        "images/s (of VAR's)": partial(_with_share, "images_per_second", "speed_share"),
+        "our cache / VAR's": partial(_figure, "our_equilibrium_cache_share"),
+        "a set an iteration": partial(_figure, "our_iterate_cache_share"),
+        "source": lambda row: row["source"],
+    }
+    return listing("published figures, ImageNet at 256 pixels", rows, columns)
 
 
-def _millions(row: Row, name: str) -> str:
+def _millions(name: str, row: Row) -> str:
     return f"{row[name] / 1e6:,.1f}" if name in row else ""
 
 
-def _figure(row: Row, name: str) -> str:
+def _figure(name: str, row: Row) -> str:
     value = row.get(name, [])
     return " to ".join(f"{v:.4g}" for v in (value if isinstance(value, list) else [value]))
 
 
-def _with_share(figure: str, share: str) -> str:
+def _with_share(name: str, of_var: str, row: Row) -> str:
+    figure, share = _figure(name, row), _figure(of_var, row)
     return f"{figure} ({share})".strip() if share else figure
 
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     by_iterations, by_memory = axes
-    known = sorted((row["iterations"], row["fid"]) for row in rows if "similarity" in row)
-    if known:
-        by_iterations.plot(*zip(*known, strict=True), "o-", color=COLORS[0], label="VIAR, cfg 1.5")
+    known = [row for row in rows if "similarity" in row]
+    curve(by_iterations, known, "iterations", "fid", color=COLORS[0], label="VIAR, cfg 1.5")
     for row in rows:
         if row["contender"] == "VAR-d30, cfg 1.5":
             by_iterations.axhline(row["fid"], color=COLORS[1], linestyle="--", label=row["contender"])

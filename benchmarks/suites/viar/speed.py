@@ -24,11 +24,10 @@ from viar.model.execution import computes_in
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
 from ...case import SECONDS, Bar, Case, Picture, Row, Run, Settings, Table, product
-from ...profiling import marked
+from ...measure import interleaved, marked, ratio, with_spread
+from ...rows import by_contender, grouped, having
 from ...show import COLORS
-from ...timing import interleaved, ratio, with_spread
 from .models import QUICK, Shape, implicit, random_tokenizer, random_transformer
-from .rows import by_contender, grouped
 
 BASELINE, HALF_BASELINE = "baseline, float32", "baseline, bfloat16 autocast"
 OURS, HALF_OURS = "ours, float32", "ours, bfloat16"
@@ -122,25 +121,21 @@ def _baseline(
 ) -> Tensor:
     device = baseline.pos_embed.device
     labels, generator = shape.labels(device), torch.Generator(device).manual_seed(0)
-    settings = (shape.iterations, shape.cfg, shape.top_k, shape.top_p)
     with torch.autocast(device.type, half, enabled=half is not None):
-        return baseline_tokens(baseline, tokenizer, labels, *settings, generator)[1]
+        return baseline_tokens(baseline, tokenizer, labels, **shape.sampling, generator=generator)[1]
 
 
 def _ours(model: viar.NextScaleTransformer, tokenizer: viar.Tokenizer, shape: Shape) -> Tensor:
-    return viar.sample_tokens(
-        model,
-        tokenizer,
-        shape.labels(model.pos_embed.device),
-        viar.Sampling(iterations=shape.iterations, cfg=shape.cfg, top_k=shape.top_k, top_p=shape.top_p),
-    ).f_hat
+    labels = shape.labels(model.pos_embed.device)
+    return viar.sample_tokens(model, tokenizer, labels, viar.Sampling(**shape.sampling)).f_hat
 
 
 def profiled(run: Run, batch: int, decode: bool, compile: bool) -> Callable[[], object]:
     """Ours in float32; the cell is that of the implicit block."""
     shape = _shape(run, batch, decode)
     model = random_transformer(shape.transformer, run.device)
-    cell = model.trunk.layer.cell
+    trunk: Any = model.trunk
+    cell = trunk.layer.cell
     cell.forward = marked(cell.forward)
     return partial(_ours, model, random_tokenizer(shape.tokenizer, run.device), shape)
 
@@ -156,7 +151,7 @@ def ratios(point: list[Row]) -> dict[str, dict[str, float]]:
 
 def bars(rows: list[Row]) -> list[Bar]:
     """Of sampling the tokens, batch 8, uncompiled."""
-    points = grouped([row for row in rows if row["batch"] == JUDGED_BATCH and not row["compile"]], *POINT)
+    points = grouped(having(rows, batch=JUDGED_BATCH, compile=False), *POINT)
     found = ratios(points[0]) if points else {}
     return [_bar(name, found.get(name, {}).get("seconds", math.nan)) for name in LIMITS]
 
@@ -198,7 +193,7 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
     for axis, point in zip(axes, grouped(rows, *POINT), strict=True):
         shown = point[::-1]
         colors = [COLORS[1] if row["contender"].startswith("baseline") else COLORS[0] for row in shown]
-        times = [statistics.median(row.get("image_seconds", row["seconds"])) for row in shown]
+        times = [statistics.median(row["image_seconds" if row["decode"] else "seconds"]) for row in shown]
         axis.barh([row["contender"] for row in shown], times, color=colors)
         axis.set(xlabel="seconds a batch")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,11 +22,10 @@ from matplotlib.axes import Axes
 import viar
 
 from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, product
-from ...peak import peak_bytes
+from ...measure import interleaved, peak_bytes, ratio, seconds, with_spread
+from ...rows import by_contender, grouped, having
 from ...show import COLORS
-from ...timing import interleaved, ratio, seconds, with_spread
-from .models import DTYPES, QUICK, Shape, implicit, num_bytes, random_tokenizer, random_transformer
-from .rows import by_contender, grouped, written
+from .models import DTYPES, QUICK, Shape, implicit, num_bytes, random_tokenizer, random_transformer, written
 
 LIMITS = {"time": 1 / 2, "peak": 0.45}
 GPU_PEAK = 6e9  # bytes, of VIAR in the judged point of a GPU
@@ -82,21 +82,20 @@ def _task(
     name: str, shape: Shape, device: torch.device, dtype: torch.dtype, *, decode: bool
 ) -> tuple[Callable[[], object], int, int]:
     """A generation, bytes of the weights, parameters of the transformer."""
-    config, iterations = shape.transformer, shape.iterations
+    config, sampling = shape.transformer, shape.sampling
     if name == "VAR":
-        explicit = viar.ExplicitTrunkConfig()
-        config, iterations = viar.TransformerConfig(**{**vars(config), "trunk": explicit}), None
+        config = replace(config, trunk=viar.ExplicitTrunkConfig())
+        sampling["iterations"] = None
     model, tokenizer = random_transformer(config, device), random_tokenizer(shape.tokenizer, device)
     parameters = sum(p.numel() for p in model.parameters())
     if dtype != torch.float32:
         viar.prepare_inference(model, tokenizer, dtype=dtype)
-    settings = {"iterations": iterations, "cfg": shape.cfg, "top_k": shape.top_k, "top_p": shape.top_p}
     inputs = (model, tokenizer, shape.labels(device))
-    task: Callable[[], object]
-    if decode:
-        task = partial(viar.generate, *inputs, **settings)
-    else:
-        task = partial(viar.sample_tokens, *inputs, viar.Sampling(**settings))
+    task: Callable[[], object] = (
+        partial(viar.generate, *inputs, **sampling)
+        if decode
+        else partial(viar.sample_tokens, *inputs, viar.Sampling(**sampling))
+    )
     return task, num_bytes(model) + num_bytes(tokenizer), parameters
 
 
@@ -123,7 +122,7 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 def _point(rows: list[Row], settings: Settings) -> dict[str, Row]:
     """By contender; none if the point was not measured."""
-    return by_contender([row for row in rows if all(row[name] == settings[name] for name in settings)])
+    return by_contender(having(rows, **settings))
 
 
 def table(rows: list[Row]) -> Table:

@@ -31,7 +31,7 @@ def seconds(compute: Callable[[], object]) -> float:
 
 
 def _arrive() -> None:
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 
@@ -40,7 +40,8 @@ def interleaved(
     rounds: int,
     *,
     limit: float = math.inf,
-    warm_up: dict[str, float] | None = None,
+    warm_up: Mapping[str, float] | None = None,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round.
 
@@ -50,14 +51,20 @@ def interleaved(
         limit: a contender whose warm-up takes longer than so many seconds is not run again: its warm-up
             counts instead.
         warm_up: seconds of a first round that was run already.
+        prepare: what a contender of this name needs to be done before its turn, off the clock.
     """
-    first = warm_up or {name: seconds(compute) for name, compute in contenders.items()}
+    first = dict(warm_up or {})
+    if not first:
+        for name, compute in contenders.items():
+            prepare(name)
+            first[name] = seconds(compute)
     slow = {name for name in contenders if first[name] > limit}
     times: dict[str, list[float]] = {name: [first[name]] if name in slow else [] for name in contenders}
     order, shuffle = [name for name in contenders if name not in slow], random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            prepare(name)
             gc.collect()  # what others left behind
             time.sleep(PAUSE)
             gc.disable()  # looking through all that lives takes longer than a short solve

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from .case import Case
-from .results import Results, committed
-from .show import bars_markdown, draw_all, markdown_table
+from ..case import Case
+from ..environment import ROOT
+from ..results import Results, committed
+from .pictures import draw_all
+from .tables import bars_markdown, markdown_table
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 PAGE, ASSETS = DOCS / "benchmarks.md", DOCS / "assets" / "benchmarks"
 
 # <!-- figures: SUITE/CASE --> ... <!-- end --> holds the table of a case; SUITE/bars the bars, SUITE/source

@@ -10,20 +10,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .case import Table
+from ..case import Table
+from .marks import CELL
 
-CELL = "cell"
 SHOWN = 12  # operations
-
-
-def marked(cell: Callable[..., Any]) -> Callable[..., Any]:
-    """The cell, its calls to be told apart in a profile."""
-
-    def call(*args: Any) -> Any:
-        with record_function(CELL):
-            return cell(*args)
-
-    return call
 
 
 def profiled(solve: Callable[[], object], trace: Path) -> Table:

@@ -1,13 +1,15 @@
-"""The problems of the suite by name."""
+"""The maps that solvers are measured on: problems of `deqlib.testing` by name, and what they lack."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deqlib import Solution, Solver, Stopping, fixed_point
 from deqlib.testing import Problem, suite
 
 NAMES = (
@@ -71,6 +73,24 @@ class _AttentionCell:
         return nn.functional.layer_norm(
             x + 2 * nn.functional.linear(mixed, w_out, b_out), (width,), eps=self.eps
         )
+
+
+def elementwise(z: Tensor, x: Tensor, rates: Tensor) -> Tensor:
+    """x + rates z: it allocates its output and nothing else, so that what is measured is the solver."""
+    return torch.addcmul(x, z, rates)
+
+
+def solve(problem: Problem, solver: Solver, stopping: Stopping, **settings: Any) -> Solution:
+    """By `deqlib.fixed_point`, with more of its settings; whoever asks judges whether it arrived."""
+    return fixed_point(
+        problem.cell,
+        problem.z0,
+        problem.inputs,
+        solver=solver,
+        stopping=stopping,
+        on_failure="ignore",
+        **settings,
+    )
 
 
 def named(name: str, device: torch.device) -> Problem:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .environment import ROOT
+from ..environment import ROOT
 
 
 def peak_bytes(compute: Callable[[], object], device: torch.device | None = None) -> int:
@@ -62,7 +62,8 @@ def peak_rss(make: Callable[..., Callable[[], object]], **settings: Any) -> int 
     if not Path("/proc/self/clear_refs").exists():
         return None
     request = json.dumps([make.__module__, make.__qualname__, settings])
-    command = [sys.executable, "-m", "benchmarks.peak", request]
+    # The package itself imports this file, so that `-m` would run it a second time.
+    command = [sys.executable, "-c", "from benchmarks.measure.peak import _answer; _answer()", request]
     path = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
@@ -83,5 +84,6 @@ def _kilobytes(name: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-if __name__ == "__main__":
+def _answer() -> None:
+    """In the process that was started: measure what is asked for."""
     print(_measure_rss(*json.loads(sys.argv[1])))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from .case import Case, Metric, Row, Table
-from .environment import hardware
-from .results import Results
+from ..case import Case, Metric, Row, Table
+from ..environment import hardware
+from ..results import Results
+from ..rows import figure
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _changed(case: Case, key: str, a: Row, b: Row, threshold: float) -> Iterator
     for name, metric in case.metrics.items():
         if metric.better is None or name not in a or name not in b:
             continue
-        before, after = _number(a[name]), _number(b[name])
+        before, after = figure(a[name]), figure(b[name])
         if before is None and after is None:
             continue
         # A figure that is missing is worse than any.
@@ -73,12 +72,6 @@ def _changed(case: Case, key: str, a: Row, b: Row, threshold: float) -> Iterator
         if _differ(before, after, metric, threshold):
             worse = after > before if metric.better == "lower" else after < before
             yield Change(case.name, key, name, before, after, worse)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, list):
-        return statistics.median(value) if value else None
-    return None if value is None else float(value)
 
 
 def _differ(before: float, after: float, metric: Metric, threshold: float) -> bool:

@@ -1,6 +1,6 @@
-"""Random problems whose gradients are known from dense linear algebra in float64.
+"""Random maps whose gradients are known from dense linear algebra in float64.
 
-Problems are made backwards: the fixed point is drawn first, and a scale gives the Jacobian there the norm,
+They are made backwards: the fixed point is drawn first, and a scale gives the Jacobian there the norm,
 or the spectral radius, that is asked for. The reference knows J as a matrix and shares no code with deqlib.
 """
 
@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[Callable[..., Tensor], Callable[[int], list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomMap:
     """f(z) = x + scale * update(z, *weights) with a known fixed point, all float64, all from one seed."""
 
     name: str
@@ -109,8 +109,8 @@ class Draw:
         return torch.cat([z["head"], *z["tail"]], -1) if self.is_tree else z
 
 
-def draw(seed: int, radius: float | None = None, device: torch.device = CPU) -> Draw:
-    """The problem of this seed: with a Jacobian of random norm below 0.9, or of the given spectral radius.
+def draw(seed: int, radius: float | None = None, device: torch.device = CPU) -> RandomMap:
+    """The map of this seed: with a Jacobian of random norm below 0.9, or of the given spectral radius.
 
     The radius is the factor by which Picard shrinks a residual in the long run. All devices get the same.
     """
@@ -134,7 +134,7 @@ def draw(seed: int, radius: float | None = None, device: torch.device = CPU) -> 
     x = solution - scale * update(solution, *weights)
     # From elsewhere an iteration of a given radius, but of any norm, need not arrive.
     start = solution + 1e-2 * normal(*solution.shape) if radius is None else solution
-    return Draw(
+    return RandomMap(
         name=f"{kind}{', pytree' * is_tree}, state {tuple(solution.shape)}, seed {seed}",
         update=update,
         leaves=tuple(leaf.to(device).requires_grad_() for leaf in (x, *weights)),
@@ -148,7 +148,11 @@ def draw(seed: int, radius: float | None = None, device: torch.device = CPU) -> 
 
 def _jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """J (N, N) of all samples as one vector."""
-    found: Tensor = torch.autograd.functional.jacobian(lambda v: f(v.view_as(z)).flatten(), z.flatten())
+
+    def flat_map(v: Tensor) -> Tensor:
+        return f(v.view_as(z)).flatten()
+
+    found: Tensor = torch.autograd.functional.jacobian(flat_map, z.flatten())  # type: ignore[no-untyped-call]
     return found.detach()
 
 
@@ -158,17 +162,18 @@ def _identity(g: Tensor) -> Tensor:
 
 def exact(transposed: Tensor, g: Tensor) -> Tensor:
     """u = (I - J^T)^{-1} g."""
-    return torch.linalg.solve(_identity(g) - transposed, g)
+    u: Tensor = torch.linalg.solve(_identity(g) - transposed, g)
+    return u
 
 
-def reference(problem: Draw, adjoint: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def reference(problem: RandomMap, adjoint: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """All gradients in one vector, given what `adjoint(J^T, g)` says u is."""
     transposed = _jacobian(problem.f, problem.solution).T
     u = adjoint(transposed, problem.g.flatten()).view_as(problem.solution)
     return flat(torch.autograd.grad(problem.f(problem.solution), problem.leaves, u))
 
 
-def gradients(problem: Draw, mode: Backward) -> Tensor:
+def gradients(problem: RandomMap, mode: Backward) -> Tensor:
     """All gradients in one vector, by deqlib."""
     solution = fixed_point(
         lambda z: problem.cut(problem.f(problem.joined(z))),

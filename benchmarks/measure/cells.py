@@ -1,0 +1,78 @@
+"""Cells that note what they are asked, so that everybody is seen alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Counted:
+    """A cell that counts what it is asked.
+
+    Attributes:
+        cell: which is counted.
+        calls: evaluations.
+        samples: in all evaluations together.
+        products: with its transposed Jacobian: gradients that came to an image. The last one of an
+            implicit backward pass is no product of the adjoint solve: it goes on to the inputs.
+        adjoint: the last of these gradients, shape of the image; after a backward pass the solution of the
+            adjoint equation.
+    """
+
+    cell: Callable[..., Tensor]
+    calls: int = 0
+    samples: int = 0
+    products: int = 0
+    adjoint: Tensor | None = None
+
+    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
+        """The cell."""
+        self.calls += 1
+        self.samples += len(z)
+        image = self.cell(z, *inputs)
+        if image.requires_grad:
+            image.register_hook(self._note)  # type: ignore[no-untyped-call]
+            image = image.view_as(image)  # hooks that others put on what is returned act before ours
+        return image
+
+    def _note(self, u: Tensor) -> None:
+        self.products, self.adjoint = self.products + 1, u.detach().clone()
+
+
+@dataclass
+class Watched:
+    """A cell that records the largest relative residual of each batch it sees, and when it came.
+
+    Attributes:
+        cell: which is watched.
+        residuals: one a call.
+        seconds: one a call, since it was made, without what recording takes.
+    """
+
+    cell: Callable[..., Tensor]
+    residuals: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    begin: float = field(default_factory=time.perf_counter)  # moves on while something is recorded
+
+    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
+        """The cell."""
+        fz = self.cell(z, *inputs)
+        if fz.is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self.begin)
+        self.residuals.append(worst_residual(z, fz))
+        self.begin += time.perf_counter() - now
+        return fz
+
+
+def worst_residual(z: Tensor, fz: Tensor) -> float:
+    """Largest relative residual of the samples, `z` and `fz` (B, ...)."""
+    norms = [torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (fz - z, fz)]
+    return float((norms[0] / norms[1]).amax())

@@ -1,0 +1,112 @@
+"""Tables of rows: how they are made, and how they are written for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import shorten
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from ..case import Bar, Row, Table
+
+NOTE = 110  # characters of a note that the documentation shows; the file has it whole
+
+
+def listing(title: str, rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> Table:
+    """One line a row; `columns` are by their heads."""
+    return Table(title, tuple(columns), [tuple(cell(row) for cell in columns.values()) for row in rows])
+
+
+def pivot(
+    title: str,
+    rows: Iterable[Row],
+    corner: str,
+    line: str | Callable[[Row], str],
+    column: str | Callable[[Row], str],
+    cell: Callable[[Row], str],
+    *,
+    missing: str = "-",
+    more: Mapping[str, Callable[[list[Row]], str]] | None = None,
+) -> Table:
+    """One line and one column for whatever rows differ in, in the order in which they come.
+
+    Args:
+        title: what the cells are.
+        rows: at most one for every cell.
+        corner: head of the first column.
+        line: of a row: the first cell of its line, or the name of what it is.
+        column: of a row: the head of its column, or the name of what it is.
+        cell: of a row.
+        missing: cell of which there is no row.
+        more: further columns by their heads, made from all rows of a line.
+    """
+    lines: dict[str, dict[str, Row]] = {}
+    heads: dict[str, None] = {}
+    for row in rows:
+        name, head = (str(row[of]) if isinstance(of, str) else of(row) for of in (line, column))
+        lines.setdefault(name, {})[head] = row
+        heads[head] = None
+    more = more or {}
+    cells = [
+        (
+            name,
+            *(cell(found[head]) if head in found else missing for head in heads),
+            *(total(list(found.values())) for total in more.values()),
+        )
+        for name, found in lines.items()
+    ]
+    return Table(title, (corner, *heads, *more), cells)
+
+
+def terminal() -> Console:
+    """Where everything is printed; a file has no width of its own."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def terminal_table(table: Table) -> RichTable:
+    """For the terminal."""
+    shown = RichTable(title=table.title)
+    for index, head in enumerate(table.head):
+        shown.add_column(escape(head), justify="right" if index else "left", overflow="fold")
+    for line in table.lines:
+        shown.add_row(*map(escape, line))
+    return shown
+
+
+def bars_table(bars: Sequence[Bar]) -> RichTable:
+    """One line a bar."""
+    shown = RichTable(title="bars")
+    shown.add_column("bar")
+    shown.add_column("value", justify="right")
+    shown.add_column("limit", justify="right")
+    shown.add_column("")
+    shown.add_column("note", overflow="fold")
+    for bar in bars:
+        style = {"pass": "green", "FAIL": "red"}.get(bar.verdict, "yellow")
+        verdict = f"[{style}]{bar.verdict}[/]"
+        shown.add_row(escape(bar.name), f"{bar.value:.4g}", f"{bar.limit:.4g}", verdict, escape(bar.note))
+    return shown
+
+
+def markdown_table(table: Table) -> str:
+    """For the documentation, without the title."""
+    rule = ["---"] + ["---:"] * (len(table.head) - 1)
+    lines = [table.head, rule, *table.lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def bars_markdown(bars: Sequence[dict[str, Any]]) -> str:
+    """For the documentation, from the records in a file: a bar that is missed says by how much."""
+    lines = []
+    for bar in bars:
+        value, limit, verdict = bar["value"], bar["limit"], bar["verdict"]
+        if verdict == "FAIL" and value is not None and limit:
+            verdict = f"missed: {value / limit:.3g} x"
+        shown = "-" if value is None else f"{value:.4g}"
+        note = shorten(bar["note"], NOTE, placeholder=" ...")
+        lines.append((bar["name"], shown, f"{limit:.4g}", verdict, note))
+    return markdown_table(Table("bars", ("what", "measured", "at most", "", "note"), lines))
