@@ -35,7 +35,7 @@ from .solvers import (
 )
 from .stopping import Stopping
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GMRES",
