@@ -1,0 +1,96 @@
+"""What the project's files say of one another: version, commands, continuous integration, pins."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import deqlib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.M))
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def made_by(text: str) -> set[str]:
+    """Targets of all lines that run make and nothing else, comments aside."""
+    lines = re.findall(r"^make ([\w. -]+?) *(?:#.*)?$", text, re.M)
+    return {target for line in lines for target in line.split()}
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" not in PROJECT["project"]
+    assert "version" in PROJECT["project"]["dynamic"]
+    place = ROOT / PROJECT["tool"]["hatch"]["version"]["path"]
+    assert place == Path(deqlib.__file__)
+    assert f'__version__ = "{deqlib.__version__}"\n' in place.read_text()
+
+
+def test_the_changelog_has_the_version_below_what_is_not_released() -> None:
+    headings = re.findall(r"^## (.*)$", text_of("CHANGELOG.md"), re.M)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(deqlib.__version__)}\] - \d{{4}}-\d\d-\d\d", headings[1])
+
+
+def test_continuous_integration_runs_the_readmes_test_commands() -> None:
+    told = {target for target in made_by(text_of("README.md")) if target.startswith("test")}
+    run = made_by(text_of(".ci/run"))
+    assert told == {"test", "test-slow"}
+    assert run == told | {"lint", "types", "docs"}
+    assert re.search(r"^test-all: test test-slow$", MAKEFILE, re.M)
+
+
+def test_commits_are_checked_by_what_continuous_integration_runs() -> None:
+    repositories = yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]  # nothing is fetched
+    entries = [hook["entry"] for hook in repositories[0]["hooks"]]
+    assert {entry.removeprefix("make ") for entry in entries} == {"lint", "types"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", ".ci/run"])
+def test_every_make_command_that_is_told_exists(page: str) -> None:
+    told = made_by(text_of(page)) | set(re.findall(r"`make ([\w-]+)`", text_of(page)))
+    assert told
+    assert told <= TARGETS
+
+
+def test_the_help_of_make_names_every_command() -> None:
+    done = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"make ([\w-]+)", done.stdout)) == TARGETS - {"help"}
+
+
+def test_every_command_is_phony() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
+    assert set(phony.split()) == TARGETS
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    pins = dict(line.split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras.values()):
+        name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:[>=]=([\d.]+))?", requirement).groups()
+        if name != "deqlib":
+            assert numbers(pins[name]) >= numbers(lowest), name
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def test_the_oldest_pytorch_that_is_tested_is_the_one_that_is_promised() -> None:
+    (promised,) = PROJECT["project"]["dependencies"]
+    tested = dict(re.findall(r"^TORCH_(\w+) \?= ([\d.]+)$", MAKEFILE, re.M))
+    assert promised == "torch>=" + tested["OLDEST"].removesuffix(".0")
+    (pinned,) = re.findall(r"^torch==(.*)$", text_of("constraints.txt"), re.M)
+    assert numbers(tested["OLDEST"]) < numbers(pinned) < numbers(tested["NEWEST"])
