@@ -76,7 +76,8 @@ def test_every_command_is_phony() -> None:
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    pins = dict(line.split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
+    lines = text_of("constraints.txt").splitlines()
+    pins = dict(line.replace("_", "-").split("==") for line in lines if "==" in line)
     extras = PROJECT["project"]["optional-dependencies"]
     for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras.values()):
         name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:[>=]=([\d.]+))?", requirement).groups()
