@@ -47,8 +47,19 @@ COMPILED: dict[str, Solver] = {
 }
 
 
-@pytest.mark.parametrize("measure", [False, True])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "measure"),
+    [
+        *((name, False) for name in COMPILED),
+        *((name, True) for name in ("picard", "anderson")),
+        # The driver measures, in the same way for every solver, and seconds go into tracing each.
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in COMPILED
+            if name not in ("picard", "anderson")
+        ),
+    ],
+)
 def test_a_fixed_number_of_steps_compiles_without_a_graph_break(name: str, measure: bool) -> None:
     base = problem("mlp", dtype=torch.float32)
     layer = ImplicitLayer(
