@@ -35,6 +35,8 @@ from deqlib import (
     Unroll,
 )
 
+pytestmark = pytest.mark.slow  # two processes, which start once for all tests
+
 WORLD, STEPS, SAMPLES, DIM = 2, 4, 3, 6
 PATIENCE = 120  # seconds that all work of both processes may take
 EXACT = Stopping(rtol=1e-12, max_steps=200)
