@@ -463,6 +463,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", "saving", "parts", "tokenizer"])
 def test_processes_that_train_together_hold_the_same_model(name: str, two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"{name}.{rank}.pt", weights_only=True) for rank in range(2))
@@ -473,6 +474,7 @@ def test_processes_that_train_together_hold_the_same_model(name: str, two_proces
     assert {path.name for path in (two_processes / name).iterdir()} == FINISHED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", "parts"])
 def test_two_processes_train_what_one_trains_on_the_same_batches(
     name: str, two_processes: Path, tmp_path: Path
