@@ -467,6 +467,7 @@ def end(worker: subprocess.Popen[str]) -> str:
             os.killpg(worker.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_in_the_middle_and_one_that_goes_on_give_the_same_files(
     series: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -484,6 +485,7 @@ def test_two_processes_killed_in_the_middle_and_one_that_goes_on_give_the_same_f
     assert files(tmp_path) == series
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_an_error_in_one_ends_both(
     series: dict[str, bytes], tmp_path: Path
 ) -> None:
