@@ -65,7 +65,7 @@ class Problem:
         )
 
     def samples(self, rows: Sequence[int]) -> Problem:
-        """The problem for these samples of the batch, in this order.
+        """The problem for the samples `rows` of the batch, in this order.
 
         Inputs whose first axis is as long as the batch are cut; so the others must not be.
         """

@@ -12,7 +12,12 @@ from .dataset import BatchedDataset, T_co
 
 
 def all_batches(data: BatchedDataset[T_co], batch_size: int) -> Iterator[T_co]:
-    """Every sample once, in order; the last batch may be smaller."""
+    """Every sample once, in order.
+
+    Args:
+        data: what to serve.
+        batch_size: samples at a time, at least 1; the last batch may be smaller.
+    """
     for start in range(0, len(data), batch_size):
         yield data.__getitems__(range(start, min(start + batch_size, len(data))))
 

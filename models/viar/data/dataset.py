@@ -29,7 +29,12 @@ class BatchedDataset(Protocol[T_co]):
 
 
 class TensorImages(Dataset[Batch]):
-    """Images held in memory, served a batch at a time."""
+    """Images held in memory, served a batch at a time.
+
+    Args:
+        images: (N, 3, H, W) in [-1, 1].
+        labels: (N,) classes.
+    """
 
     def __init__(
         self,
@@ -49,7 +54,13 @@ class TensorImages(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and held-out images of one source."""
+    """Training and held-out images of one source.
+
+    Attributes:
+        train: images to learn from, with labels.
+        validation: those held out.
+        num_classes: N; labels are 0 to N - 1.
+    """
 
     train: BatchedDataset[Batch]
     validation: BatchedDataset[Batch]

@@ -42,6 +42,10 @@ def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     One of side x side pixels is taken as it is; of any other the centre is cut out as `ImageFolder` does
     for validation.
 
+    Args:
+        path: of the file.
+        side: pixels a side.
+
     Raises:
         ValueError: the file is no picture.
         FileNotFoundError: there is none.
@@ -58,7 +62,12 @@ def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
 def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
     """A mask (side, side) for `viar.edit` from a picture file: 1, keep, where it is lighter than mid-grey.
 
-    It is cut as the picture of `size` (width, height) that it belongs to.
+    It is cut as the picture that it belongs to.
+
+    Args:
+        path: of the file.
+        side: pixels a side.
+        size: width and height of the picture that it belongs to.
 
     Raises:
         ValueError: the file is no picture, or of another size.
@@ -74,7 +83,12 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
 
 
 def save_picture(image: Tensor, path: Path) -> None:
-    """Write an image (3, H, W) in [0, 1] as a PNG of H x W pixels of 8 bits."""
+    """Write an image as a PNG of H x W pixels of 8 bits; `path` is whole or as it was.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        path: of the file.
+    """
     with replacing(path) as file:
         Image.fromarray(_pixels(image)).save(file, "png")
 
@@ -85,7 +99,14 @@ def save_edit(
     after: Tensor,  # (B, 3, H, W) in [0, 1]
     path: Path,
 ) -> None:
-    """Write one PNG strip: the image before, the mask (kept is white), and each result."""
+    """Write one PNG strip: the image before, the mask (kept is white), and each result.
+
+    Args:
+        before: (3, H, W) in [0, 1].
+        mask: (h, w) in [0, 1].
+        after: (B, 3, H, W) in [0, 1], the results.
+        path: of the file.
+    """
     shade = F.interpolate(mask[None, None].float().cpu(), size=before.shape[-2:], mode="area")
     strip = torch.cat([before[None].cpu(), shade.expand(1, 3, -1, -1), after.cpu()])
     save_grid(strip, path, columns=len(strip))
@@ -98,7 +119,14 @@ def save_grid(
     columns: int,
     least_side: int = 48,
 ) -> None:
-    """Write images as one PNG, row by row, small ones enlarged to at least `least_side` pixels."""
+    """Write images as one PNG, row by row.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        path: of the file.
+        columns: images a row.
+        least_side: smaller images are enlarged by a whole factor to at least so many pixels a side.
+    """
     factor = max(1, -(-least_side // images.shape[-1]))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     images = F.pad(images, (1, 1, 1, 1), value=1.0)

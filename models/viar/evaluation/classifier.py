@@ -52,11 +52,11 @@ class Classifier(nn.Module):
         return logits_BN
 
     def save(self, path: Path) -> None:
-        """Write the weights, in safetensors' format."""
+        """Write the weights to `path`, in safetensors' format."""
         save_file(self.state_dict(), path)
 
     def load(self, path: Path) -> Classifier:
-        """Read what `save` wrote, and return the classifier itself.
+        """Read what `save` wrote to `path`, and return the classifier itself.
 
         Raises:
             RuntimeError: the weights are those of a classifier of other sizes.

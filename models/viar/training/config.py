@@ -24,14 +24,14 @@ class TrainConfig:
     seconds: float | None = None
     batch_size: int = 512  # of all processes together, a step
     lr: float = 1.6e-4  # published: 8e-5 per 256 images of a batch (VAR: 1e-4)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: tuple[float, float] = (0.05, 0.08)  # first and last
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
-    seed: int = 0
+    seed: int = 0  # of weights, batches and random depth
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -55,6 +55,9 @@ class TrainConfig:
 
     def part_size(self, num_processes: int) -> int:
         """Images that all processes together see in one of the `accumulate` parts of a batch.
+
+        Args:
+            num_processes: that train together.
 
         Raises:
             ValueError: the batch does not divide into parts and among processes.

@@ -19,20 +19,20 @@ from .config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerPreset:
-    """A tokenizer and its training."""
+    """A tokenizer, whose `model` holds its sizes, and its training."""
 
-    data: str
+    data: str  # source of images, see `viar.data.load_data`
     model: TokenizerConfig
     train: TrainConfig
-    loss: str = "l1+l2"
+    loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
     augment: int = 0  # changed versions added of each training image of an embedded source
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerPreset:
-    """A transformer, whose trunk the preset's name tells, and its training."""
+    """A transformer, whose `model` holds sizes and trunk, and its training."""
 
-    data: str
+    data: str  # source of images, see `viar.data.load_data`
     model: tyro.conf.AvoidSubcommands[TransformerConfig]
     train: TrainConfig
     augment: int = 0  # changed versions added of each training image of an embedded source
