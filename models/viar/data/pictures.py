@@ -86,7 +86,7 @@ def save_picture(image: Tensor, path: Path) -> None:
     """Write an image as a PNG of H x W pixels of 8 bits; `path` is whole or as it was.
 
     Args:
-        image: (3, H, W) in [0, 1].
+        image: shape (3, H, W) in [0, 1].
         path: of the file.
     """
     with replacing(path) as file:

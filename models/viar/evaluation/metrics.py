@@ -39,7 +39,7 @@ def class_consistency(
     images: Tensor,  # (B, 3, H, W) in [0, 1], as generated
     labels: Tensor,  # (B,) classes asked for, on the same device
 ) -> float:
-    """Share of generated images in which `classifier` sees the class of `labels`, which was asked for, 0 to 1."""
+    """Share of generated images, 0 to 1, in which `classifier` sees the class that `labels` asked for."""
     return float((classifier(images * 2 - 1).argmax(1) == labels).float().mean())
 
 
