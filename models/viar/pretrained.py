@@ -19,5 +19,5 @@ class Pretrained(PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:
         with redirect_stdout(io.StringIO()):  # the mixin prints a line for every local folder
-            model: Self = super()._from_pretrained(strict=strict, **kwargs)
-        return model
+            loaded: Self = super()._from_pretrained(strict=strict, **kwargs)
+        return loaded

@@ -1,15 +1,12 @@
-"""The command line: help, the whole pipeline on digits, messages, and the demo."""
+"""The command line: help, the whole pipeline on digits, and messages."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-import os
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
-from stage_work import fail_at_once, meet
 
 import viar.commands.cli
-import viar.commands.demo
+import viar.commands.evaluate
+import viar.commands.generate
+import viar.commands.loading
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Sampling, Tokenizer
-from viar.commands.demo import DemoConfig, Stage, Stages, print_summary, run_demo
 from viar.data import save_grid
-from viar.evaluation import balanced_labels
 from viar.generation.series.series import SeriesReport
+from viar.training import TOKENIZERS, TRANSFORMERS
 
-FINGERPRINT, RUN_TOGETHER = viar.commands.demo._fingerprint_of_code, Stages.run_together  # before any patch
 TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
 
 
@@ -38,7 +33,6 @@ def call(*arguments: object) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", ["viar", *map(str, arguments)])
-        patch.setattr(viar.commands.cli, "console", Console(file=output, width=200))
         code = 0
         try:
             viar.commands.cli.main()
@@ -74,7 +68,7 @@ def test_the_command_is_installed_under_its_name() -> None:
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ((), ["train-tokenizer", "train", "generate", "evaluate", "demo"]),
+        ((), list(viar.commands.cli.COMMANDS)),
         (("train-tokenizer",), ["--out", "digits", "mnist", "imagenet256", "imagenet512"]),
         (("train-tokenizer", "digits"), ["--model.codebook-size", "--train.steps", "--loss", "--data"]),
         (("train",), ["--tokenizer", "--out", "digits-viar", "digits-var", "imagenet256-viar"]),
@@ -103,14 +97,38 @@ def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> Non
         assert flag in output, flag
 
 
+def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None:
+    _, output, _ = call("generate", "--help")
+    text = " ".join(output.replace("│", " ").split())
+    explained = [
+        "--iterations [INT [INT ...]] one for all scales, two for first and last, or one a scale",
+        "--adaptive {None}|FLOAT instead: iterate until the relative residual is below this",
+        "--budget {None}|INT instead: evaluations in all, falling from the first scale to the last",
+        "--no-warm-start start each scale where the fixed point of the one before suggests (default: False)",
+        "--guidance-reuse INT last scales that reuse the guidance of the scale before them; an approximation",
+        "--cfg FLOAT guidance; 0 switches it off (default: 1.5)",
+        "--top-k {None}|INT most likely tokens kept (default: 900)",
+        "--top-p {None}|FLOAT probability kept (default: 0.96)",
+        "--seed INT (default: 0)",
+        "--cache {equilibrium,iterate} (default: equilibrium)",
+        "--batch-size INT images generated at a time",
+        "--device STR cpu, cuda, or cuda:1",
+        "--dtype {None,float32,bfloat16,float16} of the blocks' weights",
+        "--no-compile compile the blocks",
+    ]
+    places = [text.find(line) for line in explained]
+    assert -1 not in places, explained[places.index(-1)]
+    assert places == sorted(places)
+
+
 # The pipeline
 
 
 def test_training_leaves_models_of_the_preset_and_its_changes(trained: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(trained / "tokenizer")
-    assert tokenizer.config == viar.commands.cli.TOKENIZERS["digits"].model
+    assert tokenizer.config == TOKENIZERS["digits"].model
     model = NextScaleTransformer.from_pretrained(trained / "viar")
-    preset = viar.commands.cli.TRANSFORMERS["digits-viar"].model
+    preset = TRANSFORMERS["digits-viar"].model
     assert model.config == dataclasses.replace(preset, width=16, num_heads=2)
     assert isinstance(model.config.trunk, ImplicitTrunkConfig)
 
@@ -163,7 +181,7 @@ def test_every_sampling_flag_reaches_a_series(
         calls.append((arguments[2:], settings))
         return SeriesReport(Path("a"), 4, 4, 0, None, 1.0)
 
-    monkeypatch.setattr(viar.commands.cli, "generate_series", noted)
+    monkeypatch.setattr(viar.commands.generate, "generate_series", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     flags = ("--top-k", 5, "--top-p", 0.5, "--cache", "iterate", "--iterations", 3, 2, "--format", "npz")
     assert call("generate", *models, "--num", 4, *flags, "--labels", 1, "--cfg", 2)[0] == 0
@@ -188,7 +206,7 @@ def test_published_checkpoints_are_read_from_files(
     }
     for file in files.values():
         file.touch()
-    monkeypatch.setattr(viar.commands.cli, "load_official", loaded.__getitem__)
+    monkeypatch.setattr(viar.commands.loading, "load_official", loaded.__getitem__)
     flags = ("--out", tmp_path / "a.png", "--per-class", 1)
     code, _, errors = call("generate", "--model", files["model"], "--tokenizer", files["tokenizer"], *flags)
     assert (code, errors) == (0, "")
@@ -226,7 +244,7 @@ def test_sampling_flags_reach_the_sampler(
         calls.append((labels.tolist(), settings))
         return torch.zeros(len(labels), 3, 8, 8)
 
-    monkeypatch.setattr(viar.commands.cli, "generate", noted)
+    monkeypatch.setattr(viar.commands.generate, "generate", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
     code, _, errors = call("generate", *models, "--out", tmp_path / "a.png", "--batch-size", 6, *flags)
     assert code == 0, errors
@@ -250,7 +268,7 @@ def test_generate_reports_every_scale_of_every_batch(trained: Path, tmp_path: Pa
 def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = []
     monkeypatch.setattr(
-        viar.commands.cli, "prepare_inference", lambda *a, **settings: prepared.append(settings)
+        viar.commands.loading, "prepare_inference", lambda *a, **settings: prepared.append(settings)
     )
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
     for flags in ((), ("--dtype", "bfloat16", "--compile")):
@@ -259,8 +277,10 @@ def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = viar.commands.cli.train_classifier
-    monkeypatch.setattr(viar.commands.cli, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2}))
+    train = viar.commands.evaluate.train_classifier
+    monkeypatch.setattr(
+        viar.commands.evaluate, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2})
+    )
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     code, output, errors = call("evaluate", *models, "--per-class", 2, "--iterations", 1)
     assert (code, errors) == (0, "")
@@ -402,214 +422,3 @@ def test_a_finished_run_is_not_overwritten(trained: Path) -> None:
     assert "--out" in errors
     assert "finished run" in errors
     assert (trained / "tokenizer" / "model.safetensors").stat().st_mtime_ns == before
-
-
-# The demo
-
-
-@pytest.fixture(scope="module")
-def small_demo() -> Any:
-    """Presets of a demo that takes a second or two."""
-    patch = pytest.MonkeyPatch()
-    for name in ("viar", "var"):
-        preset = viar.commands.demo.TRANSFORMERS[f"digits-{name}"]
-        model = dataclasses.replace(preset.model, depth=3, width=16, num_heads=2)
-        train = dataclasses.replace(preset.train, batch_size=32)
-        small = dataclasses.replace(preset, model=model, train=train, augment=0)
-        patch.setitem(viar.commands.demo.TRANSFORMERS, f"digits-{name}", small)
-    codec = dataclasses.replace(viar.commands.demo.TOKENIZERS["digits"], augment=0)
-    patch.setitem(viar.commands.demo.TOKENIZERS, "digits", codec)
-    # Processes of their own, tested by themselves below, would take longer to start than to work.
-    patch.setattr(
-        Stages,
-        "run_together",
-        lambda self, stages: {name: self.run(name, stage) for name, stage in stages.items()},
-    )
-    patch.setattr(
-        viar.commands.demo, "_fingerprint_of_code", lambda: "1"
-    )  # whatever happens to the files meanwhile
-    patch.setattr(
-        viar.commands.demo, "seconds_of", lambda tasks: [float(task() is not None) for task in tasks]
-    )
-    yield
-    patch.undo()
-
-
-def demo(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
-    console = Console(file=io.StringIO(), width=200)
-    config = {"tokenizer_seconds": 0.2, "transformer_seconds": 0.2, "classifier_steps": 3}
-    config |= {"per_class": 2, "iterations": (1, 2), **changes}
-    summary = run_demo(DemoConfig(out=folder, **config), console)
-    return summary, console.file.getvalue()
-
-
-STAGES = ("tokenizer", "classifier", "viar", "var", "evaluation")
-
-
-def stamps(folder: Path) -> dict[str, int]:
-    return {stage: (folder / stage / "done.json").stat().st_mtime_ns for stage in STAGES}
-
-
-@pytest.fixture(scope="module")
-def finished_demo(small_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("demo")
-    _, shown = demo(folder)
-    return folder, shown
-
-
-def test_the_demo_writes_pictures_and_a_summary_of_both_models(finished_demo: tuple[Path, str]) -> None:
-    folder, shown = finished_demo
-    with Image.open(folder / "samples.png") as image:
-        assert image.size == (500, 500)
-    with Image.open(folder / "knob.png") as image:
-        assert min(image.size) > 100
-    summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["models"]) == {"viar", "var"}
-    for model in summary["models"].values():
-        assert set(model) >= {
-            "parameters",
-            "validation_loss",
-            "iterations",
-            "class_consistency",
-            "images_per_second",
-            "peak_cache_bytes",
-            "training_peak_bytes",
-            "training",
-        }
-        assert model["training"]["steps"] >= 1
-    viar_result, var_result = (summary["models"][name] for name in ("viar", "var"))
-    assert (viar_result["iterations"], var_result["iterations"]) == (5, None)
-    assert viar_result["training_peak_bytes"] > 0
-    assert 0 <= summary["classifier"]["held_out_accuracy"] <= 1
-    assert {"reconstruction_mse", "reconstruction_consistency", "steps"} <= set(summary["tokenizer"])
-    knob = [(point["model"], point["iterations"]) for point in summary["knob"]]
-    assert knob == [("viar", 1), ("viar", 2), ("viar", 5), ("var", None)]
-    # keys and values, guidance, 20 images, 3 blocks, 1 + 4 + 16 tokens, 16 wide, float32
-    expected = 2 * 2 * 20 * 3 * 21 * 16 * 4
-    assert {point["cache_bytes"] for point in summary["knob"]} == {expected}
-    assert summary["sampling"] == {"cfg": 1.5, "top_k": None, "top_p": 0.96, "seed": 0}
-    for words in ("parameters", "peak cache, MB", "The knob", "summary.json"):
-        assert words in shown
-    saved = NextScaleTransformer.from_pretrained(folder / "viar")
-    assert sum(p.numel() for p in saved.parameters()) == viar_result["parameters"]
-
-
-def test_the_table_shows_models_that_never_hit_their_class(finished_demo: tuple[Path, str]) -> None:
-    summary = json.loads((finished_demo[0] / "summary.json").read_text())
-    for model in summary["models"].values():
-        model["class_consistency"] = 0.0
-    console = Console(file=io.StringIO(), width=200)
-    print_summary(summary, console)
-    (row,) = (line for line in console.file.getvalue().splitlines() if "class consistency (" in line)
-    assert [cell.strip() for cell in row.split("│")[2:5]] == ["0.000", "0.000", "-"]
-
-
-def test_a_second_run_reuses_every_stage_and_a_change_redoes_what_depends_on_it(
-    finished_demo: tuple[Path, str], small_demo: Any
-) -> None:
-    folder, _ = finished_demo
-    before, summary = stamps(folder), (folder / "summary.json").read_text()
-    _, shown = demo(folder)
-    assert stamps(folder) == before
-    assert (folder / "summary.json").read_text() == summary
-    assert shown.count("unchanged, reused") == 5
-
-    changes: list[tuple[dict[str, Any], set[str]]] = [
-        ({"per_class": 1}, {"evaluation"}),
-        ({"per_class": 1, "tokenizer_seconds": 0.1}, {"tokenizer", "viar", "var", "evaluation"}),
-    ]
-    for settings, redone in changes:
-        before = stamps(folder)
-        demo(folder, **settings)
-        after = stamps(folder)
-        assert {stage for stage in STAGES if after[stage] != before[stage]} == redone, settings
-
-
-def test_an_interrupted_stage_goes_on_and_stages_before_it_are_reused(
-    small_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-
-    def interrupted(model: Any, tokenizer: Any, data: Any, folder: Path, *_: Any, **__: Any) -> None:
-        found.append((folder.name, (folder / "state").exists()))
-        (folder / "state").write_text("")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(viar.commands.demo, "train_transformer", interrupted)
-    for settings in ({}, {}, {"transformer_seconds": 0.1}):
-        with pytest.raises(KeyboardInterrupt):
-            demo(tmp_path, tokenizer_seconds=0.01, **settings)
-    # the second goes on from what the first left, the third is another run
-    assert found == [("viar", False), ("viar", True), ("viar", False)]
-    assert (tmp_path / "tokenizer" / "done.json").exists()
-    assert not (tmp_path / "viar" / "done.json").exists()
-    assert not (tmp_path / "summary.json").exists()
-
-
-def test_stages_run_together_in_processes_and_keep_what_finished(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, Console(file=io.StringIO()), code="1")
-    both = {"a": Stage(partial(meet, "b"), 1), "b": Stage(partial(meet, "a"), 1)}
-    results = RUN_TOGETHER(stages, both)
-    assert len({result["process"] for result in results.values()} | {os.getpid()}) == 3
-    assert {result["threads"] for result in results.values()} == {1}
-    assert RUN_TOGETHER(stages, both) == results
-    with pytest.raises(ValueError, match="no such luck"):
-        RUN_TOGETHER(stages, {"a": both["a"], "c": Stage(fail_at_once, 1)})
-    assert RUN_TOGETHER(stages, {"a": both["a"]}) == {"a": results["a"]}
-    assert not (tmp_path / "c" / "done.json").exists()
-
-
-def test_stages_depend_on_settings_on_stages_before_and_on_the_code(tmp_path: Path) -> None:
-    ran: list[str] = []
-
-    def run_both(a: Any, b: Any, code: str = "1") -> list[str]:
-        ran.clear()
-        stages = Stages(tmp_path, Console(file=io.StringIO()), code=code)
-
-        def work(name: str) -> Callable[[Path], dict[str, Any]]:
-            return lambda folder: ran.append(name) or {"name": name}
-
-        assert stages.run("a", Stage(work("a"), a)) == {"name": "a"}
-        assert stages.run("b", Stage(work("b"), b, ("a",))) == {"name": "b"}
-        return list(ran)
-
-    assert run_both(1, 1) == ["a", "b"]
-    assert run_both(1, 1) == []
-    assert run_both(1, 2) == ["b"]
-    assert run_both(2, 2) == ["a", "b"]
-    assert run_both(2, 2, code="2") == ["a", "b"]
-    assert run_both({"x": (1, 2)}, Path("p"), code="2") == ["a", "b"]
-    assert run_both({"x": (1, 2)}, Path("p"), code="2") == []
-
-
-def test_a_stage_interrupted_under_other_settings_starts_from_nothing(tmp_path: Path) -> None:
-    stages = Stages(tmp_path, Console(file=io.StringIO()), code="1")
-
-    def fail(folder: Path) -> dict[str, Any]:
-        assert not (folder / "half").exists()
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-
-    for settings in (1, 2, 1):
-        with pytest.raises(KeyboardInterrupt):
-            stages.run("a", Stage(fail, settings))
-    kept = Stage(lambda folder: {"kept": (folder / "half").exists()}, 1)
-    assert stages.run("a", kept) == {"kept": True}
-
-
-def test_the_fingerprint_of_the_code_covers_both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = FINGERPRINT()
-    assert FINGERPRINT() == before
-    read = Path.read_bytes
-    for changed in ("deqlib/driver.py", "viar/sampling.py", "viar/tokenizer/quantizer.py"):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                Path,
-                "read_bytes",
-                lambda path, changed=changed: read(path) + b"#" * str(path).endswith(changed),
-            )
-            assert FINGERPRINT() != before, changed
-
-
-def test_demo_labels_fill_the_sample_grid() -> None:
-    assert balanced_labels(10, 10).view(10, 10)[:, 0].tolist() == list(range(10))

@@ -24,7 +24,6 @@ from golden_reference import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import enlarge, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor
@@ -587,7 +586,7 @@ def call(
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["viar", "convert", *map(str, arguments)])
-        monkeypatch.setattr(viar.commands.cli, "console", Console(width=200))
+        monkeypatch.setenv("COLUMNS", "200")
         code = 0
         try:
             viar.commands.cli.main()

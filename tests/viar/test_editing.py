@@ -21,7 +21,6 @@ from golden_reference import (
 )
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 
@@ -396,7 +395,6 @@ def command(folder: Path, *flags: object) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", arguments)
-        patch.setattr(viar.commands.cli, "console", Console(file=said, width=200))
         try:
             viar.commands.cli.main()
         except SystemExit as ended:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 import viar.generation.choice
 import viar.generation.series.series
 from viar import Adaptive, Sampling, prepare_inference, sample_tokens
-from viar.generation.series.series import SeriesReport, _runs, _whole_batches, generate_series
+from viar.generation.series.maker import runs, whole_batches
+from viar.generation.series.provenance import fingerprint
+from viar.generation.series.series import SeriesReport, generate_series
 
 NUM = 32
 PATIENCE = 60.0  # seconds after which a process is taken to hang
@@ -94,6 +97,42 @@ def test_a_series_is_numbered_pictures_their_settings_and_an_archive(series: dic
             with Image.open(io.BytesIO(series[f"{index:06d}.png"])) as image:
                 assert (np.asarray(image) == pixels).all()
         assert arrays["arr_1"].tolist() == [index % 3 for index in range(NUM)]
+
+
+def test_settings_are_told_in_the_form_that_older_series_have(series: dict[str, bytes]) -> None:
+    told = json.loads(series["series.json"])
+    machine = told.pop("machine")
+    assert machine.startswith("cpu ")
+    assert list(told.items()) == [
+        ("format", 1),
+        ("cfg", 1.5),
+        ("top_k", 900),
+        ("top_p", 0.96),
+        ("seed", 0),
+        ("cache", "equilibrium"),
+        ("warm_start", False),
+        ("guidance_reuse", 0),
+        ("iterations", [3, 3, 3]),
+        ("labels", [0, 1, 2]),
+        ("batch_size", "any"),
+        ("compiled", False),
+        ("model", told["model"]),
+        ("tokenizer", told["tokenizer"]),
+        ("torch", torch.__version__),
+    ]
+    assert {field.name for field in dataclasses.fields(Sampling)} <= set(told)  # or images could change
+
+
+def test_the_fingerprint_of_a_model_is_of_its_config_and_every_weight() -> None:
+    module = torch.nn.Linear(2, 1)
+    module.config = SimpleNamespace(to_dict=lambda: {"width": 2})
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        module.bias.fill_(3.0)
+    assert fingerprint(module) == "58aa046efc845036322c8e829148e241"
+    with torch.no_grad():
+        module.bias.fill_(4.0)
+    assert fingerprint(module) != "58aa046efc845036322c8e829148e241"
 
 
 def test_pictures_are_what_the_sampler_and_the_decoder_make_alone(series: dict[str, bytes]) -> None:
@@ -218,10 +257,10 @@ def test_images_in_doubt_are_sampled_again_alone(
     batch_size=st.integers(1, 9),
 )
 def test_parts_cover_what_is_missing_once(missing: list[int], batch_size: int) -> None:
-    runs = list(_runs(missing, batch_size))
-    assert [index for _, wanted in runs for index in wanted] == missing
-    assert all(list(indices) == wanted and 0 < len(wanted) <= batch_size for indices, wanted in runs)
-    batches = list(_whole_batches(missing, batch_size))
+    parts = list(runs(missing, batch_size))
+    assert [index for _, wanted in parts for index in wanted] == missing
+    assert all(list(indices) == wanted and 0 < len(wanted) <= batch_size for indices, wanted in parts)
+    batches = list(whole_batches(missing, batch_size))
     assert [index for _, wanted in batches for index in wanted] == missing
     for indices, wanted in batches:
         assert (len(indices), indices.start % batch_size) == (batch_size, 0)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing_path
 from ..model.config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import block_causal_mask, scale_ids
 from ..model.transformer import NextScaleTransformer
@@ -31,8 +31,10 @@ from .official import (
     official_tensors,
 )
 
-LEVELS = ("trainer", "var_wo_ddp", "vae_local", "model", "state_dict")  # a transformer before its tokenizer
-PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+# Keys under which published programs keep a state dict. The first that is there is entered, so a transformer
+# is found before the tokenizer that was saved with it.
+LEVELS = ("trainer", "var_wo_ddp", "vae_local", "model", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put them before names
 
 
 def load_official(
@@ -68,10 +70,10 @@ def load_official(
             shape, or derived buffers of another value (one message lists them all); `sides` or `num_heads`
             contradict the tensors.
     """
-    from_file = isinstance(path_or_state_dict, str | os.PathLike)
-    origin = str(path_or_state_dict) if from_file else "the state dict"
+    from_file, origin, values = False, "the state dict", path_or_state_dict
     with torch.device("cpu"):  # whatever the default device is
-        values = _read(Path(path_or_state_dict)) if from_file else path_or_state_dict
+        if isinstance(path_or_state_dict, str | os.PathLike):
+            from_file, origin, values = True, str(path_or_state_dict), _read(Path(path_or_state_dict))
         state = _tensors(values, origin)
         try:
             model = _on_meta(official_config(state, None if sides is None else tuple(sides), num_heads))
@@ -144,17 +146,30 @@ def convert_checkpoint(
         _check_out(out, (".safetensors", ".pth"), overwrite)
         model = _load_folder(source)
         tensors = export_official(model)
-        save = save_file if out.suffix == ".safetensors" else torch.save
-        _write(out, lambda fresh: save(tensors, fresh))
+        with replacing_path(out) as fresh:
+            if out.suffix == ".safetensors":
+                save_file(tensors, fresh)
+            else:
+                torch.save(tensors, fresh)
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
-        _write(out, model.save_pretrained)
+        with replacing_path(out) as fresh:
+            model.save_pretrained(fresh)
     return model
 
 
 def describe(model: Model) -> dict[str, str]:
-    """What a model is, for people: kind, sizes, number of parameters."""
+    """What a model is, for people: kind, sizes, number of parameters.
+
+    Args:
+        model: a `Tokenizer` or a `NextScaleTransformer`.
+
+    Returns:
+        Texts by name, in the order to show them: "kind" is tokenizer, VAR or VIAR; a tokenizer has "pixels"
+        a side and "channels" a resolution, a transformer "blocks", "depth", "width", "heads" and "classes";
+        both have "sides" of the scales, "codes" and "parameters".
+    """
     config = model.config
     common = {
         "sides": " ".join(map(str, config.sides)),
@@ -182,21 +197,23 @@ def describe(model: Model) -> dict[str, str]:
 
 
 def _read(path: Path) -> Any:
+    """What a checkpoint file holds, its tensors on the CPU; no code of it is run."""
     if path.is_dir():
         raise ValueError(f"{path}: a folder, expected a file; read folders with from_pretrained")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    path.open("rb").close()  # a file that may not be read is no damaged one
+    path.open("rb").close()  # A file without read permission raises here, and is not called damaged below.
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # about pickles that then fail
-            # Files from before torch 1.6 are no archives and cannot be mapped.
+        # torch.load warns of old pickles before it refuses them; the error says enough.
+        with warnings.catch_warnings(action="ignore"):
+            # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
-    except Exception as error:  # the unpickler ends on foreign bytes in whatever way they lead to
+    except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
         if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
             raise ValueError(
                 f"{path}: holds {code[1]}, which is code and not a tensor, and code is not run; where you "
@@ -257,25 +274,14 @@ def _check_out(out: Path, endings: tuple[str, ...] | None, overwrite: bool) -> N
         raise ValueError(f"out: {out} exists; give another name, or overwrite (--overwrite)")
 
 
-def _write(out: Path, save: Callable[[Path], object]) -> None:
-    """`save` to a place beside `out`, then move what it wrote there."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        fresh = Path(folder, out.name)
-        save(fresh)
-        if out.is_dir():  # may be where somebody stands, so even an empty one stays
-            for file in fresh.iterdir():
-                os.replace(file, out / file.name)
-        else:
-            os.replace(fresh, out)
-
-
 # Building and checking
 
 
 def _on_meta(config: TokenizerConfig | TransformerConfig) -> Model:
-    """The model without weights, but with the buffers that no state dict holds."""
+    """The model of `config` with weights that have shapes and no memory (device "meta").
+
+    Scales and mask, which no state dict of this package holds, have their values, on the CPU.
+    """
     with torch.device("meta"):
         if isinstance(config, TokenizerConfig):
             return Tokenizer(config)
@@ -286,13 +292,13 @@ def _on_meta(config: TokenizerConfig | TransformerConfig) -> Model:
 
 
 def _float32(tensor: Tensor, *, copy: bool) -> Tensor:
-    """On the CPU, unless it has no values."""
+    """The tensor as contiguous float32 on the CPU; one without values (device "meta") stays there."""
     device = "meta" if tensor.is_meta else "cpu"
     return tensor.detach().to(device, torch.float32, copy=copy).contiguous()
 
 
 def _check_tensors(state: dict[str, Tensor], model: Model) -> None:
-    """Raise with everything in which `state` is not what `model` needs."""
+    """Raise `ValueError` that lists every tensor of `state` (published names) that does not fit `model`."""
     expected = official_tensors(model)
     derived = [name for name, key in official_names(model).items() if key is None]
     common = [(name, tensor, state[name]) for name, tensor in expected.items() if name in state]
@@ -320,7 +326,7 @@ def _check_tensors(state: dict[str, Tensor], model: Model) -> None:
 
 
 def _equal(tensor: Tensor, found: Tensor) -> bool:
-    """Whether values agree, in whatever type they are stored; those of a meta tensor are taken to."""
+    """Whether values agree after conversion to the type of `tensor`; a `found` without values passes."""
     return found.is_meta or torch.equal(torch.empty_like(tensor).copy_(found), tensor)
 
 

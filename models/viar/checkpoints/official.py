@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -101,7 +102,8 @@ TRANSFORMER_ORDER = (
     "head_nm.",
     "head.",
 )
-BLOCK_ORDER = (".ada_gss", ".scale_mul_1H11", ".q_bias", ".v_bias", ".zero_k_bias")  # then the layers
+# The layers of a block come after these.
+BLOCK_ORDER = (".ada_gss", ".scale_mul_1H11", ".q_bias", ".v_bias", ".zero_k_bias")
 
 LADDERS = (SIDES_256, SIDES_512, SIDES_1024)
 NUM_GROUPS, PHI_RATIO = 32, 0.5  # of the published tokenizer; no tensor tells them
@@ -110,7 +112,12 @@ LISTED = 8  # names an error spells out of each kind
 
 
 def official_names(model: Model) -> dict[str, str | None]:
-    """Published name of each tensor, in published order, to ours; `None` for a buffer derived here."""
+    """Published name of each tensor, in published order, to ours.
+
+    A buffer that the published programs store and this package derives from sizes has no name here: `None`.
+    """
+    rules: Rules
+    order: tuple[str, ...]
     if isinstance(model, Tokenizer):
         phi = {0: PHI_OF_EACH_SCALE, 1: PHI_OF_ALL_SCALES}.get(model.config.num_phi, PHI_SHARED)
         rules, order = TOKENIZER_NAMES + phi, TOKENIZER_ORDER
@@ -124,18 +131,27 @@ def official_names(model: Model) -> dict[str, str | None]:
 
 
 def official_tensors(model: Model) -> dict[str, Tensor]:
-    """State dict of `model` under the published names, derived buffers included."""
+    """State dict of `model` under the published names, in published order, derived buffers included.
+
+    The tensors share memory with the model's.
+    """
     ours = model.state_dict()
     names = official_names(model).items()
     return {name: _derived(name, model) if key is None else ours[key] for name, key in names}
 
 
 def official_config(
-    state: dict[str, Tensor],  # under published names, without prefixes
+    state: dict[str, Tensor],
     sides: tuple[int, ...] | None,
     num_heads: int | None,
 ) -> TokenizerConfig | TransformerConfig:
     """Settings of the model that `state` belongs to; tensors that play no part in them are not looked at.
+
+    Args:
+        state: tensors under their published names, without prefixes.
+        sides: of a tokenizer, `None` for the 256-pixel ladder; of a transformer only to be compared, or to be
+            taken where the tensors have no values.
+        num_heads: of a transformer without a learned attention scale, `None` for heads 64 wide.
 
     Raises:
         ValueError: it is no published model, or `sides` or `num_heads` contradict it.
@@ -153,10 +169,10 @@ def official_config(
 
 
 def listed(items: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    items = list(items)
-    rest = len(items) - LISTED
-    return ", ".join(items[:LISTED]) + (f", and {rest} more" if rest > 0 else "")
+    """The first `LISTED` items, and how many more there are, as text for an error."""
+    every = list(items)
+    rest = len(every) - LISTED
+    return ", ".join(every[:LISTED]) + (f", and {rest} more" if rest > 0 else "")
 
 
 def _rename(key: str, rules: Rules) -> str:
@@ -166,21 +182,26 @@ def _rename(key: str, rules: Rules) -> str:
 
 
 def _place(name: str, order: tuple[str, ...]) -> tuple[int, int, int]:
-    """Part, block, tensor; equal ones stay in the order that they have here, which is theirs."""
+    """Sort key of a published name: its part in `order`, its block, its place within a block.
+
+    Sorting is stable, so names with equal keys stay in the order of this package, which is the published one.
+    """
     part = next(i for i, prefix in enumerate(order) if name.startswith(prefix))
     block = re.match(r"\w+\.(\d+)\.", name)
     last = next((i for i, ending in enumerate(BLOCK_ORDER) if name.endswith(ending)), len(BLOCK_ORDER))
     return part, int(block[1]) if block else 0, last
 
 
-def _derived(name: str, model: NextScaleTransformer) -> Tensor:
+def _derived(name: str, model: Model) -> Tensor:
     """A buffer that the published programs store: scale of each token, mask, zero bias of the keys."""
+    assert isinstance(model, NextScaleTransformer)  # every tensor of a tokenizer has a name of ours
     if name == "lvl_1L":
         return model.scale_ids[None]
     if name == "attn_bias_for_masking":
         zero = torch.zeros((), dtype=model.pos_embed.dtype, device=model.mask_LL.device)
         return zero.where(model.mask_LL, -torch.inf)[None, None]
-    return torch.zeros(model.config.width, dtype=model.pos_embed.dtype, device=model.mask_LL.device)
+    width = model.pos_embed.shape[-1]
+    return torch.zeros(width, dtype=model.pos_embed.dtype, device=model.mask_LL.device)
 
 
 def _tokenizer_config(state: dict[str, Tensor], sides: tuple[int, ...] | None) -> TokenizerConfig:
@@ -274,7 +295,7 @@ def _transformer_sides(state: dict[str, Tensor], sides: tuple[int, ...] | None) 
             raise ValueError("lvl_1L, the scale of each token, is missing or has no values; give sides")
         return found if sides is None else sides
     level_L = level_1L.flatten().long()
-    counts = level_L.unique_consecutive(return_counts=True)[1].tolist()
+    counts = [len(list(run)) for _, run in groupby(level_L.tolist())]
     found = tuple(math.isqrt(count) for count in counts)
     if not counts or not scale_ids(found).equal(level_L.cpu()):
         raise ValueError(f"lvl_1L: expected p * p tokens a scale, scales counted from 0, found runs {counts}")

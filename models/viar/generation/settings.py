@@ -16,30 +16,27 @@ from ..model.trunk import Trunk
 class Sampling:
     """Settings of the sampler; validated when made, and by `schedule` against a model.
 
+    `viar.generate` says more of each. The texts below are also the help of the command line's flags.
+
     Args:
         iterations: of the implicit block at each scale: an int, (first, last), a list, `Adaptive` or
-            `Budget`; default the config's. An explicit trunk takes none.
-        cfg: guidance, rising linearly from 0 at the first scale to this at the last; 0 switches it off.
-        top_k: keep the most likely tokens only; `None`, or a number above V, keeps all; 1 is argmax.
-        top_p: keep the smallest set of tokens with at least this probability; `None` keeps all.
-        seed: non-negative.
-        cache: "equilibrium" or "iterate", see `viar.model.cache`.
-        warm_start: start the implicit block at each scale where the scale before suggests, instead of at the
-            output of the blocks before it. Other results with few iterations, the same at convergence.
-        guidance_reuse: so many of the last scales are computed with their class alone; the direction of
-            guidance is that of the scale before them, enlarged. Saves half their time; an approximation.
+            `Budget`; default the config's.
+        warm_start: start each scale where the fixed point of the one before suggests
+        guidance_reuse: last scales that reuse the guidance of the scale before them; an approximation
+        cfg: guidance; 0 switches it off
+        top_k: most likely tokens kept
+        top_p: probability kept
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range; `seed` below 0; `cache` neither "equilibrium" nor "iterate".
     """
 
-    # Set by three flags of the command line, so it is none by itself.
-    iterations: Annotated[Iterations | None, tyro.conf.Suppress] = None
-    warm_start: bool = False  # start each scale where the fixed point of the one before suggests
-    guidance_reuse: int = 0  # last scales that reuse the guidance of the scale before them; an approximation
-    cfg: float = 1.5  # guidance; 0 switches it off
-    top_k: int | None = 900  # most likely tokens kept
-    top_p: float | None = 0.96  # probability kept
+    iterations: Annotated[Iterations | None, tyro.conf.Suppress] = None  # the command line has three flags
+    warm_start: bool = False
+    guidance_reuse: int = 0
+    cfg: float = 1.5
+    top_k: int | None = 900
+    top_p: float | None = 0.96
     seed: int = 0
     cache: Literal["equilibrium", "iterate"] = "equilibrium"
 

@@ -87,12 +87,16 @@ class SeriesFolder:
             Image.fromarray(pixels_HWC).save(file, "png")
 
     def read(self, index: int) -> np.ndarray:
-        """Read a picture, (H, W, 3) uint8."""
+        """Read a picture, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         path = self.picture(index)
         try:
             with Image.open(path) as image:
                 pixels_HWC = np.asarray(image)
-        except (OSError, SyntaxError) as error:  # what Pillow says of files that are not what they seem
+        except (OSError, SyntaxError) as error:  # Pillow raises a SyntaxError at a broken chunk of a PNG.
             raise ValueError(f"{path}: damaged ({error}); remove it and run again") from error
         return pixels_HWC
 
@@ -100,15 +104,17 @@ class SeriesFolder:
         """Write the first `num` images and their labels as arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64.
 
         Only some images are held in memory at a time, and the same images give the same file.
+
+        Raises:
+            ValueError: a picture is damaged.
         """
-        shape = (num, self.side, self.side, 3)
-        arrays = (
-            ("arr_0.npy", np.uint8, shape, self._read_all(num, pool)),
+        arrays: tuple[tuple[str, type[np.generic], tuple[int, ...], Iterable[np.ndarray]], ...] = (
+            ("arr_0.npy", np.uint8, (num, self.side, self.side, 3), self._read_all(num, pool)),
             ("arr_1.npy", np.int64, (num,), [np.fromiter(labels, np.int64, num)]),
         )
         with replacing(self.archive(num)) as file, zipfile.ZipFile(file, "w") as archive:
             for name, dtype, shape, parts in arrays:
-                # A ZipInfo has a fixed date; a name alone would be given that of today.
+                # A member opened by its name would get today's date, and the file would change with it.
                 with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
                     header = {
                         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),

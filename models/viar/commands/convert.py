@@ -1,0 +1,35 @@
+"""`viar convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoints.convert import convert_checkpoint, describe
+
+
+def convert_command(
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    sides: tuple[int, ...] = (),
+    num_heads: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn a published checkpoint into a folder that the other commands read, or such a folder into one.
+
+    Args:
+        source: File with a published tokenizer, VAR or VIAR (.pth, .safetensors), or a folder.
+        out: Folder; or file ending in .safetensors or .pth.
+        sides: Of a published tokenizer off the 256-pixel ladder.
+        num_heads: Of a published transformer without a learned attention scale; default width / 64.
+        overwrite: Replace what out holds.
+    """
+    model = convert_checkpoint(source, out, sides=sides or None, num_heads=num_heads, overwrite=overwrite)
+    table = Table(title=str(out), show_header=False)
+    for name, value in describe(model).items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,101 @@
+"""`viar edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from torch import Tensor
+
+from ..data import read_mask, read_picture, save_edit, save_picture
+from ..generation.editing import box_mask, edit
+from ..model.config import check_at_least
+from .flags import DEFAULTS, Flags
+from .loading import load_pair
+
+
+def edit_command(
+    model: str,
+    tokenizer: str,
+    image: Path,
+    label: int,
+    box: tuple[float, float, float, float] | None = None,
+    mask: Path | None = None,
+    invert: bool = False,
+    keep: Literal["features", "codes"] = "features",
+    border: int | None = None,
+    num: int = 1,
+    out: Path = Path("edited.png"),
+    flags: Flags = DEFAULTS,
+) -> None:
+    """Make a part of a picture anew: in-painting, out-painting with --invert, or into another class.
+
+    Writes the result, and beside it a strip of the picture, the mask and every result.
+
+    Args:
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        tokenizer: The same, of its tokenizer.
+        image: Picture to edit; one of another size than the model's is resized and its centre cut out.
+        label: Class that guides the new part.
+        box: The part to make anew: top, left, bottom, right as fractions of the picture.
+        mask: Instead of a box, a picture of the same size: white keeps, black is made anew.
+        invert: Turn box or mask round, for out-painting.
+        keep: Hold the kept part's features and pixels, or its codes alone, as published.
+        border: Pixels over which kept passes into new; default half a token. With features only.
+        num: Results to make; they differ in their random numbers.
+        out: PNG to write. Several are numbered: edited-0.png, edited-1.png. The strip is edited-strip.png.
+        flags: How to sample.
+    """
+    check_at_least("viar edit", 1, num=num)
+    console = Console()
+    transformer, codec = load_pair(model, tokenizer, flags.execution)
+    side = codec.config.image_side
+    picture, size = read_picture(image, side)
+    if size != (side, side):
+        cut = f"{image} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
+        console.print(escape(cut))
+    kept = _kept_part(box, mask, side, size)
+    kept = 1 - kept if invert else kept
+    batch_size, sampling = flags.execution.batch_size, flags.sampling
+    before = picture.to(transformer.pos_embed.device).expand(min(num, batch_size), -1, -1, -1)
+    edited = torch.cat(
+        [
+            edit(
+                transformer,
+                codec,
+                before[: num - start],
+                kept,
+                [label] * len(before[: num - start]),
+                sampling=sampling,
+                keep=keep,
+                border=border,
+                first_index=start,
+            ).cpu()
+            for start in track(range(0, num, batch_size), "edit", console=console)
+        ]
+    )
+    _save(picture, kept, edited, out, console)
+
+
+def _kept_part(
+    box: tuple[float, float, float, float] | None, mask: Path | None, side: int, size: tuple[int, int]
+) -> Tensor:
+    """Mask (side, side) of the one that is given: 1 keeps, 0 is made anew."""
+    if box is not None and mask is None:
+        return box_mask(box, side)
+    if mask is not None and box is None:
+        return read_mask(mask, side, size)
+    raise ValueError("expected one of --box and --mask, got " + ("none" if box is None else "both"))
+
+
+def _save(picture: Tensor, kept: Tensor, edited: Tensor, out: Path, console: Console) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for index, result in enumerate(edited):
+        save_picture(result, out if len(edited) == 1 else out.with_stem(f"{out.stem}-{index}"))
+    strip = out.with_stem(f"{out.stem}-strip")
+    save_edit(picture, kept, edited, strip)
+    console.print(f"{len(edited)} edited in {out.parent}, side by side in {strip}")

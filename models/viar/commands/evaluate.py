@@ -1,0 +1,49 @@
+"""`viar evaluate`."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from rich.console import Console
+
+from ..data import load_data
+from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
+from ..model.config import check_at_least
+from ..training import validation_loss
+from .flags import DEFAULTS, Flags
+from .generate import generate_images
+from .loading import load_pair
+
+
+def evaluate_command(
+    model: str,
+    tokenizer: str,
+    data: str = "digits",
+    per_class: int = 100,
+    flags: Flags = DEFAULTS,
+) -> None:
+    """Print validation loss and class consistency as JSON.
+
+    Args:
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        tokenizer: The same, of its tokenizer.
+        data: Source of real images: digits, mnist, or a folder with a sub-folder a class.
+        per_class: Images generated of each class.
+        flags: How to sample.
+    """
+    check_at_least("viar evaluate", 1, per_class=per_class)
+    console = Console()
+    transformer, codec = load_pair(model, tokenizer, flags.execution)
+    source = load_data(data, codec.config.image_side)
+    torch.manual_seed(0)
+    classifier = Classifier(source.num_classes, codec.config.image_side)
+    train_classifier(classifier, source.train, console=console)
+    labels = balanced_labels(source.num_classes, per_class)
+    images = generate_images(transformer, codec, labels, flags, console)
+    metrics = {
+        "validation_loss": validation_loss(transformer, codec, source.validation),
+        "class_consistency": class_consistency(classifier, images, labels),
+        "classifier_held_out_accuracy": accuracy(classifier, source.validation),
+    }
+    console.print_json(json.dumps(metrics))

@@ -1,0 +1,156 @@
+"""`viar generate`: a grid of images, or a series in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..data import save_grid
+from ..generation.sampling import generate
+from ..generation.series.series import FORMATS, generate_series
+from ..model.config import check_at_least
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from .flags import DEFAULTS, Flags, SamplingFlags
+from .loading import load_pair, process_index
+
+
+def generate_command(
+    model: str,
+    tokenizer: str,
+    out: Path | None = None,
+    labels: tuple[int, ...] = (),
+    per_class: int | None = None,
+    num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None,
+    format: tuple[Literal["png", "npz"], ...] = (),
+    report: bool = False,
+    flags: Flags = DEFAULTS,
+) -> None:
+    """Generate images: into one PNG, a row a class, or with --num into a folder of numbered PNGs.
+
+    With --num an image depends on its number, its label and the sampling settings alone. So a run that
+    was stopped goes on where it was, one of another --batch-size or number of processes (accelerate launch,
+    torchrun) gives the same files, and a larger --num continues the series. With --adaptive or weights
+    below float32 the batch size has to stay the same for that.
+
+    Args:
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        tokenizer: The same, of its tokenizer.
+        out: PNG to write, default samples.png; with --num a folder, default samples.
+        labels: Classes; default all. With --num the images get them in turn.
+        per_class: Images of each, default 10; not with --num.
+        num: Images to generate into a folder. torchrun needs it spelled out, --num-images.
+        format: Only with --num: png keeps the numbered pictures, npz writes one archive for evaluation;
+            default both.
+        report: Print evaluations, residual, seconds and cache of each scale; not with --num.
+        flags: How to sample.
+    """
+    _check_exclusions(num, per_class, format, report)
+    if num is None:
+        path, columns = out or Path("samples.png"), 10 if per_class is None else per_class
+        _generate_grid(model, tokenizer, path, labels, columns, flags, report)
+    else:
+        folder = out or Path("samples")
+        _generate_series(model, tokenizer, folder, labels, num, format or FORMATS, flags)
+
+
+def generate_images(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    flags: SamplingFlags,
+    console: Console,
+    *,
+    report: bool = False,
+) -> Tensor:
+    """Images of all labels, a batch at a time, with a progress bar.
+
+    Args:
+        model: VAR or VIAR.
+        tokenizer: its tokenizer.
+        labels: (B,) classes.
+        flags: how to sample, and how many at a time.
+        console: where progress is shown.
+        report: print what each scale of each batch took.
+
+    Returns:
+        (B, 3, H, W) in [0, 1], on the CPU.
+    """
+    images, batch_size, settings = [], flags.execution.batch_size, vars(flags.sampling)
+    for start in track(range(0, len(labels), batch_size), "generate", console=console):
+        chunk = labels[start : start + batch_size]
+        if report:
+            made, took = generate(model, tokenizer, chunk, first_index=start, return_report=True, **settings)
+            console.print(f"from image {start}\n{took}", highlight=False)
+        else:
+            made = generate(model, tokenizer, chunk, first_index=start, **settings)
+        images.append(made.cpu())
+    return torch.cat(images)
+
+
+def _check_exclusions(num: int | None, per_class: int | None, formats: tuple[str, ...], report: bool) -> None:
+    if num is None:
+        if formats:
+            raise ValueError("--format: only with --num; without it there is one PNG")
+    elif per_class is not None:
+        raise ValueError("--num and --per-class exclude each other; give one of them")
+    elif report:
+        raise ValueError("--report: not with --num; generate a few images without it to see the report")
+
+
+def _generate_grid(
+    model: str,
+    tokenizer: str,
+    out: Path,
+    labels: tuple[int, ...],
+    per_class: int,
+    flags: SamplingFlags,
+    report: bool,
+) -> None:
+    check_at_least("viar generate", 1, per_class=per_class)
+    console = Console()
+    transformer, codec = load_pair(model, tokenizer, flags.execution)
+    classes = torch.tensor(labels or range(transformer.config.num_classes)).repeat_interleave(per_class)
+    images = generate_images(transformer, codec, classes, flags, console, report=report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, out, columns=per_class)
+    console.print(f"{len(images)} images in {out}")
+
+
+def _generate_series(
+    model: str,
+    tokenizer: str,
+    out: Path,
+    labels: tuple[int, ...],
+    num: int,
+    formats: tuple[str, ...],
+    flags: SamplingFlags,
+) -> None:
+    console = Console()
+    transformer, codec = load_pair(model, tokenizer, flags.execution)
+    report = generate_series(
+        transformer,
+        codec,
+        out,
+        num,
+        sampling=flags.sampling,
+        labels=labels or None,
+        formats=formats,
+        batch_size=flags.execution.batch_size,
+        console=console,
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()  # NCCL complains at exit of a group that is left.
+    if process_index() == 0:
+        archive = f", all in {report.archive}" if report.archive else ""
+        console.print(
+            f"{report.num} images in {report.folder}{archive}; {report.made} made now, {report.resampled} of "
+            f"them sampled twice to be exact, {report.made / max(report.seconds, 1e-9):.3g} images/s"
+        )

@@ -1,0 +1,146 @@
+"""Making the images of a series: what is sampled together, on which threads, and what is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...tokenizer import Tokenizer
+from ..sampling import Sample
+from .folder import SeriesFolder
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU computed in float32, and by the same algorithm each time.
+
+    PyTorch's default is TensorFloat32 and the algorithm that a trial finds fastest. The settings before are
+    put back at the end.
+    """
+    wanted = {"allow_tf32": False, "benchmark": False, "deterministic": True}
+    before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(torch.backends.cudnn, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.backends.cudnn, name, value)
+
+
+def runs(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
+    """What to sample together where the size of a batch changes nothing: missing neighbours, at most a batch.
+
+    Args:
+        missing: indices of images, rising.
+        batch_size: most images sampled together.
+
+    Yields:
+        Indices to sample, and those of them that are wanted: all.
+    """
+    start = 0
+    for end in range(1, len(missing) + 1):
+        whole = end - start == batch_size
+        if end == len(missing) or missing[end] != missing[end - 1] + 1 or whole:
+            yield range(missing[start], missing[end - 1] + 1), list(missing[start:end])
+            start = end
+
+
+def whole_batches(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
+    """What to sample together where rounding may decide: full batches that begin at multiples of their size.
+
+    Args:
+        missing: indices of images, rising.
+        batch_size: images sampled together.
+
+    Yields:
+        Indices to sample, and those of them that are wanted: the missing ones.
+    """
+    wanted: dict[int, list[int]] = {}
+    for index in missing:
+        wanted.setdefault(index // batch_size, []).append(index)
+    for batch, indices in wanted.items():
+        yield range(batch * batch_size, (batch + 1) * batch_size), indices
+
+
+@dataclass
+class Maker:
+    """Samples and decodes images, and writes them. A context: its threads end with it.
+
+    On a CPU a thread of the pool decodes an image and writes it, with all of its arithmetic on that thread.
+    On a GPU this thread decodes, and the pool writes.
+
+    Attributes:
+        draw: from labels and `first_index` to a sample, all else given.
+        tokenizer: turns tokens into images.
+        classes: labels that the images get in turn.
+        target: where images are written.
+        exact: whether an image is the same in a batch of any size; see `viar.generation.series.series`.
+        resampled: how many images were sampled again alone.
+    """
+
+    draw: Callable[..., Sample]
+    tokenizer: Tokenizer
+    classes: list[int]
+    target: SeriesFolder
+    exact: bool
+    resampled: int = field(default=0, init=False)
+
+    def __enter__(self) -> Maker:
+        self.on_cpu = self.tokenizer.quantizer.codebook.weight.device.type == "cpu"
+        self.threads = torch.get_num_threads()
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = self.threads if self.on_cpu else max(1, (os.cpu_count() or 1) // num_processes)
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        # The pool's threads have set the number for every thread that starts after them.
+        torch.set_num_threads(self.threads)
+
+    def make(self, indices: range, wanted: list[int]) -> None:
+        """Sample images `indices`, and write those that are wanted."""
+        labels = [self._label(index) for index in indices]
+        if self.exact or not self.on_cpu:
+            sample = self.draw(labels, first_index=indices.start)
+        else:
+            sample = self.pool.submit(self.draw, labels, first_index=indices.start).result()
+        certain: list[bool] = sample.certain.tolist()
+        jobs = []
+        for index in wanted:
+            row = index - indices.start
+            tokens = [tokens_Bl[row : row + 1] for tokens_Bl in sample.tokens]
+            alone = self.exact and not certain[row]
+            self.resampled += alone
+            jobs.append(self._start(index, None if alone else tokens))
+        for job in jobs:
+            job.result()
+
+    def _start(self, index: int, tokens: list[Tensor] | None) -> Future[None]:
+        """Begin to write an image, and to decode it where the pool does that."""
+        if self.on_cpu:
+            return self.pool.submit(self._finish, index, tokens)
+        return self.pool.submit(self.target.write, index, self._pixels(index, tokens))
+
+    def _finish(self, index: int, tokens: list[Tensor] | None) -> None:
+        self.target.write(index, self._pixels(index, tokens))
+
+    @torch.no_grad()
+    def _pixels(self, index: int, tokens: list[Tensor] | None) -> np.ndarray:
+        """Pixels (H, W, 3) uint8 of an image, from its tokens; without, it is sampled alone."""
+        if tokens is None:
+            tokens = self.draw([self._label(index)], first_index=index).tokens
+        image_CHW = self.tokenizer.decode(tokens)[0].float().add(1).div(2)
+        pixels: np.ndarray = image_CHW.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+        return pixels
+
+    def _label(self, index: int) -> int:
+        return self.classes[index % len(self.classes)]

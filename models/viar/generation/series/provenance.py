@@ -1,0 +1,92 @@
+"""What the images of a series depend on: sampling settings, weights, machine; and where rounding decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...model.schedule import Adaptive
+from ...model.transformer import NextScaleTransformer
+from ...tokenizer import Tokenizer
+from ..settings import Sampling
+
+
+def provenance(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    schedule: Sequence[int | Adaptive | None],
+    classes: list[int],
+    batch_size: str,
+) -> dict[str, Any]:
+    """All that decides the images of a series, in plain values, as series.json holds it.
+
+    Whatever is added here, or changes its form, makes existing series end: their folders are refused.
+
+    Args:
+        model: its weights and whether it is compiled count.
+        tokenizer: its weights count.
+        sampling: settings of the sampler.
+        schedule: its iterations of each scale, so that one schedule in other words is the same.
+        classes: labels that the images get in turn.
+        batch_size: in words, see `why_inexact`.
+    """
+    return {
+        "cfg": sampling.cfg,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "cache": sampling.cache,
+        "warm_start": sampling.warm_start,
+        "guidance_reuse": sampling.guidance_reuse,
+        "iterations": repr(schedule[0]) if isinstance(schedule[0], Adaptive) else schedule,
+        "labels": classes,
+        "batch_size": batch_size,
+        "compiled": _is_compiled(model),
+        "model": fingerprint(model),
+        "tokenizer": fingerprint(tokenizer),
+        "machine": _machine(model.pos_embed.device),
+        "torch": torch.__version__,
+    }
+
+
+def why_inexact(
+    model: NextScaleTransformer, tokenizer: Tokenizer, schedule: Sequence[int | Adaptive | None]
+) -> str | None:
+    """What keeps `Sample.certain` from holding, in words; `None` where it holds."""
+    if any(isinstance(part, Adaptive) for part in schedule):
+        return "adaptive iterations"
+    dtypes = {p.dtype for module in (model, tokenizer) for p in module.parameters()}
+    if low := sorted(str(dtype) for dtype in dtypes - {torch.float32, torch.float64}):
+        return f"weights in {', '.join(low)}"
+    kind = model.pos_embed.device.type
+    if torch.is_autocast_enabled(kind):
+        return f"autocast to {torch.get_autocast_dtype(kind)}"
+    if torch.get_float32_matmul_precision() != "highest":
+        return f"float32 matmul precision {torch.get_float32_matmul_precision()}"
+    return None
+
+
+def _is_compiled(model: NextScaleTransformer) -> bool:
+    """Whether the blocks are: other kernels round differently."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+
+
+def fingerprint(module: NextScaleTransformer | Tokenizer) -> str:
+    """Hash of config and weights, whatever device they are on."""
+    digest = hashlib.sha256(json.dumps(module.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _machine(device: torch.device) -> str:
+    """What kernels are chosen by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
