@@ -44,14 +44,11 @@ class Batch:
         self._state: Any = None  # of the solver, likewise
         self._rows: Tensor | None = None  # which of all samples are in the batch; `None`: all
         self._measured: list[tuple[Tensor, Tensor]] = []  # residual and scale of each evaluation, if kept
-        self._evaluations = 0
         self._cuts: list[tuple[int, Tensor]] = []  # from which evaluation on the batch had which rows
-        self._counted = 0  # evaluations already in `sample_nfe`
 
-    def observe(self, step: int, z: Tensor, fz: Tensor, looks: bool) -> None:
-        """Take stock of an evaluation."""
-        measured = self.record.observe(step, z, fz, looks)
-        self._evaluations += 1
+    def observe(self, z: Tensor, fz: Tensor, looks: bool) -> None:
+        """Record an evaluation."""
+        measured = self.record.observe(z, fz, looks)
         if self.record.keeps_trace:
             self._measured.append(measured)
 
@@ -62,7 +59,7 @@ class Batch:
             return z
         return torch.where(record.samples.active.unsqueeze(1), z, record.samples.best)
 
-    def drop_finished(self, step: int, state: Any, z: Tensor, image: Tensor) -> tuple[Any, Tensor, Tensor]:
+    def drop_finished(self, state: Any, z: Tensor, image: Tensor) -> tuple[Any, Tensor, Tensor]:
         """Let finished samples leave the batch, if asked and if it pays.
 
         Returns the solver's state, the iterates and their images, of those that stay.
@@ -72,7 +69,7 @@ class Batch:
         finished = batch - record.num_active
         if self._compact is None or finished == 0 or finished < _DROP * batch:
             return state, z, image
-        self._put_aside(step, state)
+        self._put_aside(state)
         keep = now.active.nonzero().squeeze(1)
         self._rows = keep if self._rows is None else self._rows[keep]
         self._cuts.append((len(self._measured), self._rows))
@@ -80,14 +77,9 @@ class Batch:
         record.cut(keep)
         return take_samples(state, keep), z[keep], image[keep]
 
-    def _put_aside(self, step: int, state: Any) -> None:
+    def _put_aside(self, state: Any) -> None:
         """Bring what is known of all samples up to date."""
-        now = self.record.samples
-        now.best_step = self.record.steps_of_best()
-        now.sample_nfe = now.sample_nfe + (self._evaluations - self._counted)
-        now.num_steps = torch.where(now.active, step, now.num_steps)
-        now.best_residual = torch.where(now.active, now.lowest, now.best_residual)
-        self._counted = self._evaluations
+        now = self.record.settled()
         if self._rows is None or self._left is None:
             self._left, self._state = now, state
             return
@@ -97,10 +89,15 @@ class Batch:
         self._left = put_samples(left, self._rows, now, batch)
         self._state = put_samples(self._state, self._rows, state, batch)
 
-    def solution(self, step: int, state: Any, name: str) -> Solution:
-        """What was found when the loop ended after so many steps."""
+    def solution(self, state: Any, name: str) -> Solution:
+        """What was found, once the loop has ended.
+
+        Args:
+            state: the solver's last.
+            name: the solver's.
+        """
         record = self.record
-        self._put_aside(step, state)
+        self._put_aside(state)
         found = self._left
         assert found is not None
         at_best, trace = self._relatives(found)
@@ -111,7 +108,7 @@ class Batch:
             relative_residual=at_best,
             num_steps=found.num_steps,
             status=found.status,
-            nfe=self._evaluations,
+            nfe=record.nfe,
             sample_nfe=found.sample_nfe,
             trace=trace,
             method=found.method,

@@ -49,8 +49,8 @@ def iterate(
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
         return _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
-    record = Record(z0, stopping, unit_norms, patient=overrides(solver, "observe"))
-    return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state, stopping)
+    record = Record(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
+    return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state)
 
 
 def _iterate_fixed(
@@ -89,35 +89,30 @@ def _iterate_fixed(
     )
 
 
-def _iterate_to_tolerance(
-    batch: Batch, z: Tensor, solver: Solver, state: Any, stopping: Stopping
-) -> Solution:
+def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -> Solution:
     """Until every sample is finished: the value is each sample's best iterate."""
-    record, step = batch.record, 0
+    record, stopping = batch.record, batch.record.rule
     observes, asks = overrides(solver, "observe"), overrides(solver, "query")
     while True:
         query = solver.query(state) if asks else None
         if query is not None and query.point is not None:
             z = batch.hold(query.point)
         fz, image = _evaluate(batch.f, z, query)
-        at_check = step % stopping.check_every == 0
-        batch.observe(step, z, fz, at_check)
-        if step == stopping.max_steps:
-            break
-        if at_check and record.count() == 0:
+        at_check = record.nfe % stopping.check_every == 0
+        batch.observe(z, fz, at_check)
+        if record.step == stopping.max_steps or (at_check and record.count() == 0):
             break
         if observes:
-            state = solver.observe(_View(record, stopping.max_steps - step), state)
+            state = solver.observe(_View(record), state)
         if at_check:
-            state, z, image = batch.drop_finished(step, state, z, image)
+            state, z, image = batch.drop_finished(state, z, image)
         del fz, query  # before more memory is asked for
         z_next, state = _step(solver, z, image, state)
         del image, z
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-        step += 1
-    return batch.solution(step, state, type(solver).__name__)
+    return batch.solution(state, type(solver).__name__)
 
 
 def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
@@ -154,7 +149,6 @@ class _View:
     """What a solver sees of the record: all samples of the batch, or the rows of some."""
 
     record: Record
-    steps_left: int
     rows: Tensor | None = None
 
     def _cut(self, tensor: Tensor) -> Tensor:
@@ -163,6 +157,10 @@ class _View:
     @property
     def step(self) -> int:
         return self.record.step
+
+    @property
+    def steps_left(self) -> int:
+        return self.record.rule.max_steps - self.record.step
 
     @property
     def difference(self) -> Tensor | None:
@@ -175,6 +173,10 @@ class _View:
     @property
     def goal(self) -> Tensor:
         return self._cut(self.record.goal)
+
+    @property
+    def blowup(self) -> float:
+        return self.record.rule.blowup
 
     @property
     def before(self) -> Tensor:
@@ -206,7 +208,7 @@ class _View:
         return self.record.looks
 
     def of(self, rows: Tensor) -> Seen:
-        return _View(self.record, self.steps_left, rows if self.rows is None else self.rows[rows])
+        return _View(self.record, rows if self.rows is None else self.rows[rows])
 
     def note(self, cause: str, which: Tensor) -> None:
         refused = self.record.samples.refused

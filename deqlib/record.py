@@ -1,4 +1,12 @@
-"""What the driver knows of every sample while it iterates, and what it makes of an evaluation."""
+"""What the driver knows of every sample while it iterates, and what it learns from an evaluation.
+
+A sample is *at work* until it is finished: until it meets the tolerance, blows up, or stalls. At every
+evaluation three things are asked of each sample at work, and the answers are masks, bool (B,):
+
+- *met*: its residual meets the tolerance;
+- *better*: its residual is the smallest so far, by more than rounding, so the iterate is kept as its best;
+- *sound*: its residual has not blown up. A sample that is not sound is *broken*.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +43,10 @@ def measure(
 
 
 def relative(residual: Tensor, scale: Tensor) -> Tensor:
-    """0 where the residual is 0, the fixed point at the origin included; NaN where both are infinite.
+    """Relative residual of each sample, (B,).
 
-    A sample of several units is as far off as the farthest of them.
+    It is 0 where the residual is 0, also at a fixed point at the origin, and NaN where both norms are
+    infinite. That of a sample of several units is the largest of theirs.
     """
     found = residual / scale.clamp_min(torch.finfo(scale.dtype).tiny)
     return found.amax(1) if found.dim() == 2 else found
@@ -64,7 +73,7 @@ class Samples:
 
     @classmethod
     def start(cls, z0: Tensor, rule: Stopping) -> Samples:
-        """Nothing known."""
+        """All samples at work, before the first evaluation."""
         batch = z0.shape[0]
         zeros = torch.zeros(batch, dtype=torch.int64, device=z0.device)
         unknown = z0.new_full((batch,), torch.inf)
@@ -85,22 +94,25 @@ class Samples:
 
 
 class Record:
-    """Measures evaluations, keeps each sample's best iterate, retires samples that are done.
+    """Counts and measures evaluations, keeps each sample's best iterate, retires samples that are finished.
 
-    Most evaluations improve on every sample at work and finish none. Where the host can look, eight small
-    operations find that out, or for a few samples the three that measure them and Python, and nothing more
-    is done; `_update` deals with all other cases.
+    Most evaluations are better for every sample at work and finish none. Where the host can read numbers,
+    that case is found out first, at the cost of eight small operations, and ends the matter. With few samples
+    three operations are enough, which measure, since Python compares the numbers. `_update` does the rest.
     """
 
-    def __init__(self, z0: Tensor, rule: Stopping, unit_norms: UnitNorms | None, *, patient: bool) -> None:
+    def __init__(
+        self, z0: Tensor, rule: Stopping, unit_norms: UnitNorms | None, *, may_recover: bool
+    ) -> None:
         self.rule, self.unit_norms = rule, unit_norms
-        self.patient = patient  # whether a blow-up may be taken back by the next step
+        self.may_recover = may_recover  # whether the solver may take a blow-up back with its next step
         self.samples = Samples.start(z0, rule)
         self.num_active = z0.shape[0]  # as of the last time the host looked
         self.is_known = True  # whether that is still so
         self._written = 0  # the value of `improved_at` that `samples.best_step` is up to date with
         self.improved_at = 0  # the last evaluation that the host knows improved on all samples at work
-        self.step = 0
+        self.nfe = 0  # evaluations so far, this one included
+        self._counted = 0  # those that are in `samples.sample_nfe` already
         self.looks = True  # whether the host reads from the device at this step
         # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
         eps = torch.finfo(z0.dtype).eps
@@ -108,6 +120,7 @@ class Record:
         self.range = z0.new_tensor(SAFE).unsqueeze(1).expand(2, z0.shape[0])
         # The trace of a large batch of small states would be many times what the states are.
         self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
+        # Whether norms are taken in float32 first, and in float64 where one is beyond `SAFE`.
         self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)
         self.is_small = can_look(z0) and len(z0) <= FEW and unit_norms is None
         self.factor = 1 - eps
@@ -119,6 +132,11 @@ class Record:
         self.all_improved = False
         self.methods: tuple[str, ...] = ()  # if the solver has several
         self._finished: Tensor | None = None  # made when it is asked for
+
+    @property
+    def step(self) -> int:
+        """Evaluations before this one, which is as many as steps were taken."""
+        return self.nfe - 1
 
     def count(self) -> int:
         """How many samples are at work. Waits for the device if the host does not know."""
@@ -156,9 +174,16 @@ class Record:
         if self.difference is not None:
             self.difference = self.difference[keep]
 
-    def observe(self, step: int, z: Tensor, fz: Tensor, looks: bool) -> tuple[Tensor, Tensor]:
-        """Take stock of an evaluation; returns the two norms that the trace is made of, (B,) each."""
-        self.step, self.looks, now = step, looks or can_look(z), self.samples
+    def observe(self, z: Tensor, fz: Tensor, looks: bool) -> tuple[Tensor, Tensor]:
+        """Count and measure an evaluation; returns the two norms that the trace is made of, (B,) each.
+
+        Args:
+            z: the iterate, (B, D).
+            fz: its image, (B, D).
+            looks: whether the host waits for the device at this step anyway.
+        """
+        self.nfe += 1
+        step, self.looks, now = self.step, looks or can_look(z), self.samples
         recorded = torch.is_grad_enabled() and (z.requires_grad or fz.requires_grad)
         difference = fz.detach() - z.detach() if recorded else fz - z
         self.difference = None if recorded else difference
@@ -176,8 +201,18 @@ class Record:
         self._update(z, met, better, sound, counts)
         return self.residual, self.scale
 
+    def settled(self) -> Samples:
+        """What is known of the samples in the batch, all of it brought up to date."""
+        now = self.samples
+        now.best_step = self.steps_of_best()
+        now.sample_nfe = now.sample_nfe + (self.nfe - self._counted)
+        now.num_steps = torch.where(now.active, self.step, now.num_steps)
+        now.best_residual = torch.where(now.active, now.lowest, now.best_residual)
+        self._counted = self.nfe
+        return now
+
     def _measure(self, difference: Tensor, fz: Tensor, *, exact: bool) -> None:
-        """The residual, what it should be, and the scale that it is relative to."""
+        """Take the residual, the goal that meets the tolerance, and the norm that both are relative to."""
         residual, scale = measure(difference, fz, self.unit_norms, exact=exact)
         rtol, floor = self.rule.rtol or 0, self.samples.floor
         self._floor, self._goal = floor, None
@@ -191,9 +226,9 @@ class Record:
         self.residual, self.scale = residual, scale
 
     def _improves_on_all(self) -> bool:
-        """Whether this evaluation is the best so far of all samples at work and finishes none of them.
+        """Whether this evaluation is better for all samples at work and finishes none of them.
 
-        By Python's numbers: it goes through a few faster than PyTorch starts an operation.
+        Python compares the numbers: for a few samples it is done before PyTorch has started an operation.
         """
         if self._limits is None:
             known = self.samples.lowest.tolist(), self.samples.floor.tolist()
@@ -212,9 +247,9 @@ class Record:
         return True
 
     def _compare(self) -> tuple[Tensor, Tensor, Tensor, list[int] | None]:
-        """Who meets the tolerance, got better, is not blown up, bool (B,); and how many, if the host looks.
+        """The masks met, better and sound, and how many samples each holds for, if the host looks.
 
-        Nothing is true of a finished sample: its limits are minus infinity.
+        None of them holds for a finished sample, whose limits are minus infinity.
         """
         limits = [self.goal.unsqueeze(0), self.samples.lowest * self.factors]
         if self.guards:
@@ -226,7 +261,7 @@ class Record:
     def _update(
         self, z: Tensor, met: Tensor, better: Tensor, sound: Tensor, counts: list[int] | None
     ) -> None:
-        """Keep the better iterates, retire the samples that are done."""
+        """Keep the iterates of the samples that got better, and retire those that are finished now."""
         now, first = self.samples, self.step == 0
         self.before, self.improved = now.lowest, better
         known = counts if self.is_known else None  # how many of those at work, if that is sure
@@ -247,7 +282,7 @@ class Record:
             broken = None if is_finite else ~(self.residual < torch.inf)
         elif known is None or known[2] < self.num_active:
             broken = now.active & ~sound
-        if self.patient and not first:
+        if self.may_recover and not first:
             broken, now.broken = None if broken is None or now.broken is None else broken & now.broken, broken
         num_met = known[0] if known is not None and is_finite else None
         self._retire(met if any_met else None, broken, self._stalled(), num_met)
@@ -261,7 +296,7 @@ class Record:
         return now.best_step
 
     def _keep_all(self, z: Tensor) -> None:
-        """All samples at work got better; the others are held at their best."""
+        """Keep the iterate of every sample: those at work got better, the others are held at their best."""
         now = self.samples
         now.best, self.improved_at = z, self.step
         if not self.keeps_trace:
@@ -270,6 +305,7 @@ class Record:
         now.lowest = self.residual if everyone else torch.where(now.active, self.residual, now.lowest)
 
     def _keep(self, z: Tensor, better: Tensor) -> None:
+        """Keep the iterates of these samples alone."""
         now = self.samples
         self.steps_of_best()
         now.best = torch.where(better.unsqueeze(1), z, now.best)
@@ -280,6 +316,7 @@ class Record:
         self.improved = better
 
     def _stalled(self) -> Tensor | None:
+        """The samples at work whose patience has run out, bool (B,); `None`: the host knows of none."""
         patience = self.rule.patience
         if patience is None or self.step - self.improved_at < patience:
             return None
@@ -289,9 +326,13 @@ class Record:
     def _retire(
         self, met: Tensor | None, broken: Tensor | None, stalled: Tensor | None, num_met: int | None
     ) -> None:
-        """Samples at work that are done; one that is done in several ways is so in the first of these.
+        """Finish samples at work. One that meets the tolerance is CONVERGED, whatever else is true of it.
 
-        `num_met` says how many have met the tolerance, if the host knows.
+        Args:
+            met: the samples that meet the tolerance, bool, (B,); `None`: nobody, as below.
+            broken: those that blew up.
+            stalled: those that make no progress; of one that also blew up, DIVERGED is the status.
+            num_met: how many meet the tolerance, if the host knows.
         """
         ends = [(Status.STALLED, stalled), (Status.DIVERGED, broken), (Status.CONVERGED, met)]
         found = [(status, which) for status, which in ends if which is not None]
@@ -304,8 +345,8 @@ class Record:
         if not (is_counted or anyone(finished)):
             return
         now = self.samples
-        self.steps_of_best()  # while all that were at work count as such
-        for status, which in found:  # the last to be written counts
+        self.steps_of_best()  # before any sample stops being at work, since it writes to those at work
+        for status, which in found:  # a later status overwrites an earlier one
             now.status = now.status.masked_fill(which, int(status))
         now.num_steps = now.num_steps.masked_fill(finished, self.step)
         now.best_residual = torch.where(finished, now.lowest, now.best_residual)

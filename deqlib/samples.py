@@ -1,7 +1,8 @@
-"""Cutting what is known of a batch to some of its samples, and putting it back.
+"""Taking some samples out of what is known of a batch, and putting them back.
 
-It lies in any nest of dataclasses, tuples, lists and dicts whose tensors have the batch as their first axis.
-Where a solver works on some samples only, `Parts` says on which.
+What is known of a batch may be any nest of dataclasses, tuples, lists and dicts. Its tensors have the batch
+as their first axis; anything else belongs to the batch as a whole. A solver that keeps a state of some
+samples alone wraps it in `Parts`, which say of which.
 """
 
 from __future__ import annotations
@@ -24,25 +25,35 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """What each sample of a batch is in at most one of."""
+    """States of some samples each. Every sample of the batch is in one part or in none."""
 
     items: tuple[Part, ...]
 
     def with_part(self, part: Part) -> Parts:
-        """These and one more."""
+        """All parts, and one more."""
         return Parts((*self.items, part))
+
+    def without_part(self, part: Part) -> Parts:
+        """All parts but this one."""
+        return Parts(tuple(other for other in self.items if other is not part))
 
 
 def take_samples(state: Any, samples: Tensor) -> Any:
-    """What is known of these samples alone."""
+    """What is known of some samples alone; `samples` (b,), int64, are their places in the batch."""
     return _walk(lambda full, _: full.index_select(0, samples), lambda a, _: _take(a, samples), state, state)
 
 
 def put_samples(state: Any, samples: Tensor, part: Any, batch: int) -> Any:
-    """`state`, of so many samples, with these replaced; what is not a tensor is that of `part`.
+    """`state` with what is known of some samples replaced.
 
-    A tensor that `state` lacks, or that has grown in `part` along an axis behind the batch, is zero for the
-    others there.
+    Args:
+        state: of all samples.
+        samples: the places in the batch of those that are replaced, int64, (b,).
+        part: what is known of them. What is not a tensor is taken from here.
+        batch: number of all samples.
+
+    A tensor may be missing in `state`, or be smaller there along an axis behind the batch; the samples that
+    are not replaced get zeros then.
     """
 
     def put(full: Tensor | None, new: Tensor) -> Tensor:
@@ -62,7 +73,7 @@ def put_samples(state: Any, samples: Tensor, part: Any, batch: int) -> Any:
 
 
 def _take(parts: Parts, samples: Tensor) -> Parts:
-    """The parts that have any of these samples, the places counted among them."""
+    """The parts that have any of these samples, with places in the batch of these samples alone."""
     found = []
     for part in parts.items:
         if part.rows is None:
