@@ -12,6 +12,7 @@ from ..solution import Solution
 from ..solvers import Solver
 from ..solvers.base import norms
 from ..solvers.gmres import GMRES
+from ..solvers.history import History
 from ..solvers.secant import SecantSolver, SecantState
 from ..state import Map
 from ..stopping import Stopping
@@ -70,8 +71,9 @@ class SharedInverse(Backward):
         if not torch.is_grad_enabled():
             return solution
         source, output = on_tape(f, solution.value)
-        history = solution.state
-        assert isinstance(history, SecantState)
+        state = solution.state
+        assert isinstance(state, SecantState)
+        history = state.history
         nothing = z0.new_empty(0)
         settings = replace(history, df=nothing, left=nothing)  # what is left holds no states
 
@@ -80,7 +82,7 @@ class SharedInverse(Backward):
 
         return attach(solution, output, adjoint, source, nfe=1, kept=(history.df, history.left))
 
-    def _adjoint(self, g: Tensor, vjp: VectorJacobianProduct, history: SecantState, solve: Solve) -> Tensor:
+    def _adjoint(self, g: Tensor, vjp: VectorJacobianProduct, history: History, solve: Solve) -> Tensor:
         with torch.autocast(g.device.type, enabled=False):
             shared = history.transposed(g)
         before, after = norms(g, shared)

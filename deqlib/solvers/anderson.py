@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import combination, products
-from .secant import SecantSolver, SecantState
+from .base import products
+from .secant import SecantSolver, check_secant
+from .system import Equations
 
 _FEWEST = 10  # differences that the budget does not forbid
+
+
+@dataclass(frozen=True)
+class TypeII(Equations):
+    """dR^T dR gamma = dR^T r, the normal equations of the least-squares problem."""
+
+    uses_residuals: ClassVar[bool] = True
+
+    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
+        """The matrix is symmetric."""
+        return column
+
+
+@dataclass(frozen=True)
+class TypeI(Equations):
+    """dZ^T dR gamma = dZ^T r."""
+
+    uses_residuals: ClassVar[bool] = False
+
+    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
+        """Of dZ^T dR = dZ^T dF - dZ^T dZ."""
+        return products(df, left[:, newest]) - products(left, left[:, newest])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +77,7 @@ class Anderson(SecantSolver):
 
     def __post_init__(self) -> None:
         """Validate."""
-        super().__post_init__()
+        check_secant("Anderson", self.memory, self.growth, self.restart)
         if self.budget is not None:
             check_integer("Anderson", 1, budget=self.budget)
         check_number("Anderson", 0, ridge=self.ridge)
@@ -64,54 +86,11 @@ class Anderson(SecantSolver):
             raise ValueError(f"Anderson: kind must be 'I' or 'II', got {self.kind!r}")
 
     @property
-    def uses_residuals(self) -> bool:
-        """Type II projects on differences of residuals, type I on those of iterates."""
-        return self.kind == "II"
-
-    @property
-    def method(self) -> str:
-        """Type I or II."""
-        return f"Anderson of type {self.kind}"
+    def equations(self) -> Equations:
+        """Those of type I or II."""
+        return TypeII(self.ridge) if self.kind == "II" else TypeI(self.ridge)
 
     def most_columns(self, width: int) -> int:
-        """Within the budget too."""
-        most = super().most_columns(width)
+        """As many as a sample has numbers, within the budget, and one for the pending values."""
+        most = max(width, 1) + 1
         return most if self.budget is None else min(most, max(self.budget // max(width, 1), _FEWEST))
-
-    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
-        """Of dR^T dR, which is symmetric, or of dZ^T dR = dZ^T dF - dZ^T dZ."""
-        if self.uses_residuals:
-            return column
-        return products(df, left[:, newest]) - products(left, left[:, newest])
-
-    def diagonal(self, left: Tensor, change: Tensor) -> Tensor:
-        """Moved away from zero by the ridge: here in type I, by `diagonal_factor` in type II."""
-        entry = super().diagonal(left, change)
-        # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
-        return entry if self.uses_residuals else entry - self.ridge * super().diagonal(left, left)
-
-    @property
-    def diagonal_factor(self) -> float:
-        """Type II is regularised relative to each column."""
-        return 1 + self.ridge if self.uses_residuals else 1.0
-
-    def largest_coefficient(self, dtype: torch.dtype) -> float:
-        """In type I also what the ridge alone would give, where residuals do not change with the iterate."""
-        limit = super().largest_coefficient(dtype)
-        return limit if self.uses_residuals or self.ridge == 0 else min(limit, 0.1 / self.ridge)
-
-    @property
-    def _needs_residual(self) -> bool:
-        return self.damping != 1
-
-    def _combine(self, fz: Tensor, residual: Tensor | None, gamma: Tensor, state: SecantState) -> Tensor:
-        z_next = super()._combine(fz, residual, gamma, state)
-        if residual is None or self.damping == 1:
-            return z_next
-        remaining, size = residual, gamma.shape[1]
-        if size:
-            columns = state.left[:, :size] if self.uses_residuals else state.df[:, :size]
-            remaining = residual - combination(gamma, columns)
-            if not self.uses_residuals:  # dR = dF - dZ
-                remaining = remaining + combination(gamma, state.left[:, :size])
-        return z_next - (1 - self.damping) * remaining

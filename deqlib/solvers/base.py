@@ -58,6 +58,10 @@ class Seen(Protocol):
         """The residual that meets the tolerance, (B,)."""
 
     @property
+    def blowup(self) -> float:
+        """`Stopping.blowup`: a residual beyond the smallest by this factor is lost."""
+
+    @property
     def before(self) -> Tensor:
         """Smallest residual of the evaluations before this one, (B,); infinite at the first, and minus
         infinity for samples that had finished before it."""

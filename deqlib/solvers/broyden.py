@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from .base import products
-from .secant import SecantSolver
+from .secant import SecantSolver, check_secant
+from .system import Equations
+
+
+@dataclass(frozen=True)
+class BroydenEquations(Equations):
+    """(dZ^T dR + L) gamma = dZ^T r, with L the part of dZ^T dZ whose row is newer than its column."""
+
+    uses_residuals: ClassVar[bool] = False
+
+    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
+        """dZ^T dR + dZ^T dZ = dZ^T dF, since the row is newer than all columns but its own."""
+        return products(df, left[:, newest])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +48,20 @@ class Broyden(SecantSolver):
     growth: float = 1e4
     restart: int | None = None
 
-    @property
-    def uses_residuals(self) -> bool:
-        """Projects on differences of iterates."""
-        return False
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_secant("Broyden", self.memory, self.growth, self.restart)
 
     @property
-    def method(self) -> str:
-        """Broyden."""
-        return "Broyden"
+    def equations(self) -> Equations:
+        """Those of Broyden's method in compact form."""
+        return BroydenEquations()
+
+    @property
+    def damping(self) -> float:
+        """Steps are undamped."""
+        return 1.0
 
     def most_columns(self, width: int) -> int:
         """On affine maps the method ends after twice as many steps as there are unknowns (Gay 1979)."""
         return 2 * max(width, 1)
-
-    def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
-        """Of dZ^T dR + L: dZ^T dF, since the row is newer than all columns but its own."""
-        return products(df, left[:, newest])

@@ -132,7 +132,7 @@ class NewtonKrylov(Solver):
             after = replace(after, reach=int(after.inner.max()))
         ahead = after.length.unsqueeze(1) * after.change
         if after.reach >= 0:
-            # With exact products there is nothing to learn at another point.
+            # An exact product is taken at the iterate itself, so the map is not evaluated elsewhere.
             size = after.difference if self.derivative == "difference" else torch.zeros_like(after.difference)
             ahead = select(probes, size.unsqueeze(1) * self._newest(after), ahead)
         point = after.base + ahead
@@ -214,7 +214,7 @@ class NewtonKrylov(Solver):
         if self.derivative == "difference":
             image = (image - state.base - state.residual) / state.difference.unsqueeze(1)
         rows = state.basis[:, :size]
-        # A sample has `inner` + 1 rows in this step; what is behind them is of an earlier one.
+        # A sample has `inner` + 1 rows in this step. Rows behind those belong to an earlier step.
         own = torch.arange(size, device=inner.device) <= inner.unsqueeze(1)
         w = self._newest(state) - image
         coefficients = torch.where(own, products(rows, w), 0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_compile import Waits
 from torch import Tensor
 
 from deqlib import (
@@ -361,8 +364,36 @@ def test_a_method_that_catches_up_learns_from_steps_that_it_would_refuse() -> No
         recent.append((z, -100 * z + 1))
         z = recent[-1][1]
     solver.catch_up(state, recent, None)
-    assert state.num_columns == 2
-    assert state.columns().all()
+    assert state.history.num_columns == 2
+    assert state.history.columns().all()
+
+
+def test_a_method_that_catches_up_leaves_samples_alone_that_finished_meanwhile() -> None:
+    rates = torch.tensor([0.9, -0.5, 0.3, 0.7], dtype=torch.float64)
+    solver = Anderson(memory=3)
+    z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state, recent = solver.init(z), []
+    one, two = torch.tensor([True, False, False]), torch.tensor([True, True, False])
+    for step in range(6):  # the history is full, and one sample finished while it was observed
+        image = rates * z + 0.1 * torch.tanh(z) + 1
+        difference = image - z
+        seen: Any = SimpleNamespace(
+            difference=difference,
+            residual=difference.norm(dim=1),
+            before=z.new_full((3,), torch.inf),
+            all_improved=True,
+            finished=None if step < 3 else one,
+        )
+        state = solver.observe(seen, state)
+        recent = [*recent[-2:], (z, image)]
+        z, state = solver.step(z, image, state)
+    history = state.history
+    kept = history.columns()
+    before = history.df.clone(), history.left.clone()
+    solver.catch_up(state, recent, two)
+    for rows, old in zip((history.df, history.left), before, strict=True):
+        assert torch.equal(rows[:2][kept[:2]], old[:2][kept[:2]])
+        assert not torch.equal(rows[2], old[2])
 
 
 def test_a_method_that_is_too_slow_is_left_before_it_stops() -> None:
@@ -497,6 +528,47 @@ def test_a_sample_that_blows_up_goes_on_at_once_from_a_sound_iterate(bad: float,
     assert points[lost + 1] in points[:lost]
     assert solution.converged.all()
     assert solution.method.tolist() == [2]
+
+
+def test_what_counts_as_a_blow_up_is_said_by_the_stopping_rule_alone() -> None:
+    wrecker = Script(share=0.1, steps=1, leap=1000.0)  # where the residual is 1000 times the first one
+    auto = Auto(methods=(wrecker, HALVES), patience=10, plain_steps=0)
+    for blowup, turn in ((1e6, [1]), (1e2, [1, 2])):
+        _, log = walk(mirror(1.5), auto, max_steps=4, blowup=blowup)
+        assert turns(log) == turn
+
+
+def test_the_host_reads_twice_where_samples_go_from_one_method_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # All four samples are with one method until it is stuck, at the first look for two of them.
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deqlib.") and hasattr(module, "can_look"):
+            monkeypatch.setattr(module, "can_look", lambda z: False)
+    reads: list[int] = []
+
+    class Reads(Auto):
+        def observe(self, seen: Seen, state: Any) -> Any:
+            with Waits() as waits:
+                state = super().observe(seen, state)
+            reads.append(sum(waits.counts.values()))
+            log.append(state.method.tolist())
+            return state
+
+    log: list[list[int]] = []
+    gains = torch.tensor([[2.0], [2.0], [1.0], [1.0]], dtype=torch.float64)
+    first = Script(share=0.25, steps=8)  # then it is stuck
+    auto = Reads(methods=(first, HALVES), patience=8, plain_steps=0)
+    rule = Stopping(rtol=1e-9, max_steps=40, patience=None)
+
+    def f(z: Tensor) -> Tensor:
+        slow = torch.tensor([[True], [True], [False], [False]])
+        return torch.where(slow, z + gains * (1 - z), z + 2 * gains * (1 - z))
+
+    iterate(f, torch.zeros(4, 1, dtype=torch.float64), auto, rule)
+    changes = [step for step in range(1, len(log)) if log[step] != log[step - 1]]
+    assert changes
+    assert all(reads[step] <= 2 for step in changes), [reads[step] for step in changes]
 
 
 @pytest.mark.parametrize("start", [0.0, 0.2, 1.0])
@@ -719,8 +791,8 @@ def test_states_of_one_number_converge_by_gmres_where_the_map_is_affine() -> Non
 
 
 def test_no_more_columns_are_kept_than_a_state_can_use() -> None:
-    assert Anderson().init(torch.zeros(2, 1)).memory == 2
-    assert Anderson().init(torch.zeros(2, 100)).memory == Anderson().memory
+    assert Anderson().init(torch.zeros(2, 1)).history.memory == 2
+    assert Anderson().init(torch.zeros(2, 100)).history.memory == Anderson().memory
 
 
 def test_an_empty_batch_is_solved() -> None:

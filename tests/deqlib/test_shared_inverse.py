@@ -73,12 +73,13 @@ def flat(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def history(state: SecantState) -> tuple[Tensor, ...]:
-    return state.df, state.left, state.system, state.columns()
+    known = state.history
+    return known.df, known.left, known.system.matrix, known.columns()
 
 
 def dense_inverse(solver: SecantSolver, state: SecantState, width: int) -> Tensor:
     """-B (B, D, D) of every sample, column by column: the step from 0 where f is short and along an axis."""
-    zeros = torch.zeros(len(state.best), width, dtype=state.df.dtype)
+    zeros = torch.zeros(len(state.history.df), width, dtype=state.history.df.dtype)
     columns = []
     for i in range(width):
         image = zeros.clone()
@@ -104,7 +105,7 @@ def test_it_is_the_transpose_of_what_the_forward_step_applies(
     state = iterate(lambda z: speed * base.f(z), base.z0, solver, stopping).state
     g = normal(5, 3, 7)
     before = [tensor.clone() for tensor in history(state)]
-    found = state.transposed(g)
+    found = state.history.transposed(g)
     assert all(torch.equal(a, b) for a, b in zip(before, history(state), strict=True))
     expected = torch.einsum("bij,bi->bj", dense_inverse(solver, state, 7), g)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
@@ -123,19 +124,20 @@ def test_it_is_the_transpose_of_broydens_updates_done_densely(seed: int, steps: 
         dz, dr = (f.states[i + 1] - f.states[i])[0], (residuals[i + 1] - residuals[i])[0]
         inverse = inverse + torch.outer(dz - inverse @ dr, dz @ inverse) / (dz @ inverse @ dr)
     g = normal(seed, 1, 8)
-    torch.testing.assert_close(state.transposed(g), -g @ inverse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state.history.transposed(g), -g @ inverse, rtol=1e-6, atol=1e-6)
 
 
 def test_columns_that_a_sample_lost_are_not_used_even_where_they_are_not_finite() -> None:
     base = problem("tanh", batch=2, dim=6)
     state = iterate(base.f, base.z0, Broyden(), Stopping.steps(5)).state
     g = normal(0, 2, 6)
-    expected = state.transposed(g)
-    state.alive = torch.nn.functional.pad(state.columns(), (0, state.df.shape[1] - state.num_columns))
-    state.alive[1, :2] = False
-    state.df[1, :2], state.left[1, :2] = float("nan"), float("inf")
-    state.system[1, :2] = float("nan")
-    found = state.transposed(g)
+    expected = state.history.transposed(g)
+    known = state.history
+    known.valid = torch.nn.functional.pad(known.columns(), (0, known.df.shape[1] - known.num_columns))
+    known.valid[1, :2] = False
+    known.df[1, :2], known.left[1, :2] = float("nan"), float("inf")
+    known.system.matrix[1, :2] = float("nan")
+    found = state.history.transposed(g)
     assert torch.equal(found[0], expected[0])
     assert found[1].isfinite().all()
 
@@ -144,8 +146,8 @@ def test_a_sample_whose_system_is_singular_gets_g() -> None:
     base = problem("tanh", batch=2, dim=6)
     state = iterate(base.f, base.z0, Broyden(), Stopping.steps(5)).state
     g = normal(0, 2, 6)
-    state.system[1] = 0
-    found = state.transposed(g)
+    state.history.system.matrix[1] = 0
+    found = state.history.transposed(g)
     assert torch.equal(found[1], g[1])
     assert not torch.equal(found[0], g[0])
 
@@ -425,9 +427,10 @@ def test_autograd_keeps_the_history_and_frees_it_with_the_graph_without_the_garb
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
             solution = fixed_point(base.f, base.z0, solver=Broyden(), backward=SharedInverse(refine=2))
-        history = {solution.state.df.data_ptr(), solution.state.left.data_ptr()}
+        learnt = solution.state.history
+        history = {learnt.df.data_ptr(), learnt.left.data_ptr()}
         state, value = weakref.ref(solution.state), solution.value
-        del solution
+        del solution, learnt
         assert state() is None
         assert history <= {kept.tensor.data_ptr() for kept in alive}
         if differentiate:

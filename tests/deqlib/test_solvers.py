@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from problems import KINDS, SOLVERS, Problem, lipschitz, problem, problems, solution_of
 from torch import Tensor
 
+import deqlib.solvers
 from deqlib import (
     Anderson,
     Auto,
@@ -141,18 +143,18 @@ def test_andersons_matrices_are_those_of_its_history_before_and_after_wrapping(
             images.append(fz)
             lefts.append(fz - z if kind == "II" else z)
             z, state = solver.step(z, fz, state)
-            assert state.count == step
+            assert state.history.count == step
             full = min(step, memory)  # the oldest of a full history has just given its slot away
             for age in range(1, full if step >= memory else full + 1):
                 slot = (step - age) % memory
-                for rows, values in ((state.df, images), (state.left, lefts)):
+                for rows, values in ((state.history.df, images), (state.history.left, lefts)):
                     torch.testing.assert_close(
                         rows[:, slot], values[-age - 1] - values[-age], rtol=1e-12, atol=1e-15
                     )
             held = [(step - age) % memory for age in range(1, full if step >= memory else full + 1)]
-            left, df = state.left[:, held], state.df[:, held]
+            left, df = state.history.left[:, held], state.history.df[:, held]
             dr = left if kind == "II" else df - left
-            found = state.system[:, held][:, :, held]
+            found = state.history.system.matrix[:, held][:, :, held]
             torch.testing.assert_close(found, left @ dr.mT, rtol=1e-7, atol=1e-14)
 
 
@@ -265,13 +267,15 @@ def test_a_history_takes_memory_as_it_grows_and_no_more_than_it_can_use(solver: 
         base = problem(dim=dim, contraction=0.95).requiring_grad()
         z, state = base.z0, solver.init(base.z0)
         most = min(11, solver.most_columns(dim))
-        assert state.memory == most
+        assert state.history.memory == most
         sizes = []
         with torch.set_grad_enabled(grad):
             for step in range(15):
                 z, state = solver.step(z, base.f(z), state)
-                slots = state.df.shape[1]
-                assert state.left.shape[1] == state.system.shape[1] == state.system.shape[2] == slots
+                history = state.history
+                slots = history.df.shape[1]
+                assert history.left.shape[1] == slots
+                assert history.system.matrix.shape[1:] == (slots, slots)
                 # Room for what there is, the pending values included, and no more than twice that.
                 assert min(step + 1, most) <= slots <= min(2 * step + 1, most)
                 sizes.append(slots)
@@ -297,7 +301,7 @@ def test_a_budget_bounds_what_a_history_of_large_samples_takes(
     z, state = base.z0, solver.init(base.z0)
     for _ in range(memory + 2):
         z, state = solver.step(z, base.f(z), state)
-    assert state.df.shape[1] == state.left.shape[1] == most
+    assert state.history.df.shape[1] == state.history.left.shape[1] == most
     with pytest.raises(ValueError, match="budget"):
         Anderson(budget=0)
 
@@ -307,11 +311,26 @@ def test_columns_stay_where_they_are_when_room_is_made(solver: Solver) -> None:
     base = problem(dim=30, contraction=0.95)
     z, state = base.z0, solver.init(base.z0)
     for _ in range(8):
-        before = [rows.clone() for rows in (state.df, state.left)]
-        made = state.count  # columns that are finished
+        before = [rows.clone() for rows in (state.history.df, state.history.left)]
+        made = state.history.count  # columns that are finished
         z, state = solver.step(z, base.f(z), state)
-        for rows, old in zip((state.df, state.left), before, strict=True):
+        for rows, old in zip((state.history.df, state.history.left), before, strict=True):
             assert torch.equal(rows[:, :made], old[:, :made])
+
+
+def test_a_method_is_abstract_or_final() -> None:
+    # What `Solver` itself offers by default is the exception: those methods are there to be replaced once.
+    found = []
+    for solver in (getattr(deqlib.solvers, name) for name in deqlib.solvers.__all__):
+        owners: dict[str, list[type]] = {}
+        for owner in solver.__mro__:
+            for name, member in vars(owner).items():
+                is_own = owner.__module__.startswith("deqlib.") and owner is not Solver
+                written = isinstance(member, FunctionType | property) and not name.startswith("__")
+                if is_own and written and not getattr(member, "__isabstractmethod__", False):
+                    owners.setdefault(name, []).append(owner)
+        found += [f"{solver.__name__}.{name}: {o}" for name, o in owners.items() if len(o) > 1]
+    assert not found
 
 
 # Laws of all solvers ------------------------------------------------------------------------------------

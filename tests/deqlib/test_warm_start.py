@@ -62,25 +62,25 @@ def test_what_was_learnt_of_a_sample_that_finished_early_is_not_overwritten(name
     solver = SECANT[name]
     base = mixed_difficulty(batch=6, width=24, easy=0.3, hard=0.9, num_hard=2, dtype=torch.float64)
     state = solve(base, solver, base.inputs[0], base.z0, compact=compact).state
-    kept = solver.resume(state, base.z0)
+    kept = solver.resume(state, base.z0).history
     _, rates, basis = base.inputs
     found = kept.columns()
     # The easy samples took 11 steps or so, and the hard ones many more: all must have full histories.
     assert (found.sum(1) >= min(solver.memory, 8) - 1).all()
     # The map is linear, so every column that is kept must obey it.
-    left = kept.left if not solver.uses_residuals else kept.df - kept.left
+    left = kept.left if not kept.uses_residuals else kept.df - kept.left
     expected = rates.unsqueeze(2) * (left @ basis)
     torch.testing.assert_close(kept.df[found], expected[found], rtol=1e-8, atol=1e-12)
-    dr = kept.left if solver.uses_residuals else kept.df - kept.left
+    dr = kept.left if kept.uses_residuals else kept.df - kept.left
     inner = kept.left @ dr.mT
     pairs = found.unsqueeze(1) & found.unsqueeze(2)
     sizes = kept.left.norm(dim=2)
     scale = (sizes.unsqueeze(1) * sizes.unsqueeze(2)).where(pairs, 1.0)
     if isinstance(solver, Broyden):  # of two columns, the newer is a row: there dF stands for dR
-        newer = (kept.left @ kept.df.mT - kept.system).abs() < (inner - kept.system).abs()
+        newer = (kept.left @ kept.df.mT - kept.system.matrix).abs() < (inner - kept.system.matrix).abs()
         assert (newer ^ newer.mT ^ torch.eye(solver.memory, dtype=torch.bool))[pairs].all()
         inner = torch.where(newer, kept.left @ kept.df.mT, inner)
-    torch.testing.assert_close((kept.system / scale)[pairs], (inner / scale)[pairs], rtol=0, atol=1e-6)
+    torch.testing.assert_close((kept.system.matrix / scale)[pairs], (inner / scale)[pairs], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("new", [Anderson(ridge=0.0), Anderson(kind="I", ridge=0.0)], ids=["II", "I"])
@@ -121,11 +121,12 @@ def test_the_newest_columns_are_kept_where_there_is_less_room() -> None:
     for _ in range(9):
         z, state = old.step(z, base.f(z), state)
     resumed = new.resume(state, z)
-    newest = (state.count - 1) % 6
-    assert torch.equal(resumed.df[:, 1], state.df[:, newest])
-    assert torch.equal(resumed.df[:, 0], state.df[:, (newest - 1) % 6])
-    assert resumed.count == 2
-    assert resumed.columns().all()
+    old_history, history = state.history, resumed.history
+    newest = (old_history.count - 1) % 6
+    assert torch.equal(history.df[:, 1], old_history.df[:, newest])
+    assert torch.equal(history.df[:, 0], old_history.df[:, (newest - 1) % 6])
+    assert history.count == 2
+    assert history.columns().all()
 
 
 def test_an_empty_history_may_be_handed_on() -> None:
@@ -200,7 +201,7 @@ def test_a_solve_goes_on_with_the_history_of_another_method_or_memory(old: Solve
     fresh = solve(base, new, base.inputs[0] + 1e-3, first.value)
     resumed = solve(base, new, base.inputs[0] + 1e-3, first.value, state=first.state)
     assert resumed.num_steps.sum() < fresh.num_steps.sum()
-    assert resumed.state.memory == fresh.state.memory
+    assert resumed.state.history.memory == fresh.state.history.memory
     torch.testing.assert_close(resumed.value, fresh.value, rtol=1e-2, atol=1e-2)
 
 
