@@ -41,8 +41,8 @@ class Auto(Solver):
     that brought the residual down a hundredfold and has not got stuck, else from where the solve began, as if
     it were the first. (Methods after the first get four times the patience, measured by their own progress.)
     When none is left, the sample goes back to the one that made most progress and stays there. A sample whose
-    residual blows up is handed on at once. `Stopping.patience` counts anew when a sample changes method, and
-    does not count until a later method has had its time.
+    residual blows up, as `Stopping.blowup` says, is handed on at once. `Stopping.patience` counts anew when a
+    sample changes method, and does not count until a later method has had its time.
 
     `Solution.method` says who worked on each sample last. Samples change hands when the host looks
     (`Stopping.check_every`); on a CPU, where looking costs nothing, at any step. With a fixed number of steps

@@ -254,8 +254,8 @@ def dot(
     b: Tensor,  # (B, D)
 ) -> Tensor:
     """Inner product of each sample, shape (B,)."""
-    product: Tensor = torch.linalg.vecdot(a, b)
-    return product
+    found: Tensor = torch.linalg.vecdot(a, b)
+    return found
 
 
 def products(

@@ -1,0 +1,50 @@
+"""How often a cell is evaluated, on what, and how many products with its Jacobian are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass
+class CountedCell:
+    """A cell that counts its evaluations, and does nothing else that the original does not.
+
+    Attributes:
+        cell: the original, `cell(z, *inputs) -> z`.
+        evaluations: calls so far.
+        samples: samples in all of them together: fewer than the batch each where samples had left it.
+        recorded: evaluations on autograd's tape.
+        products: vector-Jacobian products: how often a gradient arrived at the image of an evaluation.
+    """
+
+    cell: Callable[..., Any]
+    evaluations: int = 0
+    samples: int = 0
+    recorded: int = 0
+    products: int = 0
+
+    def __call__(self, z: Any, *inputs: Any) -> Any:
+        """What the cell gives."""
+        self.evaluations += 1
+        image = self.cell(z, *inputs)
+        leaves, spec = tree_flatten(image)
+        tensors = [(index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.samples += len(tensors[0][1]) if tensors else 0
+        recorded = next(((index, leaf) for index, leaf in tensors if leaf.requires_grad), None)
+        if recorded is None:
+            return image
+        self.recorded += 1
+        # A view: a hook on what the cell returns would stay on a tensor of the caller's. A product passes all
+        # leaves of a state, so one of them is enough.
+        index, leaf = recorded
+        leaves[index] = leaf.view_as(leaf)
+        leaves[index].register_hook(self._note)
+        return tree_unflatten(leaves, spec)
+
+    def _note(self, grad: Tensor) -> None:
+        self.products += 1
