@@ -1,13 +1,15 @@
-"""Solves that a compiler is not to look into. Imported when one first meets such a solve, not before:
-the decorator loads the compiler."""
+"""Calls that a compiler is not to look into.
+
+To be imported when one is first met, not before: the decorator loads the compiler, which takes seconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .fixed_point import fixed_point
 from .solution import Solution
 
 
@@ -15,6 +17,6 @@ from .solution import Solution
     reason="deqlib: a solve to a tolerance depends on the data, and so does an implicit backward pass; for "
     "fullgraph=True use Stopping.steps(n), and to train backward=JFB(), PhantomGradient() or Unroll()"
 )
-def solve_eagerly(*args: Any, **settings: Any) -> Solution:
-    """`fixed_point`, as one break of the graph."""
-    return fixed_point(*args, **settings)
+def solve_eagerly(solve: Callable[..., Solution], *args: Any, **settings: Any) -> Solution:
+    """`solve(*args, **settings)`, as one break of the graph."""
+    return solve(*args, **settings)

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._torch import is_wrapped, unwrapped
+
 T = TypeVar("T")
 
 
@@ -83,8 +85,8 @@ class _Part(Scope):
 def _unwrapped(tensor: Tensor) -> Tensor:
     """`tensor` itself, where a function transform of `torch.func` that will end before the solve wraps it."""
     if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        while is_wrapped(tensor):
+            tensor = unwrapped(tensor)
     return tensor
 
 

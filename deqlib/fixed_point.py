@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ._checks import check_instance
+from ._torch import is_transformed, tree_map
 from .backward import Backward, ImplicitDifferentiation
-from .backward.capture import is_transformed
 from .driver import iterate
 from .solution import OnFailure, Solution, check_on_failure, report_failure
 from .solvers import Auto, Solver
-from .state import FlatMap, Map, flatten
+from .state import FlatMap, Layout, Map, flatten
 from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
@@ -69,77 +68,86 @@ def fixed_point(
     stopping = Stopping() if stopping is None else stopping
     backward = ImplicitDifferentiation() if backward is None else backward
     check_settings("fixed_point", solver, stopping, backward, on_failure, compact)
+    axes = compact if isinstance(compact, tuple) else None
     if not isinstance(args, tuple):
         raise TypeError(f"fixed_point: args must be a tuple, got {type(args).__name__}")
-    if isinstance(compact, tuple) and len(compact) != len(args):
+    if axes is not None and len(axes) != len(args):
         raise ValueError(
             f"compact: expected one axis (or None) for each of {len(args)} inputs, got {compact}"
         )
-    if torch.compiler.is_compiling() and not (
-        stopping.is_fixed and (backward.is_traceable or not torch.is_grad_enabled())
-    ):
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "
-                "cannot be exported; use stopping=Stopping.steps(n) and export under torch.no_grad()"
-            )
+    if torch.compiler.is_compiling() and not _is_traceable(stopping, backward):
         from ._eager import solve_eagerly  # not before it is needed, see there
 
-        eager: Solution = solve_eagerly(
-            f,
-            z0,
-            args,
-            solver=solver,
-            stopping=stopping,
-            backward=backward,
-            on_failure=on_failure,
-            compact=compact,
-            state=state,
-        )
+        settings = {"solver": solver, "stopping": stopping, "backward": backward}
+        settings |= {"on_failure": on_failure, "compact": compact, "state": state}
+        eager: Solution = solve_eagerly(fixed_point, f, z0, args, **settings)
         return eager
     if state is not None and is_transformed():
         raise ValueError(
             "state: a solve under torch.func transforms or forward-mode differentiation begins afresh; leave "
             "it out there"
         )
-    outer_solver, outer_stopping = solver, stopping
-    flat_f, flat_z0 = flatten(f, z0, args)
-    layout = flat_f.layout
-    if isinstance(compact, tuple):
-        flat_f = replace(flat_f, axes=compact)
-
-    def solve(
-        f: Map,
-        z0: Tensor,
-        *,
-        solver: Solver | None = None,
-        stopping: Stopping | None = None,
-        what: str = "fixed-point solve",
-    ) -> Solution:
-        rule = stopping or outer_stopping
-        axes = rule.norm_axes
-        forward = isinstance(f, FlatMap)  # not the map of an adjoint
-        solution = iterate(
-            f,
-            z0,
-            solver or outer_solver,
-            rule,
-            state=state if forward else None,
-            unit_norms=None if axes is None else lambda z: layout.norms(z, axes),
-            compact=f if isinstance(f, FlatMap) and compact is not False else None,
-        )
-        if not rule.is_fixed:
-            # Under `vmap` one solve holds the samples of many batches.
-            whole = layout.of_batch(solution.value.shape[0])
-            report_failure(replace(solution, value=whole.unravel(solution.value)), on_failure, what)
-        return solution
-
+    flat_f, flat_z0 = flatten(f, z0, args, axes)
+    solve = _Solve(solver, stopping, on_failure, flat_f.layout, compact is not False, state)
     solution = backward.apply(flat_f, flat_z0, solve)
-    value = layout.unravel(solution.value)
+    value = flat_f.layout.unravel(solution.value)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
         value = tree_map(torch.clone, value)
     return replace(solution, value=value)
+
+
+@dataclass(frozen=True)
+class _Solve:
+    """The driver with a caller's settings; see `deqlib.backward.base.Solve`."""
+
+    solver: Solver
+    stopping: Stopping
+    on_failure: OnFailure
+    layout: Layout
+    compact: bool
+    state: Any
+
+    def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
+        """The fixed point."""
+        # Under a transform, and in a mode that wraps it, f is no map that can be cut.
+        cut = f if self.compact and isinstance(f, FlatMap) else None
+        rule = self.stopping if stopping is None else stopping
+        return self._solve(f, z0, self.solver, rule, "fixed-point solve", state=self.state, compact=cut)
+
+    def linear(
+        self, f: Map, start: Tensor, *, solver: Solver, stopping: Stopping, name: str = "adjoint solve"
+    ) -> Solution:
+        """A linear problem of a derivative."""
+        return self._solve(f, start, solver, stopping, name)
+
+    def _solve(
+        self, f: Map, z0: Tensor, solver: Solver, stopping: Stopping, name: str, **settings: Any
+    ) -> Solution:
+        layout, axes = self.layout, stopping.norm_axes
+        unit_norms = None if axes is None else lambda z: layout.norms(z, axes)
+        solution = iterate(f, z0, solver, stopping, unit_norms=unit_norms, **settings)
+        if not stopping.is_fixed:
+            # Under `vmap` one solve holds the samples of many batches.
+            whole = layout.of_batch(solution.value.shape[0])
+            report_failure(replace(solution, value=whole.unravel(solution.value)), self.on_failure, name)
+        return solution
+
+
+def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
+    """Whether a compiler may look into the solve.
+
+    Raises:
+        RuntimeError: it may not, but is to export it whole.
+    """
+    if stopping.is_fixed and (backward.is_traceable or not torch.is_grad_enabled()):
+        return True
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "
+            "cannot be exported; use stopping=Stopping.steps(n) and export under torch.no_grad()"
+        )
+    return False
 
 
 def check_settings(

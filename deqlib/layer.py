@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from ._torch import tree_map
 from .backward import Backward, ImplicitDifferentiation
 from .fixed_point import Compact, check_settings, fixed_point
 from .solution import OnFailure, Solution
@@ -96,7 +96,7 @@ class ImplicitLayer(nn.Module):
         """
         _refuse_sharded(self.cell)
         if z0 is None:
-            z0 = self._start(inputs)
+            z0 = starting_point(self.init, inputs)
         return fixed_point(
             self.cell,
             z0,
@@ -109,21 +109,25 @@ class ImplicitLayer(nn.Module):
             state=state,
         )
 
-    def _start(self, inputs: tuple[Any, ...]) -> Any:
-        if self.init is not None:
-            return self.init(*inputs)
-        if not inputs:
-            raise ValueError(
-                "ImplicitLayer: without inputs there is nothing to shape z0 like; pass init= or z0="
-            )
-        return tree_map(torch.zeros_like, inputs[0])
-
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
         return (
             f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}, "
             f"on_failure={self.on_failure!r}, compact={self.compact}"
         )
+
+
+def starting_point(init: Callable[..., Any] | None, inputs: tuple[Any, ...]) -> Any:
+    """`init(*inputs)`, or zeros shaped like the first input: where a layer begins.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if init is not None:
+        return init(*inputs)
+    if not inputs:
+        raise ValueError("ImplicitLayer: without inputs there is nothing to shape z0 like; pass init= or z0=")
+    return tree_map(torch.zeros_like, inputs[0])
 
 
 def _refuse_sharded(cell: Callable[..., Any]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ._checks import check_instance, check_integer, check_number
 from ._scope import one_solve
+from ._torch import tree_map
 from .fixed_point import fixed_point
-from .layer import ImplicitLayer
+from .layer import ImplicitLayer, starting_point
 from .state import flatten
 
 
@@ -123,7 +123,7 @@ def trajectory(
         recorder = _Recorder(layer.cell, frozenset(steps))
         solution = fixed_point(
             recorder,
-            layer._start(inputs) if z0 is None else z0,
+            starting_point(layer.init, inputs) if z0 is None else z0,
             inputs,
             solver=layer.solver,
             stopping=layer.stopping,

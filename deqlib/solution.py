@@ -116,7 +116,12 @@ class NonConvergenceWarning(UserWarning):
 
 
 class NonConvergenceError(RuntimeError):
-    """A solve ended without meeting its tolerance; `solution` holds what it reached."""
+    """A solve ended without meeting its tolerance.
+
+    Attributes:
+        message: what failed, by status, and what to try.
+        solution: what was reached, its value the best iterate of every sample.
+    """
 
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
@@ -130,7 +135,16 @@ def check_on_failure(owner: str, on_failure: str) -> None:
 
 
 def report_failure(solution: Solution, on_failure: OnFailure, what: str) -> None:
-    """Apply the failure policy to a finished solve; `what` names it in the message."""
+    """Apply the failure policy to a finished solve.
+
+    Args:
+        solution: what was found; nothing is done if no sample failed.
+        on_failure: the policy.
+        what: name of the solve, in the message.
+
+    Raises:
+        NonConvergenceError: a sample failed, and the policy is "raise".
+    """
     if on_failure == "ignore":
         return
     counts = {status: n for status, n in solution.counts().items() if status.is_failure}

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ._scope import Scope, current, current_or_new
-from .solvers.base import small_dtype
+from ._torch import TreeSpec, times_written, tree_flatten, tree_map, tree_unflatten
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
@@ -87,7 +86,7 @@ class Layout:
                     f"got {axes} for a leaf of shape {tuple(shape)}"
                 )
             leaf = part.reshape(len(flat), *shape[1:])
-            # In float64 where there is one: squares of small or large numbers leave float32.
+            # In float64 where there is one: squares of small or large numbers leave the range of float32.
             found = torch.linalg.vector_norm(leaf, dim=axes, dtype=small_dtype(flat)).to(flat.dtype)
             norms.append(found.flatten(1) if found.dim() > 1 else found.unsqueeze(1))
         return torch.cat(norms, 1)
@@ -122,7 +121,7 @@ class FlatMap:
     cell: Callable[..., Any]
     inputs: tuple[Any, ...]
     layout: Layout
-    axes: tuple[int | None, ...] | None = None  # the batch axis of every input; None: see `cut`
+    axes: tuple[int | None, ...] | None = None  # the batch axis of every input; None: `AUTOMATIC` for all
     scope: Scope = field(default_factory=current_or_new)  # what modules in the cell remember
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -177,13 +176,19 @@ def cut(value: Any, axis: int | str | None, batch: int, samples: Tensor) -> Any:
     return tree_map(one, value)
 
 
-def flatten(cell: Callable[..., Any], z0: Any, inputs: tuple[Any, ...] = ()) -> tuple[FlatMap, Tensor]:
+def flatten(
+    cell: Callable[..., Any],
+    z0: Any,
+    inputs: tuple[Any, ...] = (),
+    axes: tuple[int | None, ...] | None = None,
+) -> tuple[FlatMap, Tensor]:
     """The map and its starting point, flat.
 
     Args:
         cell: `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and device.
         z0: pytree of floating-point tensors (B, ...), all on one device, all with the same B.
         inputs: further arguments of the cell.
+        axes: the batch axis of every input, see `FlatMap.take`.
 
     Returns:
         `f` on (B, D), which knows the layout that leads back, and `z0` as (B, D). Half-precision states
@@ -224,12 +229,17 @@ def flatten(cell: Callable[..., Any], z0: Any, inputs: tuple[Any, ...] = ()) -> 
         dtype=flat_dtype,
         is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
-    return FlatMap(cell, inputs, layout), layout.ravel(z0)
+    return FlatMap(cell, inputs, layout, axes), layout.ravel(z0)
+
+
+def small_dtype(z: Tensor) -> torch.dtype:
+    """The type for what is small beside a state and wants precision: float64 where the device has it."""
+    return z.dtype if z.device.type == "mps" else torch.float64
 
 
 def _version(z: Tensor) -> int:
     """How often `z` was written to; 0 where PyTorch does not keep count."""
-    return 0 if torch.compiler.is_compiling() or z.is_inference() else z._version
+    return 0 if torch.compiler.is_compiling() or z.is_inference() else times_written(z)
 
 
 def _width(shape: torch.Size) -> int:

@@ -81,6 +81,9 @@ class Stopping:
         Args:
             end: of the same kind, with a tolerance or with a fixed number of steps.
             fraction: in [0, 1].
+
+        Raises:
+            TypeError, ValueError: `fraction` is out of range, or one rule has a tolerance and the other not.
         """
         check_number("Stopping.towards", 0, 1, fraction=fraction)
         if self.is_fixed != end.is_fixed:

@@ -7,7 +7,7 @@ that enters a PyTorch function and was not made during the evaluation is one of 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._torch import creation_order, forward_mode, is_forward_mode_active, is_transformed, is_wrapped
 from ..state import FlatMap, Map
 
 
@@ -28,23 +29,8 @@ def watched(f: Map, z: Tensor) -> tuple[Tensor, Watch]:
 
 def watched_constant(f: Map, z: Tensor) -> Watch:
     """What f uses at `z`, from an evaluation that no derivative is taken of."""
-    with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+    with torch.no_grad(), forward_mode(False):
         return watched(f, z)[1]
-
-
-def is_transformed() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
-    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
-
-
-def forward_mode() -> AbstractContextManager[Any]:
-    """A context for the `jvp` of a function, where an outer level of forward mode is to see what is done.
-
-    PyTorch switches forward mode off there. With it on, the tangents of this level are to be taken off its
-    tensors, see `primal`.
-    """
-    context: AbstractContextManager[Any] = torch.autograd.forward_ad._set_fwd_grad_enabled(True)
-    return context
 
 
 def primal(tensor: Tensor) -> Tensor:
@@ -60,9 +46,9 @@ class Watch(TorchFunctionMode):
     """Notes the tensors that an evaluation at `z` uses and does not make.
 
     Attributes:
-        found: by name (id), those that a derivative may be taken of: they require gradient, carry a tangent,
-            or belong to a function transform of `torch.func`. Neither `z` nor what it was made from.
-        parameters: names of all parameters, constants included.
+        found: by id, those that a derivative may be taken of: they require gradient, carry a tangent, or
+            belong to a function transform of `torch.func`. Neither `z` nor what it was made from.
+        parameters: ids of all parameters, constants included.
         device_type: that of `z`.
     """
 
@@ -72,10 +58,11 @@ class Watch(TorchFunctionMode):
         self.parameters: set[int] = set()
         self.device_type = z.device.type
         self.transformed = is_transformed()
-        # What the evaluation makes is younger than `z`; its leaves are not, and under a transform age says
-        # nothing: those are kept, so that no other tensor gets the name (the id) of one that is gone.
-        node = z.grad_fn
-        self.age = node._sequence_nr() if node is not None and not self.transformed else None
+        # A node that the evaluation makes comes after that of `z`, so its order tells the two apart. It does
+        # not where there is no such node: for the leaves that the evaluation makes, and under a transform.
+        # Those tensors are kept until the end, so that no other tensor can get the id of one that is gone.
+        start = z.grad_fn
+        self.begun = creation_order(start) if start is not None and not self.transformed else None
         self.made = {id(z): z}
         self.judged: set[int] = set()
 
@@ -104,14 +91,17 @@ class Watch(TorchFunctionMode):
                 self._judge(tensor)
 
     def _judge(self, tensor: Tensor) -> None:
-        """Decide where a tensor comes from. Once: what comes from outside outlives the evaluation, so
-        nothing that is made in it can get its name later."""
-        name = id(tensor)
-        self.judged.add(name)
-        if name not in self.made and self._is_outside(tensor):
-            self.found[name] = tensor
+        """Decide where a tensor comes from.
+
+        Once is enough: what comes from outside outlives the evaluation, so nothing that is made in it can get
+        its id later.
+        """
+        key = id(tensor)
+        self.judged.add(key)
+        if key not in self.made and self._is_outside(tensor):
+            self.found[key] = tensor
         if type(tensor) is nn.Parameter:
-            self.parameters.add(name)
+            self.parameters.add(key)
 
     def _is_outside(self, tensor: Tensor) -> bool:
         if self.transformed:
@@ -119,7 +109,7 @@ class Watch(TorchFunctionMode):
         if not tensor.requires_grad:
             return False
         node = tensor.grad_fn
-        return node is None or self.age is None or node._sequence_nr() < self.age
+        return node is None or self.begun is None or creation_order(node) < self.begun
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,17 +119,17 @@ class ExplicitMap:
     Attributes:
         f: the map.
         tensors: what it depends on, as it was when the solve was asked for.
-        constants: names (ids) of parameters that it uses, but that no derivative is taken of.
+        constants: ids of parameters that it uses, but that no derivative is taken of.
         state: parameters and buffers that the cell had then, by name, if it is a module: later
             `functional_call` may have put others back.
-        autocast: in force then.
+        autocast: makes a block in which autocast is as it was then.
     """
 
     f: Map
     tensors: Sequence[Tensor]
     constants: Container[int]
     state: dict[str, Tensor]
-    autocast: _Autocast
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     @classmethod
     def of(cls, f: Map, watch: Watch) -> ExplicitMap:
@@ -149,29 +139,19 @@ class ExplicitMap:
             state = {**dict(f.cell.named_parameters()), **dict(f.cell.named_buffers())}
             found |= {id(tensor): tensor for tensor in state.values() if _needs_derivative(tensor)}
             constants |= {id(tensor) for tensor in state.values()}
-        return cls(f, list(found.values()), constants, state, _Autocast.now(watch.device_type))
+        return cls(f, list(found.values()), constants, state, _autocast_now(watch.device_type))
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """f(z), its tensors replaced by the given ones."""
         f = self.f
         if self.state:
             assert isinstance(f, FlatMap)
+            cell: Any = f.cell
             new = {id(old): tensor for old, tensor in zip(self.tensors, tensors, strict=True)}
             state = {name: new.get(id(tensor), tensor) for name, tensor in self.state.items()}
-            f = replace(f, cell=_Pinned(f.cell, state))
-        with self.autocast.again(), _Substituted(self.tensors, tensors, self.constants):
+            f = replace(f, cell=lambda *inputs: torch.func.functional_call(cell, state, inputs))
+        with self.autocast(), _Substituted(self.tensors, tensors, self.constants):
             return f(z)
-
-
-@dataclass(frozen=True, eq=False)
-class _Pinned:
-    """A module with these parameters and buffers."""
-
-    module: Any
-    state: dict[str, Tensor]
-
-    def __call__(self, *inputs: Any) -> Any:
-        return torch.func.functional_call(self.module, self.state, inputs)
 
 
 class _Substituted(TorchFunctionMode):
@@ -211,47 +191,29 @@ class _Substituted(TorchFunctionMode):
         return value
 
 
-@dataclass(frozen=True)
-class _Autocast:
-    """The autocast settings at some time, for a type of device."""
+def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes blocks in which autocast is as it is now, for this type of device."""
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype, cached = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
 
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-    cached: bool
-
-    @classmethod
-    def now(cls, device_type: str) -> _Autocast:
-        """Those in force."""
-        return cls(
-            device_type,
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-            torch.is_autocast_cache_enabled(),
-        )
-
-    def again(self) -> AbstractContextManager[Any]:
-        """A context with them in force."""
-        if not (self.enabled or torch.is_autocast_enabled(self.device_type)):
+    def again() -> AbstractContextManager[Any]:
+        if not (enabled or torch.is_autocast_enabled(device_type)):
             return nullcontext()
-        return torch.autocast(self.device_type, self.dtype, self.enabled, self.cached)
+        return torch.autocast(device_type, dtype, enabled, cached)
+
+    return again
 
 
 def _needs_derivative(tensor: Tensor) -> bool:
     """Whether a derivative may be taken of `tensor`, or it belongs to a function transform."""
-    return tensor.requires_grad or _is_wrapped(tensor) or _has_tangent(tensor)
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return tensor.requires_grad or is_wrapped(tensor) or _has_tangent(tensor)
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level < 0:
+    if not is_forward_mode_active():
         return False
-    with forward_mode():  # else it would hide them
-        return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    with forward_mode(True):  # else it would hide them
+        return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_instance
+from .._torch import is_transformed
 from ..solution import Solution
 from ..solvers import Auto, Solver
 from ..solvers.base import dot, norms
-from ..state import Map
+from ..state import FlatMap, Map
 from ..stopping import Stopping
-from .base import (
-    Backward,
-    Solve,
-    asks_for_gradient,
-    ends,
-    leads_to,
-    product,
-    refuse_batched_gradients,
-    solve_off_tape,
-    start_of_tape,
-)
-from .capture import ExplicitMap, Watch, is_transformed, watched, watched_constant
-from .functional import Adjoint, CellProblem, product_with_tensors, solve_explicitly
+from .base import Backward, Solve
+from .capture import ExplicitMap, Watch, watched, watched_constant
+from .explicit import CellEquation, implicit_gradients, solve_explicitly
+from .graph import are_made_from, depends_on_leaves, leaves_of, vector_jacobian_product
+from .tape import solve_off_tape, start_of_tape, with_gradient
 
 
 class AdjointStart:
@@ -48,7 +40,14 @@ class AdjointStart:
         self._last: tuple[Tensor, Tensor] | None = None  # g and its adjoint, (B, D) each
 
     def guess(self, g: Tensor) -> Tensor:
-        """A first adjoint for g (B, D)."""
+        """Where to begin.
+
+        Args:
+            g: gradient of the fixed point, (B, D).
+
+        Returns:
+            A first adjoint for it, (B, D).
+        """
         if self._last is None:
             return g
         then, u = self._last
@@ -60,7 +59,12 @@ class AdjointStart:
         return torch.where(start.isfinite().all(1, keepdim=True), start, g)
 
     def remember(self, g: Tensor, u: Tensor) -> None:
-        """The adjoint found for g."""
+        """Keep what was found, for the next `guess`.
+
+        Args:
+            g: gradient of the fixed point, (B, D).
+            u: its adjoint, (B, D).
+        """
         self._last = (g.detach(), u.detach())
 
 
@@ -82,9 +86,13 @@ class ImplicitDifferentiation(Backward):
     in the thread of the solve, with the same tensors whatever the state. `compact` has no effect there.
 
     Args:
-        solver: of the adjoint, and of the tangent in forward mode.
-        stopping: of these; its tolerance bounds the relative error of the gradient.
-        warm_start: an `AdjointStart` to begin an adjoint solve from the one before.
+        solver: of the adjoint, and of the tangent in forward mode; default `Auto()`.
+        stopping: of these; its tolerance bounds the relative error of the gradient. Default
+            `Stopping(rtol=1e-4)`.
+        warm_start: an `AdjointStart` to begin an adjoint solve from the one before; default `None`, from g.
+
+    Raises:
+        TypeError: a setting of the wrong kind.
     """
 
     solver: Solver = field(default_factory=Auto)
@@ -105,11 +113,11 @@ class ImplicitDifferentiation(Backward):
             hint = "a deqlib.AdjointStart() or None"
             check_instance("ImplicitDifferentiation", AdjointStart, hint, warm_start=self.warm_start)
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, evaluate once on it, solve the adjoint in the backward pass."""
         if is_transformed():
-            problem = self._problem(f, watched_constant(f, z0), solve)
-            solution = solve_explicitly(problem, z0, problem.tensors)
+            equation = self._equation(f, watched_constant(f, z0), solve)
+            solution = solve_explicitly(equation, z0, equation.map.tensors)
             return replace(solution, nfe=solution.nfe + 1)
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
@@ -117,58 +125,48 @@ class ImplicitDifferentiation(Backward):
         source = start_of_tape(solution.value)
         output, watch = watched(f, source)
         solution = replace(solution, nfe=solution.nfe + 1)
-        if not asks_for_gradient(output):
+        if not depends_on_leaves(output):
             return solution
-
-        problem = self._problem(f, watch, solve)
-        start = self.warm_start
-        value = _Implicit.apply(start, problem, output, source, solution.value, *problem.tensors)  # type: ignore[no-untyped-call]
+        rule = _Rule(self._equation(f, watch, solve), self.warm_start)
+        # The value is among what is saved, and the tensors are inputs, for derivatives of second order alone.
+        saved = [output, source, solution.value]
+        value = with_gradient(solution.value, rule, saved, others=rule.equation.map.tensors)
         return replace(solution, value=value)
 
-    def _problem(self, f: Map, watch: Watch, solve: Solve) -> CellProblem:
-        def linear(f: Map, z0: Tensor, what: str) -> Solution:
-            return solve(f, z0, solver=self.solver, stopping=self.stopping, what=what)
+    def _equation(self, f: FlatMap, watch: Watch, solve: Solve) -> CellEquation:
+        def linear_solve(f: Map, start: Tensor, name: str) -> Solution:
+            return solve.linear(f, start, solver=self.solver, stopping=self.stopping, name=name)
 
-        return CellProblem(ExplicitMap.of(f, watch), solve, linear)
+        return CellEquation(solve, linear_solve, ExplicitMap.of(f, watch))
 
 
-class _Implicit(torch.autograd.Function):
-    """`value` in the forward pass; in the backward pass the adjoint, by the cheapest way that is right."""
+@dataclass(frozen=True, eq=False)
+class _Rule:
+    """The backward pass, by the cheapest way that is right."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        start: AdjointStart | None,
-        problem: CellProblem,
-        output: Tensor,
-        source: Tensor,
-        value: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.start, ctx.problem = start, problem
-        result = value.detach()
-        ctx.save_for_backward(output, source, result)
-        return result
+    equation: CellEquation
+    start: AdjointStart | None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        refuse_batched_gradients(g)
-        problem = ctx.problem
-        output, source, z = ctx.saved_tensors  # once: under activation checkpointing twice is an error
-        if not (torch.is_grad_enabled() or is_transformed()):
-            # One backward pass: the graph of the evaluation on the tape serves all products, and takes u
-            # to whatever the cell depends on.
-            u = ctx.start.guess(g) if ctx.start else g
-            u = problem.linear(lambda u: product(u, output, source) + g, u, "adjoint solve").value
-            if ctx.start:
-                ctx.start.remember(g, u)
-            return None, None, u, None, None, *(None for _ in problem.tensors)
-        # The result is to be differentiated, or there are many g: everything explicit.
-        _check_all_seen(output, source, problem.tensors)
-        tensors, wanted = problem.tensors, ctx.needs_input_grad[5:]
-        u = solve_explicitly(Adjoint(problem), g, [g, z, *tensors]).value
-        return (None,) * 5 + tuple(product_with_tensors(problem, u, z, tensors, wanted))
+    def __call__(
+        self, g: Tensor, wanted: Sequence[bool], output: Tensor, source: Tensor, z: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Gradients of `output`, or of the tensors that the cell depends on; all (B, D) but the last."""
+        if torch.is_grad_enabled() or is_transformed():
+            # The result is to be differentiated, or there are many g: everything explicit.
+            tensors = self.equation.map.tensors
+            _check_all_seen(output, source, tensors)
+            return None, None, None, *implicit_gradients(self.equation, g, z, tensors, wanted[3:])
+        # One backward pass: the graph of the evaluation on the tape serves all products, and takes u to
+        # whatever the cell depends on.
+        linear_solve, start = self.equation.linear_solve, self.start
+        assert linear_solve is not None
+        first = start.guess(g) if start else g
+        u = linear_solve(
+            lambda u: vector_jacobian_product(u, output, source) + g, first, "adjoint solve"
+        ).value
+        if start:
+            start.remember(g, u)
+        return [u]
 
 
 def _check_all_seen(output: Tensor, source: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -176,8 +174,8 @@ def _check_all_seen(output: Tensor, source: Tensor, tensors: Sequence[Tensor]) -
     known = {
         torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad
     }
-    unseen = [tuple(getattr(node, "variable", output).shape) for node in ends(output, known)]
-    if unseen or leads_to(tensors, source):
+    unseen = [tuple(getattr(node, "variable", output).shape) for node in leaves_of(output, known)]
+    if unseen or are_made_from(tensors, source):
         raise RuntimeError(
             "ImplicitDifferentiation: derivatives of second order need to see what the cell does, but part "
             f"of it is out of sight (leaves unseen, by shape: {unseen}): operations in other threads, or "

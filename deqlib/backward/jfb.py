@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution
-from ..state import Map
-from .base import Backward, Solve, attach, identity_adjoint, solve_off_tape
+from ..state import FlatMap
+from .base import Backward, Solve
+from .tape import solve_off_tape, straight_through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,9 @@ class JFB(Backward):
         """See `Backward`."""
         return True
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then evaluate once on it."""
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
             return solution
-        return attach(solution, f(solution.value), identity_adjoint, None, nfe=1)
+        return straight_through(solution, f(solution.value), nfe=1)

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from ..solution import Solution
-from ..state import Map
-from .base import (
-    Backward,
-    Solve,
-    VectorJacobianProduct,
-    attach,
-    identity_adjoint,
-    on_tape,
-    solve_off_tape,
-)
+from ..state import FlatMap
+from .base import Backward, Solve
+from .graph import VectorJacobianProduct
+from .tape import attach, on_tape, solve_off_tape, straight_through
 
 _FORMS = ("unroll", "neumann")
 
@@ -39,6 +33,9 @@ class PhantomGradient(Backward):
         steps: k, at least 1.
         damping: beta, in (0, 1].
         form: "unroll" or "neumann".
+
+    Raises:
+        TypeError, ValueError: a setting out of range.
     """
 
     steps: int = 5
@@ -57,7 +54,7 @@ class PhantomGradient(Backward):
         """See `Backward`."""
         return self.form == "unroll"
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then take the steps on it or sum the series in the backward pass."""
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
@@ -68,7 +65,7 @@ class PhantomGradient(Backward):
         output = solution.value
         for _ in range(self.steps):
             output = torch.lerp(output, f(output), self.damping)
-        return attach(solution, output, identity_adjoint, None, nfe=self.steps)
+        return straight_through(solution, output, nfe=self.steps)
 
     def _neumann(self, g: Tensor, vjp: VectorJacobianProduct) -> Tensor:
         term = total = g

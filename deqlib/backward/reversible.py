@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,20 +15,14 @@ from ..solution import OnFailure, Solution, Status, levels_to_caller
 from ..solvers import Solver
 from ..solvers.base import norms
 from ..solvers.reversible import Points, ReversiblePicard, ReversibleState, choose, same
-from ..state import Map
+from ..state import FlatMap
 from ..stopping import Stopping
-from .base import (
-    Backward,
-    Solve,
-    ends,
-    refuse_batched_gradients,
-    refuse_second_order,
-    solve_off_tape,
-    start_of_tape,
-)
+from .base import Backward, Solve
 from .capture import ExplicitMap, watched
+from .graph import leaves_of, makers, nodes
+from .tape import refuse_second_order, solve_off_tape, start_of_tape, with_gradient
 
-_RANGE = 2  # a point that much larger than all of the forward pass cannot be one of its points
+_RANGE = 2  # a rebuilt point that is longer than the forward pass's longest by this factor is a wrong one
 
 
 class ReconstructionWarning(UserWarning):
@@ -78,9 +72,13 @@ class Reversible(Backward):
     `compact` may too: kernels may sum in another order for another batch.
 
     Args:
-        rtol: largest estimate of the relative error of a sample's gradient that passes without a report.
+        rtol: largest estimate of the relative error of a sample's gradient that passes without a report,
+            at least 0.
         on_drift: beyond it "raise" throws `ReconstructionError`, "warn" warns `ReconstructionWarning`,
             "ignore" does neither and saves a device synchronisation.
+
+    Raises:
+        TypeError, ValueError: a setting out of range.
     """
 
     rtol: float = 1e-3
@@ -95,7 +93,11 @@ class Reversible(Backward):
             )
 
     def check(self, solver: Solver, stopping: Stopping) -> None:
-        """The solver must be reversible, and the best iterate one that it can tell."""
+        """Refuse solvers whose steps cannot be undone, and rules whose best iterate the solver cannot tell.
+
+        Raises:
+            ValueError: see above.
+        """
         if not isinstance(solver, ReversiblePicard):
             raise ValueError(
                 f"Reversible: needs a solver whose steps can be undone, got solver={solver}; "
@@ -107,20 +109,27 @@ class Reversible(Backward):
                 "leave it out, or take a fixed number of steps"
             )
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, find what the cell uses, leave the rest to the backward pass."""
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
             return solution
-        value: Tensor = solution.value
-        explicit = _explicit(f, value)
-        points, counts = _end(solution)
+        explicit = _explicit(f, solution.value)
+        end, counts = _end(solution)
         walk = _Walk(explicit, solution.state.damping, self)
-        value = _rebuild(walk, value, z0, points, counts)
+        saved = [z0, end.previous, end.current, end.steps, end.largest, counts, *explicit.tensors]
+        value = with_gradient(solution.value, walk.backward, saved)
         return replace(solution, value=value, nfe=solution.nfe + 1)
 
     def report(self, error: Tensor) -> None:
-        """Tell of samples whose estimated error (B,) is too large, as asked."""
+        """Tell of samples whose gradient is too far off, as asked.
+
+        Args:
+            error: estimated relative error of each sample's gradient, (B,).
+
+        Raises:
+            ReconstructionError: one is larger than `rtol`, and `on_drift` is "raise".
+        """
         if self.on_drift == "ignore":
             return
         failed = error > self.rtol
@@ -137,20 +146,15 @@ class Reversible(Backward):
         warnings.warn(message, ReconstructionWarning, stacklevel=levels_to_caller())
 
 
-def _explicit(f: Map, z: Tensor) -> ExplicitMap:
+def _explicit(f: FlatMap, z: Tensor) -> ExplicitMap:
     """The map with what it depends on at `z`, found by one evaluation."""
     source = start_of_tape(z)
     image, watch = watched(f, source)
-    if image.requires_grad:  # also leaves that only a custom function was given: the graph has them
-        nodes = ends(image, _histories(list(watch.found.values())))
-        leaves = [node.variable for node in nodes if hasattr(node, "variable")]
-        watch.found |= {id(leaf): leaf for leaf in leaves}
+    if image.requires_grad:
+        # A leaf that was given to a custom function only is not seen by the watch, but the graph has it.
+        ends = leaves_of(image, makers(watch.found.values()))
+        watch.found |= {id(node.variable): node.variable for node in ends if hasattr(node, "variable")}
     return ExplicitMap.of(f, watch)
-
-
-def _histories(tensors: Sequence[Tensor]) -> set[Any]:
-    """The nodes that made them."""
-    return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
 def _end(solution: Solution) -> tuple[Points, Tensor]:
@@ -171,6 +175,13 @@ class _Walk:
     f: ExplicitMap
     damping: float
     mode: Reversible
+
+    def backward(self, g: Tensor, _: Sequence[bool], z0: Tensor, *saved: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of what was saved: of the starting point and of the tensors. See `tape.GradientRule`."""
+        refuse_second_order()
+        end, counts, tensors = Points(*saved[:4]), saved[4], saved[5:]
+        start, others = self.run(g, z0, end, counts, tensors)
+        return start, *(None,) * 5, *others
 
     def run(
         self,
@@ -194,7 +205,8 @@ class _Walk:
                 steps, counts = steps.masked_fill(lost, -1), counts.masked_fill(lost, -1)
                 if not bool((steps > 0).any()):
                     break
-                # Zero times what is not finite is NaN: they move to where the cell is known to be sound.
+                # Zero times a number that is not finite is NaN, so a gradient of zero is not enough to keep a
+                # lost sample out of the sums: it moves to the starting point, where the cell is finite.
                 previous = torch.where(lost.unsqueeze(1), z0, previous)
                 image = evaluation.at(previous)
                 rebuilt = (current - b * image) / (1 - b)
@@ -260,42 +272,9 @@ class _Evaluation:
 
 def _check_cut(image: Tensor, tensors: Sequence[Tensor]) -> None:
     """Raise if the graph of an evaluation runs on into what its tensors were made from."""
-    outside = _histories(tensors)
-    seen: set[object] = set()
-    pending = [image.grad_fn]
-    while pending and outside:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if node in outside:
-            raise RuntimeError(
-                "Reversible: the cell passes a tensor that has a history to a custom autograd function "
-                "(Function.apply), which hides it from the backward pass; pass x.clone() instead of x"
-            )
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-
-
-def _rebuild(walk: _Walk, value: Tensor, z0: Tensor, points: Points, counts: Tensor) -> Tensor:
-    parts = (points.previous, points.current, points.steps, points.largest, counts)
-    output: Tensor = _Rebuild.apply(walk, value, z0, *parts, *walk.f.tensors)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _Rebuild(torch.autograd.Function):
-    """`value` in the forward pass, the walk in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, walk: _Walk, value: Tensor, z0: Tensor, *rest: Tensor) -> Tensor:
-        ctx.walk = walk
-        ctx.save_for_backward(z0, *rest)
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        refuse_second_order()
-        refuse_batched_gradients(grads[0])
-        z0, previous, current, steps, largest, counts, *tensors = ctx.saved_tensors
-        points = Points(previous, current, steps, largest)
-        start, others = ctx.walk.run(grads[0], z0, points, counts, tensors)
-        return None, None, start, *(None,) * 5, *others
+    outside = makers(tensors)
+    if outside and any(node in outside for node in nodes([image])):
+        raise RuntimeError(
+            "Reversible: the cell passes a tensor that has a history to a custom autograd function "
+            "(Function.apply), which hides it from the backward pass; pass x.clone() instead of x"
+        )

@@ -14,9 +14,11 @@ from ..solvers.base import norms
 from ..solvers.gmres import GMRES
 from ..solvers.history import History
 from ..solvers.secant import SecantSolver, SecantState
-from ..state import Map
+from ..state import FlatMap
 from ..stopping import Stopping
-from .base import Backward, Solve, VectorJacobianProduct, attach, on_tape, solve_off_tape
+from .base import Backward, Solve
+from .graph import VectorJacobianProduct
+from .tape import attach, on_tape, solve_off_tape
 
 _MEMORY = 20  # most columns of the refining solve
 
@@ -46,6 +48,9 @@ class SharedInverse(Backward):
         fallback_ratio: largest ||u|| / ||g|| of a sample that is trusted, positive. Where ||J|| <= c < 1 the
             exact ratio is within [1 / (1 + c), 1 / (1 - c)]: raise it for cells of slow convergence. `None`
             trusts all that is finite.
+
+    Raises:
+        TypeError, ValueError: a setting out of range.
     """
 
     refine: int = 0
@@ -58,14 +63,18 @@ class SharedInverse(Backward):
             check_number("SharedInverse", 0, open_minimum=True, fallback_ratio=self.fallback_ratio)
 
     def check(self, solver: Solver, stopping: Stopping) -> None:
-        """Raise `ValueError` unless the solver estimates the inverse."""
+        """Refuse solvers that do not estimate the inverse.
+
+        Raises:
+            ValueError: see above.
+        """
         if not isinstance(solver, SecantSolver):
             raise ValueError(
                 "SharedInverse: the forward solver must leave an estimate of the inverse, got "
                 f"{solver!r}; use solver=Broyden() or solver=Anderson(), or another backward mode"
             )
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, evaluate once on it, use the solver's history in the backward pass."""
         solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
@@ -98,12 +107,7 @@ class SharedInverse(Backward):
                 change = history.transposed(image - u)
             return torch.where(trusted, u + change, image)
 
-        found = solve(
-            preconditioned,
-            u,
-            solver=GMRES(memory=min(self.refine, _MEMORY)),
-            stopping=Stopping.steps(self.refine),
-            what="adjoint solve",
-        )
+        solver = GMRES(memory=min(self.refine, _MEMORY))
+        found = solve.linear(preconditioned, u, solver=solver, stopping=Stopping.steps(self.refine))
         value: Tensor = found.value
         return value

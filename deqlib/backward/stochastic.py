@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..solution import Solution
-from ..state import Map
+from ..state import FlatMap
 from ..stopping import Stopping
-from .base import Backward, Solve, first_order_only, solve_off_tape
+from .base import Backward, Solve
+from .tape import first_order_only, solve_off_tape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class StochasticJFB(Backward):
         grad: least and most steps with gradient, at least 1.
         generator: draws a and b, on the CPU; `None` uses PyTorch's default generator. Processes that
             train one model together must draw the same: give each a generator of the same seed.
+
+    Raises:
+        TypeError, ValueError: a setting out of range, or a generator that is not on the CPU.
     """
 
     no_grad: tuple[int, int] = (0, 10)
@@ -55,7 +59,7 @@ class StochasticJFB(Backward):
                 "drawing on a device would wait for it at every step"
             )
 
-    def apply(self, f: Map, z0: Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Steps off the tape, then steps on it; a plain solve where autograd does not record."""
         if not torch.is_grad_enabled():
             return solve(f, z0)

@@ -11,10 +11,10 @@ from torch.utils import checkpoint as checkpoints
 
 from .._checks import check_instance
 from .._scope import checkpoint_contexts
+from .._torch import is_transformed
 from ..solution import Solution
-from ..state import FlatMap, Map
+from ..state import FlatMap
 from .base import Backward, Solve
-from .capture import is_transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,10 @@ class Unroll(Backward):
             evaluation once more, in the backward pass; `Solution.nfe` counts those of the forward pass.
             Random numbers are drawn as before; other side effects of the cell (running statistics,
             counters) happen twice. Evaluations inside a function transform, such as the Jacobian products
-            of `NewtonKrylov`, are kept whole: PyTorch cannot checkpoint them.
+            of `NewtonKrylov`, are kept whole: PyTorch cannot checkpoint them. Default `False`.
+
+    Raises:
+        TypeError: `checkpoint` is not a bool.
     """
 
     checkpoint: bool = False
@@ -46,14 +49,11 @@ class Unroll(Backward):
         """See `Backward`."""
         return not self.checkpoint
 
-    def apply(self, f: Map, z0: torch.Tensor, solve: Solve) -> Solution:
+    def apply(self, f: FlatMap, z0: torch.Tensor, solve: Solve) -> Solution:
         """Just the solve."""
-        return solve(_checkpointed(f) if self.checkpoint and torch.is_grad_enabled() else f, z0)
-
-
-def _checkpointed(f: Map) -> Map:
-    """The map with every evaluation checkpointed."""
-    return replace(f, cell=_Checkpointed(f.cell)) if isinstance(f, FlatMap) else _Checkpointed(f)
+        if self.checkpoint and torch.is_grad_enabled():
+            f = replace(f, cell=_Checkpointed(f.cell))
+        return solve(f, z0)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from .._checks import check_instance, check_integer, check_number
+from .._torch import tree_leaves
 from ..backward import (
     JFB,
     Backward,

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import tree_flatten, tree_unflatten
 from ..backward import Backward, ImplicitDifferentiation
-from ..backward.base import ends
+from ..backward.graph import leaves_of
 from ..fixed_point import fixed_point
 from ..solution import Solution
 from ..solvers import Auto, Solver
-from ..solvers.base import small_dtype
+from ..state import small_dtype
 from ..stopping import Stopping
 from .memory import saved_bytes
 from .reports import GradientReport, SolveReport
@@ -40,7 +40,7 @@ class Leaves:
             return cls((), ())
         found = list(subject.cell.parameters()) if isinstance(subject.cell, nn.Module) else []
         if point.output.grad_fn is not None:
-            reached = ends(point.output, {point.source.grad_fn})
+            reached = leaves_of(point.output, {point.source.grad_fn})
             found += [node.variable for node in reached if hasattr(node, "variable")]
         unique = {id(tensor): tensor for tensor in found if tensor.requires_grad}
         for tensor in subject.floating:

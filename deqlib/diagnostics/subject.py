@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..backward.base import on_tape, product
+from .._torch import tree_leaves, tree_map
+from ..backward.graph import vector_jacobian_product
+from ..backward.tape import on_tape
 from ..fixed_point import fixed_point
-from ..layer import ImplicitLayer
+from ..layer import ImplicitLayer, starting_point
 from ..solution import Solution
 from ..solvers import Auto, Solver
 from ..state import FlatMap, flatten
@@ -52,7 +53,7 @@ class Subject:
 
         inputs = tree_map(copy, inputs)
         with torch.no_grad():
-            z0 = tree_map(torch.detach, layer._start(inputs))
+            z0 = tree_map(torch.detach, starting_point(layer.init, inputs))
         f, flat = flatten(layer.cell, z0, inputs)
         if not flat.numel():
             raise ValueError(
@@ -116,7 +117,9 @@ class Linearization:
 
     def transposed(self, u: Tensor) -> Tensor:
         """J^T u; zero where the output carries no gradient."""
-        return product(u, self.output, self.source) if self.output.requires_grad else torch.zeros_like(u)
+        if not self.output.requires_grad:
+            return torch.zeros_like(u)
+        return vector_jacobian_product(u, self.output, self.source)
 
     def forward_mode(self, v: Tensor) -> Tensor:
         """J v by forward-mode differentiation, at the cost of another evaluation."""
@@ -152,14 +155,13 @@ def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
         kept = [
             (module, name, buffer, buffer.detach().clone())
             for module in layer.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
         try:
             yield
         finally:
             with torch.no_grad():
                 for module, name, buffer, value in kept:
-                    module._buffers[name] = buffer
+                    setattr(module, name, buffer)
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from .._checks import check_integer, check_number
 from .._scope import current
+from .._torch import is_func_active
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -176,7 +177,7 @@ class _SpectralNorm(nn.Module):
         scope = current.scope
         # A function transform may have wrapped the weight and the buffers; neither a buffer nor the scope
         # may hold what ends with the transform.
-        if scope is None or (self not in scope and _is_transformed()):
+        if scope is None or (self not in scope and not torch.compiler.is_compiling() and is_func_active()):
             return self._vectors()
         return scope.once(self, lambda: self._begin(matrix.detach()))
 
@@ -196,7 +197,8 @@ class _SpectralNorm(nn.Module):
         for _ in range(num_iterations):
             u = _unit(torch.mv(matrix, v))
             found = _unit(torch.mv(matrix.mT, u))
-            # Of a matrix that is zero or not finite nothing can be learnt, and it may change again.
+            # A matrix that is zero or not finite has no singular vector to move to; the weight may change
+            # again, so the last one is kept.
             v = torch.where(found.norm() > 0, found, v)
         self._u.copy_(torch.where(u.isfinite().all(), u, _wide(self._u)))
         self._v.copy_(v)
@@ -212,9 +214,3 @@ def _unit(vector: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _is_transformed() -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._are_functorch_transforms_active())

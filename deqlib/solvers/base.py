@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._torch import is_fake
+from ..state import small_dtype
+
 SAFE = (1e-15, 1e15)  # norms within it lost nothing to the range of float32
 _MANY = 1024  # samples from which on small systems are solved all at once
 FEW = 64  # numbers that Python goes through faster than PyTorch starts an operation
@@ -122,7 +125,7 @@ class Solver(ABC):
         self,
         z0: Tensor,  # (B, D)
     ) -> Any:
-        """State before the first step."""
+        """State before the first step, for a solve from `z0`, (B, D)."""
 
     @abstractmethod
     def step(
@@ -131,7 +134,13 @@ class Solver(ABC):
         fz: Tensor,  # (B, D), the map there, or what `query` asked for
         state: Any,
     ) -> tuple[Tensor, Any]:
-        """Next iterate (B, D) and next state. The state passed in must not be used again."""
+        """Next iterate (B, D) and next state. The state passed in must not be used again.
+
+        Args:
+            z: where the map was evaluated, (B, D).
+            fz: the map there, or what `query` asked for, (B, D).
+            state: the solver's, brought up to date by `observe`.
+        """
 
     def resume(
         self,
@@ -152,6 +161,10 @@ class Solver(ABC):
         """State that takes what the driver measured into account; called before every `step` of a solve
         to a tolerance, and in no other.
 
+        Args:
+            seen: what was measured, see `Seen`.
+            state: the solver's, of the last step.
+
         A solver that overrides this is trusted to take back a step that blew up: a sample is DIVERGED only
         if the evaluation after that is no better. Default: nothing is noticed.
         """
@@ -169,9 +182,8 @@ def overrides(solver: Solver, method: str) -> bool:
 
 def can_look(z: Tensor) -> bool:
     """Whether reading a number of `z` costs nothing: no device to wait for, no graph to break."""
-    # A fake tensor says it is on a CPU, but has no numbers. (Its class is not imported for this.)
-    is_fake = type(z).__name__ == "FakeTensor"
-    return z.device.type == "cpu" and not is_fake and not torch.compiler.is_compiling()
+    # A fake tensor says it is on a CPU, but has no numbers.
+    return z.device.type == "cpu" and not is_fake(z) and not torch.compiler.is_compiling()
 
 
 def anyone(which: Tensor | None) -> bool:
@@ -208,11 +220,6 @@ def select(
 def is_recorded(*tensors: Tensor) -> bool:
     """Whether autograd records what is done to any of these, so that none may be written to."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def small_dtype(z: Tensor) -> torch.dtype:
-    """The type for systems of a few unknowns: float64 where the device has it."""
-    return z.dtype if z.device.type == "mps" else torch.float64
 
 
 def norm(

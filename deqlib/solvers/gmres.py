@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer
-from .base import Query, Solver, combination, dot, norms, products, small_dtype, with_room, write_row
+from ..state import small_dtype
+from .base import Query, Solver, combination, dot, norms, products, with_room, write_row
 
 _STAGNATION = 0.1  # alpha below this share of the residual: it falls by less than half a percent
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
+from ..state import small_dtype
 from .base import (
     Query,
     Seen,
@@ -20,7 +21,6 @@ from .base import (
     norms,
     products,
     select,
-    small_dtype,
     solve_small,
     with_room,
 )

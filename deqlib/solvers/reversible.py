@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
-from .base import Seen, Solver, anyone, is_recorded, small_dtype
+from ..state import small_dtype
+from .base import Seen, Solver, anyone, is_recorded
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class ReversibleState:
 
     damping: float
     latest: Points
-    best: Points  # off the tape; followed where the driver measures residuals
-    finished: Tensor | None = None  # (B,), bool; None: nobody
+    best: Points  # off the tape; kept up to date in solves to a tolerance alone, see `observe`
+    finished: Tensor | None = None  # (B,), bool, samples that do not move any more; None: no sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ def choose(which: Tensor, new: Points, old: Points) -> Points:
 
 
 def _off_tape(points: Points) -> Points:
+    """The same points, without the graph that made them."""
     if not is_recorded(points.previous, points.current):
         return points
     return replace(points, previous=points.previous.detach(), current=points.current.detach())

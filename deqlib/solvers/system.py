@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import combination, is_recorded, products, small_dtype, solve_small, write_row
+from ..state import small_dtype
+from .base import combination, is_recorded, products, solve_small, write_row
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch import tree_leaves, tree_map
 from .problems import Problem, linear, mixed_difficulty, mlp, tanh_rnn
 
 _FULL = (torch.float32, torch.float64)

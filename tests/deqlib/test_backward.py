@@ -4,8 +4,8 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ from deqlib import (
     Unroll,
     fixed_point,
 )
-from deqlib.backward.base import attach
+from deqlib.backward.tape import attach, on_tape, solve_off_tape, start_of_tape
 
 EXACT = Stopping(rtol=TIGHT, max_steps=500, patience=None)
 ADJOINT_SOLVERS: dict[str, Solver] = {
@@ -503,9 +503,47 @@ def test_other_modes_refuse_to_be_differentiated_twice(backward: Backward) -> No
 def test_an_adjoint_that_needs_no_products_is_applied_too() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     solution = fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3))
-    tripled = attach(solution, 2 * x, lambda g, vjp: 3 * g, None, nfe=1)
+    source = start_of_tape(solution.value)
+    tripled = attach(solution, 2 * x, lambda g, vjp: 3 * g, source, nfe=1)
     assert torch.autograd.grad(tripled.value.sum(), x)[0].tolist() == [[6.0] * 3] * 2
     assert tripled.nfe == solution.nfe + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Backward):
+    """A mode of a user's: it solves a map of its own with the same fixed point, and its adjoint by hand."""
+
+    def apply(self, f: Any, z0: Tensor, solve: Any) -> Solution:
+        solution = solve_off_tape(lambda z: torch.lerp(z, f(z), 0.5), z0, solve)
+        source, output = on_tape(f, solution.value)
+
+        def adjoint(g: Tensor, vjp: Any) -> Tensor:
+            return solve.linear(lambda u: vjp(u) + g, g, solver=Picard(), stopping=EXACT).value
+
+        return attach(solution, output, adjoint, source, nfe=1)
+
+
+class Resumed(Picard):
+    """Notes the states that it goes on from."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def resume(self, state: Any, z0: Tensor) -> Any:
+        self.seen.append(state)
+        return self.init(z0)
+
+
+def test_a_solve_says_itself_whether_it_is_of_the_fixed_point_or_of_a_derivative() -> None:
+    base = problem(contraction=0.5).requiring_grad()
+    settings = {"stopping": EXACT, "backward": Halved(), "solver": Resumed()}
+    Resumed.seen.clear()
+    value = fixed_point(base.f, base.z0, state="of an earlier solve", compact=True, **settings).value
+    expected = dense_gradients(base, torch.ones_like(value))
+    assert Resumed.seen == ["of an earlier solve"]  # the map that the mode made is solved as the caller asked
+    found = torch.autograd.grad(value.sum(), base.tensors)
+    assert len(Resumed.seen) == 1  # the adjoint begins afresh
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-8)
 
 
 @by_mode(BACKWARDS)

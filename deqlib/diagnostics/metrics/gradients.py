@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..._torch import tree_leaves, tree_map
 from ..experiment import Experiment
 from ..gradients import ExactGradient
 from ..reports import GradientReport, MetricReport, SolveReport

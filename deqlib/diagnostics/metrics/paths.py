@@ -7,8 +7,8 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ..._torch import tree_map
 from ...solvers.base import norms
 from ..experiment import Experiment
 from ..reports import MetricReport

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..._scope import Scope, entered
+from ..._torch import tree_leaves, tree_map
 from ...state import AUTOMATIC, cut
 from ...stopping import Stopping
 from .trees import clone_of, moved, rows_of

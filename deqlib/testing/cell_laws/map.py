@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..._scope import entered
+from ..._torch import tree_map
 from ...fixed_point import fixed_point
 from ...stopping import Stopping
 from .base import Evaluation, demand

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..._torch import tree_flatten, tree_leaves, tree_unflatten
 from .base import CellLaws, Evaluation, demand
 from .trees import difference, is_finite, named_tensors
 

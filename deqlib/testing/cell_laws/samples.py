@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ..._torch import tree_map
 from ...state import AUTOMATIC
 from .base import Evaluation, demand
 from .output import OutputLaws

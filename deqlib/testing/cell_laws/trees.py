@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from ..._torch import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 
 def clone_of(leaf: Any) -> Any:
@@ -54,9 +55,8 @@ def difference(found: Any, expected: Any) -> float:
 
 def named_tensors(name: str, tree: Any) -> dict[str, Tensor]:
     """The tensors of a pytree by their place in it."""
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(tree)
-    keys = torch.utils._pytree.keystr
-    return {name + keys(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    leaves, _ = tree_flatten_with_path(tree)
+    return {name + keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def weighted_sum(tree: Any) -> Tensor:

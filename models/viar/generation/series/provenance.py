@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from deqlib._torch import is_compiled
+
 from ...model.schedule import Adaptive
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
@@ -73,7 +75,7 @@ def why_inexact(
 
 def _is_compiled(model: NextScaleTransformer) -> bool:
     """Whether the blocks are: other kernels round differently."""
-    return any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    return any(is_compiled(module) for module in model.modules())
 
 
 def fingerprint(module: NextScaleTransformer | Tokenizer) -> str:

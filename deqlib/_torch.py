@@ -1,0 +1,100 @@
+"""Every private name of PyTorch that is used here, each behind the public fact it stands for.
+
+The range of supported versions has no upper end, and a private name may go in any release. So the packages
+take none from PyTorch but through this module, and `tests/deqlib/test_torch_private.py` has a canary for
+each: run on another version it says which names are gone or mean something else, and what hangs on them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# Nests of tuples, lists, dicts and registered classes, taken apart and put together as `torch.export` and
+# `torch.func` do it: there is no public module for them in the oldest versions supported.
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import keystr as keystr
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+
+def is_func_active() -> bool:
+    """Whether the caller runs inside a transform of `torch.func`, such as `vmap` or `grad`."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_forward_mode_active() -> bool:
+    """Whether the caller runs inside `torch.autograd.forward_ad.dual_level`."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is under way."""
+    return is_func_active() or is_forward_mode_active()
+
+
+def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
+    """A block in which tensors show their tangents and pass them on, or hide them.
+
+    PyTorch hides them in the `jvp` of a custom function. With them shown there, an outer level of forward
+    mode sees what is done; the tangents of the level at hand are then to be taken off first.
+    """
+    context: AbstractContextManager[Any] = torch.autograd.forward_ad._set_fwd_grad_enabled(enabled)
+    return context
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether `tensor` is a stand-in that a transform of `torch.func` gives to the function it transforms."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that a stand-in, see `is_wrapped`, stands for: one level further out."""
+    inner: Tensor = torch._C._functorch.get_unwrapped(tensor)
+    return inner
+
+
+def unwrapped_if_dead(tensor: Tensor) -> Tensor:
+    """`tensor`, or what it stands for if the transform that it was made by has ended."""
+    inner: Tensor = torch._C._functorch.unwrap_if_dead(tensor)
+    return inner
+
+
+def is_batched_gradient(gradient: Tensor) -> bool:
+    """Whether `gradient` is many at once: `is_grads_batched=True`, which predates `torch.vmap`, made it."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+def creation_order(node: Any) -> int:
+    """A number of a node of the graph: of two made in one thread, the later one has the larger."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place, itself or by a view; autograd compares this count too."""
+    return tensor._version
+
+
+def forget_cached_parametrizations() -> None:
+    """Let weights be computed anew that `torch.nn.utils.parametrize.cached()` has kept, if it is in force."""
+    if parametrize._cache_enabled:
+        parametrize._cache.clear()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, so that it runs other kernels than those of its `forward`."""
+    return module._compiled_call_impl is not None
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether `tensor` has a shape and no numbers, as where a compiler tries a function out."""
+    # The class is private, and importing it takes a while: its name is enough.
+    return type(tensor).__name__ == "FakeTensor"

@@ -1,0 +1,405 @@
+"""Private names of PyTorch: none is used outside of `deqlib/_torch.py`, and there is a canary for each.
+
+On a version of PyTorch that lacks one, or where it means something else, the failure says what hangs on it.
+Nothing of the library is imported before a test needs it, so that one name that is gone hides no other.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("deqlib", "models/viar", "benchmarks")
+HOME = ROOT / "deqlib" / "_torch.py"
+Pair = namedtuple("Pair", "first second")
+
+
+def ours() -> Any:
+    """The module under test."""
+    return importlib.import_module("deqlib._torch")
+
+
+# What each name stands for ------------------------------------------------------------------------------
+
+
+def trees_are_taken_apart_and_put_together() -> bool:
+    tree = {"b": [1, (2,)], "a": Pair(3, None)}
+    leaves, spec = ours().tree_flatten(tree)
+    same = ours().tree_flatten({"b": [0, (0,)], "a": Pair(0, None)})[1]
+    return bool(
+        ours().tree_unflatten(leaves, spec) == tree
+        and spec == same
+        and isinstance(spec, ours().TreeSpec)
+        and spec.num_leaves == len(leaves) == len(ours().tree_leaves(tree))
+        and not spec.is_leaf()
+        and ours().tree_flatten(1.0)[1].is_leaf()
+        and ours().tree_map(lambda leaf: -leaf, (1, [2])) == (-1, [-2])
+    )
+
+
+def leaves_of_trees_have_readable_paths() -> bool:
+    paths = [path for path, _ in ours().tree_flatten_with_path({"a": [1, 2]})[0]]
+    return [ours().keystr(path) for path in paths] == ["['a'][0]", "['a'][1]"]
+
+
+def transforms_are_noticed() -> bool:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(ours().is_func_active() and ours().is_transformed())
+        return x.square().sum()
+
+    x = torch.ones(2)
+    torch.vmap(look)(x.unsqueeze(1))
+    torch.func.grad(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    return seen == [True] * 3 and not ours().is_func_active() and not ours().is_transformed()
+
+
+def levels_of_forward_mode_are_noticed() -> bool:
+    before = ours().is_forward_mode_active()
+    with forward_ad.dual_level():
+        inside = ours().is_forward_mode_active() and ours().is_transformed() and not ours().is_func_active()
+    return inside and not before and not ours().is_forward_mode_active()
+
+
+def tangents_are_hidden_and_shown() -> bool:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with ours().forward_mode(False):
+            hidden = forward_ad.unpack_dual(dual).tangent is None
+            with ours().forward_mode(True):
+                shown = forward_ad.unpack_dual(2 * dual).tangent is not None
+    return hidden and shown
+
+
+def stand_ins_are_told_and_taken_off() -> bool:
+    x, seen = torch.ones(2), []
+
+    def look(stand_in: Tensor) -> Tensor:
+        inner = ours().unwrapped(stand_in)
+        seen.append(ours().is_wrapped(stand_in) and not ours().is_wrapped(inner) and torch.equal(inner, x))
+        return stand_in.sum()
+
+    torch.func.grad(look)(x)
+    return seen == [True] and not ours().is_wrapped(x)
+
+
+def dead_stand_ins_are_taken_off() -> bool:
+    x, kept, alive = torch.ones(2), [], []
+
+    def keep(stand_in: Tensor) -> Tensor:
+        kept.append(stand_in)
+        alive.append(ours().unwrapped_if_dead(stand_in) is stand_in)
+        return stand_in.sum()
+
+    torch.func.grad(keep)(x)
+    inner = ours().unwrapped_if_dead(kept[0])
+    return alive == [True] and not ours().is_wrapped(inner) and torch.equal(inner, x)
+
+
+def batched_gradients_are_told() -> bool:
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = 2 * x
+    y.register_hook(lambda g: seen.append(ours().is_batched_gradient(g)))
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    return seen == [False, True]
+
+
+def later_nodes_have_larger_numbers() -> bool:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return 2 * grads[0]
+
+    x = torch.ones(2, requires_grad=True)
+    made = [2 * x, Twice.apply(x), x.sin(), Twice.apply(x)]
+    numbers = [ours().creation_order(tensor.grad_fn) for tensor in made]
+    return numbers == sorted(set(numbers))
+
+
+def writing_is_counted() -> bool:
+    x = torch.ones(2, 2)
+    counts = [ours().times_written(x)]
+    for write in (x.add_, x[0].add_, x.detach().add_, x.view(4).add_):
+        write(1)
+        counts.append(ours().times_written(x))
+    return counts == sorted(set(counts))
+
+
+class Twofold(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def cached_weights_are_forgotten() -> bool:
+    layer = nn.Linear(2, 2)
+    parametrize.register_parametrization(layer, "weight", Twofold())
+    ours().forget_cached_parametrizations()  # nothing to forget, and no error
+    with parametrize.cached():
+        first = layer.weight
+        kept = layer.weight is first
+        ours().forget_cached_parametrizations()
+        return kept and layer.weight is not first
+
+
+def compiled_modules_are_told() -> bool:
+    plain, compiled = nn.Linear(2, 2), nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    return ours().is_compiled(compiled) and not ours().is_compiled(plain)
+
+
+def fake_tensors_are_told() -> bool:
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(ours().is_fake(x))
+            return x + 1
+
+    torch.export.export(Look(), (torch.ones(2),), strict=False)
+    return bool(seen) and all(seen) and not ours().is_fake(torch.ones(2))
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What is to hold of some private names, and what hangs on them."""
+
+    names: tuple[str, ...]
+    holds: Callable[[], bool]
+    hangs: str
+
+
+FUNCTORCH = "torch._C._functorch."
+PYTREE = "torch.utils._pytree."
+CANARIES = (
+    Canary(
+        tuple(
+            PYTREE + name
+            for name in ("TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten")
+        ),
+        trees_are_taken_apart_and_put_together,
+        "states that are no single tensor (state.py), inputs of cells, diagnostics",
+    ),
+    Canary(
+        (PYTREE + "tree_flatten_with_path", PYTREE + "keystr"),
+        leaves_of_trees_have_readable_paths,
+        "the messages of CellConformance",
+    ),
+    Canary(
+        ("torch._C._are_functorch_transforms_active",),
+        transforms_are_noticed,
+        "solves under torch.func transforms: without it their derivatives are wrong and not refused",
+    ),
+    Canary(
+        ("torch.autograd.forward_ad._current_level",),
+        levels_of_forward_mode_are_noticed,
+        "solves in forward mode: without it tangents are lost without a word",
+    ),
+    Canary(
+        ("torch.autograd.forward_ad._set_fwd_grad_enabled",),
+        tangents_are_hidden_and_shown,
+        "forward mode of ImplicitDifferentiation, JFB and PhantomGradient",
+    ),
+    Canary(
+        (FUNCTORCH + "is_functorch_wrapped_tensor", FUNCTORCH + "get_unwrapped"),
+        stand_ins_are_told_and_taken_off,
+        "torch.func transforms of a layer: which tensors they differentiate, and masks that outlive them",
+    ),
+    Canary(
+        (FUNCTORCH + "unwrap_if_dead",),
+        dead_stand_ins_are_taken_off,
+        "backward passes that run when the transform they were recorded in is over",
+    ),
+    Canary(
+        (FUNCTORCH + "is_legacy_batchedtensor",),
+        batched_gradients_are_told,
+        "refusing is_grads_batched=True, under which a solve would read one gradient's numbers for all",
+    ),
+    Canary(
+        ("node._sequence_nr",),
+        later_nodes_have_larger_numbers,
+        "which tensors a cell captures: second derivatives and Reversible",
+    ),
+    Canary(("tensor._version",), writing_is_counted, "the error for cells that write to their argument"),
+    Canary(
+        ("torch.nn.utils.parametrize._cache_enabled", "torch.nn.utils.parametrize._cache.clear"),
+        cached_weights_are_forgotten,
+        "gradients of parametrized weights in a block of parametrize.cached()",
+    ),
+    Canary(
+        ("module._compiled_call_impl",),
+        compiled_modules_are_told,
+        "the word of a series of images that they can be repeated to the last bit",
+    ),
+    Canary(
+        ("torch._subclasses.FakeTensor",),
+        fake_tensors_are_told,
+        "torch.export and torch.compile: without it a solver reads numbers that are not there",
+    ),
+)
+by_canary = pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.names[0].rpartition(".")[2])
+
+
+@by_canary
+def test_a_private_name_of_pytorch_is_there(canary: Canary) -> None:
+    tensor = torch.ones(2, requires_grad=True)
+    roots = {"torch": torch, "tensor": tensor, "node": (2 * tensor).grad_fn, "module": nn.Identity()}
+    importlib.import_module("torch._subclasses")
+    for name in canary.names:
+        root, *parts = name.split(".")
+        found = roots[root]
+        for part in parts:
+            if not hasattr(found, part):
+                pytest.fail(f"PyTorch {torch.__version__} has no {name}. On it hangs: {canary.hangs}")
+            found = getattr(found, part)
+
+
+@by_canary
+def test_a_private_name_of_pytorch_stands_for_what_it_did(canary: Canary) -> None:
+    if not canary.holds():
+        pytest.fail(
+            f"PyTorch {torch.__version__}: of {', '.join(canary.names)} it does not hold any more that "
+            f"{canary.holds.__name__.replace('_', ' ')}. On it hangs: {canary.hangs}"
+        )
+
+
+# Where the names are ------------------------------------------------------------------------------------
+
+
+def test_every_private_name_has_a_canary() -> None:
+    known = {name for canary in CANARIES for name in canary.names}
+    used = {name for _, name in private_names(HOME.read_text(), set())}
+    assert used | {"torch._subclasses.FakeTensor"} == known  # that one goes by the name of the class
+
+
+def test_private_names_are_used_in_one_file_alone() -> None:
+    files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    sources = {path: path.read_text() for path in files if path != HOME}
+    own = {name for source in sources.values() for name in defined(ast.parse(source))}
+    own |= {"_fields", "_asdict", "_replace", "_make"}  # of named tuples, in public whatever they look like
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path, source in sources.items()
+        for line, name in private_names(source, own)
+    ]
+    assert not found, "reach these through deqlib/_torch.py, with a canary here"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import torch._dynamo", "torch._dynamo"),
+        ("from torch.utils._pytree import tree_map", "torch.utils._pytree.tree_map"),
+        ("from torch.utils import _pytree", "torch.utils._pytree"),
+        ("import torch\ntorch._C._functorch.f(1)", "torch._C._functorch.f"),
+        ("import torch as t\nt.utils._pytree.f(1)", "torch.utils._pytree.f"),
+        ("from torch import nn\nnn._reduction.f", "torch.nn._reduction.f"),
+        ("def f(x):\n    return x.grad_fn._sequence_nr()", "x.grad_fn._sequence_nr"),
+        ("def f(x):\n    return g(x)._version", "…._version"),
+        ("class A(B):\n    def f(self):\n        return self._buffers", "self._buffers"),
+        ("def f(x):\n    return getattr(x, '_version', 0)", "…._version"),
+        ("import sys\nsys.modules.get('torch._dynamo')", "torch._dynamo"),
+    ],
+)
+def test_a_private_name_is_found_however_it_is_reached(source: str, name: str) -> None:
+    assert [found for _, found in private_names(source, {"_own"})] == [name]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys\nsys._getframe(1)",
+        "class A:\n    def f(self):\n        return self._own",
+        "from .rooms import _own",
+        "import torch\ntorch.__version__",
+        '"""A docstring on torch._C is none."""',
+    ],
+)
+def test_names_that_are_not_pytorchs_are_left_alone(source: str) -> None:
+    assert not list(private_names(source, {"_own"}))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """Private names that a file gives to something: functions, classes, attributes, fields, parameters."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def private_names(source: str, own: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and name of what may be PyTorch's private parts; names in `own` are the packages'."""
+    tree = ast.parse(source)
+    modules: dict[str, str] = {}  # what a name that was imported stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                modules[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
+                if is_torchs(alias.name):
+                    yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{'.' * node.level}{node.module or ''}.{alias.name}"
+                modules[alias.asname or alias.name] = full
+                if is_torchs(full):
+                    yield node.lineno, full
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inner:
+            name = dotted(node, modules)
+            root = name.partition(".")[0]
+            foreign = any(is_private(part) and part not in own for part in name.split(".")[1:])
+            if is_torchs(name) or (foreign and (root not in roots(modules) or root == "torch")):
+                yield node.lineno, name
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            name = getattr(node.args[1], "value", "")
+            if isinstance(name, str) and is_private(name) and name not in own:
+                yield node.lineno, f"….{name}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_torchs(node.value):
+            yield node.lineno, node.value
+
+
+def is_torchs(name: str) -> bool:
+    return re.fullmatch(r"torch(\.\w+)*", name) is not None and any(map(is_private, name.split(".")))
+
+
+def roots(modules: dict[str, str]) -> set[str]:
+    return {full.partition(".")[0] for full in modules.values()}
+
+
+def dotted(node: ast.expr, modules: dict[str, str]) -> str:
+    """`a.b.c` of an attribute, `a` by its full name if it was imported, and an ellipsis if it is no name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    root = modules.get(node.id, node.id) if isinstance(node, ast.Name) else "…"
+    return ".".join([root, *reversed(parts)])
