@@ -22,7 +22,14 @@ from .suites import SUITES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Entry point.
+
+    Args:
+        arguments: of the command line; default those of the process.
+
+    Raises:
+        SystemExit: an argument is wrong, with the reason.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.act(options, terminal())

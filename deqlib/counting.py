@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ._torch import tree_flatten, tree_unflatten
 
 
 @dataclass

@@ -91,6 +91,6 @@ class Anderson(SecantSolver):
         return TypeII(self.ridge) if self.kind == "II" else TypeI(self.ridge)
 
     def most_columns(self, width: int) -> int:
-        """As many as a sample has numbers, within the budget, and one for the pending values."""
+        """As many as a sample has numbers (`width`), within the budget, and one for the pending values."""
         most = max(width, 1) + 1
         return most if self.budget is None else min(most, max(self.budget // max(width, 1), _FEWEST))

@@ -63,5 +63,5 @@ class Broyden(SecantSolver):
         return 1.0
 
     def most_columns(self, width: int) -> int:
-        """On affine maps the method ends after twice as many steps as there are unknowns (Gay 1979)."""
+        """On affine maps of `width` unknowns the method ends after twice as many steps (Gay 1979)."""
         return 2 * max(width, 1)

@@ -55,7 +55,7 @@ class Problem:
             return residual, residual / scale
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
-        """The same problem in another type or on another device."""
+        """The same problem in another `dtype` or on another `device`; default as it is."""
 
         def move(x: Any) -> Any:
             return x.to(device=device, dtype=dtype) if isinstance(x, Tensor) else x

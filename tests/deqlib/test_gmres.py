@@ -31,7 +31,7 @@ from deqlib.testing.strategies import contractions
 
 
 class GMRESConformance(SolverConformance):
-    """It is for affine maps: on others of few unknowns, columns of noise fill its memory and it stops."""
+    """GMRES is for affine maps: on others it may stand still above a tight tolerance."""
 
     @settings(max_examples=20, suppress_health_check=[HealthCheck.differing_executors])
     @given(data=st.data())

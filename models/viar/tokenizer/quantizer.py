@@ -276,7 +276,7 @@ class MultiScaleQuantizer(nn.Module):
         return len(dead)
 
     def check_feature_map(self, name: str, value: Tensor) -> None:
-        """Raise `ValueError` unless `value` is (B, Z, p_K, p_K) floating point."""
+        """Raise `ValueError` unless `value`, called `name`, is (B, Z, p_K, p_K) floating point."""
         expected = (self.codebook.embedding_dim, self.sides[-1], self.sides[-1])
         if value.ndim != 4 or tuple(value.shape[1:]) != expected or not value.is_floating_point():
             raise ValueError(
