@@ -225,8 +225,10 @@ def test_overrides_of_the_wrong_kind_are_refused_by_name() -> None:
         layer.solve(x, solver="picard")
     with pytest.raises(TypeError, match="stopping must be"):
         layer.solve(x, stopping=5)
-    with pytest.raises(TypeError, match="backward"):
-        layer.solve(x, backward=JFB())
+    with pytest.raises(TypeError, match="backward must be a backward mode"):
+        layer.solve(x, backward="jfb")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'on_failure'"):
+        layer.solve(x, on_failure="ignore")
 
 
 def test_cell_init_and_args_of_the_wrong_kind_are_refused_by_name() -> None:
