@@ -22,13 +22,13 @@ from .suites import SUITES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point.
+    """Run one command.
 
     Args:
         arguments: of the command line; default those of the process.
 
     Raises:
-        SystemExit: an argument is wrong, with the reason.
+        SystemExit: the command ended with an error, which this holds.
     """
     options = _parser().parse_args(arguments)
     try:
