@@ -1,7 +1,8 @@
-"""Settings shared by all tests: one thread, a fixed seed, deterministic property-based tests."""
+"""Shared by all tests: one thread, a fixed seed, deterministic property-based tests, little to collect."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_collect() -> None:
+    """What lives before a module's tests is left out of all later collections of garbage.
+
+    Looking through everything that was imported takes longer than most tests, and training and benchmarks
+    collect garbage often.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
