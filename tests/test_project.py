@@ -65,6 +65,13 @@ def test_every_make_command_that_is_told_exists(page: str) -> None:
     assert told <= TARGETS
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_every_file_that_is_told_exists(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", text_of(page))
+    paths = re.findall(r"(?<![\w/.])((?:tests|docs|deqlib|models|benchmarks)/[\w./-]*\w)", text_of(page))
+    assert [path for path in {*links, *paths} if not (ROOT / path).exists()] == []
+
+
 def test_the_help_of_make_names_every_command() -> None:
     done = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(re.findall(r"make ([\w-]+)", done.stdout)) == TARGETS - {"help"}
@@ -82,7 +89,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras.values()):
         name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:[>=]=([\d.]+))?", requirement).groups()
         if name != "deqlib":
-            assert numbers(pins[name]) >= numbers(lowest), name
+            assert numbers(pins[name.replace("_", "-")]) >= numbers(lowest), name
 
 
 def numbers(version: str) -> list[int]:
