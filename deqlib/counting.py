@@ -20,7 +20,10 @@ class CountedCell:
         evaluations: calls so far.
         samples: samples in all of them together: fewer than the batch each where samples had left it.
         recorded: evaluations on autograd's tape.
-        products: vector-Jacobian products: how often a gradient arrived at the image of an evaluation.
+        products: vector-Jacobian products: how often a gradient arrived at the image of an evaluation. The
+            last one of an implicit backward pass is not the adjoint solve's: it goes on to the inputs.
+        gradient: the last of these gradients, shape of the image (of the first leaf of it that carries
+            gradient); after an implicit backward pass the solution of the adjoint equation.
     """
 
     cell: Callable[..., Any]
@@ -28,6 +31,7 @@ class CountedCell:
     samples: int = 0
     recorded: int = 0
     products: int = 0
+    gradient: Tensor | None = None
 
     def __call__(self, z: Any, *inputs: Any) -> Any:
         """What the cell gives."""
@@ -40,12 +44,14 @@ class CountedCell:
         if recorded is None:
             return image
         self.recorded += 1
-        # A view: a hook on what the cell returns would stay on a tensor of the caller's. A product passes all
-        # leaves of a state, so one of them is enough.
+        # A hook on what the cell returns would stay on a tensor of the caller's, hence a view. Hooks that
+        # others put on what is returned here may change the gradient and must act before ours, hence one
+        # more. A product passes all leaves of a state, so one of them is enough.
         index, leaf = recorded
-        leaves[index] = leaf.view_as(leaf)
-        leaves[index].register_hook(self._note)
+        watched = leaf.view_as(leaf)
+        watched.register_hook(self._note)  # type: ignore[no-untyped-call]
+        leaves[index] = watched.view_as(watched)
         return tree_unflatten(leaves, spec)
 
     def _note(self, grad: Tensor) -> None:
-        self.products += 1
+        self.products, self.gradient = self.products + 1, grad.detach()

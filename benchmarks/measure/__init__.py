@@ -1,13 +1,12 @@
 """What measures: clocks, memory, evaluations, profiles."""
 
-from .cells import Counted, Watched, worst_residual
+from .cells import Watched, worst_residual
 from .marks import marked, marked_both_ways
 from .peak import peak_bytes, peak_rss
 from .profiling import profiled
 from .timing import geometric_mean, interleaved, milliseconds, ratio, ratios, seconds, spread, with_spread
 
 __all__ = [
-    "Counted",
     "Watched",
     "geometric_mean",
     "interleaved",

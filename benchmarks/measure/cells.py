@@ -12,40 +12,6 @@ from torch import Tensor
 
 
 @dataclass
-class Counted:
-    """A cell that counts what it is asked.
-
-    Attributes:
-        cell: which is counted.
-        calls: evaluations.
-        samples: in all evaluations together.
-        products: with its transposed Jacobian: gradients that came to an image. The last one of an
-            implicit backward pass is no product of the adjoint solve: it goes on to the inputs.
-        adjoint: the last of these gradients, shape of the image; after a backward pass the solution of the
-            adjoint equation.
-    """
-
-    cell: Callable[..., Tensor]
-    calls: int = 0
-    samples: int = 0
-    products: int = 0
-    adjoint: Tensor | None = None
-
-    def __call__(self, z: Tensor, *inputs: Any) -> Tensor:
-        """The cell."""
-        self.calls += 1
-        self.samples += len(z)
-        image = self.cell(z, *inputs)
-        if image.requires_grad:
-            image.register_hook(self._note)  # type: ignore[no-untyped-call]
-            image = image.view_as(image)  # hooks that others put on what is returned act before ours
-        return image
-
-    def _note(self, u: Tensor) -> None:
-        self.products, self.adjoint = self.products + 1, u.detach().clone()
-
-
-@dataclass
 class Watched:
     """A cell that records the largest relative residual of each batch it sees, and when it came.
 

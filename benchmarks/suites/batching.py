@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from deqlib import Solution, Stopping
+from deqlib.counting import CountedCell
 from deqlib.testing import Problem, mixed_difficulty
 
 from ..case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, none_of
 from ..maps import solve
-from ..measure import Counted, interleaved, marked, milliseconds, ratio
+from ..measure import interleaved, marked, milliseconds, ratio
 from ..rows import by_contender, distinct, grouped, having
 from ..show import COLORS, legend_below
 from .solvers.contenders import CONTENDERS, ROUNDING, SOLVERS
@@ -51,7 +52,7 @@ def _problem(run: Run, batch: int, hard: int, width: int) -> Problem:
 
 def _row(problem: Problem, contender: str, solver: str, hard: int) -> Row:
     """One solve, counted."""
-    cell, steps = Counted(problem.cell), torch.zeros(0)
+    cell, steps = CountedCell(problem.cell), torch.zeros(0)
     counted = replace(problem, cell=cell)
     if contender == "torchdeq":
         value = _value(counted, contender, solver)
@@ -62,7 +63,7 @@ def _row(problem: Problem, contender: str, solver: str, hard: int) -> Row:
     return {
         "contender": contender,
         "work": cell.samples,
-        "evaluations": cell.calls,
+        "evaluations": cell.evaluations,
         "reached": bool(problem.residuals(value)[1].max() <= ROUNDING * RTOL),
         # Of the slowest of its kind; torchdeq does not tell samples apart.
         "steps_easy": int(steps[:easy].max()) if len(steps[:easy]) else None,

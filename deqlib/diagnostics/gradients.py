@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import tree_flatten, tree_unflatten
 from ..backward import Backward, ImplicitDifferentiation
 from ..backward.graph import leaves_of
+from ..counting import CountedCell
 from ..fixed_point import fixed_point
 from ..solution import Solution
 from ..solvers import Auto, Solver
@@ -64,31 +64,6 @@ class Gradients:
 
     tensors: list[Tensor]
     inputs: list[Tensor]
-
-
-@dataclass
-class Counted:
-    """A cell that counts its evaluations on the tape and the products with its Jacobian."""
-
-    cell: Callable[..., Any]
-    evaluations: int = 0
-    products: int = 0
-
-    def __call__(self, z: Any, *inputs: Any) -> Any:
-        """What the cell gives."""
-        leaves, spec = tree_flatten(self.cell(z, *inputs))
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self.evaluations += 1
-                # A view: a hook on what the cell returns would stay on a tensor of the caller's. A product
-                # passes all leaves of a state, so one of them is enough.
-                leaves[index] = leaf.view_as(leaf)
-                leaves[index].register_hook(self._note)
-                break
-        return tree_unflatten(leaves, spec)
-
-    def _note(self, grad: Tensor) -> None:
-        self.products += 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +120,7 @@ class ExactGradient:
 
     def compare(self, name: str, mode: Backward, solver: Solver, stopping: Stopping) -> GradientReport:
         """What a layer of these settings would compute, beside the exact gradient."""
-        counted = Counted(self.subject.cell)
+        counted = CountedCell(self.subject.cell)
         values: list[Tensor] = []
 
         def forward() -> Tensor:
@@ -166,7 +141,7 @@ class ExactGradient:
             input_cosine=inputs.cosine,
             input_norm_ratio=inputs.norm_ratio,
             input_error=inputs.error,
-            evaluations=counted.evaluations,
+            evaluations=counted.recorded,
             products=counted.products,
             saved_bytes=kept,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..solvers.base import combination, norms, products
+from ..solvers.base import combination, inner_products, norms
 
 Product = Callable[[Tensor], Tensor]  # (B, D) -> (B, D), every sample by its own matrix
 
@@ -91,7 +91,7 @@ def _arnoldi(product: Product, start: Tensor, size: int) -> tuple[Tensor, Tensor
         before = norms(image)[0]
         known = basis[:, : step + 1]
         for _ in range(2):  # once loses orthogonality where the image nearly lies in the space
-            part = products(known, image)
+            part = inner_products(known, image)
             hessenberg[:, : step + 1, step] += part
             image = image - combination(part, known)
         length = norms(image)[0]

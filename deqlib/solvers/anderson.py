@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from .base import products
+from .base import inner_products
 from .secant import SecantSolver, check_secant
 from .system import Equations
 
@@ -34,7 +34,7 @@ class TypeI(Equations):
 
     def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
         """Of dZ^T dR = dZ^T dF - dZ^T dZ."""
-        return products(df, left[:, newest]) - products(left, left[:, newest])
+        return inner_products(df, left[:, newest]) - inner_products(left, left[:, newest])
 
 
 @dataclass(frozen=True, kw_only=True)

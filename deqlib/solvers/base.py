@@ -265,7 +265,7 @@ def dot(
     return found
 
 
-def products(
+def inner_products(
     rows: Tensor,  # (B, m, D)
     vector: Tensor,  # (B, D)
 ) -> Tensor:

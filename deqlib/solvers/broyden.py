@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import products
+from .base import inner_products
 from .secant import SecantSolver, check_secant
 from .system import Equations
 
@@ -20,7 +20,7 @@ class BroydenEquations(Equations):
 
     def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
         """dZ^T dR + dZ^T dZ = dZ^T dF, since the row is newer than all columns but its own."""
-        return products(df, left[:, newest])
+        return inner_products(df, left[:, newest])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_integer
 from ..state import small_dtype
-from .base import Query, Solver, combination, dot, norms, products, with_room, write_row
+from .base import Query, Solver, combination, dot, inner_products, norms, with_room, write_row
 
 _STAGNATION = 0.1  # alpha below this share of the residual: it falls by less than half a percent
 
@@ -82,9 +82,9 @@ class GMRES(Solver):
         image = state.residual - residual
         before, picard = norms(state.residual, residual)
         noise = 8 * torch.finfo(z.dtype).eps * torch.maximum(*norms(image, fz))
-        first = products(images, image)
+        first = inner_products(images, image)
         q = image - combination(first, images)
-        second = products(images, q)  # classical Gram-Schmidt loses orthogonality unless done twice
+        second = inner_products(images, q)  # classical Gram-Schmidt loses orthogonality unless done twice
         q = q - combination(second, images)
         p = z - state.x - combination(first + second, basis)
         del image
@@ -95,7 +95,7 @@ class GMRES(Solver):
         stagnates = (share.detach().abs() <= _STAGNATION * before) & (scale.detach().squeeze(1) > 0)
         # From z, whose residual was measured, rather than from x, whose residual is the result of a
         # recurrence: the same in exact arithmetic, but errors do not pile up. The oldest column still counts.
-        shares, newest = products(images, residual), dot(q, residual).unsqueeze(1)
+        shares, newest = inner_products(images, residual), dot(q, residual).unsqueeze(1)
         x = torch.addcmul(z + combination(shares, basis), newest, p)
         r = torch.addcmul(residual - combination(shares, images), newest, q, value=-1)
         slots = [with_room(rows, slot, self.memory) for rows in (state.directions, state.images)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import combination, is_recorded, products, with_room, write_row
+from .base import combination, inner_products, is_recorded, with_room, write_row
 from .system import Equations, SmallSystem
 
 
@@ -159,7 +159,7 @@ class History:
         is_new = self.pending
         if is_new:
             self._subtract(fz, source, refused)
-        rhs = products(self.left[:, : self.num_columns], residual) if self.count else None
+        rhs = inner_products(self.left[:, : self.num_columns], residual) if self.count else None
         if rhs is not None and self.valid is not None and self.has_gaps:
             rhs = torch.where(self.valid[:, : rhs.shape[1]], rhs, 0)
         if is_new and rhs is not None:
@@ -318,7 +318,7 @@ class History:
         for newest in range(kept):
             known = left[:, : newest + 1]
             change = left[:, newest] if self.uses_residuals else df[:, newest] - left[:, newest]
-            self._extend(newest, products(known, change))
+            self._extend(newest, inner_products(known, change))
 
 
 def _subtracted(rows: Tensor, slot: int, value: Tensor, spared: Tensor | None) -> Tensor:

@@ -17,9 +17,9 @@ from .base import (
     anyone,
     can_look,
     combination,
+    inner_products,
     is_recorded,
     norms,
-    products,
     select,
     solve_small,
     with_room,
@@ -217,9 +217,11 @@ class NewtonKrylov(Solver):
         # A sample has `inner` + 1 rows in this step. Rows behind those belong to an earlier step.
         own = torch.arange(size, device=inner.device) <= inner.unsqueeze(1)
         w = self._newest(state) - image
-        coefficients = torch.where(own, products(rows, w), 0)
+        coefficients = torch.where(own, inner_products(rows, w), 0)
         w = w - combination(coefficients, rows)
-        again = torch.where(own, products(rows, w), 0)  # classical Gram-Schmidt alone loses orthogonality
+        again = torch.where(
+            own, inner_products(rows, w), 0
+        )  # classical Gram-Schmidt alone loses orthogonality
         w = w - combination(again, rows)
         length = torch.linalg.vector_norm(w, dim=1)
         pad = torch.nn.functional.pad

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..state import small_dtype
-from .base import combination, is_recorded, products, solve_small, write_row
+from .base import combination, inner_products, is_recorded, solve_small, write_row
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Equations(ABC):
         change: Tensor,  # (B, D), that of the residual
     ) -> Tensor:
         """The entry (B,) of the diagonal for the newest column, before `diagonal_factor`."""
-        entry = products(left.unsqueeze(1), change).squeeze(1)
+        entry = inner_products(left.unsqueeze(1), change).squeeze(1)
         if self.uses_residuals or self.ridge == 0:
             return entry
         # dZ^T dR is negative for a contraction, where r = f(z) - z falls as z rises.
-        return entry - self.ridge * products(left.unsqueeze(1), left).squeeze(1)
+        return entry - self.ridge * inner_products(left.unsqueeze(1), left).squeeze(1)
 
     def largest_coefficient(self, dtype: torch.dtype) -> float:
         """From which size of a coefficient on the system counts as singular, for states of this type."""
@@ -200,7 +200,7 @@ class SmallSystem:
     ) -> Tensor:
         """left M^-T df^T g, (B, D); zero for samples without columns or with a singular system."""
         size = df.shape[1]
-        rhs = products(df, g).to(self.matrix.dtype)
+        rhs = inner_products(df, g).to(self.matrix.dtype)
         identity = torch.eye(size, dtype=rhs.dtype, device=rhs.device)
         known = valid.unsqueeze(1) & valid.unsqueeze(2)
         matrix = torch.where(known, self.matrix[:, :size, :size].mT, identity)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Row, Run
-from benchmarks.measure import Counted, marks, profiled
+from benchmarks.measure import marks, profiled
 from benchmarks.results import Results
 from benchmarks.show import draw
 from benchmarks.suites import backward
@@ -28,6 +28,7 @@ from benchmarks.suites.backward import (
     times,
 )
 from deqlib import JFB, ImplicitDifferentiation, Picard, Stopping, Unroll, fixed_point
+from deqlib.counting import CountedCell
 from deqlib.diagnostics import saved_bytes
 from deqlib.testing import Problem, expanding, linear, mlp, suite
 
@@ -153,22 +154,22 @@ def test_the_adjoint_is_caught_where_it_enters_the_cells_graph() -> None:
     )
     u = torch.linalg.solve(torch.eye(len(jacobian), dtype=torch.float64) - jacobian.T, g.flatten())
     for name, contender in adjoints.CONTENDERS.items():
-        counted = Counted(problem.cell)
+        counted = CountedCell(problem.cell)
         contender(replace(problem, cell=counted), 1e-11, 100).backward(g)
-        assert counted.adjoint is not None, name
-        torch.testing.assert_close(counted.adjoint.flatten(), u, rtol=1e-8, atol=1e-8)
+        assert counted.gradient is not None, name
+        torch.testing.assert_close(counted.gradient.flatten(), u, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", adjoints.CONTENDERS)
 def test_what_is_caught_is_what_the_inputs_gradients_are_made_of(name: str) -> None:
     problem = contenders.at_solution(tiny())
     g = torch.randn(problem.z0.shape, dtype=torch.float64)
-    counted = Counted(problem.cell)
+    counted = CountedCell(problem.cell)
     adjoints.CONTENDERS[name](replace(problem, cell=counted), 1e-2, 100).backward(
         g
     )  # far from the exact adjoint
-    assert counted.adjoint is not None
-    (expected,) = torch.autograd.grad(problem.f(problem.z0), problem.inputs[1], counted.adjoint)
+    assert counted.gradient is not None
+    (expected,) = torch.autograd.grad(problem.f(problem.z0), problem.inputs[1], counted.gradient)
     torch.testing.assert_close(problem.inputs[1].grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -186,11 +187,11 @@ def test_the_tolerance_is_the_loosest_that_meets_the_target(rows: list[Row]) -> 
     g = contenders.cotangent(problem)
     row = by_name(rows, 1e-2)["torchdeq Picard"]
     assert row["rtol"] > 1e-2  # it returns the image of the iterate that it judges by
-    counted = Counted(problem.cell)
+    counted = CountedCell(problem.cell)
     contender = adjoints.CONTENDERS[row["contender"]]
     contender(replace(problem, cell=counted), row["rtol"] * math.sqrt(2), adjoints.BUDGET).backward(g)
-    assert counted.adjoint is not None
-    assert adjoints.adjoint_residual(problem, counted.adjoint, g) > 1e-2
+    assert counted.gradient is not None
+    assert adjoints.adjoint_residual(problem, counted.gradient, g) > 1e-2
 
 
 def test_a_contender_that_raises_or_never_arrives_loses_its_case_alone(

@@ -17,7 +17,6 @@ from torch import Tensor
 from benchmarks import maps, show
 from benchmarks.case import Bar, Case, Row, Run
 from benchmarks.measure import (
-    Counted,
     Watched,
     cells,
     geometric_mean,
@@ -487,21 +486,6 @@ def test_what_prepares_a_turn_comes_right_before_it_and_is_off_the_clock() -> No
     for before, after in zip(events[::2], events[1::2], strict=True):
         assert before.removeprefix("prepare ") == after.removeprefix("run ")
     assert max(max(found) for found in times.values()) < 0.05
-
-
-def test_a_counted_cell_counts_evaluations_samples_and_products_and_changes_no_gradient() -> None:
-    counted = Counted(lambda z, x: torch.sin(z) * x)
-    z, x = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
-    image = counted(z, x)
-    counted(z[:1].detach(), x[:1])
-    assert (counted.calls, counted.samples, counted.products) == (2, 4, 0)
-    g = torch.randn(3, 2)
-    for number in (1, 2):
-        (found,) = torch.autograd.grad(image, z, g, retain_graph=True)
-        assert counted.products == number
-        torch.testing.assert_close(found, torch.cos(z) * x * g)
-        assert counted.adjoint is not None
-        assert torch.equal(counted.adjoint, g)
 
 
 # small --------------------------------------------------------------------------------------------------

@@ -43,3 +43,18 @@ def test_counting_leaves_the_cells_own_tensors_alone() -> None:
     counted(torch.zeros(2, 1))
     own.sum().backward()
     assert counted.products == 0
+
+
+def test_a_counted_cell_counts_evaluations_samples_and_products_and_changes_no_gradient() -> None:
+    counted = CountedCell(lambda z, x: torch.sin(z) * x)
+    z, x = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    image = counted(z, x)
+    counted(z[:1].detach(), x[:1])
+    assert (counted.evaluations, counted.samples, counted.products) == (2, 4, 0)
+    g = torch.randn(3, 2)
+    for number in (1, 2):
+        (found,) = torch.autograd.grad(image, z, g, retain_graph=True)
+        assert counted.products == number
+        torch.testing.assert_close(found, torch.cos(z) * x * g)
+        assert counted.gradient is not None
+        assert torch.equal(counted.gradient, g)

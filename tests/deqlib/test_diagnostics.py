@@ -34,7 +34,6 @@ from deqlib import (
 )
 from deqlib.diagnostics import Diagnosis, diagnose, metrics
 from deqlib.diagnostics.experiment import Experiment
-from deqlib.diagnostics.gradients import Counted
 from deqlib.diagnostics.krylov import spectral_norm, spectral_radius
 from deqlib.diagnostics.metrics.gradients import GradientComparison
 from deqlib.diagnostics.metrics.paths import PathReport
@@ -286,22 +285,6 @@ def test_modes_are_charged_for_what_they_record_and_for_their_products(healthy: 
     assert costs["PhantomGradient(form='neumann')"] == (1, 5)
     kept = {report.name: report.saved_bytes for report in healthy.gradients}
     assert kept["PhantomGradient(form='unroll')"] > 4 * kept["JFB"] > 0
-
-
-def test_products_are_counted_once_however_many_leaves_a_state_has() -> None:
-    counted = Counted(lambda z: {"a": 2 * z["a"], "b": 3 * z["b"]})
-    z = {"a": torch.ones(2, 1, requires_grad=True), "b": torch.ones(2, 1, requires_grad=True)}
-    image = counted(z)
-    torch.cat(list(image.values()), 1).sum().backward()
-    assert (counted.evaluations, counted.products) == (1, 1)
-
-
-def test_counting_leaves_the_cells_own_tensors_alone() -> None:
-    own = 2 * torch.ones(2, 1, requires_grad=True)
-    counted = Counted(lambda z: own)
-    counted(torch.zeros(2, 1))
-    own.sum().backward()
-    assert counted.products == 0
 
 
 def test_the_layers_own_mode_and_solver_come_first_and_once() -> None:

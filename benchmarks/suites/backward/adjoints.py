@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from deqlib import GMRES, Anderson, Broyden, ImplicitDifferentiation, Picard, Solver, Stopping, fixed_point
+from deqlib.counting import CountedCell
 from deqlib.testing import Problem
 
 from ...baselines import torchdeq
-from ...measure import Counted
 
 LOOSER, TIGHTER = 10, 14  # most steps away from the target in the search for a tolerance
 BUDGET = 150  # products with J^T that a solve may take
@@ -116,16 +116,16 @@ def _attempt(
     problem: Problem, g: Tensor, target: float, name: str, contender: Contender, rtol: float, products: int
 ) -> Attempt:
     """One backward pass, its products counted and its adjoint caught and judged."""
-    cell = Counted(problem.cell)
+    cell = CountedCell(problem.cell)
     try:
         torch.autograd.backward(contender(replace(problem, cell=cell), rtol, products), g)
     except Exception as error:  # who raises loses its case, not everybody's
         return Attempt(rtol, error=f"{type(error).__name__}: {error}")
     finally:
         clear(problem)
-    if cell.adjoint is None:
+    if cell.gradient is None:
         raise RuntimeError(f"{name}: no gradient reached the graph of the cell, so nothing can be measured")
-    residual = adjoint_residual(problem, cell.adjoint, g)
+    residual = adjoint_residual(problem, cell.gradient, g)
     known = residual if math.isfinite(residual) else None  # JSON has no NaN
     return Attempt(rtol, cell.products - 1, known, residual <= target)
 

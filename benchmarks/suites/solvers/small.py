@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from deqlib import Auto, ImplicitLayer, Solution, Status, fixed_point
+from deqlib.counting import CountedCell
 
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product
-from ...measure import Counted, interleaved, milliseconds, peak_bytes, ratio
+from ...measure import interleaved, milliseconds, peak_bytes, ratio
 from ...rows import by_contender, figure, grouped, having
 from ...show import COLORS, listing
 
@@ -81,7 +82,7 @@ def _layer(run: Run, batch: int, width: int) -> Iterator[Row]:
 
 def _products(layer: ImplicitLayer, x: Tensor) -> int:
     """Products with J^T of the adjoint solve."""
-    cell = Counted(layer.cell)
+    cell = CountedCell(layer.cell)
     ImplicitLayer(cell)(x).sum().backward()
     return cell.products - 1  # the last one is for the parameters
 

@@ -12,11 +12,12 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from deqlib.counting import CountedCell
 from deqlib.testing import Problem
 
 from ... import maps
 from ...case import COUNT, SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product, worst_of
-from ...measure import Counted, geometric_mean, interleaved, marked, milliseconds, ratio, seconds
+from ...measure import geometric_mean, interleaved, marked, milliseconds, ratio, seconds
 from ...rows import by_contender, distinct, grouped, having
 from ...show import legend_below, pivot
 from .contenders import CONTENDERS, ONCE, ROUNDING, head, not_run, style
@@ -56,7 +57,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
     }
     if row["error"] is not None:
         return row
-    cell, found = Counted(problem.cell), list[Tensor]()
+    cell, found = CountedCell(problem.cell), list[Tensor]()
 
     def attempt() -> None:
         # Who raises loses this problem, not everybody theirs.
@@ -68,7 +69,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
     row["seconds"] = [seconds(attempt)]
     worst = float(problem.residuals(found[0])[1].max()) if found else math.nan
     row |= {
-        "evaluations": cell.calls,
+        "evaluations": cell.evaluations,
         "relative_residual": worst if math.isfinite(worst) else None,
         "reached": worst <= ROUNDING * rtol,
     }

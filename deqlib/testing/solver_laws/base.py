@@ -103,21 +103,6 @@ class SolverLaws:
             )
 
 
-class Counter:
-    """Counts evaluations."""
-
-    number = 0
-
-    def of(self, cell: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same cell, counted."""
-
-        def counted(*args: Any) -> Tensor:
-            self.number += 1
-            return cell(*args)
-
-        return counted
-
-
 def spread(rate: float, width: int) -> Tensor:
     """Eigenvalues from -rate to rate, float64, (width,)."""
     return torch.linspace(-rate, rate, width, dtype=torch.float64)

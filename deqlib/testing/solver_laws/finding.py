@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ...counting import CountedCell
 from ...fixed_point import fixed_point
 from ...solution import Status
 from ...stopping import Stopping
@@ -19,7 +20,6 @@ from ..strategies import contractions
 from .base import (
     HARD,
     SOLVABLE,
-    Counter,
     SolverLaws,
     both_dtypes,
     check_no_worse,
@@ -86,12 +86,13 @@ class FindingLaws(SolverLaws):
         self, max_steps: int
     ) -> None:
         for make in SOLVABLE.values():
-            problem, evaluations = make(self.contraction, torch.float32), Counter()
-            counted = dataclasses.replace(problem, cell=evaluations.of(problem.cell))
+            problem = make(self.contraction, torch.float32)
+            cell = CountedCell(problem.cell)
+            counted = dataclasses.replace(problem, cell=cell)
             found = self._solve(counted, rtol=0.0, max_steps=max_steps)
-            assert found.nfe == evaluations.number == max_steps + 1, (
+            assert found.nfe == cell.evaluations == max_steps + 1, (
                 f"{problem.name}: {max_steps} steps should take {max_steps + 1} evaluations, "
-                f"reported {found.nfe}, counted {evaluations.number}"
+                f"reported {found.nfe}, counted {cell.evaluations}"
             )
             assert found.num_steps.tolist() == [max_steps] * len(problem.z0)
             check_residual(problem, found)

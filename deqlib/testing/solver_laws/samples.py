@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ...counting import CountedCell
 from ...driver import iterate
 from ...solution import Status
 from ...stopping import Stopping
 from ..problems import tanh_rnn
 from ..strategies import contractions
-from .base import SOLVABLE, Counter, SolverLaws, part_of, random_data
+from .base import SOLVABLE, SolverLaws, part_of, random_data
 
 _NAN, _INF = float("nan"), float("inf")
 
@@ -86,8 +87,7 @@ class SampleLaws(SolverLaws):
         row = torch.arange(3).unsqueeze(1) == 1
         values = []
         for value in (_NAN, bad):
-            evaluations = Counter()
-            spoilt = _spoilt(evaluations.of(problem.f), row, evaluations, value)
+            spoilt = _spoilt(CountedCell(problem.f), row, value)
             with torch.no_grad():
                 values.append(iterate(spoilt, problem.z0, self.solver, Stopping.steps(15)).value[[0, 2]])
         assert torch.equal(*values), f"rows beside one of {bad} should be those beside one of NaN"
@@ -107,13 +107,11 @@ class SampleLaws(SolverLaws):
         assert (compact.sample_nfe <= full.sample_nfe).all(), "a compact solve should not evaluate more"
 
 
-def _spoilt(
-    f: Callable[[Tensor], Tensor], row: Tensor, evaluations: Counter, value: float
-) -> Callable[[Tensor], Tensor]:
+def _spoilt(f: CountedCell, row: Tensor, value: float) -> Callable[[Tensor], Tensor]:
     """The map with one row that is `value` from the third evaluation on."""
 
     def image(z: Tensor) -> Tensor:
         good = f(z)
-        return torch.where(row & (evaluations.number > 2), torch.full_like(good, value), good)
+        return torch.where(row & (f.evaluations > 2), torch.full_like(good, value), good)
 
     return image

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...counting import CountedCell
 from ...driver import iterate
 from ...solution import Solution
 from ...solvers import Solver
 from ...solvers.base import Query, Seen
 from ...stopping import Stopping
 from ..problems import Problem
-from .base import SOLVABLE, Counter, SolverLaws, both_dtypes, check_residual
+from .base import SOLVABLE, SolverLaws, both_dtypes, check_residual
 
 
 class StateLaws(SolverLaws):
@@ -123,15 +124,14 @@ class StateLaws(SolverLaws):
     @pytest.mark.parametrize("steps", [0, 1, 7])
     def test_a_fixed_number_of_steps_evaluates_exactly_that_often(self, steps: int) -> None:
         problem = SOLVABLE["tanh"](self.contraction, torch.float64)
-        evaluations = Counter()
-        f = evaluations.of(problem.f)
+        f = CountedCell(problem.f)
         with torch.no_grad():
             plain = iterate(f, problem.z0, self.solver, Stopping.steps(steps))
-            assert plain.nfe == evaluations.number == steps, (
-                f"{steps} steps took {evaluations.number} evaluations, {plain.nfe} were reported"
+            assert plain.nfe == f.evaluations == steps, (
+                f"{steps} steps took {f.evaluations} evaluations, {plain.nfe} were reported"
             )
             measured = iterate(f, problem.z0, self.solver, Stopping.steps(steps, measure=True))
-        assert measured.nfe == evaluations.number - steps == steps + 1
+        assert measured.nfe == f.evaluations - steps == steps + 1
         assert torch.equal(measured.value, plain.value), "measuring the residual should not change the value"
         check_residual(problem, measured)
 
