@@ -540,7 +540,7 @@ def test_a_solve_says_itself_whether_it_is_of_the_fixed_point_or_of_a_derivative
     value = fixed_point(base.f, base.z0, state="of an earlier solve", compact=True, **settings).value
     expected = dense_gradients(base, torch.ones_like(value))
     assert Resumed.seen == ["of an earlier solve"]  # the map that the mode made is solved as the caller asked
-    found = torch.autograd.grad(value.sum(), base.tensors)
+    found = torch.autograd.grad(value.sum(), base.inputs)
     assert len(Resumed.seen) == 1  # the adjoint begins afresh
     for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-8)

@@ -91,7 +91,7 @@ def test_solver_and_stopping_of_a_call_replace_the_layers_for_that_call_only() -
     layer = ImplicitLayer(Cell(4), solver=Picard(), stopping=Stopping.steps(9))
     x = torch.randn(3, 4)
     assert layer.solve(x, stopping=Stopping.steps(2)).num_steps.tolist() == [2] * 3
-    assert layer.solve(x, solver=Broyden(memory=3)).state.df.shape == (3, 3, 4)
+    assert layer.solve(x, solver=Broyden(memory=3)).state.history.df.shape == (3, 3, 4)
     assert layer.solve(x).state is None
     assert layer.solve(x).num_steps.tolist() == [9] * 3
 
