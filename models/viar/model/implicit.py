@@ -27,16 +27,7 @@ from .config import ImplicitTrunkConfig, TransformerConfig, filled
 from .execution import in_type_of, joined, row_chunks
 from .scales import resize_tokens
 from .schedule import Adaptive, Iterations, iteration_schedule, solve
-from .trunk import (
-    Modulations,
-    ScaleSolve,
-    Trunk,
-    TrunkOutput,
-    advance_blocks,
-    drop_path_rates,
-    named,
-    run_blocks,
-)
+from .trunk import Call, ScaleSolve, Trunk, TrunkOutput, drop_path_rates, named
 
 LAYER = "implicit"  # name of the implicit block's modulation and of its keys and values
 
@@ -179,11 +170,19 @@ class ImplicitTrunk(Trunk):
         check_iterate_schedule(schedule)
         return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)], LAYER)
 
+    def blocks_before(self) -> Iterator[tuple[str, Block]]:
+        """See `Trunk.blocks_before`."""
+        yield from named(self.pre, "pre")
+
+    def blocks_after(self) -> Iterator[tuple[str, Block]]:
+        """See `Trunk.blocks_after`."""
+        yield from named(self.post, "post")
+
     def named_blocks(self) -> Iterator[tuple[str, Block]]:
         """See `Trunk.named_blocks`."""
-        yield from named(self.pre, "pre")
+        yield from self.blocks_before()
         yield LAYER, self._cell.block
-        yield from named(self.post, "post")
+        yield from self.blocks_after()
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         """See `Trunk.compiled_parts`."""
@@ -195,49 +194,37 @@ class ImplicitTrunk(Trunk):
         assert isinstance(cell, ImplicitCell)
         return cell
 
-    def _joint(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        mask_LL: Tensor | None,
-        iterations: int | Adaptive | None,
-        generator: torch.Generator | None,
-    ) -> TrunkOutput:
-        u_BLC = run_blocks(named(self.pre, "pre"), x_BLC, modulations, mask_LL)
-        inputs = (self._cell.inject(u_BLC), modulations[LAYER], mask_LL)
-        penalty = None
-        if iterations is None:
-            depth = replace(self.random_depth, generator=generator)
-            z_BLC = self.layer.solve(*inputs, z0=u_BLC, backward=depth).value
-            if self.residual_weight and torch.is_grad_enabled():
-                penalty = self.residual_weight * squared_residual(self._cell(z_BLC, *inputs), z_BLC)
-        elif torch.is_grad_enabled():
+    def _middle(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
+        return (
+            self._all_scales(u_BLC, call) if call.cache is None else self._one_scale(u_BLC, call, call.cache)
+        )
+
+    def _all_scales(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
+        """At the depth drawn where gradients are recorded, else as the call says."""
+        inputs = (self._cell.inject(u_BLC), call.modulations[LAYER], call.mask_LL)
+        if call.iterations is None:
+            depth = replace(self.random_depth, generator=call.generator)
+            z_BLC: Tensor = self.layer.solve(*inputs, z0=u_BLC, backward=depth).value
+            if not (self.residual_weight and torch.is_grad_enabled()):
+                return TrunkOutput(z_BLC)
+            residual = squared_residual(self._cell(z_BLC, *inputs), z_BLC)
+            return TrunkOutput(z_BLC, self.residual_weight * residual)
+        if torch.is_grad_enabled():
             raise ValueError(
                 "iterations: while gradients are recorded the trunk draws its own number, "
-                f"got {iterations!r}; leave it at None or call under torch.no_grad()"
+                f"got {call.iterations!r}; leave it at None or call under torch.no_grad()"
             )
-        else:
-            z_BLC = solve(lambda z_BLC: self._cell(z_BLC, *inputs), u_BLC, iterations).value
-        return TrunkOutput(run_blocks(named(self.post, "post"), z_BLC, modulations, mask_LL), penalty)
+        return TrunkOutput(solve(lambda z_BLC: self._cell(z_BLC, *inputs), u_BLC, call.iterations).value)
 
-    def _advance(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        cache: KeyValueCache,
-        iterations: int | Adaptive | None,
-        displacement: Tensor | None,
-        measure: bool,
-    ) -> TrunkOutput:
-        u_BLC = advance_blocks(named(self.pre, "pre"), x_BLC, modulations, cache)
+    def _one_scale(self, u_BLC: Tensor, call: Call, cache: KeyValueCache) -> TrunkOutput:
+        """The scale that the cache has open."""
         z0_BLC = u_BLC
-        if displacement is not None:
-            z0_BLC = u_BLC + resize_tokens(displacement[: len(u_BLC)], math.isqrt(u_BLC.shape[1]))
-        f = ScaleCell(self._cell, u_BLC, modulations[LAYER], cache)
-        count = self.default_iterations if iterations is None else iterations
-        z_BLC, evaluations, residual = solve_scale(f, z0_BLC, count, measure)
-        x_BLC = advance_blocks(named(self.post, "post"), z_BLC, modulations, cache)
-        return TrunkOutput(x_BLC, solve=ScaleSolve(evaluations, residual, z_BLC - u_BLC))
+        if call.displacement is not None:
+            z0_BLC = u_BLC + resize_tokens(call.displacement[: len(u_BLC)], math.isqrt(u_BLC.shape[1]))
+        f = ScaleCell(self._cell, u_BLC, call.modulations[LAYER], cache)
+        count = self.default_iterations if call.iterations is None else call.iterations
+        z_BLC, evaluations, residual = solve_scale(f, z0_BLC, count, call.measure)
+        return TrunkOutput(z_BLC, solve=ScaleSolve(evaluations, residual, z_BLC - u_BLC))
 
 
 def solve_scale(

@@ -3,6 +3,8 @@
     modulations = trunk.modulate(cond)
     output = trunk(x_BLC, modulations, mask_LL=None, cache=None, iterations=None, ...)
 
+Explicit blocks, a middle, explicit blocks: in VAR the middle does nothing, in VIAR it is solved for.
+
 Without a cache all scales go through at once under the block-causal mask (teacher forcing). With one,
 `x_BLC` is the next scale alone: keys and values of the past are read from the cache, its own are left there.
 A trunk keeps nothing of a call: whatever it computes is in its `TrunkOutput`.
@@ -41,6 +43,18 @@ class TrunkOutput(NamedTuple):
     x_BLC: Tensor  # tokens after the trunk
     penalty: Tensor | None = None  # scalar to add to the training loss; `None` where there is none
     solve: ScaleSolve | None = None  # of an implicit block, with a cache
+
+
+class Call(NamedTuple):
+    """What a forward of a trunk is asked for; see `Trunk.forward`."""
+
+    modulations: Modulations
+    mask_LL: Tensor | None
+    cache: KeyValueCache | None
+    iterations: int | Adaptive | None
+    generator: torch.Generator | None
+    displacement: Tensor | None
+    measure: bool
 
 
 class Trunk(nn.Module, ABC):
@@ -84,35 +98,24 @@ class Trunk(nn.Module, ABC):
         """
 
     @abstractmethod
+    def blocks_before(self) -> Iterator[tuple[str, Block]]:
+        """The explicit blocks before the middle, each under the name of its modulation, keys and values."""
+
+    @abstractmethod
+    def blocks_after(self) -> Iterator[tuple[str, Block]]:
+        """Those after it."""
+
+    @abstractmethod
     def named_blocks(self) -> Iterator[tuple[str, Block]]:
-        """Every block under the name of its modulation and of its keys and values."""
+        """Every block with its name, in order."""
 
     @abstractmethod
     def compiled_parts(self) -> Iterator[nn.Module]:
         """What is worth compiling, each called many times."""
 
     @abstractmethod
-    def _joint(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        mask_LL: Tensor | None,
-        iterations: int | Adaptive | None,
-        generator: torch.Generator | None,
-    ) -> TrunkOutput:
-        """All scales at once."""
-
-    @abstractmethod
-    def _advance(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        cache: KeyValueCache,
-        iterations: int | Adaptive | None,
-        displacement: Tensor | None,
-        measure: bool,
-    ) -> TrunkOutput:
-        """The scale that the cache has open."""
+    def _middle(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
+        """What stands between the explicit blocks, from the tokens that come out of the first ones."""
 
     @property
     def weight_type(self) -> torch.dtype:
@@ -164,17 +167,21 @@ class Trunk(nn.Module, ABC):
             ValueError: `iterations` where they do not apply; a cache together with a mask, or while gradients
                 are recorded; `displacement` or `measure` without a cache.
         """
+        if iterations is not None or displacement is not None:
+            self.schedule(iterations, warm_start=displacement is not None)  # refuses what it cannot do
         if cache is None:
             if displacement is not None or measure:
                 raise ValueError("displacement, measure: they are of a single scale; give its cache too")
-            return self._joint(x_BLC, modulations, mask_LL, iterations, generator)
-        if torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             raise ValueError("cache: it is overwritten as scales go on, so call under torch.no_grad()")
-        if mask_LL is not None:
+        elif mask_LL is not None:
             raise ValueError("mask_LL: a scale attends to all that its cache holds; give one of the two")
-        x_BLC = x_BLC.to(self.compute_type)
-        cache.open_scale(x_BLC.shape[1], self._like(x_BLC))
-        return self._advance(x_BLC, modulations, cache, iterations, displacement, measure)
+        else:
+            x_BLC = x_BLC.to(self.compute_type)
+            cache.open_scale(x_BLC.shape[1], self._like(x_BLC))
+        call = Call(modulations, mask_LL, cache, iterations, generator, displacement, measure)
+        output = self._middle(run_blocks(self.blocks_before(), x_BLC, call), call)
+        return output._replace(x_BLC=run_blocks(self.blocks_after(), output.x_BLC, call))
 
     def _like(self, x_BLC: Tensor) -> Tensor:
         """Batch, heads, head width, type and device of keys and values, (B, H, 0, C / H)."""
@@ -219,36 +226,24 @@ class ExplicitTrunk(Trunk):
         self.schedule(None, cache=kind)
         return EquilibriumCache(self.sides)
 
+    def blocks_before(self) -> Iterator[tuple[str, Block]]:
+        """All of them; see `Trunk.blocks_before`."""
+        yield from named(self.blocks, "blocks")
+
+    def blocks_after(self) -> Iterator[tuple[str, Block]]:
+        """None; see `Trunk.blocks_after`."""
+        yield from ()
+
     def named_blocks(self) -> Iterator[tuple[str, Block]]:
         """See `Trunk.named_blocks`."""
-        yield from named(self.blocks, "blocks")
+        yield from self.blocks_before()
 
     def compiled_parts(self) -> Iterator[nn.Module]:
         """See `Trunk.compiled_parts`."""
         yield from self.blocks
 
-    def _joint(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        mask_LL: Tensor | None,
-        iterations: int | Adaptive | None,
-        generator: torch.Generator | None,
-    ) -> TrunkOutput:
-        self.schedule(iterations)  # refuses any
-        return TrunkOutput(run_blocks(named(self.blocks, "blocks"), x_BLC, modulations, mask_LL))
-
-    def _advance(
-        self,
-        x_BLC: Tensor,
-        modulations: Modulations,
-        cache: KeyValueCache,
-        iterations: int | Adaptive | None,
-        displacement: Tensor | None,
-        measure: bool,
-    ) -> TrunkOutput:
-        self.schedule(iterations, warm_start=displacement is not None)  # refuses any
-        return TrunkOutput(advance_blocks(named(self.blocks, "blocks"), x_BLC, modulations, cache))
+    def _middle(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
+        return TrunkOutput(u_BLC)
 
 
 def drop_path_rates(config: TransformerConfig) -> list[float]:
@@ -263,24 +258,17 @@ def named(blocks: nn.ModuleList, prefix: str) -> Iterator[tuple[str, Block]]:
         yield f"{prefix}.{i}", block
 
 
-def run_blocks(
-    blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, modulations: Modulations, mask_LL: Tensor | None
-) -> Tensor:
-    """Explicit blocks in turn, all scales at once."""
+def run_blocks(blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, call: Call) -> Tensor:
+    """Explicit blocks in turn: all scales at once; with a cache the open one, a few samples at a time."""
     for name, block in blocks:
-        x_BLC = block(x_BLC, modulations[name], mask_LL)
-    return x_BLC
-
-
-def advance_blocks(
-    blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, modulations: Modulations, cache: KeyValueCache
-) -> Tensor:
-    """Explicit blocks in turn, the open scale alone."""
-    for name, block in blocks:
-        run, modulation = in_type_of(x_BLC, block), modulations[name].to(x_BLC.dtype)
+        modulation = call.modulations[name]
+        if call.cache is None:
+            x_BLC = block(x_BLC, modulation, call.mask_LL)
+            continue
+        run, modulation = in_type_of(x_BLC, block), modulation.to(x_BLC.dtype)
         x_BLC = joined(
             [
-                run(x_BLC[rows], modulation[:, rows], None, cache.slot(name, rows))
+                run(x_BLC[rows], modulation[:, rows], None, call.cache.slot(name, rows))
                 for rows in row_chunks(x_BLC)
             ]
         )
