@@ -142,12 +142,17 @@ def test_transforms_give_what_unrolling_gives(name: str, kind: str) -> None:
     close(transform(implicit(base), base.inputs), transform(unrolled(base), base.inputs))
 
 
+# Fast: along a random direction. Else entry by entry, which is exhaustive and takes many times as long.
+fast_or_not = pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+
+
+@fast_or_not
 @pytest.mark.parametrize("kind", ALL)
-def test_gradcheck_and_gradgradcheck_pass_in_reverse_and_in_forward_mode(kind: str) -> None:
+def test_gradcheck_and_gradgradcheck_pass_in_reverse_and_in_forward_mode(kind: str, fast: bool) -> None:
     base = make(kind).requiring_grad()
     value = implicit(base)
-    assert torch.autograd.gradcheck(value, base.inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(value, base.inputs, check_fwd_over_rev=True)
+    assert torch.autograd.gradcheck(value, base.inputs, check_forward_ad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(value, base.inputs, check_fwd_over_rev=True, fast_mode=fast)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +320,8 @@ def test_a_cell_may_hold_functions_with_rules_of_their_own(transform: Any) -> No
     close(transform(value, (0, 1))(x, scale), transform(loop, (0, 1))(x, scale))
 
 
-def test_nested_layers_have_second_derivatives() -> None:
+@fast_or_not
+def test_nested_layers_have_second_derivatives(fast: bool) -> None:
     w, v = (0.4 * torch.randn(2, 2, dtype=torch.float64) for _ in range(2))
     x = torch.randn(1, 2, dtype=torch.float64)
     settings = {"stopping": EXACT, "backward": ImplicitDifferentiation(stopping=EXACT)}
@@ -339,8 +345,8 @@ def test_nested_layers_have_second_derivatives() -> None:
     close(*(grad(lambda *t, f=f: f(*t).sin().sum(), (0, 1, 2))(*tensors) for f in (nested, loops)))
     close(*(hessian(lambda *t, f=f: f(*t).sin().sum(), (0, 1, 2))(*tensors) for f in (nested, loops)))
     required = tuple(t.requires_grad_() for t in tensors)
-    assert torch.autograd.gradcheck(nested, required, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(nested, required)
+    assert torch.autograd.gradcheck(nested, required, check_forward_ad=True, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(nested, required, fast_mode=fast)
 
 
 @pytest.mark.parametrize("history", [0, 100])  # nodes of a graph are numbered, thread by thread
