@@ -149,9 +149,11 @@ def test_fake_tensors_get_the_shapes_dtypes_and_device_of_a_solve(name: str, ste
                 )
                 found = layer.solve(fake)
         except RuntimeError as error:
-            if "not linked with support for cuda" not in str(error):
+            if not any(cause in str(error) for cause in ("not linked with support for cuda", "CUDA driver")):
                 raise
-            pytest.skip("this build of PyTorch has operations that refuse fake CUDA tensors")
+            pytest.skip(
+                "this build of PyTorch, or one without a driver, refuses some operations on fake CUDA tensors"
+            )
     names = ("value", "residual", "relative_residual", "num_steps", "status", "sample_nfe", "trace", "method")
     for attribute in names:
         got, wanted = getattr(found, attribute), getattr(expected, attribute)
