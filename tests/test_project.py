@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,60 @@ def test_the_oldest_pytorch_that_is_tested_is_the_one_that_is_promised() -> None
     assert promised == "torch>=" + tested["OLDEST"].removesuffix(".0")
     (pinned,) = re.findall(r"^torch==(.*)$", text_of("constraints.txt"), re.M)
     assert numbers(tested["OLDEST"]) < numbers(pinned) < numbers(tested["NEWEST"])
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What may be released but for the building: a clean tree on main, with a version in its changelog."""
+    for name in (".ci/release", "deqlib/__init__.py", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho would build >&2\nexit 3\n")
+    python.chmod(0o755)
+    (tmp_path / ".gitignore").write_text("/.venv\n/dist\n")
+    git(tmp_path, "init", "--quiet", "--initial-branch", "main")
+    commit(tmp_path)
+    return tmp_path
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false"]
+    return subprocess.run(
+        ["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def commit(folder: Path) -> None:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", "it")
+
+
+def other_changelog(folder: Path) -> None:
+    page = folder / "CHANGELOG.md"
+    page.write_text(page.read_text().replace(f"## [{deqlib.__version__}] - ", "## [9.9.9] - "))
+    commit(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda folder: None, "would build"),
+        (lambda folder: (folder / "new.py").write_text(""), "the tree has changes"),
+        (lambda folder: git(folder, "switch", "--quiet", "-c", "other"), "releases are made on main"),
+        (lambda folder: git(folder, "tag", f"v{deqlib.__version__}"), f"tag v{deqlib.__version__} exists"),
+        (other_changelog, "CHANGELOG.md has no"),
+    ],
+    ids=["nothing", "changes", "branch", "tag", "changelog"],
+)
+def test_a_release_refuses_what_cannot_be_undone_before_it_builds(
+    repository: Path, spoil: Callable[[Path], object], reason: str
+) -> None:
+    spoil(repository)
+    tags = git(repository, "tag")
+    done = subprocess.run([".ci/release", "tag"], cwd=repository, capture_output=True, text=True)
+    assert done.returncode
+    assert reason in done.stderr
+    assert ("would build" in done.stderr) == (reason == "would build")
+    assert git(repository, "tag") == tags
