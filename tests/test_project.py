@@ -161,3 +161,27 @@ def test_a_release_refuses_what_cannot_be_undone_before_it_builds(
     assert reason in done.stderr
     assert ("would build" in done.stderr) == (reason == "would build")
     assert git(repository, "tag") == tags
+
+
+def test_drawings_say_what_their_texts_say() -> None:
+    folder, page = ROOT / "docs/assets/architecture", text_of("docs/architecture.md")
+    drawings = sorted(folder.glob("*.mmd"))
+    assert len(drawings) == 5
+    grammar = {
+        "flowchart",
+        "sequenceDiagram",
+        "autonumber",
+        "participant",
+        "subgraph",
+        "direction",
+        "loop",
+        "end",
+    }
+    for text in drawings:
+        assert f"assets/architecture/{text.stem}.svg" in page
+        drawn = re.sub(
+            r"<style.*?</style>|<[^>]*>", " ", text.with_suffix(".svg").read_text(), flags=re.DOTALL
+        )
+        words = set(re.findall(r"[A-Za-z_]{4,}", text.read_text())) - grammar
+        assert len(words) > 3
+        assert not {word for word in words if word not in drawn}, text.name
