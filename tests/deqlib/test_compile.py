@@ -47,17 +47,17 @@ COMPILED: dict[str, Solver] = {
 }
 
 
+# Tracing takes seconds, so a quick run has few variants, and what is measured, for all alike, with two alone.
+QUICK = [*((name, False) for name in COMPILED if name not in ("newton of little memory", "newton jvp"))]
+QUICK += [("picard", True), ("anderson", True)]
+
+
 @pytest.mark.parametrize(
     ("name", "measure"),
     [
-        *((name, False) for name in COMPILED),
-        *((name, True) for name in ("picard", "anderson")),
-        # The driver measures, in the same way for every solver, and seconds go into tracing each.
-        *(
-            pytest.param(name, True, marks=pytest.mark.slow)
-            for name in COMPILED
-            if name not in ("picard", "anderson")
-        ),
+        pytest.param(name, measure, marks=[] if (name, measure) in QUICK else pytest.mark.slow)
+        for name in COMPILED
+        for measure in (False, True)
     ],
 )
 def test_a_fixed_number_of_steps_compiles_without_a_graph_break(name: str, measure: bool) -> None:
