@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import deqlib
+import viar
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -67,11 +68,24 @@ def test_every_make_command_that_is_told_exists(page: str) -> None:
     assert told <= TARGETS
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_the_reference_lists_every_name_that_users_are_promised() -> None:
+    told = set(re.findall(r"^(?::::| +heading:) (\S+)$", text_of("docs/api.md"), re.M))
+    promised = {f"{package.__name__}.{name}" for package in (deqlib, viar) for name in package.__all__}
+    assert promised - told == set()
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md", "models/viar/README.md"])
 def test_every_file_that_is_told_exists(page: str) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", text_of(page))
-    paths = re.findall(r"(?<![\w/.])((?:tests|docs|deqlib|models|benchmarks)/[\w./-]*\w)", text_of(page))
-    assert [path for path in {*links, *paths} if not (ROOT / path).exists()] == []
+    folder, text = (ROOT / page).parent, text_of(page)
+    links = {folder / link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)}
+    paths = set(re.findall(r"(?<![\w/.])((?:tests|docs|deqlib|models|benchmarks)/[\w./-]*\w)", text))
+    found = links | {ROOT / path for path in paths if not re.search("NAME|SUITE", path)}
+    assert [str(path) for path in sorted(found) if not path.exists()] == []
+    names = re.findall(r"`(\w+\.py)`", text)
+    assert [name for name in names if not any(ROOT.glob(f"[!.]*/**/{name}"))] == []
 
 
 def test_the_help_of_make_names_every_command() -> None:

@@ -396,6 +396,13 @@ def test_heads_without_a_learned_scale_are_64_wide_unless_told() -> None:
         load_official(narrow, num_heads=3)
 
 
+def test_a_trunk_that_the_published_programs_do_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(viar.checkpoints.convert, "PUBLISHED_TRUNKS", (ExplicitTrunkConfig,))
+    with pytest.raises(ValueError, match="no trunk of ImplicitTrunkConfig; use save_pretrained"):
+        export_official(tiny_transformer("implicit"))
+    export_official(tiny_transformer("explicit"))
+
+
 def test_export_refuses_what_the_published_program_cannot_hold() -> None:
     with pytest.raises(ValueError, match=r"has num_groups=32, .* got 2; use save_pretrained"):
         export_official(tiny_tokenizer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from itertools import chain, islice
@@ -17,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from viar.data import EndlessBatches, ImageFolder, TensorImages, all_batches, augmented, load_data
-from viar.data.sources import held_out
+from viar.data.sources import EMBEDDED, held_out
 
 # Digits
 
@@ -216,7 +217,9 @@ def test_pictures_of_any_shape_are_brought_to_size(size: tuple[int, int], tmp_pa
 def test_a_source_without_pictures_is_named(source: str, tmp_path: Path) -> None:
     (tmp_path / "empty" / "class").mkdir(parents=True)
     save_picture(tmp_path / "flat" / "a.png", (8, 8), (0, 0, 0))
-    with pytest.raises(ValueError, match=rf"source: expected one of \['digits', 'mnist'\] or .*{source}"):
+    with pytest.raises(
+        ValueError, match=f"source: expected one of {re.escape(str(sorted(EMBEDDED)))} or .*{source}"
+    ):
         load_data(str(tmp_path / source), 8)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import replacing_path
-from ..model.config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import block_causal_mask, scale_ids
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
@@ -33,6 +33,7 @@ from .official import (
 
 # Keys under which published programs keep a state dict. The first that is there is entered, so a transformer
 # is found before the tokenizer that was saved with it.
+PUBLISHED_TRUNKS = (ExplicitTrunkConfig, ImplicitTrunkConfig)
 LEVELS = ("trainer", "var_wo_ddp", "vae_local", "model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile put them before names
 
@@ -95,12 +96,17 @@ def export_official(model: Model) -> dict[str, Tensor]:
 
     Raises:
         TypeError: neither a `Tokenizer` nor a `NextScaleTransformer`.
-        ValueError: a tokenizer with settings that the published program does not have.
+        ValueError: a tokenizer with settings, or a trunk, that the published program does not have.
     """
     if not isinstance(model, Model):
         raise TypeError(
             f"model: expected a Tokenizer or a NextScaleTransformer, got {type(model).__name__}; "
             "unwrap a compiled or distributed model first"
+        )
+    if isinstance(model, NextScaleTransformer) and type(model.config.trunk) not in PUBLISHED_TRUNKS:
+        raise ValueError(
+            f"model: the published programs have no trunk of {type(model.config.trunk).__name__}; "
+            "use save_pretrained"
         )
     if isinstance(model, Tokenizer):
         for name, published in (("num_groups", NUM_GROUPS), ("phi_ratio", PHI_RATIO)):

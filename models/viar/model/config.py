@@ -203,7 +203,7 @@ class TransformerConfig:
             raise ValueError(f"{owner}: num_heads={num_heads} must divide width={width}")
         if not isinstance(self.trunk, TrunkConfig):
             raise TypeError(
-                f"{owner}: trunk must be ExplicitTrunkConfig or ImplicitTrunkConfig, "
+                f"{owner}: trunk must be {' or '.join(cls.__name__ for cls in _TRUNKS.values())}, "
                 f"got {type(self.trunk).__name__}"
             )
         if isinstance(self.trunk, ImplicitTrunkConfig):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..pretrained import Pretrained
 from .blocks import norm
-from .config import ImplicitTrunkConfig, TransformerConfig, filled
+from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
 from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import block_causal_mask, scale_ids, scale_slices
@@ -116,7 +116,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
             inputs: what each scale after the first is predicted from.
             iterations: of the implicit block, outside gradient recording; default the config's.
             generator: draws the number of iterations while gradients are recorded, on the CPU; default
-                PyTorch's own. Give processes that train together generators of one seed.
+                PyTorch's own, which label dropout and drop path draw from in any case. Give processes that
+                train together generators of one seed.
             return_penalty: return (logits, penalty), the penalty a scalar to add to the loss, or `None`
                 without `ImplicitTrunkConfig.residual_weight` or outside gradient recording.
 
@@ -229,7 +230,12 @@ class NextScaleTransformer(nn.Module, Pretrained):
         return positions
 
 
+TRUNKS: dict[type[TrunkConfig], type[Trunk]] = {
+    ExplicitTrunkConfig: ExplicitTrunk,
+    ImplicitTrunkConfig: ImplicitTrunk,
+}
+
+
 def build_trunk(config: TransformerConfig) -> Trunk:
     """The trunk `config.trunk` asks for."""
-    implicit = isinstance(config.trunk, ImplicitTrunkConfig)
-    return ImplicitTrunk(config) if implicit else ExplicitTrunk(config)
+    return TRUNKS[type(config.trunk)](config)
