@@ -126,6 +126,19 @@ def definition_of(name: str, package: str, modules: dict[str, Module]) -> tuple[
     return package, name
 
 
+def exported(name: str, package: str, modules: dict[str, Module]) -> tuple[str, str]:
+    """The module that defines what a package exports, and its name there.
+
+    A function may have the name of its module, `deqlib.fixed_point`: what `__init__` imports comes first.
+    """
+    for node in modules[package].imports:
+        if isinstance(node, ast.ImportFrom):
+            source = modules[package].absolute(node)
+            if source in modules and name in {alias.asname or alias.name for alias in node.names}:
+                return definition_of(name, source, modules)
+    return definition_of(name, package, modules)
+
+
 def imports_of(module: Module, modules: dict[str, Module]) -> set[str]:
     """Modules of ours that a module imports, anywhere in it.
 
@@ -209,7 +222,7 @@ def promised(modules: dict[str, Module], by: tuple[str, ...]) -> set[tuple[str, 
             continue
         for node in module.tree.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-                found |= {definition_of(name, module.name, modules) for name in ast.literal_eval(node.value)}
+                found |= {exported(name, module.name, modules) for name in ast.literal_eval(node.value)}
     return found
 
 
@@ -225,6 +238,8 @@ class Page:
 
     def flaws(self, module: Module) -> Iterator[str]:
         """What the docstring leaves out, in a word and a name."""
+        if not ast.get_docstring(self.node):
+            yield "has none"
         named = words(self.text + self.legend)
         if isinstance(self.node, ast.ClassDef):
             missing = [name for name in self.fields(module) if name not in named] if self.is_promised else []

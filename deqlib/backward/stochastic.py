@@ -53,6 +53,10 @@ class StochasticJFB(Backward):
             check_integer("StochasticJFB", minimum, **{f"{name}[0]": pair[0], f"{name}[1]": pair[1]})
             if pair[0] > pair[1]:
                 raise ValueError(f"StochasticJFB: {name} must be (least, most), got {pair}")
+        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
+            raise TypeError(
+                f"StochasticJFB: generator must be a torch.Generator or None, got {self.generator!r}"
+            )
         if self.generator is not None and self.generator.device.type != "cpu":
             raise ValueError(
                 f"StochasticJFB: generator must be on the CPU, got {self.generator.device}; "

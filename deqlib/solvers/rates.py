@@ -38,7 +38,7 @@ def plain_steps_left(
     # fall and rise by turns, two steps together say how fast they fall.
     rate = torch.maximum(second * (second / first).clamp_min(1).sqrt(), (first * second).sqrt()).log()
     steps = (seen.goal / seen.residual).log() / rate
-    return torch.where(rate < 0, steps, torch.inf)  # a rate that is not a number is none
+    return torch.where(rate < 0, steps, torch.inf)  # NaN compares as false: no rate
 
 
 def is_slow(

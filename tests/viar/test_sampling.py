@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_reference import (
@@ -381,6 +382,59 @@ def test_a_tokenizer_of_other_sizes_is_refused(changes: dict[str, Any], message:
 def test_settings_out_of_range_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(tiny_transformer(), tiny_tokenizer(), [0], **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"iterations": "3"},
+        {"iterations": 2.5},
+        {"iterations": True},
+        {"iterations": [1, 2.0]},
+        {"cfg": "1"},
+        {"cfg": None},
+        {"cfg": True},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"top_p": "0.9"},
+        {"seed": 0.5},
+        {"seed": True},
+        {"guidance_reuse": 1.5},
+        {"warm_start": "no"},
+    ],
+)
+def test_settings_of_another_kind_are_named_when_they_are_made(settings: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(settings))}: expected"):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"iterations": 0}, {"iterations": []}, {"iterations": (3, 0)}, {"cfg": float("inf")}, {"cache": "x"}],
+)
+def test_settings_out_of_range_are_named_when_they_are_made(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}: "):
+        Sampling(**settings)
+
+
+def test_numbers_of_numpy_become_pythons_and_a_list_is_copied() -> None:
+    counts = [3, 2, 1]
+    sampling = Sampling(
+        seed=np.int64(3),
+        cfg=np.float32(1.5),
+        top_k=np.int32(4),
+        guidance_reuse=np.int64(1),
+        iterations=counts,
+    )
+    counts.append(9)
+    assert sampling == Sampling(seed=3, cfg=1.5, top_k=4, guidance_reuse=1, iterations=[3, 2, 1])
+    assert {type(value) for value in vars(sampling).values()} == {int, float, list, str, bool}
+
+
+@pytest.mark.parametrize("sampling", [{}, 0, {"cfg": 1.0}])
+def test_what_is_no_sampling_is_refused(sampling: Any) -> None:
+    with pytest.raises(TypeError, match=r"sampling: expected a viar\.Sampling or None, got"):
+        sample_tokens(tiny_transformer(), tiny_tokenizer(), [0], sampling)
 
 
 @pytest.mark.parametrize("labels", [[4], [-1], [0.5], [[0, 1]], []])

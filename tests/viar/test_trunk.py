@@ -219,7 +219,7 @@ def training_trunk(trunk: ImplicitTrunkConfig = PUBLISHED) -> ImplicitTrunk:
     return tiny_transformer(trunk=trunk).trunk.train()
 
 
-def test_counts_in_training_come_from_the_depth_generator_alone() -> None:
+def test_counts_in_training_come_from_the_generator_of_the_call_alone() -> None:
     trunk = training_trunk()
     generator = torch.Generator().manual_seed(5)
     expected = [
@@ -387,7 +387,7 @@ def test_the_number_of_samples_computed_at_a_time_does_not_matter(
         monkeypatch.setattr(
             module,
             "row_chunks",
-            lambda t: chunks.append(t) or [slice(i, min(i + rows, 5)) for i in range(0, 5, rows)],
+            lambda t: chunks.append(t) or [slice(i, min(i + rows, len(t))) for i in range(0, len(t), rows)],
         )
     close(scale_by_scale(trunk, x, cond, iterations, "equilibrium"), together)
     assert chunks
@@ -479,6 +479,42 @@ def solve_one(trunk: Trunk, x: Tensor, cond: Tensor, i: int) -> Tensor:
     with torch.no_grad():
         adaptive = Adaptive(rtol=1e-6, max_steps=50)
         return call(trunk, x[i : i + 1], cond[i : i + 1], cache=memory, iterations=adaptive).x_BLC
+
+
+def test_samples_computed_together_stop_without_waiting_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(viar.model.implicit, "row_chunks", lambda t: [slice(i, i + 1) for i in range(len(t))])
+    trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
+    with torch.no_grad():
+        trunk.layer.cell.projection_in.weight[:, :16].mul_(0.3)
+    x, cond = torch.cat([x, 100 * x]), torch.cat([cond, cond])  # samples of different difficulty
+    rows: list[int] = []
+    trunk.layer.cell.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for per_sample, everybody in ((True, False), (False, True)):
+        rows.clear()
+        adaptive = Adaptive(rtol=1e-4, max_steps=50, per_sample=per_sample)
+        with torch.no_grad():
+            memory = trunk.new_cache("equilibrium", [adaptive])
+            solve = call(trunk, x[:, :1], cond, cache=memory, iterations=adaptive, measure=True).solve
+        assert sum(rows) == int(solve.evaluations.sum())
+        assert (len(solve.evaluations.unique()) == 1) == everybody
+        # The residual is that of each sample, also where the scale stopped as a whole.
+        assert len(solve.residual.unique()) > 1
+
+
+def test_what_does_not_go_with_a_cache_of_iterates_is_refused_at_once() -> None:
+    trunk, x, cond = a_case()
+    memory = trunk.new_cache("iterate", [1, 1, 1])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="'iterate' needs fixed counts, got Adaptive"):
+            call(trunk, x[:, :1], cond, cache=memory, iterations=Adaptive())
+        with pytest.raises(ValueError, match="warm_start: needs cache='equilibrium'"):
+            call(trunk, x[:, :1], cond, cache=memory, iterations=1, displacement=x[:, :1])
+        with pytest.raises(TypeError, match=r"iterations: expected one entry of `schedule`, got \(3, 2\)"):
+            call(trunk, x[:, :1], cond, cache=memory, iterations=(3, 2))
+    with pytest.raises(ValueError, match="iterations: expected 3 counts, one a scale"):
+        trunk.new_cache("iterate", [3, 2])
 
 
 @pytest.mark.parametrize("counts", [[1, 2, 3], [3, 3, 4], [2, 1, 2]])

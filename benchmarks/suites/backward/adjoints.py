@@ -119,7 +119,7 @@ def _attempt(
     cell = CountedCell(problem.cell)
     try:
         torch.autograd.backward(contender(replace(problem, cell=cell), rtol, products), g)
-    except Exception as error:  # who raises loses its case, not everybody's
+    except Exception as error:  # this contender fails; the others are still measured
         return Attempt(rtol, error=f"{type(error).__name__}: {error}")
     finally:
         clear(problem)

@@ -47,6 +47,6 @@ def plot_by_depth(axis: Axes, rows: list[Row], figure: str | Callable[[Row], flo
 
 
 def depth_axis(axis: Axes, rows: list[Row]) -> None:
-    """A logarithmic axis with a tick at every depth; None, a solve to a tolerance, is none."""
+    """A logarithmic axis with a tick at every depth; solves to a tolerance have none and get no tick."""
     logarithmic(axis, (row["depth"] for row in rows if row["depth"] is not None))
     axis.set(xlabel="depth")

@@ -146,7 +146,7 @@ def _wrong_counts(case: RandomSolve, witness: Witness, solution: Solution) -> li
 def _wrong_end(
     said: _Claim, end: Sight, finite: bool, seen: list[Sight], rule: Stopping
 ) -> Iterator[tuple[str, str]]:
-    """Of one sample, given what it was seen to be."""
+    """What is wrong with how one sample ended, given its residuals as they were seen on the way."""
     best = min((sight for sight in seen if sight.finite), key=lambda sight: sight.residual, default=None)
     if best is not None and not finite:
         yield "not finite", f"a residual of {best.residual:.3g} was seen"

@@ -60,7 +60,7 @@ def _row(problem: Problem, rtol: float, name: str, evaluations: int) -> Row:
     cell, found = CountedCell(problem.cell), list[Tensor]()
 
     def attempt() -> None:
-        # Who raises loses this problem, not everybody theirs.
+        # A contender that raises fails on this problem; the others are still measured.
         try:
             found.append(CONTENDERS[name](replace(problem, cell=cell), rtol, evaluations))
         except Exception as error:

@@ -28,7 +28,7 @@ LARGEST = 10.0  # residual that a picture shows
 
 
 def build(run: Run, problem: str, rtol: float, max_evaluations: int) -> list[Row]:
-    """Everybody's residuals, of the round whose time is the median."""
+    """Residuals of every contender, from the round whose time is the median."""
     subject = maps.named(problem, run.device)
     names = [name for name in CONTENDERS if not_run(name, subject) is None]
     found: dict[str, list[Watched]] = {name: [] for name in names}

@@ -21,7 +21,7 @@ from ..tokenizer import Tokenizer
 from .choice import TokenNoise, choose
 from .guidance import Guidance
 from .report import GenerationReport, ScaleReport
-from .settings import Sampling, check_index
+from .settings import Sampling, as_sampling, check_index
 
 # Pixels decoded at a time: enough to keep a device busy.
 DECODED_PIXELS = {"cpu": 2**16, "cuda": 2**19}
@@ -188,7 +188,7 @@ def sample_tokens(
         ValueError, TypeError: an argument out of range; model and tokenizer of different sizes; a model in
             training mode.
     """
-    sampling = sampling or Sampling()
+    sampling = as_sampling(sampling)
     check_pair(model, tokenizer)
     check_index("first_index", first_index)
     if model.training:
@@ -229,7 +229,7 @@ class _Predictor:
         self.cache = model.trunk.new_cache(sampling.cache, self.schedule)
         self.guidance = Guidance(sampling.cfg, model.config.sides, len(labels), reuse=sampling.guidance_reuse)
         self.embedding_BC, cond = model.condition(self.guidance.labels(labels, model.null_class))
-        self.modulations = model.trunk.modulate(cond)
+        self.modulations = model.trunk.modulate(cond.to(model.trunk.weight_type))
         self.head_modulation = model.modulate_head(self.embedding_BC)
         self.solve: ScaleSolve | None = None  # of the last scale
 

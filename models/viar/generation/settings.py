@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, SupportsFloat, SupportsIndex
 
 import tyro
 
 from ..model.cache import check_cache_name
-from ..model.schedule import Adaptive, Iterations
+from ..model.schedule import Adaptive, Iterations, checked_iterations
 from ..model.trunk import Trunk
 
 
@@ -41,8 +44,20 @@ class Sampling:
     cache: Literal["equilibrium", "iterate"] = "equilibrium"
 
     def __post_init__(self) -> None:
-        """Validate what can be told without a model."""
-        if not self.cfg >= 0:
+        """Validate what can be told without a model; numbers of NumPy become Python's."""
+        put = partial(object.__setattr__, self)
+        if self.iterations is not None:
+            put("iterations", checked_iterations(self.iterations))
+        put("cfg", _number("cfg", self.cfg))
+        put("seed", check_index("seed", self.seed))
+        put("guidance_reuse", _integer("guidance_reuse", self.guidance_reuse))
+        if self.top_k is not None:
+            put("top_k", _integer("top_k", self.top_k))
+        if self.top_p is not None:
+            put("top_p", _number("top_p", self.top_p))
+        if not isinstance(self.warm_start, bool):
+            raise TypeError(f"warm_start: expected True or False, got {self.warm_start!r}")
+        if not 0 <= self.cfg < math.inf:
             raise ValueError(f"cfg: expected a number of at least 0, got {self.cfg}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, or None to keep all tokens, got {self.top_k}")
@@ -50,7 +65,6 @@ class Sampling:
             raise ValueError(
                 f"top_p: expected a number in (0, 1], or None to keep all tokens, got {self.top_p}"
             )
-        check_index("seed", self.seed)
         check_cache_name(self.cache)
         if self.guidance_reuse < 0 or (self.guidance_reuse and self.cfg == 0):
             raise ValueError(
@@ -73,7 +87,37 @@ class Sampling:
         return trunk.schedule(self.iterations, cache=self.cache, warm_start=self.warm_start)
 
 
-def check_index(name: str, value: int) -> None:
-    """Raise `ValueError` unless `value` can be half of the key of an image's random numbers."""
-    if not 0 <= value < 2**63:
+def as_sampling(sampling: Sampling | None) -> Sampling:
+    """`sampling`, by default `Sampling()`; raises `TypeError` for anything else."""
+    if not (sampling is None or isinstance(sampling, Sampling)):
+        raise TypeError(f"sampling: expected a viar.Sampling or None, got {sampling!r}")
+    return Sampling() if sampling is None else sampling
+
+
+def check_index(name: str, value: int) -> int:
+    """`value` as a Python integer that can be half of the key of an image's random numbers.
+
+    Args:
+        name: of the argument, for the message.
+        value: an integer, of NumPy or Python.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: not from 0 to 2^63 - 1.
+    """
+    number = _integer(name, value)
+    if not 0 <= number < 2**63:
         raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {value}")
+    return number
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
+    return operator.index(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    return float(value)

@@ -126,12 +126,14 @@ class IterateCache(KeyValueCache):
         layer: name of the implicit layer.
 
     Raises:
-        ValueError: see `check_iterate_schedule`.
+        ValueError: see `check_iterate_schedule`; another number of counts than scales.
     """
 
     def __init__(self, sides: Sequence[int], iterations: Sequence[int], layer: str) -> None:
         super().__init__(sides)
         check_iterate_schedule(iterations)
+        if len(iterations) != len(sides):
+            raise ValueError(f"iterations: expected {len(sides)} counts, one a scale, got {list(iterations)}")
         self._iterations = list(iterations)
         self._layer = layer
 

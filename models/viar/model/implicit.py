@@ -11,7 +11,7 @@ found by `deqlib`, in training and generation alike: the driver calls the cell, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -73,30 +73,48 @@ class ImplicitCell(nn.Module):
 
 
 class ScaleCell:
-    """z -> f(z, u) for one scale, a few samples at a time; every evaluation has its slot in a cache.
+    """z -> f(z, u) for some samples at one scale; every evaluation has its slot in a cache.
+
+    Args:
+        cell: f, with weights of the type of `u_BLC`.
+        injection: of all samples, a function of the samples to inject.
+        u_BLC: what is injected, of all samples.
+        modulation: of the block, (6, B, 1, C).
+        cache: where keys and values go.
+        rows: the samples that are solved for, as many at a time as `row_chunks` says.
 
     Attributes:
-        image: f(z, u) at the last evaluation, (B, l, C).
+        image: f(z, u) at the last evaluation, (rows, l, C).
     """
 
-    def __init__(self, cell: ImplicitCell, u_BLC: Tensor, modulation: Tensor, cache: KeyValueCache) -> None:
-        self.image = u_BLC
-        self._cell, self._cache, self._num_evaluations = in_type_of(u_BLC, cell), cache, 0
-        modulation = modulation.to(u_BLC.dtype)
-        self._chunks = [(rows, cell.inject(u_BLC[rows]), modulation[:, rows]) for rows in row_chunks(u_BLC)]
+    def __init__(
+        self,
+        cell: Callable[..., Tensor],
+        injection: Callable[[Tensor], Tensor],
+        u_BLC: Tensor,
+        modulation: Tensor,
+        cache: KeyValueCache,
+        rows: slice,
+    ) -> None:
+        self.image = u_BLC[rows]
+        self._cell, self._cache, self._num_evaluations = cell, cache, 0
+        self._chunks = []
+        for part in row_chunks(self.image):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            self._chunks.append((part, own, injection(u_BLC[own]), modulation[:, own]))
 
     def __call__(self, z_BLC: Tensor) -> Tensor:
         """f(z, u); its keys and values take the place of those of the evaluation before in the same set."""
         self.image = joined(
             [
                 self._cell(
-                    z_BLC[rows],
+                    z_BLC[part],
                     injection,
                     modulation,
                     None,
-                    self._cache.slot(LAYER, rows, self._num_evaluations),
+                    self._cache.slot(LAYER, own, self._num_evaluations),
                 )
-                for rows, injection, modulation in self._chunks
+                for part, own, injection, modulation in self._chunks
             ]
         )
         self._num_evaluations += 1
@@ -218,13 +236,25 @@ class ImplicitTrunk(Trunk):
 
     def _one_scale(self, u_BLC: Tensor, call: Call, cache: KeyValueCache) -> TrunkOutput:
         """The scale that the cache has open."""
-        z0_BLC = u_BLC
+        count = self.default_iterations if call.iterations is None else call.iterations
+        z0_BLC, run, modulation = (
+            u_BLC,
+            in_type_of(u_BLC, self._cell),
+            call.modulations[LAYER].to(u_BLC.dtype),
+        )
         if call.displacement is not None:
             z0_BLC = u_BLC + resize_tokens(call.displacement[: len(u_BLC)], math.isqrt(u_BLC.shape[1]))
-        f = ScaleCell(self._cell, u_BLC, call.modulations[LAYER], cache)
-        count = self.default_iterations if call.iterations is None else call.iterations
-        z_BLC, evaluations, residual = solve_scale(f, z0_BLC, count, call.measure)
-        return TrunkOutput(z_BLC, solve=ScaleSolve(evaluations, residual, z_BLC - u_BLC))
+        # A few samples stop when they are through. Where a scale stops as a whole, all are solved together.
+        whole = isinstance(count, Adaptive) and not count.per_sample
+        solves = []
+        for rows in [slice(0, len(u_BLC))] if whole else row_chunks(u_BLC):
+            f = ScaleCell(run, self._cell.inject, u_BLC, modulation, cache, rows)
+            solves.append(solve_scale(f, z0_BLC[rows], count, call.measure))
+        z_BLC = joined([z for z, _, _ in solves])
+        evaluations = joined([number for _, number, _ in solves])
+        residuals = [residual for _, _, residual in solves if residual is not None]
+        solved = ScaleSolve(evaluations, joined(residuals) if residuals else None, z_BLC - u_BLC)
+        return TrunkOutput(z_BLC, solve=solved)
 
 
 def solve_scale(
@@ -233,21 +263,18 @@ def solve_scale(
     """The implicit block at one scale, its keys and values those of the evaluation that gave its output.
 
     A solve ends at a state z that was evaluated somewhere along the way. The output is f(z), from an
-    evaluation of its own, whose keys and values the scales to come will see.
+    evaluation of its own, whose keys and values the scales to come will see; n iterations are n - 1 steps and
+    this evaluation.
 
     Returns:
-        The output (B, l, C), evaluations of each sample (B,), the residual at z (B,) if `measure`.
+        The output (B, l, C), evaluations of each sample (B,), each sample's residual at z (B,) if `measure`.
     """
-    if isinstance(iterations, Adaptive):
-        solution = solve(f, z0_BLC, iterations)
-    else:
-        # n iterations are n - 1 steps and the evaluation that gives the output.
-        solution = solve(f, z0_BLC, iterations - 1, measure=measure)
-        if measure:
-            # To measure, the driver evaluated at the end of the last step: that is the output already.
-            return f.image, solution.sample_nfe, solution.relative_residual
-    z_BLC = f(solution.value)
-    return z_BLC, solution.sample_nfe + 1, solution.relative_residual if measure else None
+    steps = iterations if isinstance(iterations, Adaptive) else iterations - 1
+    solution = solve(f, z0_BLC, steps)
+    if not measure:
+        return f(solution.value), solution.sample_nfe + 1, None
+    last = solve(f, solution.value, 0, measure=True)  # no step: the evaluation that measures is all it does
+    return f.image, solution.sample_nfe + last.sample_nfe, last.relative_residual
 
 
 def squared_residual(new_BLC: Tensor, old_BLC: Tensor) -> Tensor:

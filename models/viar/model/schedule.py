@@ -99,6 +99,30 @@ class Budget:
 Iterations = int | tuple[int, int] | Sequence[int] | Adaptive | Budget
 
 
+def checked_iterations(iterations: Iterations) -> Iterations:
+    """`iterations`, if they may be those of some model; a list is copied.
+
+    Args:
+        iterations: see `iteration_schedule`.
+
+    Raises:
+        TypeError, ValueError: no model could use them.
+    """
+    if isinstance(iterations, Adaptive | Budget):
+        return iterations
+    counts = [iterations] if type(iterations) is int else iterations
+    if not (isinstance(counts, tuple | list) and all(type(n) is int for n in counts)):
+        raise TypeError(
+            "iterations: expected an int, a tuple (first, last), a list with one int a scale, "
+            f"viar.Adaptive(...) or viar.Budget(...), got {iterations!r}"
+        )
+    if not counts:
+        raise ValueError("iterations: expected one count a scale or a tuple (first, last), got 0 counts")
+    if min(counts) < 1:
+        raise ValueError(f"iterations: every scale needs at least 1 iteration, got {iterations!r}")
+    return list(iterations) if isinstance(iterations, list) else iterations
+
+
 def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | list[Adaptive]:
     """`iterations` spelled out, one entry a scale.
 
@@ -110,32 +134,23 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
     Raises:
         TypeError, ValueError: anything else, a list of another length, a count below 1.
     """
-    if isinstance(iterations, Adaptive):
-        return [iterations] * num_scales
-    if isinstance(iterations, Budget):
-        return iterations.counts(num_scales)
-    if isinstance(iterations, int) and not isinstance(iterations, bool):
-        counts = [iterations] * num_scales
-    elif isinstance(iterations, tuple | list) and all(type(n) is int for n in iterations):
-        if isinstance(iterations, tuple) and len(iterations) == 2:
-            first, last = iterations
-            spans = max(num_scales - 1, 1)
-            counts = [(first * spans + (last - first) * k) // spans for k in range(num_scales)]
-        elif len(iterations) == num_scales:
-            counts = list(iterations)
-        else:
-            raise ValueError(
-                f"iterations: expected one count a scale ({num_scales}) or a tuple (first, last), "
-                f"got {len(iterations)} counts: {iterations}"
-            )
-    else:
-        raise TypeError(
-            "iterations: expected an int, a tuple (first, last), a list with one int a scale, "
-            f"viar.Adaptive(...) or viar.Budget(...), got {iterations!r}"
+    checked = checked_iterations(iterations)
+    if isinstance(checked, Adaptive):
+        return [checked] * num_scales
+    if isinstance(checked, Budget):
+        return checked.counts(num_scales)
+    if isinstance(checked, int):
+        return [checked] * num_scales
+    if isinstance(checked, tuple) and len(checked) == 2:
+        first, last = checked
+        spans = max(num_scales - 1, 1)
+        return [(first * spans + (last - first) * k) // spans for k in range(num_scales)]
+    if len(checked) != num_scales:
+        raise ValueError(
+            f"iterations: expected one count a scale ({num_scales}) or a tuple (first, last), "
+            f"got {len(checked)} counts: {checked}"
         )
-    if min(counts) < 1:
-        raise ValueError(f"iterations: every scale needs at least 1 iteration, got {iterations!r}")
-    return counts
+    return list(checked)
 
 
 def solve(
@@ -148,7 +163,6 @@ def solve(
         z0_BLC: where to start.
         iterations: steps, at least 0, or the rule to stop by.
         measure: with a number of steps: measure the residual at the end, at the cost of one more evaluation.
-            `Adaptive` always does.
 
     Returns:
         `deqlib.Solution` with value (B, L, C), evaluations (B,) and residual (B,); where a scale stops as a

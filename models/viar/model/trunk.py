@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
-from .cache import EquilibriumCache, KeyValueCache, check_cache_name
+from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name
 from .config import TransformerConfig, filled
 from .execution import computes_in, in_type_of, joined, row_chunks
 from .schedule import Adaptive, Iterations
@@ -134,7 +134,6 @@ class Trunk(nn.Module, ABC):
         Args:
             cond: class embedding (B, C), or (B, 6, C) with shared modulation, see `Block.modulate`.
         """
-        cond = cond.to(self.weight_type)
         return {name: block.modulate(cond) for name, block in self.named_blocks()}
 
     def forward(
@@ -158,17 +157,22 @@ class Trunk(nn.Module, ABC):
             cache: from `new_cache`.
             iterations: of the implicit block, one entry of `schedule`; default that of the config.
             generator: draws the random depth of an implicit block in training, on the CPU; default PyTorch's
-                own. An explicit trunk draws nothing.
+                own. An explicit trunk draws nothing. Activation checkpointing computes a call again: seed the
+                generator inside of what is checkpointed, or the second draw is another.
             displacement: with a cache: the implicit block starts so far from its input, resized to this
                 scale; (B or more, p^2, C) from the `ScaleSolve` of the scale before. Default: at its input.
             measure: with a cache: fill in `ScaleSolve.residual`.
 
         Raises:
+            TypeError: `iterations` that are no entry of a schedule.
             ValueError: `iterations` where they do not apply; a cache together with a mask, or while gradients
                 are recorded; `displacement` or `measure` without a cache.
         """
-        if iterations is not None or displacement is not None:
-            self.schedule(iterations, warm_start=displacement is not None)  # refuses what it cannot do
+        if not (iterations is None or isinstance(iterations, int | Adaptive)):
+            raise TypeError(f"iterations: expected one entry of `schedule`, got {iterations!r}")
+        if iterations is not None or displacement is not None:  # refuse what the trunk cannot do
+            kind = "iterate" if isinstance(cache, IterateCache) else "equilibrium"
+            self.schedule(iterations, cache=kind, warm_start=displacement is not None)
         if cache is None:
             if displacement is not None or measure:
                 raise ValueError("displacement, measure: they are of a single scale; give its cache too")

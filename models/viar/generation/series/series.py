@@ -28,7 +28,7 @@ from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
 from ..sampling import check_pair, sample_tokens
-from ..settings import Sampling
+from ..settings import Sampling, as_sampling
 from .folder import SeriesFolder
 from .maker import Maker, deterministic_convolutions, runs, whole_batches
 from .processes import Processes
@@ -98,7 +98,7 @@ def generate_series(
         ValueError: an argument out of range; the folder holds a series of other settings, which the message
             lists, or pictures without settings; a picture is damaged inside.
     """
-    sampling = sampling or Sampling()
+    sampling = as_sampling(sampling)
     _check(model, tokenizer, num, formats, batch_size)
     classes = _classes(model, labels)
     schedule = sampling.schedule(model.trunk)
