@@ -27,13 +27,15 @@ def joined(parts: list[Tensor]) -> Tensor:
 
 
 def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:
-    """`module` with weights of the type of `x_BLC`: itself, or a call with widened copies."""
-    parameters = dict(module.named_parameters())
-    if all(p.dtype == x_BLC.dtype for p in parameters.values()):
+    """`module`, whose weights have one type, with those of the type of `x_BLC`.
+
+    That is the module itself, or a call with widened copies.
+    """
+    if next(module.parameters()).dtype == x_BLC.dtype:
         return module
     widened: Mapping[str, Tensor] = {
         name: p.to(x_BLC.dtype)
-        for name, p in parameters.items()
+        for name, p in module.named_parameters()
         if "modulation" not in name  # a third of the weights, used once a generation
     }
     return partial(_call_with, module, widened)

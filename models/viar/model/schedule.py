@@ -8,7 +8,10 @@ from functools import partial
 
 from torch import Tensor
 
-from deqlib import Picard, Solution, Solver, Stopping, fixed_point
+from deqlib import JFB, Picard, Solution, Solver, Stopping, fixed_point
+
+# Made once: a scale of a small model takes milliseconds. Nothing is recorded, so the mode has no say.
+_PICARD, _NO_GRADIENT = Picard(), JFB()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +173,14 @@ def solve(
     """
     if not isinstance(iterations, Adaptive):
         stopping = Stopping.steps(iterations, measure=measure)
-        return fixed_point(f, z0_BLC, solver=Picard(), stopping=stopping)
-    settle = partial(fixed_point, solver=iterations.solver, stopping=iterations.stopping, on_failure="ignore")
+        return fixed_point(f, z0_BLC, solver=_PICARD, backward=_NO_GRADIENT, stopping=stopping)
+    settle = partial(
+        fixed_point,
+        solver=iterations.solver,
+        backward=_NO_GRADIENT,
+        stopping=iterations.stopping,
+        on_failure="ignore",
+    )
     if iterations.per_sample:
         return settle(f, z0_BLC)
     # One sample in the eyes of the solver.
