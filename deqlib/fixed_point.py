@@ -97,7 +97,7 @@ def fixed_point(
     return replace(solution, value=value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as `deqlib.state.FlatMap`
 class _Solve:
     """The driver with a caller's settings; see `deqlib.backward.base.Solve`."""
 

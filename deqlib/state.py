@@ -114,7 +114,8 @@ class Layout:
         return leaf.to(self.dtype)
 
 
-@dataclass(frozen=True)
+# Equal to itself alone: the compilers of PyTorch below 2.12 hash it before it has its fields.
+@dataclass(frozen=True, eq=False)
 class FlatMap:
     """A cell bound to its inputs, on flat states."""
 
