@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deqlib.diagnostics import saved_bytes
+from deqlib.diagnostics.timing import interleaved_times
 
 
 def seconds_of(tasks: Sequence[Callable[[], object]], *, repeats: int = 3) -> list[float]:
@@ -19,15 +19,8 @@ def seconds_of(tasks: Sequence[Callable[[], object]], *, repeats: int = 3) -> li
         tasks: what to run; a GPU's work is waited for.
         repeats: runs of each, the first of which is no warm-up but counts.
     """
-    times: list[list[float]] = [[] for _ in tasks]
-    for _ in range(repeats):
-        for task, taken in zip(tasks, times, strict=True):
-            start = time.perf_counter()
-            task()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [statistics.median(taken) for taken in interleaved_times(tasks, repeats, device)]
 
 
 def training_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:

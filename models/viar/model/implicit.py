@@ -84,7 +84,7 @@ class ScaleCell:
         rows: the samples that are solved for, as many at a time as `row_chunks` says.
 
     Attributes:
-        image: f(z, u) at the last evaluation, (rows, l, C).
+        image: f(z, u) at the last evaluation, (rows, l, C); there once it was evaluated.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class ScaleCell:
         cache: KeyValueCache,
         rows: slice,
     ) -> None:
-        self.image = u_BLC[rows]
+        self.image: Tensor
         self._cell, self._cache, self._num_evaluations = cell, cache, 0
         self._chunks = []
-        for part in row_chunks(self.image):
+        for part in row_chunks(u_BLC[rows]):
             own = slice(rows.start + part.start, rows.start + part.stop)
             self._chunks.append((part, own, injection(u_BLC[own]), modulation[:, own]))
 
@@ -213,9 +213,9 @@ class ImplicitTrunk(Trunk):
         return cell
 
     def _middle(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
-        return (
-            self._all_scales(u_BLC, call) if call.cache is None else self._one_scale(u_BLC, call, call.cache)
-        )
+        if call.cache is None:
+            return self._all_scales(u_BLC, call)
+        return self._one_scale(u_BLC, call, call.cache)
 
     def _all_scales(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
         """At the depth drawn where gradients are recorded, else as the call says."""
@@ -237,11 +237,8 @@ class ImplicitTrunk(Trunk):
     def _one_scale(self, u_BLC: Tensor, call: Call, cache: KeyValueCache) -> TrunkOutput:
         """The scale that the cache has open."""
         count = self.default_iterations if call.iterations is None else call.iterations
-        z0_BLC, run, modulation = (
-            u_BLC,
-            in_type_of(u_BLC, self._cell),
-            call.modulations[LAYER].to(u_BLC.dtype),
-        )
+        run, modulation = in_type_of(u_BLC, self._cell), call.modulations[LAYER].to(u_BLC.dtype)
+        z0_BLC = u_BLC
         if call.displacement is not None:
             z0_BLC = u_BLC + resize_tokens(call.displacement[: len(u_BLC)], math.isqrt(u_BLC.shape[1]))
         # A few samples stop when they are through. Where a scale stops as a whole, all are solved together.
@@ -253,7 +250,7 @@ class ImplicitTrunk(Trunk):
         z_BLC = joined([z for z, _, _ in solves])
         evaluations = joined([number for _, number, _ in solves])
         residuals = [residual for _, _, residual in solves if residual is not None]
-        solved = ScaleSolve(evaluations, joined(residuals) if residuals else None, z_BLC - u_BLC)
+        solved = ScaleSolve(evaluations, joined(residuals) if residuals else None, u_BLC, z_BLC)
         return TrunkOutput(z_BLC, solve=solved)
 
 

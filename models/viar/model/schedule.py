@@ -168,8 +168,8 @@ def solve(
         measure: with a number of steps: measure the residual at the end, at the cost of one more evaluation.
 
     Returns:
-        `deqlib.Solution` with value (B, L, C), evaluations (B,) and residual (B,); where a scale stops as a
-        whole, these two are the same for all samples.
+        `deqlib.Solution` with value (B, L, C) and evaluations (B,). Where a scale stops as a whole, all else
+        in it is of the whole.
     """
     if not isinstance(iterations, Adaptive):
         stopping = Stopping.steps(iterations, measure=measure)
@@ -185,10 +185,4 @@ def solve(
         return settle(f, z0_BLC)
     # One sample in the eyes of the solver.
     whole = settle(lambda z: f(z[0])[None], z0_BLC[None])
-    assert whole.relative_residual is not None  # a tolerance implies it
-    return replace(
-        whole,
-        value=whole.value[0],
-        sample_nfe=whole.sample_nfe.expand(len(z0_BLC)),
-        relative_residual=whole.relative_residual.expand(len(z0_BLC)),
-    )
+    return replace(whole, value=whole.value[0], sample_nfe=whole.sample_nfe.expand(len(z0_BLC)))

@@ -34,7 +34,13 @@ class ScaleSolve(NamedTuple):
     evaluations: Tensor  # (B,) of the cell, the last one included
     # (B,) relative, ||f(z) - z|| / ||f(z)|| where the last evaluation took place; `None` if not asked for
     residual: Tensor | None
-    displacement: Tensor  # (B, l, C), the block's output minus its input: what a warm start begins with
+    u_BLC: Tensor  # what went into the block
+    z_BLC: Tensor  # what came out of it
+
+    @property
+    def displacement(self) -> Tensor:
+        """The block's output minus its input, (B, l, C): what a warm start begins with."""
+        return self.z_BLC - self.u_BLC
 
 
 class TrunkOutput(NamedTuple):
