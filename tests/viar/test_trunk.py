@@ -448,6 +448,20 @@ def test_evaluations_and_residuals_are_those_of_their_definition() -> None:
     torch.testing.assert_close(solve.residual.double(), (fz - z).norm(dim=1) / fz.norm(dim=1))
 
 
+@pytest.mark.parametrize("iterations", [3, Adaptive(rtol=0.0, max_steps=4)])
+def test_evaluations_are_those_of_the_cell_measured_or_not(iterations: Any) -> None:
+    trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
+    calls: list[None] = []
+    trunk.layer.cell.register_forward_pre_hook(lambda *_: calls.append(None))
+    for measure in (False, True):
+        calls.clear()
+        memory = trunk.new_cache("equilibrium", [iterations])
+        with torch.no_grad():
+            output = call(trunk, x[:, :1], cond, cache=memory, iterations=iterations, measure=measure)
+        assert output.solve.evaluations.tolist() == [len(calls)] * 2
+        assert (output.solve.residual is not None) == measure
+
+
 def test_adaptive_stops_each_sample_or_the_scale_as_a_whole() -> None:
     torch.manual_seed(0)
     trunk = (
