@@ -41,7 +41,7 @@ def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(**limits)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False, loc="best")
     figure.suptitle("One trained VIAR, its compute chosen at inference")
     with replacing(path) as file:
         figure.savefig(file, dpi=150, format="png")
