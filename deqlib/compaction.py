@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .record import Record, Samples, relative
+from .progress import Record, Samples, relative
 from .samples import put_samples, take_samples
 from .solution import Solution
 from .state import Map

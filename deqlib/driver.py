@@ -1,7 +1,7 @@
 """The loop of every solve, forward and adjoint.
 
 The driver alone calls the map, so evaluations are counted exactly. What becomes of one sample: at every
-evaluation its residual is measured and its best iterate kept (`record.py`); when it meets the tolerance, is
+evaluation its residual is measured and its best iterate kept (`progress.py`); when it meets the tolerance, is
 lost, or makes no progress, it is finished, and from then on it is held at its best iterate, or leaves the
 batch that the map sees (`compaction.py`). The others get their next iterate from the solver, which is told
 what was measured if it asks for it. The loop ends when all are finished or no steps are left. It works on
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compaction import Batch, Takeable
-from .record import Record, UnitNorms, measure, relative
+from .progress import Record, UnitNorms, measure, relative
 from .solution import Solution, Status
 from .solvers import Solver
 from .solvers.base import Query, Seen, overrides
