@@ -35,7 +35,7 @@ def main() -> None:
         app.command(name=name)(command)
     try:
         app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         process = f" (process {process_index()})" if process_index() else ""
         message = f"[red]viar:[/red] {escape(str(error))}{process}"  # brackets in an error are no markup
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,8 @@ def edit_command(
         image: Picture to edit; one of another size than the model's is resized and its centre cut out.
         label: Class that guides the new part.
         box: The part to make anew: top, left, bottom, right as fractions of the picture.
-        mask: Instead of a box, a picture of the same size: white keeps, black is made anew.
+        mask: Instead of a box, a picture of the same size: white keeps, black is made anew. So does what is
+            opaque in one of a single colour.
         invert: Turn box or mask round, for out-painting.
         keep: Hold the kept part's features and pixels, or its codes alone, as published.
         border: Pixels over which kept passes into new; default half a token. With features only.
@@ -58,7 +60,10 @@ def edit_command(
     if size != (side, side):
         cut = f"{image} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
         console.print(escape(cut))
-    kept = _kept_part(box, mask, side, size)
+    with warnings.catch_warnings(record=True) as notes:
+        kept = _kept_part(box, mask, side, size)
+    for note in notes:
+        console.print(escape(f"note: {note.message}"), highlight=False, soft_wrap=True)
     kept = 1 - kept if invert else kept
     batch_size, sampling = flags.execution.batch_size, flags.sampling
     before = picture.to(transformer.pos_embed.device).expand(min(num, batch_size), -1, -1, -1)

@@ -13,7 +13,7 @@ from ..model.config import check_at_least
 from ..training import validation_loss
 from .flags import DEFAULTS, Flags
 from .generate import generate_images
-from .loading import load_pair
+from .loading import load_pair, show_found
 
 
 def evaluate_command(
@@ -36,6 +36,11 @@ def evaluate_command(
     console = Console()
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     source = load_data(data, codec.config.image_side)
+    show_found(source, console)
+    if not len(source.validation):
+        raise ValueError(
+            f"--data: {data} has no pictures to hold out and measure; give two or more of a class"
+        )
     torch.manual_seed(0)
     classifier = Classifier(source.num_classes, codec.config.image_side)
     train_classifier(classifier, source.train, console=console)

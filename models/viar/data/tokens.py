@@ -42,9 +42,14 @@ class TokenizedImages(Dataset[TokenBatch]):
         tokenizer: in evaluation mode, on any device.
         data: images.
         batch_size: images tokenized at a time.
+
+    Raises:
+        ValueError: `data` is empty, or its images have another size than the tokenizer's.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: BatchedDataset[Batch], batch_size: int = 256) -> None:
+        if not len(data):
+            raise ValueError("data: expected at least 1 image to tokenize, got 0")
         device = next(tokenizer.parameters()).device
         parts = [
             [part.cpu() for part in tokenize(tokenizer, images.to(device), labels)]

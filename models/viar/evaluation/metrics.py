@@ -24,7 +24,11 @@ def accuracy(classifier: nn.Module, data: BatchedDataset[Batch], batch_size: int
         classifier: on any device.
         data: real images with labels.
         batch_size: images at a time; has no influence.
+
+    Raises:
+        ValueError: `data` is empty.
     """
+    _check_not_empty(data)
     device = next(classifier.parameters()).device
     hits = sum(
         int((classifier(images.to(device)).argmax(1).cpu() == labels).sum())
@@ -69,8 +73,9 @@ def inpainting_consistency(
         batch_size: images edited at a time.
 
     Raises:
-        ValueError: see `viar.edit`.
+        ValueError: `data` is empty; see also `viar.edit`.
     """
+    _check_not_empty(data)
     device = model.pos_embed.device
     hits, start = 0.0, 0
     for images, labels in all_batches(data, batch_size):
@@ -89,6 +94,11 @@ def inpainting_consistency(
         hits += class_consistency(classifier, edited, labels) * len(labels)
         start += len(labels)
     return hits / len(data)
+
+
+def _check_not_empty(data: BatchedDataset[Batch]) -> None:
+    if not len(data):
+        raise ValueError("data: expected at least 1 image to measure, got 0")
 
 
 def balanced_labels(num_classes: int, per_class: int) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -134,9 +134,7 @@ def _batches(
 ) -> Iterator[list[Tensor]]:
     """This process's part of every batch from `first_step` on, on the device; a step takes `accumulate`."""
     loader = DataLoader(
-        cast(
-            "Dataset[Any]", data
-        ),  # the class that DataLoader's annotation names promises less than it needs
+        _ErrorsAsSamples(data),
         batch_sampler=EndlessBatches(
             len(data),
             config.part_size(accelerator.num_processes),
@@ -151,7 +149,26 @@ def _batches(
         collate_fn=_already_collated,
         pin_memory=accelerator.device.type == "cuda",
     )
-    return ([part.to(accelerator.device, non_blocking=True) for part in batch] for batch in loader)
+    return ([part.to(accelerator.device, non_blocking=True) for part in _whole(batch)] for batch in loader)
+
+
+class _ErrorsAsSamples(Dataset[Any]):
+    """Gives an error in place of a batch: one raised in a worker would bring the traceback in its text."""
+
+    def __init__(self, data: BatchedDataset[Any]) -> None:
+        self.data = data
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            return self.data.__getitems__(indices)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _whole(batch: Any) -> Any:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def _already_collated(batch: Any) -> Any:

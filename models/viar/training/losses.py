@@ -114,8 +114,10 @@ def validation_loss(
         batch_size: images at a time.
 
     Raises:
-        ValueError: `iterations` with an explicit trunk, or images of another size.
+        ValueError: no images, images of another size, or `iterations` with an explicit trunk.
     """
+    if not len(data):
+        raise ValueError("data: expected at least 1 image to measure the loss of, got 0")
     device = model.pos_embed.device
     training, total = model.training, 0.0
     model.eval()
