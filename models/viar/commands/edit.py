@@ -56,14 +56,15 @@ def edit_command(
     console = Console()
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     side = codec.config.image_side
-    picture, size = read_picture(image, side)
-    if size != (side, side):
-        cut = f"{image} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
-        console.print(escape(cut))
     with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        picture, size = read_picture(image, side)
         kept = _kept_part(box, mask, side, size)
     for note in notes:
         console.print(escape(f"note: {note.message}"), highlight=False, soft_wrap=True)
+    if size != (side, side):
+        cut = f"{image} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
+        console.print(escape(cut))
     kept = 1 - kept if invert else kept
     batch_size, sampling = flags.execution.batch_size, flags.sampling
     before = picture.to(transformer.pos_embed.device).expand(min(num, batch_size), -1, -1, -1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -78,9 +78,12 @@ def open_picture(path: Path, *, any_range: bool = False) -> Iterator[Image.Image
     With `any_range` a file of 32 bit numbers is opened too.
     """
     _check_file(path)
-    with _named(path):
-        image = Image.open(path)
-    with image:
+    with ExitStack() as open_files:
+        with _named(path):
+            # By the open file, not by its name: named files are mapped into memory, and then Pillow reads a
+            # TIFF that lies on its side with width and height exchanged.
+            file = open_files.enter_context(path.open("rb"))
+            image = open_files.enter_context(Image.open(file))
         if image.format not in KINDS:
             kinds = ", ".join(kind for kind in KINDS if KINDS[kind])
             raise ValueError(f"{shown(path)}: {image.format} files are not read; save it as one of {kinds}")
@@ -122,9 +125,10 @@ def to_rgb(image: Image.Image, name: object = "picture") -> Image.Image:
         ValueError: it is broken, or its numbers have no range that is known to be white.
     """
     colour, alpha = colour_and_alpha(upright(image, name), name)
-    if alpha is None:
-        return colour
-    return Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+    if alpha is not None:
+        colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+    colour.info = {}  # what it says of orientation, profile and transparency is done
+    return colour
 
 
 def upright(image: Image.Image, name: object) -> Image.Image:
@@ -173,7 +177,7 @@ def colour_and_alpha(image: Image.Image, name: object) -> tuple[Image.Image, Ima
     elif image.mode in ("1", "L", "I;16", "RGB") and transparent is not None:
         alpha = _keyed(image, transparent)
     if image.mode == "I;16":
-        image = _image((np.asarray(image).astype(np.uint32) + 128) // 257)
+        image = _image(np.asarray(image) // 257)
     elif image.mode == "1":
         image = image.convert("L")
     elif image.mode not in _COLOUR_SPACE:

@@ -67,8 +67,8 @@ class FolderReport:
             return ", ".join(f"{shown(name)} {train} + {held}" for name, train, held in counts)
         fewest, most = min(counts, key=lambda c: c[1]), max(counts, key=lambda c: c[1])
         return (
-            f"{shown(counts[0][0])} to {shown(counts[-1][0])}, from {fewest[1]:,} pictures to learn from "
-            f"({shown(fewest[0])}) to {most[1]:,} ({shown(most[0])})"
+            f"{shown(counts[0][0])} to {shown(counts[-1][0])}; to learn from {fewest[1]:,} "
+            f"({shown(fewest[0])}) to {most[1]:,} ({shown(most[0])}) each"
         )
 
 

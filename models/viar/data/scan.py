@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,9 @@ def scan(root: Path) -> Scan:
         found.folders.append(folder)
         waiting += [(path, above | {identity}) for name in names if _sorted_out(found, path := folder / name)]
     found.folders.sort(key=path_key)
-    found.pictures = [path for path in sorted(found.pictures, key=path_key) if _is_whole(found, path)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own do not name the file, and the report does
+        found.pictures = [path for path in sorted(found.pictures, key=path_key) if _is_whole(found, path)]
     found.skipped.sort(key=lambda skipped: path_key(skipped.path))
     return found
 
