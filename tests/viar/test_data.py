@@ -17,8 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from viar.data import EndlessBatches, ImageFolder, TensorImages, all_batches, augmented, load_data
+from viar import NextScaleTransformer, Tokenizer
+from viar.data import (
+    EndlessBatches,
+    ImageFolder,
+    TensorImages,
+    TokenizedImages,
+    all_batches,
+    augmented,
+    load_data,
+)
 from viar.data.sources import EMBEDDED, held_out
+from viar.evaluation import accuracy
+from viar.training import TOKENIZERS, TRANSFORMERS, validation_loss
 
 # Digits
 
@@ -84,11 +95,12 @@ def test_mnist_without_its_package_says_what_to_install(monkeypatch: pytest.Monk
 
 
 @given(st.lists(st.integers(0, 3), max_size=80))
-def test_a_tenth_of_each_class_is_held_out(labels: list[int]) -> None:
+def test_a_tenth_of_each_class_is_held_out_but_not_the_only_one(labels: list[int]) -> None:
     held = held_out(labels)
     for label in set(labels):
         mine = torch.tensor([one == label for one in labels])
-        assert int(held[mine].sum()) == -(-int(mine.sum()) // 10)
+        count = int(mine.sum())
+        assert int(held[mine].sum()) == (-(-count // 10) if count > 1 else 0)
 
 
 def test_tensor_images_serve_whole_batches() -> None:
@@ -266,6 +278,20 @@ def test_parts_of_a_batch_in_turn_are_the_batch(size: int, share: int, parts: in
     whole = batches(3, size=size, batch_size=share * parts, seed=1)
     split = batches(3 * parts, size=size, batch_size=share, seed=1)
     assert joined(split) == joined(whole)
+
+
+def test_no_samples_are_said_to_be_none() -> None:
+    empty = TensorImages(torch.zeros(0, 3, 8, 8), torch.zeros(0))
+    with pytest.raises(ValueError, match="size: expected at least 1 sample to draw batches from, got 0"):
+        EndlessBatches(len(empty), 4, seed=0)
+    with pytest.raises(ValueError, match="data: expected at least 1 image to measure, got 0"):
+        accuracy(torch.nn.Linear(1, 1), empty)
+    tokenizer = Tokenizer(TOKENIZERS["digits"].model)
+    with pytest.raises(ValueError, match="data: expected at least 1 image to tokenize, got 0"):
+        TokenizedImages(tokenizer, empty)
+    model = NextScaleTransformer(TRANSFORMERS["digits-var"].model)
+    with pytest.raises(ValueError, match="data: expected at least 1 image to measure the loss of, got 0"):
+        validation_loss(model, tokenizer, empty)
 
 
 def test_batches_that_do_not_divide_among_the_ranks_are_refused() -> None:

@@ -367,7 +367,7 @@ def test_a_mask_is_cut_as_its_picture_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 20 x 40 pixels, the picture 8 x 8; they must be of one size"):
         read_mask(tmp_path / "a.png", 8, (8, 8))
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"b.png is no picture that can be read"):
+    with pytest.raises(ValueError, match=r"b.png: is no picture that can be read"):
         read_picture(tmp_path / "b.png", 8)
 
 
