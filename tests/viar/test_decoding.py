@@ -386,7 +386,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.ico")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.ico")
     wanted = {
         "empty.png": (ValueError, "empty file"),
         "text.png": (ValueError, "is no picture that can be read"),

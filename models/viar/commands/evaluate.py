@@ -7,7 +7,7 @@ import json
 import torch
 from rich.console import Console
 
-from ..data import load_data
+from ..data import ImageData, load_data
 from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..model.config import check_at_least
 from ..training import validation_loss
@@ -37,10 +37,7 @@ def evaluate_command(
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     source = load_data(data, codec.config.image_side)
     show_found(source, console)
-    if not len(source.validation):
-        raise ValueError(
-            f"--data: {data} has no pictures to hold out and measure; give two or more of a class"
-        )
+    _check_held_out(source, data)
     torch.manual_seed(0)
     classifier = Classifier(source.num_classes, codec.config.image_side)
     train_classifier(classifier, source.train, console=console)
@@ -52,3 +49,8 @@ def evaluate_command(
         "classifier_held_out_accuracy": accuracy(classifier, source.validation),
     }
     console.print_json(json.dumps(metrics))
+
+
+def _check_held_out(source: ImageData, name: str) -> None:
+    if not len(source.validation):
+        raise ValueError(f"--data: {name} has nothing to hold out and measure; give two pictures of a class")

@@ -73,9 +73,14 @@ def decode_picture(path: Path) -> Image.Image:
 
 @contextmanager
 def open_picture(path: Path, *, any_range: bool = False) -> Iterator[Image.Image]:
-    """A picture file, its header read and found to be of a kind that is read; errors as `decode_picture`.
+    """A picture file, its header read and found to be of a kind that is read.
 
     With `any_range` a file of 32 bit numbers is opened too.
+
+    Raises:
+        ValueError: the file is no picture, its header is broken, or it is of a kind that is not read.
+        FileNotFoundError: there is none.
+        PermissionError: it must not be read.
     """
     _check_file(path)
     with ExitStack() as open_files:
@@ -134,8 +139,14 @@ def to_rgb(image: Image.Image, name: object = "picture") -> Image.Image:
 def upright(image: Image.Image, name: object) -> Image.Image:
     """The image loaded and turned as its orientation tag says, in the mode that it has.
 
-    Grey of 16 bits has the mode "I;16" and goes from 0 to 65535. `name` is what it is called in errors, which
-    are those of `to_rgb`.
+    Grey of 16 bits has the mode "I;16" and goes from 0 to 65535.
+
+    Args:
+        image: open or loaded.
+        name: what it is called in errors.
+
+    Raises:
+        ValueError: it is broken, or which of its colours is transparent cannot be told.
     """
     tiles: Any = getattr(image, "tile", None)
     raw = tiles[0][3] if tiles else None  # how numbers lie in the file; gone when it is loaded
