@@ -252,6 +252,8 @@ def test_a_source_that_has_no_pictures_says_what_it_has(name: str, words: str, t
     with pytest.raises(ValueError, match=words) as caught:
         load(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ValueError, match="got '', which is not there"):
+        load_data("", 8)
 
 
 def test_folders_that_must_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

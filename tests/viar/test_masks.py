@@ -144,11 +144,14 @@ def test_a_photograph_taken_for_a_mask_is_said(tmp_path: Path) -> None:
 
 def test_a_mask_has_no_colours_that_a_profile_could_change(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    other = profile.replace("sRGB".encode("utf-16-be"), "dark".encode("utf-16-be"))
-    Image.fromarray(np.repeat((HALF * np.uint8(1))[..., None], 3, -1)).save(
-        tmp_path / "a.png", icc_profile=other
-    )
-    means(tmp_path / "a.png", HALF)
+    darker = profile.replace("sRGB".encode("utf-16-be"), "dark".encode("utf-16-be"))
+    darker = darker.replace(b"\x00\x02\x66\x66", b"\x00\x04\xcc\xcc")  # the exponent 2.4 doubled
+    assert darker[128:] != profile[128:]
+    levels = HALF * np.uint8(150)
+    levels[0, 0] = 255
+    Image.fromarray(np.repeat(levels[..., None], 3, -1)).save(tmp_path / "a.png", icc_profile=darker)
+    with pytest.warns(UserWarning, match="neither dark nor light"):
+        means(tmp_path / "a.png", HALF)
 
 
 @pytest.mark.parametrize("name", ["cut.png", "text.png", "gone.png", "frames.gif", "numbers.tif"])

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data import read_mask, read_picture, save_edit, save_picture
+from ..data.decoding import shown
 from ..generation.editing import box_mask, edit
 from ..model.config import check_at_least
 from .flags import DEFAULTS, Flags
@@ -63,7 +64,7 @@ def edit_command(
     for note in notes:
         console.print(escape(f"note: {note.message}"), highlight=False, soft_wrap=True)
     if size != (side, side):
-        cut = f"{image} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
+        cut = f"{shown(image)} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
         console.print(escape(cut))
     kept = 1 - kept if invert else kept
     batch_size, sampling = flags.execution.batch_size, flags.sampling

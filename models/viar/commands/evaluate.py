@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from ..data import ImageData, load_data
+from ..data.decoding import shown
 from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..model.config import check_at_least
 from ..training import validation_loss
@@ -53,4 +54,6 @@ def evaluate_command(
 
 def _check_held_out(source: ImageData, name: str) -> None:
     if not len(source.validation):
-        raise ValueError(f"--data: {name} has nothing to hold out and measure; give two pictures of a class")
+        raise ValueError(
+            f"--data: {shown(name)} has nothing to hold out and measure; give two pictures of a class"
+        )

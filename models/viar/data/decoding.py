@@ -49,7 +49,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _GREY_STEP = {"L;2": 85, "L;4": 17}  # a PNG of few bits: what Pillow multiplies its numbers with
-_COLOUR_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # of the profile that belongs to a mode
+_WITH_PROFILE = ("L", "RGB", "CMYK")  # modes that colour profiles are made for
 
 
 def shown(name: object) -> str:
@@ -191,7 +191,7 @@ def colour_and_alpha(image: Image.Image, name: object) -> tuple[Image.Image, Ima
         image = _image(np.asarray(image) // 257)
     elif image.mode == "1":
         image = image.convert("L")
-    elif image.mode not in _COLOUR_SPACE:
+    elif image.mode not in _WITH_PROFILE:
         image = _lab_to_rgb(image, name) if image.mode == "LAB" else image.convert("RGB")
     return _to_srgb(image, profile), alpha
 
@@ -288,11 +288,13 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """To sRGB; None where nothing is to be done, or the profile is broken: viewers then take plain values."""
+    """To sRGB; None where nothing is to be done, or the profile is broken or for another mode.
+
+    Viewers take plain values then.
+    """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        described, space = source.profile.profile_description or "", source.profile.xcolor_space.strip()
-        if space != _COLOUR_SPACE[mode] or described.startswith("sRGB"):
+        if (source.profile.profile_description or "").startswith("sRGB"):
             return None
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError):

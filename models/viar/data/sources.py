@@ -69,8 +69,8 @@ def _embedded(source: str, image_side: int, augment: int) -> ImageData:
 
 def _folder(source: str, image_side: int) -> ImageData:
     root = Path(source)
-    if not os.path.isdir(root):
-        kind = "is no folder" if os.path.exists(root) else "is not there"
+    if not source or not os.path.isdir(root):
+        kind = "is no folder" if source and os.path.exists(root) else "is not there"
         raise ValueError(f"source: expected {_expected()}, got {shown(source)!r}, which {kind}")
     try:
         split = split_folder(root)
