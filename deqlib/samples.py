@@ -72,6 +72,15 @@ def put_samples(state: Any, samples: Tensor, part: Any, batch: int) -> Any:
     return _walk(put, put_parts, state, part)
 
 
+def detached(state: Any) -> Any:
+    """What is known of a batch, its tensors without the graphs they carry."""
+
+    def cut(_: Any, parts: Parts) -> Parts:
+        return Parts(tuple(Part(part.rows, detached(part.state)) for part in parts.items))
+
+    return _walk(lambda _, tensor: tensor.detach(), cut, None, state)
+
+
 def _take(parts: Parts, samples: Tensor) -> Parts:
     """The parts that have any of these samples, with places in the batch of these samples alone."""
     found = []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ._torch import tree_map
+from .samples import detached
 
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -45,6 +48,8 @@ _ADVICE = {
 @dataclass(frozen=True, eq=False)  # fields are tensors, which have no single truth value to compare by
 class Solution:
     """Fixed points of a batch, with what is known about each.
+
+    A pickle and a deep copy hold the numbers and not the graphs behind them.
 
     Attributes:
         value: best iterate seen, structure and dtypes of the starting point; carries gradient if the
@@ -98,6 +103,16 @@ class Solution:
                 counts[name] = counts.get(name, 0) + number
         return counts
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs, which can be neither pickled nor copied."""
+        rest = {name: detached(known) for name, known in self.__dict__.items() if name != "value"}
+        cut = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self.value)
+        return {"value": cut, **rest}
+
+    def __copy__(self) -> Solution:
+        """The same tensors, graphs and all."""
+        return replace(self)
+
     def __repr__(self) -> str:
         parts = [f"{number} {status.name.lower()}" for status, number in self.counts().items()]
         text = f"Solution({', '.join(parts) or 'no samples'}; nfe={self.nfe}"
@@ -126,6 +141,10 @@ class NonConvergenceError(RuntimeError):
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
         self.solution = solution
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With both arguments: an error that a process raises must reach the one that waits for it."""
+        return type(self), (str(self), self.solution), self.__dict__
 
 
 def check_on_failure(owner: str, on_failure: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ class AdjointStart:
 
     The object is yours: it belongs to the layers you give it to, best one to each, and is what makes two
     backward passes depend on one another. Used in plain backward passes; not under `create_graph` and the
-    transforms of `torch.func`.
+    transforms of `torch.func`. A copy, or one read from a pickle, begins afresh.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None  # g and its adjoint, (B, D) each
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last solve found: a saved model is no larger for having been trained."""
+        return {**self.__dict__, "_last": None}
 
     def guess(self, g: Tensor) -> Tensor:
         """Where to begin.

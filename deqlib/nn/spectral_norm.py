@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from .._checks import check_integer, check_number
 from .._scope import current
 from .._torch import is_func_active
+from ._copying import make_copyable
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,7 +48,8 @@ def spectral_norm(
     attention itself has no Lipschitz constant (Kim et al. 2021, arXiv 2006.04710).
 
     Cost: two products of the weight with a vector a solve, one and a scaling an evaluation. `state_dict` has
-    the names of PyTorch's parametrization, and like it the module can be copied but not pickled whole.
+    the names of PyTorch's parametrization. Unlike it, the module can be pickled whole, and a deep copy is
+    independent: `remove_spectral_norm` of one of the two leaves the other as it is.
 
     Args:
         module: changed in place.
@@ -82,7 +85,8 @@ def spectral_norm(
             raise ValueError(
                 f"spectral_norm: {path}.{name} has no values yet; run the module once before normalising it"
             )
-        if not (at_most or bool(weight.any())):
+        # A weight on the meta device has no values yet; they come with a state dict, and the vectors with them.
+        if not (at_most or weight.is_meta or bool(weight.any())):
             raise ValueError(
                 f"spectral_norm: {path}.{name} is zero and cannot be scaled to norm {norm}; use at_most=True"
             )
@@ -90,6 +94,7 @@ def spectral_norm(
         found.append((owner, name, scaled.train(owner.training)))
     for owner, name, scaled in found:
         parametrize.register_parametrization(owner, name, scaled)
+        make_copyable(owner)
     return module
 
 
@@ -154,8 +159,8 @@ class _SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, scaled."""
-        # Autocast would take the products in half precision.
-        with torch.autocast(weight.device.type, enabled=False):
+        # Autocast would take the products in half precision; the meta device has none to switch off.
+        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             matrix = self._matrix(weight)
             u, v = self._of_solve(matrix)
             sigma = torch.dot(u, torch.mv(matrix, v))

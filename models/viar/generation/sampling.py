@@ -249,8 +249,7 @@ class _Predictor:
         )
         self.solve = output.solve
         hidden_BlC = model.head_input(output.x_BLC, self.head_modulation[:, samples])
-        logits_BlV: Tensor = model.head(self.guidance.guide(scale, hidden_BlC))
-        return logits_BlV
+        return model.classify(self.guidance.guide(scale, hidden_BlC))
 
     def report(self, scale: int, seconds: float) -> ScaleReport:
         """What the last scale took."""

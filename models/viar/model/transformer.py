@@ -12,7 +12,7 @@ N classes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
+from .execution import in_type_of
 from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import block_causal_mask, scale_ids, scale_slices
@@ -64,6 +65,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.head = nn.Linear(C, config.codebook_size)
         self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
+        self.register_load_state_dict_post_hook(_derive)
         init_weights(
             self,
             positions=(self.pos_start, self.pos_embed),
@@ -72,6 +74,17 @@ class NextScaleTransformer(nn.Module, Pretrained):
             width=C,
             depth=config.depth,
         )
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As in PyTorch; what follows from the config alone is there at once."""
+        super().to_empty(device=device, recurse=recurse)
+        _derive(self)
+        return self
+
+    @property
+    def wide_type(self) -> torch.dtype:
+        """Type that embeddings, positions, head and logits are computed in: that of the weights, not below float32."""
+        return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     @property
     def null_class(self) -> int:
@@ -145,11 +158,11 @@ class NextScaleTransformer(nn.Module, Pretrained):
             labels = torch.where(dropped, self.null_class, labels)
         embedding_BC, cond = self.condition(labels)
         with torch.autocast(labels.device.type, enabled=False):
-            x_BLC = torch.cat([self._start(embedding_BC), self.input_projection(inputs.float())], 1)
+            x_BLC = torch.cat([self._start(embedding_BC), self._project(inputs)], 1)
             x_BLC = x_BLC + self._positions(slice(None))
         output = self.trunk(
-            x_BLC,
-            self.trunk.modulate(cond),
+            x_BLC.to(self.trunk.weight_type),
+            self.trunk.modulate(cond.to(self.trunk.weight_type)),
             mask_LL=self.mask_LL,
             iterations=iterations,
             generator=generator,
@@ -163,10 +176,11 @@ class NextScaleTransformer(nn.Module, Pretrained):
         Args:
             labels: (B,) classes in [0, N].
         """
-        embedding_BC = self.class_embed(labels)
+        embedding_BC = self.class_embed(labels).to(self.wide_type)
         if self.shared_modulation is None:
             return embedding_BC, embedding_BC
-        return embedding_BC, self.shared_modulation(F.silu(embedding_BC)).unflatten(1, (6, -1))
+        modulate = in_type_of(embedding_BC, self.shared_modulation)
+        return embedding_BC, modulate(F.silu(embedding_BC)).unflatten(1, (6, -1))
 
     def embed_scale(
         self,
@@ -185,18 +199,26 @@ class NextScaleTransformer(nn.Module, Pretrained):
             if next_input is None:
                 x_BLC = self._start(embedding_BC)
             else:
-                x_BLC = self.input_projection(next_input.flatten(2).transpose(1, 2).float())
+                x_BLC = self._project(next_input.flatten(2).transpose(1, 2))
             return x_BLC + self._positions(scale_slices(self.config.sides)[scale])
 
     def logits(self, x_BLC: Tensor, embedding_BC: Tensor) -> Tensor:
         """Modulated head in float32, (B, L, V)."""
         with torch.autocast(x_BLC.device.type, enabled=False):
-            logits_BLV: Tensor = self.head(self.head_input(x_BLC, self.modulate_head(embedding_BC)))
-            return logits_BLV
+            return self.classify(self.head_input(x_BLC, self.modulate_head(embedding_BC)))
+
+    def classify(
+        self,
+        hidden_BLC: Tensor,  # from `head_input`
+    ) -> Tensor:
+        """The last linear layer, (B, L, V), in the type of its input."""
+        return in_type_of(hidden_BLC, self.head)(hidden_BLC)
 
     def modulate_head(self, embedding_BC: Tensor) -> Tensor:
         """1 + scale and shift of the head, (2, B, 1, C); the same for all scales."""
-        scale, shift = self.head_modulation(F.silu(embedding_BC.float())).unsqueeze(1).chunk(2, 2)
+        embedding_BC = embedding_BC.to(self.wide_type)
+        modulate = in_type_of(embedding_BC, self.head_modulation)
+        scale, shift = modulate(F.silu(embedding_BC)).unsqueeze(1).chunk(2, 2)
         return torch.stack([1 + scale, shift])
 
     def head_input(
@@ -204,9 +226,9 @@ class NextScaleTransformer(nn.Module, Pretrained):
         x_BLC: Tensor,
         modulation: Tensor,  # (2, B, 1, C), from `modulate_head`
     ) -> Tensor:
-        """What the last linear layer takes, (B, L, C) float32."""
+        """What the last linear layer takes, (B, L, C), at least float32."""
         scale, shift = modulation
-        return torch.addcmul(shift, norm(x_BLC.float()), scale)
+        return torch.addcmul(shift, norm(x_BLC.to(self.wide_type)), scale)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless `labels` is (B,) of classes in [0, N]."""
@@ -222,12 +244,27 @@ class NextScaleTransformer(nn.Module, Pretrained):
                     f"got values from {low} to {high}"
                 )
 
+    def _project(self, inputs_BlZ: Tensor) -> Tensor:
+        inputs_BlZ = inputs_BlZ.to(self.wide_type)
+        return in_type_of(inputs_BlZ, self.input_projection)(inputs_BlZ)
+
     def _start(self, embedding_BC: Tensor) -> Tensor:
         return embedding_BC.unsqueeze(1) + self.pos_start
 
     def _positions(self, where: slice) -> Tensor:
         positions: Tensor = self.level_embed(self.scale_ids[where]) + self.pos_embed[:, where]
         return positions
+
+
+def _derive(model: NextScaleTransformer, _: object = None) -> None:
+    """Compute what follows from the config alone anew.
+
+    No state dict has it, so that a model made on the meta device and then filled would have no values there,
+    or any.
+    """
+    device = model.pos_embed.device
+    model.mask_LL = block_causal_mask(model.config.sides).to(device)
+    model.scale_ids = scale_ids(model.config.sides).to(device)
 
 
 TRUNKS: dict[type[TrunkConfig], type[Trunk]] = {

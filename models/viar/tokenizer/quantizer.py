@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TokenizerConfig
+from ..model.execution import in_type_of
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
 IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use
@@ -332,7 +333,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def _nearest(self, vectors_NZ: Tensor) -> Tensor:
         """Index of the code nearest to each vector in Euclidean distance, (N,)."""
-        codes_VZ = self.codebook.weight
+        codes_VZ = self.codebook.weight.to(vectors_NZ.dtype)
         with _full_precision(vectors_NZ):
             # |v - c|^2 less |v|^2, which is the same for every code.
             return torch.addmm(codes_VZ.square().sum(1), vectors_NZ, codes_VZ.T, alpha=-2).argmin(1)
@@ -343,7 +344,7 @@ class MultiScaleQuantizer(nn.Module):
         if scale < len(self.sides) - 1:
             h_BZhw = F.interpolate(h_BZhw, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
         with _full_precision(h_BZhw):
-            refined_BZhw: Tensor = self.phi_for(scale)(h_BZhw)
+            refined_BZhw = in_type_of(h_BZhw, self.phi_for(scale))(h_BZhw)
             return (1 - self.phi_ratio) * h_BZhw + self.phi_ratio * refined_BZhw
 
     def _shrink(self, x_BZhw: Tensor, scale: int) -> Tensor:

@@ -63,7 +63,7 @@ class Tokenizer(nn.Module, Pretrained):
         """
         quantized = self.quantizer.quantize(self.features(images_B3HW))
         return TokenizerOutput(
-            reconstruction=self.decoder(self.post_quantizer(quantized.f_hat)),
+            reconstruction=self.decoder(self.post_quantizer(quantized.f_hat.to(self.post_quantizer.weight.dtype))),
             loss=quantized.loss,
             tokens=quantized.tokens,
             vectors=quantized.vectors,
@@ -81,7 +81,8 @@ class Tokenizer(nn.Module, Pretrained):
                 f"images must be floating point of shape (B, 3, {side}, {side}), "
                 f"got {images_B3HW.dtype} {tuple(images_B3HW.shape)}"
             )
-        features_BZhw: Tensor = self.pre_quantizer(self.encoder(images_B3HW))
+        weight_type = self.pre_quantizer.weight.dtype  # a lower precision only if asked for
+        features_BZhw: Tensor = self.pre_quantizer(self.encoder(images_B3HW.to(weight_type)))
         return features_BZhw
 
     @torch.no_grad()
