@@ -85,7 +85,7 @@ def spectral_norm(
             raise ValueError(
                 f"spectral_norm: {path}.{name} has no values yet; run the module once before normalising it"
             )
-        # A weight on the meta device has no values yet; they come with a state dict, and the vectors with them.
+        # On the meta device there are no values; they come with a state dict, and the vectors with them.
         if not (at_most or weight.is_meta or bool(weight.any())):
             raise ValueError(
                 f"spectral_norm: {path}.{name} is zero and cannot be scaled to norm {norm}; use at_most=True"

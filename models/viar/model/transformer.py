@@ -83,7 +83,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
 
     @property
     def wide_type(self) -> torch.dtype:
-        """Type that embeddings, positions, head and logits are computed in: that of the weights, not below float32."""
+        """Type of embeddings, positions, head and logits as computed: that of the weights, at least float32."""
         return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     @property

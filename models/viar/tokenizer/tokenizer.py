@@ -63,7 +63,9 @@ class Tokenizer(nn.Module, Pretrained):
         """
         quantized = self.quantizer.quantize(self.features(images_B3HW))
         return TokenizerOutput(
-            reconstruction=self.decoder(self.post_quantizer(quantized.f_hat.to(self.post_quantizer.weight.dtype))),
+            reconstruction=self.decoder(
+                self.post_quantizer(quantized.f_hat.to(self.post_quantizer.weight.dtype))
+            ),
             loss=quantized.loss,
             tokens=quantized.tokens,
             vectors=quantized.vectors,
