@@ -30,7 +30,7 @@ def _reduce(module: nn.Module, _protocol: Any) -> tuple[Any, ...]:
     base = type(module).__bases__[0]
     names = tuple(module.parametrizations)  # type: ignore[arg-type]
     # That of the module before it was parametrized: PyTorch's own refuses.
-    state = super(type(module), module).__getstate__()  # type: ignore[misc]
+    state = super(type(module), module).__getstate__()
     return _empty, (base, names), state
 
 
@@ -38,7 +38,7 @@ def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     make, arguments, state = _reduce(module, None)
     copied: nn.Module = make(*arguments)
     memo[id(module)] = copied  # before what it holds is copied, which may lead back to it
-    copied.__setstate__(copy.deepcopy(state, memo))
+    copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
     return copied
 
 

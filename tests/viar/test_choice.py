@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from viar.generation.choice import ROUNDING, TokenNoise, choose
+from viar.generation.choice import ROUNDING, TokenNoise, choose, mix
 
 CPU = torch.device("cpu")
 
@@ -235,3 +236,60 @@ def test_noise_of_an_image_can_be_had_without_that_of_others(seed: int, index: i
     assert noise[-1:, 1:].equal(alone.gumbel(tokens[:1, :1], 5))
     keys = torch.cat([noise_of(count, seed, index).keys_B, noise_of(count, seed + 1, index).keys_B])
     assert len(keys.unique()) == 2 * count
+
+
+# Mixtures
+
+
+def soft_codes(logits: np.ndarray, gumbel: np.ndarray, codes: np.ndarray, k: int, num_scales: int) -> Any:
+    """What the published program computes for one position, in NumPy and float64."""
+    ratio = k / (num_scales - 1)
+    temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
+    scores = (logits * (1 + ratio) + gumbel) / temperature
+    weights = np.exp(scores - scores.max())
+    return (weights / weights.sum()) @ codes
+
+
+@given(
+    st.integers(0, 4),
+    st.none() | st.integers(1, 12),
+    st.none() | st.floats(0.05, 1.0),
+    st.integers(0, 2**31),
+)
+def test_a_mixture_is_the_published_soft_code_of_what_may_be_chosen(
+    scale: int, top_k: int | None, top_p: float | None, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, codes = torch.randn(2, 3, 10, generator=generator), torch.randn(10, 4, generator=generator)
+    noise = noise_of(2, seed)
+    gumbel = noise.gumbel(torch.arange(10).expand(2, 3, -1), 5)
+    mixture = mix(logits, noise, 5, top_k, top_p, progress=scale / 4)
+    for image in range(2):
+        for position in range(3):
+            own = logits[image, position]
+            kept, _ = kept_tokens(own, top_k, top_p)
+            masked = np.where(kept, own.double().numpy(), -np.inf)
+            own_noise, table = gumbel[image, position].double().numpy(), codes.double().numpy()
+            expected = soft_codes(masked, own_noise, table, scale, 5)
+            weights = mixture.weights_BlV[image, position]
+            np.testing.assert_allclose((weights @ codes).numpy(), expected, atol=1e-4)
+            assert mixture.tokens[image, position] == weights.argmax()
+            assert kept[mixture.tokens[image, position]]
+    torch.testing.assert_close(mixture.weights_BlV.sum(-1), torch.ones(2, 3))
+
+
+def test_a_mixture_of_one_candidate_is_that_code() -> None:
+    logits = torch.randn(2, 3, 10)
+    mixture = mix(logits, noise_of(2), 0, 1, None, progress=0.5)
+    assert mixture.tokens.equal(logits.argmax(-1))
+    assert mixture.weights_BlV.equal(nn.functional.one_hot(mixture.tokens, 10).float())
+
+
+def test_mixtures_harden_towards_the_last_scale() -> None:
+    logits = torch.randn(1, 200, 50)
+    most = [
+        float(mix(logits, noise_of(), 0, None, None, progress=r).weights_BlV.amax(-1).mean())
+        for r in (0.0, 0.5, 1.0)
+    ]
+    assert most == sorted(most)
+    assert most[-1] > 0.95

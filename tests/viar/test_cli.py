@@ -109,6 +109,7 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
         "--cfg FLOAT guidance; 0 switches it off (default: 1.5)",
         "--top-k {None}|INT most likely tokens kept (default: 900)",
         "--top-p {None}|FLOAT probability kept (default: 0.96)",
+        "--no-more-smooth mixtures of codes instead of single ones; smoother pictures, not for metrics",
         "--seed INT (default: 0)",
         "--cache {equilibrium,iterate} (default: equilibrium)",
         "--batch-size INT images generated at a time",
@@ -196,6 +197,23 @@ def test_every_sampling_flag_reaches_a_series(
     }
 
 
+def test_edit_takes_mixtures_and_measures_refuse_them(trained: Path, tmp_path: Path) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--more-smooth")
+    assert call("generate", *models, "--per-class", 1, "--out", tmp_path / "a.png")[0] == 0
+    box = ("--box", 0, 0, 1, 1)
+    edited = []
+    for more in (models, models[:-1]):
+        flags = ("--image", tmp_path / "a.png", "--label", 3, "--out", tmp_path / "b.png")
+        assert call("edit", *more, *box, *flags)[0] == 0
+        edited.append((tmp_path / "b.png").read_bytes())
+    assert edited[0] != edited[1]
+    code, _, errors = call("evaluate", *models)
+    assert code == 2
+    assert (
+        "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them" in errors
+    )
+
+
 def test_published_checkpoints_are_read_from_files(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +246,7 @@ def test_published_checkpoints_are_read_from_files(
         (("--adaptive", 0.1), {"iterations": viar.Adaptive(rtol=0.1)}),
         (("--budget", 9), {"iterations": viar.Budget(evaluations=9)}),
         (("--warm-start", "--guidance-reuse", 2), {"warm_start": True, "guidance_reuse": 2}),
+        (("--more-smooth",), {"more_smooth": True}),
         (("--top-k", "None", "--top-p", 0.5, "--cfg", 0), {"top_k": None, "top_p": 0.5, "cfg": 0.0}),
     ],
 )

@@ -34,6 +34,11 @@ def evaluate_command(
         flags: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
+    if flags.settings.more_smooth:
+        raise ValueError(
+            "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
+            "evaluate without it"
+        )
     console = Console()
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     source = load_data(data, codec.config.image_side)

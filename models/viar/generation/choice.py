@@ -5,6 +5,8 @@ of their softmax. The noise of a token is a function of (seed, image, position, 
 depend on what else is computed with it, and a logit that is off by a rounding error changes the choice only
 where two candidates are as close as that. `choose` tells where this is so.
 
+`mix` takes no token for a position but weighs all by the same noise: soft codes, for smoother pictures.
+
 Shape letters: B images, l tokens of a scale, V codebook, k candidates.
 """
 
@@ -69,6 +71,22 @@ class Choice(NamedTuple):
     certain: Tensor  # (B,) bool: no logit off by less than `ROUNDING` / 2 would change any of the tokens
 
 
+class Mixture(NamedTuple):
+    """What `mix` returns."""
+
+    tokens: Tensor  # (B, l) int64, the one of most weight
+    weights_BlV: Tensor  # float32, of each token; they sum to 1
+
+
+class _Candidates(NamedTuple):
+    """Tokens that come into question; where not all do, the most likely ones, by falling logit."""
+
+    values_Blk: Tensor  # their logits
+    tokens_Blk: Tensor
+    inside: Tensor  # (B, l, k) bool, whether they may be chosen
+    doubtful: Tensor  # (B, l, k) bool, in or out by no more than rounding
+
+
 def choose(
     logits_BlV: Tensor,  # float32
     noise: TokenNoise,
@@ -86,6 +104,54 @@ def choose(
     if k == 1:
         values, tokens = logits_BlV.topk(min(2, V))
         return Choice(tokens[..., 0], _apart(values))
+    values, tokens_Blk, inside, doubtful = _candidates(logits_BlV, k, top_p)
+    noisy = values + noise.gumbel(tokens_Blk, first_position)
+    chosen = noisy.masked_fill(~inside, -torch.inf).argmax(-1, keepdim=True)
+    possible = noisy.masked_fill_(~(inside | doubtful), -torch.inf).topk(min(2, noisy.shape[-1]))
+    certain = _apart(possible.values) & ~doubtful.gather(-1, chosen).flatten(1).any(1)
+    certain &= (possible.indices[..., :1] == chosen).flatten(1).all(1)
+    return Choice(tokens_Blk.gather(-1, chosen).squeeze(-1), certain)
+
+
+def mix(
+    logits_BlV: Tensor,  # float32
+    noise: TokenNoise,
+    first_position: int,
+    top_k: int | None,
+    top_p: float | None,
+    *,
+    progress: float,
+) -> Mixture:
+    """Weigh the tokens that `choose` may choose, by a Gumbel softmax that hardens from scale to scale.
+
+    With r = `progress`, the weights are softmax((logits (1 + r) + noise) / t), t = max(0.27 (1 - 0.95 r),
+    0.005). (Jang et al. 2017, arXiv 1611.01144; the two ramps: `more_smooth` of VAR's public code, arXiv
+    2404.02905.)
+
+    Args:
+        logits_BlV: (B, l, V) float32.
+        noise: of these images.
+        first_position: of the l, in the sequence of all scales.
+        top_k: see `choose`.
+        top_p: see `choose`.
+        progress: from 0 at the first scale to 1 at the last.
+    """
+    V = logits_BlV.shape[-1]
+    values, tokens_Blk, inside, _ = _candidates(logits_BlV, V if top_k is None else min(top_k, V), top_p)
+    noisy = values * (1 + progress) + noise.gumbel(tokens_Blk, first_position)
+    noisy = noisy.masked_fill_(~inside, -torch.inf)
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+    weights_Blk = (noisy / temperature).softmax(-1)
+    heaviest = noisy.argmax(-1, keepdim=True)
+    return Mixture(
+        tokens_Blk.gather(-1, heaviest).squeeze(-1),
+        torch.zeros_like(logits_BlV).scatter_(-1, tokens_Blk, weights_Blk),
+    )
+
+
+def _candidates(logits_BlV: Tensor, k: int, top_p: float | None) -> _Candidates:
+    """The `k` most likely tokens, of them the `top_p` most likely; see `choose`."""
+    V = logits_BlV.shape[-1]
     share = 1.0 if top_p is None else top_p
     nucleus = share < 1
     if k < V or nucleus:
@@ -93,9 +159,8 @@ def choose(
         values, tokens_Blk = logits_BlV.topk(min(k + 1, V))
     else:
         values, tokens_Blk = logits_BlV, torch.arange(V, device=logits_BlV.device).expand(logits_BlV.shape)
-    noisy = values + noise.gumbel(tokens_Blk, first_position)
     # The candidates that are in come first, by falling logit.
-    inside = torch.ones_like(noisy, dtype=torch.bool)
+    inside = torch.ones_like(values, dtype=torch.bool)
     inside[..., k:] = False
     doubtful = torch.zeros_like(inside)  # in or out by no more than rounding
     if nucleus:
@@ -109,11 +174,7 @@ def choose(
         first_out = values.gather(-1, size.clamp_max(values.shape[-1] - 1))
         first_out = first_out.masked_fill_(size == values.shape[-1], -torch.inf)
         doubtful |= torch.where(inside, values - first_out, last_in - values) < ROUNDING
-    chosen = noisy.masked_fill(~inside, -torch.inf).argmax(-1, keepdim=True)
-    possible = noisy.masked_fill_(~(inside | doubtful), -torch.inf).topk(min(2, noisy.shape[-1]))
-    certain = _apart(possible.values) & ~doubtful.gather(-1, chosen).flatten(1).any(1)
-    certain &= (possible.indices[..., :1] == chosen).flatten(1).all(1)
-    return Choice(tokens_Blk.gather(-1, chosen).squeeze(-1), certain)
+    return _Candidates(values, tokens_Blk, inside, doubtful)
 
 
 def _apart(descending_Bl2: Tensor) -> Tensor:

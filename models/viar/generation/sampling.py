@@ -18,8 +18,8 @@ from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
 from ..model.trunk import ScaleSolve
 from ..tokenizer import Tokenizer
-from .choice import TokenNoise, choose
-from .guidance import Guidance
+from .choice import TokenNoise, choose, mix
+from .guidance import Guidance, guidance_ramp
 from .report import GenerationReport, ScaleReport
 from .settings import Sampling, as_sampling, check_index
 
@@ -39,10 +39,12 @@ class Sample:
     """What the sampler made.
 
     Attributes:
-        tokens: sampled tokens, K tensors (B, p_k^2).
-        f_hat: sum of all scales, (B, Z, p_K, p_K).
+        tokens: sampled tokens, K tensors (B, p_k^2); with `more_smooth` those of most weight in each mixture.
+        f_hat: sum of all scales, (B, Z, p_K, p_K): what the image is decoded from. With `more_smooth` it is
+            not that of the tokens, and there is no other trace of the mixtures.
         certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.generation.choice`:
-            computed in float32 in a batch of another size, it gets the same tokens.
+            computed in float32 in a batch of another size, it gets the same tokens. Nowhere with
+            `more_smooth`, where an image is the same up to rounding.
         cache_bytes: keys and values held at the end, which is their peak.
         scales: what each scale took, if it was measured.
     """
@@ -69,6 +71,7 @@ def generate(
     cache: CacheName = ...,
     warm_start: bool = ...,
     guidance_reuse: int = ...,
+    more_smooth: bool = ...,
     return_report: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -86,6 +89,7 @@ def generate(
     cache: CacheName = ...,
     warm_start: bool = ...,
     guidance_reuse: int = ...,
+    more_smooth: bool = ...,
     return_report: Literal[True],
 ) -> tuple[Tensor, GenerationReport]: ...
 def generate(
@@ -102,6 +106,7 @@ def generate(
     cache: CacheName = "equilibrium",
     warm_start: bool = False,
     guidance_reuse: int = 0,
+    more_smooth: bool = False,
     return_report: bool = False,
 ) -> Tensor | tuple[Tensor, GenerationReport]:
     """Images of the classes asked for.
@@ -124,6 +129,8 @@ def generate(
             output of the blocks before it. Other results with few iterations, the same at convergence.
         guidance_reuse: so many of the last scales are computed with their class alone; the direction of
             guidance is that of the scale before them, enlarged. Saves half their time; an approximation.
+        more_smooth: a position gets a mixture of codes instead of one, see `viar.generation.choice.mix`:
+            smoother pictures for the eye. They are not samples of the model, so metrics are not for them.
         return_report: return (images, `GenerationReport`); measuring waits for the device at every scale.
 
     Returns:
@@ -141,6 +148,7 @@ def generate(
         cache=cache,
         warm_start=warm_start,
         guidance_reuse=guidance_reuse,
+        more_smooth=more_smooth,
     )
     sample = sample_tokens(model, tokenizer, labels, sampling, first_index=first_index, measure=return_report)
     start = time.perf_counter()
@@ -198,17 +206,23 @@ def sample_tokens(
     model.check_labels(labels)
     predictor = _Predictor(model, sampling, labels, measure)
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
-    certain = torch.ones(len(labels), dtype=torch.bool, device=device)
+    certain = torch.full((len(labels),), not sampling.more_smooth, device=device)
     f_hat = torch.zeros(len(labels), model.config.code_channels, sides[-1], sides[-1], device=device)
     next_input: Tensor | None = None
     tokens, scales = [], []
     for scale, where in enumerate(scale_slices(sides)):
         start = time.perf_counter()
         logits_BlV = predictor.predict(scale, next_input)
-        choice = choose(logits_BlV, noise, where.start, sampling.top_k, sampling.top_p)
-        tokens.append(choice.tokens)
-        certain &= choice.certain
-        embeddings = quantizer.embed(choice.tokens)
+        candidates = (logits_BlV, noise, where.start, sampling.top_k, sampling.top_p)
+        if sampling.more_smooth:
+            mixture = mix(*candidates, progress=guidance_ramp(scale, len(sides)))
+            tokens.append(mixture.tokens)
+            embeddings = quantizer.embed_mixture(mixture.weights_BlV)
+        else:
+            choice = choose(*candidates)
+            tokens.append(choice.tokens)
+            certain &= choice.certain
+            embeddings = quantizer.embed(choice.tokens)
         f_hat = quantizer.accumulate(f_hat, replace(scale, embeddings) if replace else embeddings, scale)
         f_hat = hold(scale, f_hat) if hold else f_hat
         if scale < len(sides) - 1:

@@ -29,6 +29,7 @@ class Sampling:
         cfg: guidance; 0 switches it off
         top_k: most likely tokens kept
         top_p: probability kept
+        more_smooth: mixtures of codes instead of single ones; smoother pictures, not for metrics
 
     Raises:
         ValueError: a setting out of range; `seed` below 0; `cache` neither "equilibrium" nor "iterate".
@@ -40,6 +41,7 @@ class Sampling:
     cfg: float = 1.5
     top_k: int | None = 900
     top_p: float | None = 0.96
+    more_smooth: bool = False
     seed: int = 0
     cache: Literal["equilibrium", "iterate"] = "equilibrium"
 
@@ -55,8 +57,9 @@ class Sampling:
             put("top_k", _integer("top_k", self.top_k))
         if self.top_p is not None:
             put("top_p", _number("top_p", self.top_p))
-        if not isinstance(self.warm_start, bool):
-            raise TypeError(f"warm_start: expected True or False, got {self.warm_start!r}")
+        for name in ("warm_start", "more_smooth"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if not 0 <= self.cfg < math.inf:
             raise ValueError(f"cfg: expected a number of at least 0, got {self.cfg}")
         if self.top_k is not None and self.top_k < 1:

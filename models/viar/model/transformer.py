@@ -65,7 +65,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.head = nn.Linear(C, config.codebook_size)
         self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
-        self.register_load_state_dict_post_hook(_derive)
+        self.register_load_state_dict_post_hook(_derive)  # type: ignore[no-untyped-call]
         init_weights(
             self,
             positions=(self.pos_start, self.pos_embed),
@@ -83,7 +83,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
 
     @property
     def wide_type(self) -> torch.dtype:
-        """Type of embeddings, positions, head and logits as computed: that of the weights, at least float32."""
+        """Type that embeddings, positions, head and logits have: that of the weights, at least float32."""
         return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     @property
@@ -180,7 +180,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         if self.shared_modulation is None:
             return embedding_BC, embedding_BC
         modulate = in_type_of(embedding_BC, self.shared_modulation)
-        return embedding_BC, modulate(F.silu(embedding_BC)).unflatten(1, (6, -1))
+        return embedding_BC, torch.unflatten(modulate(F.silu(embedding_BC)), 1, (6, -1))
 
     def embed_scale(
         self,

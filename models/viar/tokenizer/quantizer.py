@@ -172,6 +172,13 @@ class MultiScaleQuantizer(nn.Module):
         codes_BZpp: Tensor = self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))
         return codes_BZpp
 
+    def embed_mixture(self, weights_BlV: Tensor) -> Tensor:
+        """Mixtures of codes at one scale's positions, (B, p * p, V) of weights, as a map (B, Z, p, p)."""
+        side = int(weights_BlV.shape[1] ** 0.5)
+        with _full_precision(weights_BlV):
+            mixed_BlZ = weights_BlV @ self.codebook.weight.to(weights_BlV.dtype)
+        return torch.unflatten(mixed_BlZ.transpose(1, 2), 2, (side, side))
+
     def decode_tokens(self, tokens: Sequence[Tensor]) -> Tensor:
         """Sum of the scales given: f_hat, (B, Z, p_K, p_K) float32.
 

@@ -16,6 +16,8 @@ from ...tokenizer import Tokenizer
 from ..sampling import Sample
 from .folder import SeriesFolder
 
+Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
+
 
 @contextmanager
 def deterministic_convolutions() -> Iterator[None]:
@@ -83,6 +85,7 @@ class Maker:
         classes: labels that the images get in turn.
         target: where images are written.
         exact: whether an image is the same in a batch of any size; see `viar.generation.series.series`.
+        soft: whether images are mixtures of codes, which their tokens do not give; not `exact` then.
         resampled: how many images were sampled again alone.
     """
 
@@ -91,6 +94,7 @@ class Maker:
     classes: list[int]
     target: SeriesFolder
     exact: bool
+    soft: bool
     resampled: int = field(default=0, init=False)
 
     def __enter__(self) -> Maker:
@@ -117,28 +121,36 @@ class Maker:
         jobs = []
         for index in wanted:
             row = index - indices.start
-            tokens = [tokens_Bl[row : row + 1] for tokens_Bl in sample.tokens]
             alone = self.exact and not certain[row]
             self.resampled += alone
-            jobs.append(self._start(index, None if alone else tokens))
+            code: Code = None
+            if self.soft:
+                code = sample.f_hat[row : row + 1]
+            elif not alone:
+                code = [tokens_Bl[row : row + 1] for tokens_Bl in sample.tokens]
+            jobs.append(self._start(index, code))
         for job in jobs:
             job.result()
 
-    def _start(self, index: int, tokens: list[Tensor] | None) -> Future[None]:
+    def _start(self, index: int, code: Code) -> Future[None]:
         """Begin to write an image, and to decode it where the pool does that."""
         if self.on_cpu:
-            return self.pool.submit(self._finish, index, tokens)
-        return self.pool.submit(self.target.write, index, self._pixels(index, tokens))
+            return self.pool.submit(self._finish, index, code)
+        return self.pool.submit(self.target.write, index, self._pixels(index, code))
 
-    def _finish(self, index: int, tokens: list[Tensor] | None) -> None:
-        self.target.write(index, self._pixels(index, tokens))
+    def _finish(self, index: int, code: Code) -> None:
+        self.target.write(index, self._pixels(index, code))
 
     @torch.no_grad()
-    def _pixels(self, index: int, tokens: list[Tensor] | None) -> np.ndarray:
-        """Pixels (H, W, 3) uint8 of an image, from its tokens; without, it is sampled alone."""
-        if tokens is None:
-            tokens = self.draw([self._label(index)], first_index=index).tokens
-        image_CHW = self.tokenizer.decode(tokens)[0].float().add(1).div(2)
+    def _pixels(self, index: int, code: Code) -> np.ndarray:
+        """Pixels (H, W, 3) uint8 of an image from what stands for it; without, it is sampled alone."""
+        if code is None:
+            code = self.draw([self._label(index)], first_index=index).tokens
+        if isinstance(code, Tensor):
+            images_BCHW = self.tokenizer.decode_f_hat(code)
+        else:
+            images_BCHW = self.tokenizer.decode(code)
+        image_CHW = images_BCHW[0].float().add(1).div(2)
         pixels: np.ndarray = image_CHW.mul(255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
         return pixels
 

@@ -48,6 +48,8 @@ def provenance(
         "iterations": repr(schedule[0]) if isinstance(schedule[0], Adaptive) else schedule,
         "labels": classes,
         "batch_size": batch_size,
+        # Only where it is asked for: series that were begun before there was this setting go on.
+        **({"more_smooth": True} if sampling.more_smooth else {}),
         "compiled": _is_compiled(model),
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer),
@@ -57,9 +59,14 @@ def provenance(
 
 
 def why_inexact(
-    model: NextScaleTransformer, tokenizer: Tokenizer, schedule: Sequence[int | Adaptive | None]
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    schedule: Sequence[int | Adaptive | None],
 ) -> str | None:
     """What keeps `Sample.certain` from holding, in words; `None` where it holds."""
+    if sampling.more_smooth:
+        return "mixtures of codes"
     if any(isinstance(part, Adaptive) for part in schedule):
         return "adaptive iterations"
     dtypes = {p.dtype for module in (model, tokenizer) for p in module.parameters()}

@@ -10,8 +10,9 @@ number of threads, and the last bits of the sum with it. And a token choice may 
 - On a CPU both happen on one thread, several images side by side.
 
 Where `certain` promises nothing (weights or arithmetic below float32; `Adaptive`, which compares a residual
-with a tolerance), batches are always the same: they begin at a multiple of the batch size, are always
-full, on a CPU run on one thread, and their size is one of the settings of the series.
+with a tolerance; `more_smooth`, whose mixtures no tokens give, so that pixels come from their sum), batches
+are always the same: they begin at a multiple of the batch size, are always full, on a CPU run on one thread,
+and their size is one of the settings of the series.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def generate_series(
     number of threads and processes, and however often the work was interrupted: on one kind of machine, with
     one release of PyTorch. `num` may be raised later. What the images depend on is kept in series.json,
     with a fingerprint of all weights; a folder of other settings is refused. Weights below float32, reduced
-    float32 arithmetic and `Adaptive` make `batch_size` one of these settings.
+    float32 arithmetic, `Adaptive` and `more_smooth` make `batch_size` one of these settings.
 
     Every process that `accelerate launch` or `torchrun` started does its share if all call this; the main
     process shows the progress and writes the archive. If one fails, all end with an error.
@@ -102,7 +103,7 @@ def generate_series(
     _check(model, tokenizer, num, formats, batch_size)
     classes = _classes(model, labels)
     schedule = sampling.schedule(model.trunk)
-    inexact = why_inexact(model, tokenizer, schedule)
+    inexact = why_inexact(model, tokenizer, sampling, schedule)
     batches = f"{batch_size}, because of {inexact}" if inexact else "any"
     settings = provenance(model, tokenizer, sampling, schedule, classes, batches)
     target = SeriesFolder(Path(folder), tokenizer.config.image_side)
@@ -110,7 +111,7 @@ def generate_series(
     missing = together.agree(settings, lambda: target.prepare(settings, num, formats))
     parts = list(whole_batches(missing, batch_size) if inexact else runs(missing, batch_size))
     draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
-    maker = Maker(draw, tokenizer, classes, target, inexact is None)
+    maker = Maker(draw, tokenizer, classes, target, inexact is None, sampling.more_smooth)
     progress = SeriesProgress(target, num, len(missing), console, shown=together.is_main)
     with maker, deterministic_convolutions(), progress:
         for indices, wanted in parts[together.index :: together.count]:
