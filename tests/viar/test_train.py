@@ -484,6 +484,17 @@ def test_two_processes_train_what_one_trains_on_the_same_batches(
     assert_same(together, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_the_main_process_alone_draws_and_the_model_is_the_same(two_processes: Path) -> None:
+    assert [path.name for path in (two_processes / "pictures" / "samples").iterdir()] == ["step-000002.png"]
+    for rank in range(2):
+        drawn, plain = (
+            torch.load(two_processes / f"{name}.{rank}.pt", weights_only=True)
+            for name in ("pictures", "transformer")
+        )
+        assert all(value.equal(plain[key]) for key, value in drawn.items())
+
+
 # Errors
 
 
@@ -520,6 +531,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"workers": -1}, "workers must be at least 0"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"sample_every": -1}, "sample_every must be at least 0, got -1"),
         ({"mixed_precision": "half"}, "mixed_precision must be 'no', 'bf16' or 'fp16', got 'half'"),
     ],
 )

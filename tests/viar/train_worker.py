@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from test_train import run_tokenizer, run_transformer, run_without_dropout, settings
 
+import viar.training.samples
+
 WORLD = 2
 
 
@@ -29,11 +31,14 @@ def train(rank: int, folder: Path, port: str) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     torch.set_num_threads(1)
+    if rank:
+        viar.training.samples.generate = None  # called, it would end the process
     models = {
         "transformer": run_without_dropout(folder / "transformer", settings()),
         # Only the main process thinks that it is time to save: all must, or it waits for ever.
         "saving": run_transformer(folder / "saving", settings(save_every=1e9 if rank else 1e-9)),
         "parts": run_without_dropout(folder / "parts", settings(accumulate=2)),
+        "pictures": run_without_dropout(folder / "pictures", settings(sample_every=2)),
         "tokenizer": run_tokenizer(folder / "tokenizer", settings(steps=4)),
     }
     for name, model in models.items():

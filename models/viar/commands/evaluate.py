@@ -12,7 +12,7 @@ from ..data.decoding import shown
 from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..model.config import check_at_least
 from ..training import validation_loss
-from .flags import DEFAULTS, Flags
+from .flags import DEFAULTS, Flags, SamplingFlags
 from .generate import generate_images
 from .loading import load_pair, show_found
 
@@ -34,11 +34,7 @@ def evaluate_command(
         flags: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
-    if flags.settings.more_smooth:
-        raise ValueError(
-            "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
-            "evaluate without it"
-        )
+    _refuse_mixtures(flags)
     console = Console()
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     source = load_data(data, codec.config.image_side)
@@ -61,4 +57,12 @@ def _check_held_out(source: ImageData, name: str) -> None:
     if not len(source.validation):
         raise ValueError(
             f"--data: {shown(name)} has nothing to hold out and measure; give two pictures of a class"
+        )
+
+
+def _refuse_mixtures(flags: SamplingFlags) -> None:
+    if flags.settings.more_smooth:
+        raise ValueError(
+            "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
+            "evaluate without it"
         )

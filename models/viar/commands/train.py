@@ -45,7 +45,15 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path) -> None:
     show_found(data, console, batch_size=preset.train.batch_size)
     torch.manual_seed(preset.train.seed)
     tokenizer = Tokenizer(preset.model)
-    metrics = train_tokenizer(tokenizer, data.train, out, preset.train, loss=preset.loss, console=console)
+    metrics = train_tokenizer(
+        tokenizer,
+        data.train,
+        out,
+        preset.train,
+        loss=preset.loss,
+        held_out=data.validation,
+        console=console,
+    )
     console.print_json(json.dumps(metrics))
 
 

@@ -76,7 +76,12 @@ class NextScaleTransformer(nn.Module, Pretrained):
         )
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
-        """As in PyTorch; what follows from the config alone is there at once."""
+        """As in PyTorch; what follows from the config alone is there at once.
+
+        Args:
+            device: where the parameters without values go.
+            recurse: also those of the modules inside.
+        """
         super().to_empty(device=device, recurse=recurse)
         _derive(self)
         return self

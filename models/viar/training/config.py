@@ -31,6 +31,7 @@ class TrainConfig:
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
+    sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none
     seed: int = 0  # of weights, batches and random depth
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class TrainConfig:
         if self.steps is None and self.seconds is None:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
         check_at_least("TrainConfig", 1, batch_size=self.batch_size, accumulate=self.accumulate)
-        check_at_least("TrainConfig", 0, workers=self.workers, seed=self.seed)
+        check_at_least("TrainConfig", 0, workers=self.workers, sample_every=self.sample_every, seed=self.seed)
         for name in ("steps", "seconds", "lr", "clip", "save_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:

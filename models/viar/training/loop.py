@@ -1,7 +1,7 @@
 """The training loop: prepare, then step, log and save until the run is done.
 
 A run lives in one folder: `config.json` and `model.safetensors` (readable by `from_pretrained`) when it
-is done, `metrics.jsonl` as it goes, `state/` to resume from if it is interrupted.
+is done, `metrics.jsonl` and `samples/` as it goes, `state/` to resume from if it is interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .config import TrainConfig
 from .log import RunLog
 from .losses import StepLoss
 from .optim import build_optimizer, set_progress
+from .samples import Draw, RunSamples
 
 LOG_EVERY = 10  # steps; the first one is logged too
 
@@ -39,6 +40,7 @@ def fit(
     config: TrainConfig,
     *,
     name: str,
+    draw: Draw | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train `model` in place and save it to `folder`; goes on with a run that was interrupted there.
@@ -50,6 +52,8 @@ def fit(
         folder: of the run; made if it is not there.
         config: settings.
         name: shown beside the progress bar.
+        draw: pictures of how the run is doing, every `config.sample_every` steps, in the main process alone;
+            default none. They change nothing of the run.
         console: where that is shown; default standard output.
 
     Returns:
@@ -66,6 +70,7 @@ def fit(
     checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every)
     state, is_main = checkpoint.restore(), accelerator.is_main_process
     log = RunLog(folder / "metrics.jsonl", name, state.step, is_main=is_main, console=console)
+    samples = RunSamples(folder / "samples", draw if is_main else None, config.sample_every, state.step)
     batches = _batches(data, config, accelerator, state.step)
     wrapped.train()
     numbers: dict[str, float | Tensor] = {"loss": 0.0}  # of the last step
@@ -89,6 +94,7 @@ def fit(
                 metrics = {key: float(value) for key, value in numbers.items()}
                 _check_finite(metrics["loss"], state.step)
                 log.write(state.step, progress, metrics)
+            samples.look(accelerator.unwrap_model(wrapped), state.step)
         log.finish(state.step)
     if is_main:
         accelerator.unwrap_model(wrapped).save_pretrained(folder)

@@ -14,6 +14,7 @@ from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .loop import fit
 from .losses import tokenizer_loss, transformer_loss
+from .samples import generated, reconstructed
 
 
 def train_tokenizer(
@@ -24,6 +25,7 @@ def train_tokenizer(
     *,
     loss: str = "l1+l2",
     revive_every: int = 20,
+    held_out: BatchedDataset[Batch] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train on images and save to `folder`; resumes a run that was interrupted there.
@@ -37,6 +39,8 @@ def train_tokenizer(
         config: settings.
         loss: terms of the reconstruction loss, see `reconstruction_loss`.
         revive_every: steps after which codes that fell out of use are replaced.
+        held_out: images of which some are drawn beside what the tokenizer makes of them, every
+            `config.sample_every` steps, into `folder`/samples; default none.
         console: where progress is shown; default standard output.
 
     Returns:
@@ -47,7 +51,8 @@ def train_tokenizer(
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     step_loss = tokenizer_loss(tokenizer, kind=loss, revive_every=revive_every, seed=config.seed)
-    metrics = fit(tokenizer, step_loss, data, folder, config, name="tokenizer", console=console)
+    draw = reconstructed(held_out) if held_out is not None and len(held_out) else None
+    metrics = fit(tokenizer, step_loss, data, folder, config, name="tokenizer", draw=draw, console=console)
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
 
 
@@ -63,7 +68,9 @@ def train_transformer(
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
 
     Images that are held in memory are tokenized once, others batch by batch. The loss is the cross-entropy,
-    plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for one.
+    plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for one. Every
+    `config.sample_every` steps a grid of generated images is written into `folder`/samples, a row a class, of
+    the first ten classes, always of the same seed.
 
     Args:
         model: trained in place.
@@ -86,4 +93,5 @@ def train_transformer(
     in_memory = isinstance(data, TensorImages)
     samples: BatchedDataset[Any] = TokenizedImages(tokenizer, data) if in_memory else data
     step_loss = transformer_loss(None if in_memory else tokenizer, seed=config.seed)
-    return fit(model, step_loss, samples, folder, config, name="transformer", console=console)
+    draw = generated(tokenizer)
+    return fit(model, step_loss, samples, folder, config, name="transformer", draw=draw, console=console)
