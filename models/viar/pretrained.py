@@ -1,12 +1,16 @@
-"""Saving and loading, shared by tokenizer and transformer."""
+"""Saving, loading and telling apart, shared by tokenizer and transformer."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from contextlib import redirect_stdout
 from typing import Any, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -21,3 +25,16 @@ class Pretrained(PyTorchModelHubMixin):
         with redirect_stdout(io.StringIO()):  # the mixin prints a line for every local folder
             loaded: Self = super()._from_pretrained(strict=strict, **kwargs)
         return loaded
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of config and weights, whatever device they are on.
+
+    Args:
+        module: a tokenizer or a transformer.
+    """
+    digest = hashlib.sha256(json.dumps(module.config.to_dict(), sort_keys=True).encode())  # type: ignore[operator, union-attr]
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
-from . import convert, demo, edit, evaluate, generate, train
+from . import convert, demo, edit, evaluate, generate, tokenize, train
 from .loading import process_index
 
 # In the order that the help shows.
 COMMANDS: dict[str, Callable[..., None]] = {
     "train-tokenizer": train.train_tokenizer_command,
+    "tokenize": tokenize.tokenize_command,
     "train": train.train_command,
     "generate": generate.generate_command,
     "evaluate": evaluate.evaluate_command,

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from tyro.extras import subcommand_type_from_defaults
 
-from ..data import load_data
+from ..data import Batch, BatchedDataset, TokenShards, is_shards, load_data
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from ..training import (
@@ -68,12 +68,27 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path) -> None:
     _refuse_finished(out)
     console = Console()
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
-    show_found(data, console, batch_size=preset.train.batch_size)
+    data = _images_or_tokens(preset, codec, console)
     torch.manual_seed(preset.train.seed)
     model = NextScaleTransformer(preset.model)
-    metrics = train_transformer(model, codec, data.train, out, preset.train, console=console)
+    metrics = train_transformer(model, codec, data, out, preset.train, console=console)
     console.print_json(json.dumps(metrics))
+
+
+def _images_or_tokens(
+    preset: TransformerPreset, codec: Tokenizer, console: Console
+) -> BatchedDataset[Batch] | TokenShards:
+    """What `--data` names: a source of images, or a folder of their tokens."""
+    if not is_shards(preset.data):
+        data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
+        show_found(data, console, batch_size=preset.train.batch_size)
+        return data.train
+    if preset.augment:
+        raise ValueError(
+            f"--augment: {preset.data} holds tokens, which cannot be changed, got {preset.augment}; "
+            "give it to viar tokenize"
+        )
+    return TokenShards(preset.data)
 
 
 def _refuse_finished(out: Path) -> None:

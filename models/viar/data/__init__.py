@@ -7,8 +7,9 @@ from .folders import ImageFolder
 from .masks import read_mask
 from .pictures import cut_square, read_picture, save_edit, save_grid, save_picture
 from .report import FolderReport, Skipped
+from .shards import ShardReport, ShardSettings, TokenShards, is_shards, write_shards
 from .sources import load_data
-from .tokens import TokenBatch, TokenizedImages, tokenize
+from .tokens import TokenBatch, TokenizedImages, from_rows, tokenize
 
 __all__ = [
     "Batch",
@@ -17,13 +18,18 @@ __all__ = [
     "FolderReport",
     "ImageData",
     "ImageFolder",
+    "ShardReport",
+    "ShardSettings",
     "Skipped",
     "TensorImages",
     "TokenBatch",
+    "TokenShards",
     "TokenizedImages",
     "all_batches",
     "augmented",
     "cut_square",
+    "from_rows",
+    "is_shards",
     "load_data",
     "read_mask",
     "read_picture",
@@ -31,4 +37,5 @@ __all__ = [
     "save_grid",
     "save_picture",
     "tokenize",
+    "write_shards",
 ]

@@ -35,6 +35,22 @@ def tokenize(tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> TokenBatch
         return tokenizer.next_scale_inputs(tokens), torch.cat(tokens, 1), labels
 
 
+def from_rows(tokenizer: Tokenizer, tokens_BL: Tensor, labels: Tensor) -> TokenBatch:
+    """The same from tokens that are known, such as rows of `TokenShards`; needs no encoder.
+
+    Args:
+        tokenizer: on the device of the tokens, in evaluation mode.
+        tokens_BL: of all scales, int64.
+        labels: (B,), passed through.
+
+    Raises:
+        ValueError: a token is none of the codebook's, or there are too many or too few.
+    """
+    with torch.autocast(tokens_BL.device.type, enabled=False):
+        tokens = list(torch.split(tokens_BL, [side * side for side in tokenizer.config.sides], dim=1))
+        return tokenizer.next_scale_inputs(tokens), tokens_BL, labels
+
+
 class TokenizedImages(Dataset[TokenBatch]):
     """What `tokenize` gives of all images of `data`, computed once and held in memory on the CPU.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from ..data import Batch, BatchedDataset, all_batches, tokenize
+from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from ..tokenizer import Tokenizer
@@ -23,6 +23,9 @@ EDGE_LEVELS = 3  # full resolution, half and a quarter
 LossAndNumbers = tuple[Tensor, dict[str, float | Tensor]]
 # (model as prepared for training, batch, step from 0) -> loss
 StepLoss = Callable[[nn.Module, Sequence[Tensor], int], LossAndNumbers]
+
+# (images or rows of tokens, labels) -> what the transformer trains on
+ToTokens = Callable[[Tensor, Tensor], TokenBatch]
 
 
 def tokenizer_loss(tokenizer: Tokenizer, *, kind: str, revive_every: int, seed: int) -> StepLoss:
@@ -63,20 +66,19 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(tokenizer: Tokenizer | None, *, seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
-        tokenizer: of batches of images with labels; None where batches are a `TokenBatch` already.
+        to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
 
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
         depth.manual_seed(seed_at(seed, step))
-        if tokenizer is not None:
-            images, labels = batch
-            batch = tokenize(tokenizer.to(images.device), images, labels)
+        if to_tokens is not None:
+            batch = to_tokens(*batch)
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
         loss = cross_entropy(logits, targets)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from ..data import Batch, BatchedDataset, TensorImages, TokenizedImages
+from ..data import Batch, BatchedDataset, TensorImages, TokenizedImages, TokenShards, from_rows, tokenize
+from ..data.tokens import TokenBatch
 from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .loop import fit
-from .losses import tokenizer_loss, transformer_loss
+from .losses import ToTokens, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
 
 
@@ -59,7 +62,7 @@ def train_tokenizer(
 def train_transformer(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
-    data: BatchedDataset[Batch],
+    data: BatchedDataset[Batch] | TokenShards,
     folder: Path,
     config: TrainConfig,
     *,
@@ -67,15 +70,15 @@ def train_transformer(
 ) -> dict[str, float]:
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
 
-    Images that are held in memory are tokenized once, others batch by batch. The loss is the cross-entropy,
-    plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for one. Every
-    `config.sample_every` steps a grid of generated images is written into `folder`/samples, a row a class, of
-    the first ten classes, always of the same seed.
+    Images that are held in memory are tokenized once, others batch by batch; of `TokenShards` nothing is. The
+    loss is the cross-entropy, plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for
+    one. Every `config.sample_every` steps a grid of generated images is written into `folder`/samples, a row
+    a class, of the first ten classes, always of the same seed.
 
     Args:
         model: trained in place.
         tokenizer: put into evaluation mode and frozen.
-        data: images with labels.
+        data: images with labels, or their tokens.
         folder: of the run.
         config: settings.
         console: where progress is shown; default standard output.
@@ -84,14 +87,35 @@ def train_transformer(
         The last logged metrics, with steps and seconds.
 
     Raises:
-        ValueError: model and tokenizer differ in size, or the batch does not divide into parts and among
-            processes.
+        ValueError: model and tokenizer differ in size, tokens are of another tokenizer or of another number
+            of classes, or the batch does not divide into parts and among processes.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_pair(model, tokenizer)
     tokenizer.eval().requires_grad_(False)
-    in_memory = isinstance(data, TensorImages)
-    samples: BatchedDataset[Any] = TokenizedImages(tokenizer, data) if in_memory else data
-    step_loss = transformer_loss(None if in_memory else tokenizer, seed=config.seed)
+    if isinstance(data, TokenShards):
+        data.check(tokenizer)
+        check_classes(model, data)
+    samples: BatchedDataset[Any] = data
+    to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
+    if isinstance(data, TensorImages):
+        samples, to_tokens = TokenizedImages(tokenizer, data), None
+    step_loss = transformer_loss(to_tokens, seed=config.seed)
     draw = generated(tokenizer)
     return fit(model, step_loss, samples, folder, config, name="transformer", draw=draw, console=console)
+
+
+def check_classes(model: NextScaleTransformer, data: TokenShards) -> None:
+    """Raise `ValueError` unless the model has the classes of the tokens."""
+    found, own = data.settings.num_classes, model.config.num_classes
+    if found != own:
+        raise ValueError(
+            f"{data.folder} holds tokens of {found} classes, the model has {own}; give the model as many, "
+            f"--model.num-classes {found}"
+        )
+
+
+def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatch:
+    """Of images, or of tokens that are known."""
+    make = tokenize if batch.is_floating_point() else from_rows
+    return make(tokenizer.to(batch.device), batch, labels)

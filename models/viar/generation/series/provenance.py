@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from deqlib._torch import is_compiled
 
 from ...model.schedule import Adaptive
 from ...model.transformer import NextScaleTransformer
+from ...pretrained import fingerprint
 from ...tokenizer import Tokenizer
 from ..settings import Sampling
 
@@ -83,15 +82,6 @@ def why_inexact(
 def _is_compiled(model: NextScaleTransformer) -> bool:
     """Whether the blocks are: other kernels round differently."""
     return any(is_compiled(module) for module in model.modules())
-
-
-def fingerprint(module: NextScaleTransformer | Tokenizer) -> str:
-    """Hash of config and weights, whatever device they are on."""
-    digest = hashlib.sha256(json.dumps(module.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
 
 
 def _machine(device: torch.device) -> str:

@@ -1,0 +1,61 @@
+"""`viar tokenize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..data import load_data
+from ..data.shards import write_shards
+from ..tokenizer import Tokenizer
+from .loading import find_device
+
+
+def tokenize_command(
+    tokenizer: str,
+    data: str,
+    out: Path,
+    crops: int = 1,
+    augment: int = 0,
+    seed: int = 0,
+    shard_size: int = 8192,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Write the tokens of a data set into a folder, for viar train --data FOLDER.
+
+    Training from tokens spares reading pictures and the tokenizer's encoder in every epoch. The same command
+    goes on where it was stopped, and gives the same files.
+
+    Args:
+        tokenizer: Folder or hub id of the tokenizer.
+        data: Source of images: digits, mnist, or a folder with a sub-folder a class.
+        out: Folder of the tokens.
+        crops: Of a folder of pictures: squares cut at random out of each training picture.
+        augment: Of digits and mnist: changed versions added of each training image.
+        seed: Of the crops.
+        shard_size: Images in a file.
+        batch_size: Images encoded at a time.
+        device: cpu, cuda, or cuda:1; auto is cuda where there is one.
+    """
+    console = Console()
+    where = find_device(device)
+    codec = Tokenizer.from_pretrained(tokenizer).eval().to(where)
+    images = load_data(data, codec.config.image_side, augment=augment)
+    report = write_shards(
+        codec,
+        images,
+        out,
+        origin={"data": data, "augment": augment},
+        crops=crops,
+        seed=seed,
+        shard_size=shard_size,
+        batch_size=batch_size,
+        console=console,
+    )
+    train, validation = report.rows
+    rows = f"{train} rows of tokens to train on and {validation} held out in {out}"
+    files = f"{report.made} files made now, {report.found} were there"
+    console.print(escape(f"{rows}; {files}"), soft_wrap=True, highlight=False)
