@@ -179,6 +179,14 @@ def test_a_model_made_without_values_takes_a_state_dict(kind: str, wrap: bool, a
     assert {t.device.type for t in [*twin.parameters(), *twin.buffers()]} == {"cpu"}
 
 
+def test_the_default_device_does_not_matter_to_a_state_dict() -> None:
+    model = tiny_transformer()
+    twin = tiny_transformer(seed=1)
+    with torch.device("meta"):
+        twin.load_state_dict(model.state_dict())
+    assert run(twin).equal(run(model))
+
+
 def test_a_model_that_is_filled_by_hand_has_its_mask_too() -> None:
     model = tiny_transformer()
     with torch.device("meta"):

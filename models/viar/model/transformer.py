@@ -267,9 +267,8 @@ def _derive(model: NextScaleTransformer, _: object = None) -> None:
     No state dict has it, so that a model made on the meta device and then filled would have no values there,
     or any.
     """
-    device = model.pos_embed.device
-    model.mask_LL = block_causal_mask(model.config.sides).to(device)
-    model.scale_ids = scale_ids(model.config.sides).to(device)
+    with torch.device(model.pos_embed.device):  # whatever the default device is
+        model.mask_LL, model.scale_ids = block_causal_mask(model.config.sides), scale_ids(model.config.sides)
 
 
 TRUNKS: dict[type[TrunkConfig], type[Trunk]] = {
