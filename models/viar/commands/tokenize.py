@@ -10,7 +10,7 @@ from rich.markup import escape
 from ..data import load_data
 from ..data.shards import write_shards
 from ..tokenizer import Tokenizer
-from .loading import find_device
+from .loading import find_device, show_found
 
 
 def tokenize_command(
@@ -44,6 +44,7 @@ def tokenize_command(
     where = find_device(device)
     codec = Tokenizer.from_pretrained(tokenizer).eval().to(where)
     images = load_data(data, codec.config.image_side, augment=augment)
+    show_found(images, console)
     report = write_shards(
         codec,
         images,
