@@ -110,11 +110,11 @@ class ImplicitLayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Settings, for `print(model)`."""
-        return (
-            f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}, "
-            f"on_failure={self.on_failure!r}, compact={self.compact}"
-        )
+        """Settings, for `print(model)`: of each what differs from its defaults."""
+        text = f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}"
+        if self.on_failure != "warn":
+            text += f", on_failure={self.on_failure!r}"
+        return text + (f", compact={self.compact}" if self.compact is not False else "")
 
 
 def starting_point(init: Callable[..., Any] | None, inputs: tuple[Any, ...]) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ._checks import check_integer, check_number
+from ._settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopping:
+class Stopping(Settings):
     """Stopping rule, applied to every sample by itself.
 
     A sample converges when `||f(z) - z|| <= atol + rtol * ||f(z)||` (Euclidean norms over all numbers of
@@ -98,6 +99,12 @@ class Stopping:
         return replace(
             self, rtol=between(self.rtol, end.rtol), atol=between(self.atol, end.atol), max_steps=steps
         )
+
+    def __repr__(self) -> str:
+        as_asked = self.is_fixed and self == type(self).steps(self.max_steps, measure=self.measure)
+        if not as_asked:
+            return super().__repr__()
+        return f"{type(self).__name__}.steps({self.max_steps}{', measure=True' * self.measure})"
 
     @property
     def is_fixed(self) -> bool:

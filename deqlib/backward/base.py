@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .._settings import Settings
 from ..solution import Solution
 from ..solvers import Solver
 from ..state import FlatMap, Map
@@ -53,7 +54,7 @@ class Solve(Protocol):
         """
 
 
-class Backward(ABC):
+class Backward(Settings, ABC):
     """How gradients pass through a solve. Subclasses are frozen, keyword-only dataclasses."""
 
     def check(self, solver: Solver, stopping: Stopping) -> None:  # noqa: B027

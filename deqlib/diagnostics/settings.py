@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .._checks import check_instance
+from .._settings import arguments, is_same
 from ..backward import Backward
 from ..solvers import Anderson, Broyden, Picard, ReversiblePicard, Solver
 from ..stopping import Stopping
+
+S = TypeVar("S")
 
 
 def check_sequence(owner: str, kind: type, **given: Sequence[Any]) -> None:
@@ -53,14 +56,29 @@ def accepted_solver(mode: Backward, solver: Solver, stopping: Stopping, owner: s
 
 
 def labels(settings: Sequence[Any]) -> list[str]:
-    """Class names; where several are of one class, with the fields that tell them apart."""
-    names = []
+    """Class names; of several of one class with what tells them apart and differs from the defaults.
+
+    What cannot be told apart so is numbered.
+    """
+    names: list[str] = []
     for one in settings:
         same = [other for other in settings if type(other) is type(one)]
-        known = fields(one) if is_dataclass(one) else ()
+        known = [field.name for field in fields(one)] if is_dataclass(one) else []
         differing = [
-            f.name for f in known if any(getattr(one, f.name) != getattr(other, f.name) for other in same)
+            name
+            for name in known
+            if not all(is_same(getattr(one, name), getattr(other, name)) for other in same)
         ]
-        details = ", ".join(f"{name}={getattr(one, name)!r}" for name in differing)
+        details = arguments(one, differing) if differing else ""
         names.append(type(one).__name__ + (f"({details})" if details else ""))
-    return names
+    return [
+        name if names.index(name) == i else f"{name} #{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def each_once(settings: Sequence[S]) -> list[S]:
+    """The settings in order without those that are equal to one before."""
+    return [
+        one for i, one in enumerate(settings) if not any(is_same(one, before) for before in settings[:i])
+    ]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._settings import Settings
 from .._torch import is_fake
 from ..state import small_dtype
 
@@ -109,7 +110,7 @@ class Seen(Protocol):
         """
 
 
-class Solver(ABC):
+class Solver(Settings, ABC):
     """A rule that turns `z` and `f(z)` into the next iterate.
 
     Subclasses are frozen, keyword-only dataclasses of settings. All that changes during a solve lives in
