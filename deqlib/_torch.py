@@ -67,6 +67,11 @@ def unwrapped_if_dead(tensor: Tensor) -> Tensor:
     return inner
 
 
+def coordinates(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values that a sparse tensor of layout COO holds, as they lie, coalesced or not."""
+    return tensor._indices(), tensor._values()
+
+
 def is_batched_gradient(gradient: Tensor) -> bool:
     """Whether `gradient` is many at once: `is_grads_batched=True`, which predates `torch.vmap`, made it."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))

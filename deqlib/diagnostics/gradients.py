@@ -195,5 +195,23 @@ class _Difference:
 def _flat(found: list[Tensor], exact: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of vectors, in a type that small numbers do not vanish in."""
     for pair in zip(found, exact, strict=True):
-        a, b = (t.detach().flatten().to(small_dtype(t)) for t in pair)
+        one, other = (t.detach() for t in pair)
+        if one.layout != torch.strided or other.layout != torch.strided:
+            one, other = _side_by_side(one, other)
+        a, b = (t.flatten().to(small_dtype(t)) for t in (one, other))
         yield a, b
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """What two tensors hold where any of them holds anything, if both are sparse; else all of them."""
+    if torch.strided in (one.layout, other.layout):
+        return one.to_dense(), other.to_dense()
+    a, b = (t.to_sparse_coo().coalesce() for t in (one, other))
+    if a.sparse_dim() != b.sparse_dim():
+        return a.to_dense(), b.to_dense()
+
+    def nothing(t: Tensor) -> Tensor:
+        zeros = torch.zeros_like(t.values())
+        return torch.sparse_coo_tensor(t.indices(), zeros, t.shape, check_invariants=False)
+
+    return (a + nothing(b)).coalesce().values(), (b + nothing(a)).coalesce().values()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from .._torch import coordinates, is_wrapped, unwrapped, unwrapped_if_dead
 
 
 class _Saved:
@@ -19,8 +21,8 @@ class _Saved:
 def saved_bytes(compute: Callable[[], object], *, exclude: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward pass of `compute()`, counted exactly on any device.
 
-    Every storage counts once, whole, however many saved tensors share it. What was saved for graphs that are
-    gone when `compute` returns does not count.
+    Every storage counts once, whole, however many saved tensors share it; of a sparse tensor those of its
+    indices and of its values. What was saved for graphs that are gone when `compute` returns does not count.
 
     Args:
         compute: runs the forward pass and returns what keeps its graph alive, its output or loss.
@@ -35,8 +37,38 @@ def saved_bytes(compute: Callable[[], object], *, exclude: Iterable[Tensor] = ()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept.tensor):
         output = compute()  # alive until counted
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    storages = [kept.tensor.untyped_storage() for kept in saved]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    ignored = dict(pair for tensor in exclude for pair in _storages(tensor))
+    sizes = dict(pair for kept in saved for pair in _storages(kept.tensor))
     del output
-    return sum(size for address, size in sizes.items() if address not in ignored)
+    return sum(size for place, size in sizes.items() if place not in ignored)
+
+
+def _storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
+    """Where the numbers of a tensor lie, and how many bytes that holds: one or more places."""
+    tensor = unwrapped_if_dead(tensor)
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    for part in parts_of(tensor):
+        if part is not tensor:
+            yield from _storages(part)
+            continue
+        try:
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr()
+        except (NotImplementedError, RuntimeError):  # a layout that shows no storage; its numbers are somewhere
+            yield id(tensor), tensor.numel() * tensor.element_size()
+        else:
+            # Without data, as on the device "meta", the address tells nothing.
+            yield place or id(tensor), storage.nbytes()
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one is made of, where it has no storage of its own; else itself."""
+    if tensor.layout == torch.sparse_coo:
+        return list(coordinates(tensor))
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)  # how PyTorch asks subclasses that wrap tensors
+    return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten(tensor)[0]]

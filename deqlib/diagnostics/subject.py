@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch import tree_leaves, tree_map
 from ..backward.graph import vector_jacobian_product
@@ -19,6 +19,7 @@ from ..solution import Solution
 from ..solvers import Auto, Solver
 from ..state import FlatMap, flatten
 from ..stopping import Stopping
+from .memory import parts_of
 
 _TIGHT_STEPS = 100  # most steps of a tight solve
 
@@ -29,14 +30,14 @@ class Subject:
 
     cell: Callable[..., Any]
     inputs: tuple[Any, ...]
-    floating: tuple[Tensor, ...]  # the inputs that gradients are taken of
+    floating: tuple[Tensor, ...]  # the inputs that gradients are taken of: sparse ones only if asked for
     z0: Any
     f: FlatMap
     dtype: torch.dtype  # the coarsest type that the cell computes in
 
     @classmethod
     def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...], owner: str) -> Subject:
-        """The layer's cell at these inputs.
+        """The layer's cell at these inputs, or at what the layer's own `forward` or `solve` makes of them.
 
         Raises:
             ValueError: the state holds no number; the error names `owner`.
@@ -46,14 +47,18 @@ class Subject:
         def copy(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
+            # For a sparse matrix PyTorch has not every gradient that it has for what it is multiplied with.
+            wanted = leaf.is_floating_point() and (leaf.layout == torch.strided or leaf.requires_grad)
             leaf = leaf.detach().clone()
-            if leaf.is_floating_point():
+            if wanted:
                 floating.append(leaf.requires_grad_())
             return leaf
 
+        start, inputs = _first_evaluation(layer, inputs)
         inputs = tree_map(copy, inputs)
         with torch.no_grad():
-            z0 = tree_map(torch.detach, starting_point(layer.init, inputs))
+            start = starting_point(layer.init, inputs) if start is None else start
+            z0 = tree_map(torch.detach, start)
         f, flat = flatten(layer.cell, z0, inputs)
         if not flat.numel():
             raise ValueError(
@@ -93,6 +98,45 @@ class Subject:
     def ravel(self, state: Any) -> Tensor:
         """Pytree -> (B, D)."""
         return self.f.layout.ravel(state)
+
+
+class _Seen(BaseException):
+    """Ends a forward pass at its first evaluation of the cell: what that was given. No `except` stops it."""
+
+    def __init__(self, z: Any, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.z = z
+        self.inputs = inputs
+
+
+def _first_evaluation(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Starting point and inputs of the cell; `None` and the same inputs for a layer that passes them on.
+
+    A subclass may encode its inputs before it solves, and only its cell knows what arrives there.
+    """
+    kind = type(layer)
+    if kind.forward is ImplicitLayer.forward and kind.solve is ImplicitLayer.solve:
+        return None, inputs
+    cell = layer.cell
+
+    def look(z: Any, *arrived: Any) -> Any:
+        raise _Seen(z, arrived)
+
+    try:
+        if isinstance(cell, nn.Module):
+            hook = cell.register_forward_pre_hook(lambda _, arguments: look(*arguments))
+        else:
+            layer.cell = look
+        with torch.no_grad():
+            layer.forward(*inputs)
+    except _Seen as seen:
+        return seen.z, seen.inputs
+    finally:
+        if isinstance(cell, nn.Module):
+            hook.remove()
+        else:
+            layer.cell = cell
+    return None, inputs  # it has no use for its cell here
 
 
 @dataclass(frozen=True)
@@ -146,15 +190,19 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
     """Measure with gradients enabled, and leave buffers and PyTorch's random numbers as they were.
 
+    The buffers are those of the layer and of modules among the inputs.
+
     A cell may assign its buffers anew or write to them: both the tensor and its values are put back. Random
     numbers are those of the CPU and of the CUDA devices of the layer and the inputs.
     """
-    tensors = [*layer.parameters(), *layer.buffers(), *tree_leaves(inputs)]
+    leaves = tree_leaves(inputs)
+    modules = [*layer.modules(), *(m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules())]
+    tensors = [*layer.parameters(), *layer.buffers(), *leaves]
     devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)), torch.inference_mode(False), torch.enable_grad():
         kept = [
             (module, name, buffer, buffer.detach().clone())
-            for module in layer.modules()
+            for module in modules
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
         ]
         try:
@@ -163,5 +211,6 @@ def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, value in kept:
                     setattr(module, name, buffer)
-                    if not torch.equal(buffer, value):
+                    # Writing would end a graph of the caller's that holds the buffer.
+                    if not all(map(torch.equal, parts_of(buffer), parts_of(value))):
                         buffer.copy_(value)

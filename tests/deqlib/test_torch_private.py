@@ -111,6 +111,13 @@ def dead_stand_ins_are_taken_off() -> bool:
     return alive == [True] and not ours().is_wrapped(inner) and torch.equal(inner, x)
 
 
+def sparse_tensors_show_what_they_hold() -> bool:
+    indices, values = torch.tensor([[0, 1, 1]]), torch.ones(3)
+    tensor = torch.sparse_coo_tensor(indices, values, (2,), is_coalesced=False, check_invariants=True)
+    held = ours().coordinates(tensor)
+    return bool(torch.equal(held[0], indices) and held[1].data_ptr() == values.data_ptr())
+
+
 def batched_gradients_are_told() -> bool:
     x, seen = torch.ones(2, requires_grad=True), []
     y = 2 * x
@@ -230,6 +237,11 @@ CANARIES = (
         "backward passes that run when the transform they were recorded in is over",
     ),
     Canary(
+        ("sparse._indices", "sparse._values"),
+        sparse_tensors_show_what_they_hold,
+        "deqlib.diagnostics.saved_bytes with sparse tensors",
+    ),
+    Canary(
         (FUNCTORCH + "is_legacy_batchedtensor",),
         batched_gradients_are_told,
         "refusing is_grads_batched=True, under which a solve would read one gradient's numbers for all",
@@ -263,6 +275,7 @@ by_canary = pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canar
 def test_a_private_name_of_pytorch_is_there(canary: Canary) -> None:
     tensor = torch.ones(2, requires_grad=True)
     roots = {"torch": torch, "tensor": tensor, "node": (2 * tensor).grad_fn, "module": nn.Identity()}
+    roots["sparse"] = tensor.detach().to_sparse()
     importlib.import_module("torch._subclasses")
     for name in canary.names:
         root, *parts = name.split(".")
