@@ -43,7 +43,7 @@ def arguments(settings: Any, names: Collection[str] | None = None) -> str:
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two settings are equal; those that cannot be compared, as tensors, are if they are one object."""
+    """Whether two settings are equal, or one object where they cannot be compared, as tensors."""
     if one is other:
         return True
     try:

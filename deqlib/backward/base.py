@@ -57,7 +57,7 @@ class Solve(Protocol):
 class Backward(Settings, ABC):
     """How gradients pass through a solve. Subclasses are frozen, keyword-only dataclasses."""
 
-    def check(self, solver: Solver, stopping: Stopping) -> None:  # noqa: B027
+    def check(self, solver: Solver, stopping: Stopping) -> None:
         """Called before anything is solved. Default: any settings will do.
 
         Args:

@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._checks import check_instance, check_integer, check_number
+from .._settings import is_same
 from .._torch import tree_leaves
-from ..backward import (
-    JFB,
-    Backward,
-    ImplicitDifferentiation,
-    PhantomGradient,
-    SharedInverse,
-    StochasticJFB,
-    Unroll,
-)
+from ..backward import JFB, Backward, ImplicitDifferentiation, PhantomGradient, SharedInverse, Unroll
 from ..layer import ImplicitLayer
 from ..solvers import Anderson, Auto, Broyden, NewtonKrylov, Picard, Solver
 from ..stopping import Stopping
 from .advice import ADJOINT_RESIDUAL
-from .gradients import ExactGradient
+from .gradients import ExactGradient, compare_modes
 from .plots import draw_ablation
-from .reports import GradientReport, Record, SolveReport, notes_on_fixed_point
-from .settings import accepted_solver, check_sequence, labels, with_tolerance
+from .reports import (
+    UNCOUNTED,
+    GradientReport,
+    Record,
+    SolveReport,
+    named_modes,
+    notes_on_fixed_point,
+    with_mark,
+)
+from .settings import accepted_solver, check_sequence, each_once, labels, with_tolerance
 from .subject import Subject, normal, untouched
 from .tables import headline, lines, page, timed_gradient_table, timed_solve_table
 from .timing import interleaved_times
@@ -48,6 +49,7 @@ class Ablation:
         dtype: the coarsest floating-point type that the cell computes in.
         device: of the state.
         layer_solver: the layer's own, which modes ran with where they took it.
+        layer_backward: the layer's own backward mode.
         solvers: one timed report a solver, in the order asked for.
         backwards: one timed report a backward mode, in the order asked for.
         notes: why errors may not be those of the gradient.
@@ -59,6 +61,7 @@ class Ablation:
     dtype: torch.dtype
     device: torch.device
     layer_solver: Solver
+    layer_backward: Backward
     solvers: tuple[SolveReport, ...]
     backwards: tuple[GradientReport, ...]
     notes: tuple[str, ...]
@@ -71,8 +74,8 @@ class Ablation:
         """All of it as text; also what `print` shows. Times are medians."""
         return page(
             headline(self.batch, self.width, self.dtype, self.stopping, where=f" on {self.device.type}"),
-            timed_solve_table(self.solvers),
-            timed_gradient_table(self.backwards, self.layer_solver),
+            timed_solve_table(self._named_solvers()),
+            timed_gradient_table(self._named_backwards()),
             lines("note: ", self.notes),
         )
 
@@ -90,7 +93,16 @@ class Ablation:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return draw_ablation(self.solvers, self.backwards, self.stopping.rtol, path)
+        return draw_ablation(self._named_solvers(), self._named_backwards(), self.stopping.rtol, path)
+
+    def _named_solvers(self) -> list[tuple[str, SolveReport]]:
+        """Rows by the name to show."""
+        return [(with_mark(row.name, is_same(row.solver, self.layer_solver)), row) for row in self.solvers]
+
+    def _named_backwards(self) -> list[tuple[str, GradientReport]]:
+        """Rows by the name to show."""
+        marks = [is_same(row.mode, self.layer_backward) for row in self.backwards]
+        return named_modes(self.backwards, marks, self.layer_solver)
 
 
 def ablate(
@@ -149,7 +161,10 @@ def ablate(
         notes: tuple[str, ...] = ()
         if backwards:
             exact, notes = _exact_gradient(layer, subject, stopping)
-            modes = _timed_modes(exact, list(zip(backwards, partners, strict=True)), stopping, rounds, device)
+            pairs = list(zip(backwards, partners, strict=True))
+            modes = compare_modes(exact, pairs, stopping, rounds, device)
+        if any(mode.saved_bytes is None for mode in modes):
+            notes = (*notes, UNCOUNTED)
         return Ablation(
             stopping=stopping,
             batch=batch,
@@ -157,6 +172,7 @@ def ablate(
             dtype=subject.dtype,
             device=device,
             layer_solver=layer.solver,
+            layer_backward=layer.backward_mode,
             solvers=solves,
             backwards=modes,
             notes=notes,
@@ -174,11 +190,11 @@ def _settings(
     check_instance("ablate", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
     if solvers is None:
         usual = (Auto(), Anderson(), Broyden(), NewtonKrylov(), Picard())
-        solvers = (layer.solver, *(one for one in usual if one != layer.solver))
+        solvers = each_once([layer.solver, *usual])
     if backwards is None:
         own, neumann = layer.backward_mode, PhantomGradient(form="neumann")
         modes = (ImplicitDifferentiation(), SharedInverse(), PhantomGradient(), neumann, JFB(), Unroll())
-        backwards = (own, *(one for one in modes if one != own))
+        backwards = each_once([own, *modes])
     check_sequence("ablate", Solver, solvers=solvers)
     check_sequence("ablate", Backward, backwards=backwards)
     stopping = with_tolerance(layer.stopping)
@@ -219,29 +235,3 @@ def _exact_gradient(
             f"the exact gradient is not known: its adjoint is left with a residual of {residual:.0e}"
         )
     return exact, tuple(notes)
-
-
-def _timed_modes(
-    exact: ExactGradient,
-    modes: Sequence[tuple[Backward, Solver]],
-    stopping: Stopping,
-    rounds: int,
-    device: torch.device,
-) -> tuple[GradientReport, ...]:
-    """Every mode with the solver that it runs with, compared once before any is timed."""
-    reports, steps = [], []
-    for name, (mode, solver) in zip(labels([mode for mode, _ in modes]), modes, strict=True):
-        own = _separate(mode)
-        reports.append(replace(exact.compare(name, own, solver, stopping), mode=mode))
-        steps.append(partial(exact.training_step, own, solver, stopping))
-    times = interleaved_times(steps, rounds, device)
-    return tuple(replace(report, times=seconds) for report, seconds in zip(reports, times, strict=True))
-
-
-def _separate(mode: Backward) -> Backward:
-    """The mode without the objects in it that runs would change."""
-    if isinstance(mode, ImplicitDifferentiation):
-        return replace(mode, warm_start=None)
-    if isinstance(mode, StochasticJFB) and mode.generator is not None:
-        return replace(mode, generator=mode.generator.clone_state())
-    return mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from .._checks import check_instance, check_integer
 from ..backward import JFB, Backward, ImplicitDifferentiation, PhantomGradient, SharedInverse
 from ..layer import ImplicitLayer
+from ..solution import Solution
 from ..solvers import Anderson, Auto, Broyden, Picard, Solver
 from ..stopping import Stopping
 from .advice import advise
@@ -21,9 +23,19 @@ from .findings import Findings
 from .metrics import METRICS
 from .plots import draw
 from .reports import SolveReport
-from .settings import check_sequence, labels, with_tolerance
+from .settings import check_sequence, each_once, labels, with_tolerance
 from .subject import Subject, untouched
-from .tables import gradient_table, headline, lines, number_table, page, solve_table
+from .tables import (
+    gradient_table,
+    headline,
+    lines,
+    number_table,
+    page,
+    precision_table,
+    solve_table,
+    step_table,
+)
+from .timing import interleaved_times
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +54,8 @@ class Diagnosis(Findings):
         solvers: one solve to `stopping` for each solver compared, the layer's first.
         reference: the solve that goes on where the layer's solver left off, by `Auto` and to the rounding of
             the type; its value is the fixed point that everything below is taken at.
+        evaluation_times: seconds of one evaluation of the cell off the tape, one a round; empty where
+            nothing was timed.
         reports: what each metric found, in the order of `deqlib.diagnostics.metrics`; the attributes below
             are theirs.
         spectral_radius: largest modulus of an eigenvalue of J, float64, (B,).
@@ -52,6 +66,8 @@ class Diagnosis(Findings):
             ones where it has another mode.
         exact_adjoint: the tight adjoint solve behind the exact gradient.
         gradients: one entry for each backward mode compared, the layer's first.
+        precision: errors of the layer's gradient that come from where its forward and its adjoint solve stop,
+            and the samples that they come from.
         path: `None` without starts.
         deterministic: whether the cell gives the same twice.
         notes: what could not be measured, and why.
@@ -64,15 +80,15 @@ class Diagnosis(Findings):
 
     def summary(self) -> str:
         """All of it as text; also what `print` shows."""
-        by_rule = self.solvers if self.layer in self.solvers else (self.layer, *self.solvers)
-        solves = [(report.name + " (layer)" * (report is self.layer), report) for report in by_rule]
-        solves += [("fixed point, tight", self.reference), ("adjoint", self.adjoint)]
+        solves = [*self.named_solvers(), ("fixed point, tight", self.reference), ("adjoint", self.adjoint)]
         solves += [("adjoint, tight", self.exact_adjoint)]
         return page(
             headline(self.batch, self.width, self.dtype, self.stopping),
-            solve_table(solves),
+            solve_table(solves, self.evaluation_seconds),
             number_table(self.reports),
-            gradient_table(self.gradients, self.layer.solver),
+            gradient_table(self.named_gradients()),
+            precision_table(self.precision),
+            step_table(self.named_gradients(), self.evaluation_seconds),
             lines("note: ", self.notes),
             lines("- ", self.suggestions),
         )
@@ -100,6 +116,7 @@ def diagnose(
     stopping: Stopping | None = None,
     num_starts: int = 3,
     num_products: int = 24,
+    rounds: int = 3,
     loss: Callable[[Any], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Diagnosis:
@@ -119,14 +136,20 @@ def diagnose(
     - the factor by which plain iteration shrinks the residual in the end;
     - the gradient of each backward mode, computed as the layer would with its own solver and stopping rule,
       beside the exact implicit gradient, with respect to the trainable tensors that the cell uses and to
-      the floating-point inputs;
+      the floating-point inputs (a sparse one where it requires gradient);
+    - the layer's gradient beside those with its forward solve, its adjoint, or both at rounding: which of the
+      two tolerances costs how much, and on which samples;
+    - seconds of every solve, and of a forward and a backward pass with every mode;
     - path independence: how far apart the fixed points are that several starts lead to (Anil et al. 2022,
       arXiv 2211.09961).
 
-    Cost, for a layer that converges: a few hundred evaluations of the cell on the batch. At most: a solve of
-    `max_steps` for each solver, mode and start, 100 steps for each of `num_starts` + 2 tight solves, and
-    3 `num_products` products. Memory: about `num_products` states beside what one evaluation keeps for its
-    backward pass, or what the costliest mode keeps.
+    A subclass of `ImplicitLayer` with a `forward` of its own is measured where that calls the cell first: its
+    inputs are those that arrive there.
+
+    Cost, for a layer that converges: some hundred evaluations of the cell on the batch. At most: `rounds` + 1
+    solves of `max_steps` for each solver and mode, one for each start, 100 steps for each of `num_starts` + 3
+    tight solves, and 3 `num_products` products. Memory: about `num_products` states beside what two
+    evaluations keep for their backward pass, or what the costliest mode keeps.
 
     Args:
         layer: what to look at.
@@ -138,6 +161,8 @@ def diagnose(
             a fixed number of steps.
         num_starts: random starts, each of the size of the solution; 0 leaves path independence out.
         num_products: most products with J^T of one Arnoldi process; half as many for the spectral norm.
+        rounds: how often solves and training steps are timed, in turns as in `ablate`; times are medians. 0
+            leaves times out.
         loss: `loss(z) -> scalar`, whose gradient at the fixed point is the one sent back; default a random
             direction.
         generator: of all that is drawn; default a new one of a fixed seed.
@@ -150,7 +175,7 @@ def diagnose(
             a cell that breaks its contract.
     """
     solvers, modes, stopping = _settings(layer, solvers, modes, stopping)
-    check_integer("diagnose", 0, num_starts=num_starts)
+    check_integer("diagnose", 0, num_starts=num_starts, rounds=rounds)
     check_integer("diagnose", 1, num_products=num_products)
     if loss is not None and not callable(loss):
         raise TypeError(f"diagnose: loss must be callable or None, got {type(loss).__name__}")
@@ -159,8 +184,16 @@ def diagnose(
     check_instance("diagnose", torch.Generator, "a torch.Generator or None", generator=generator)
     with untouched(layer, inputs):
         subject = Subject.of(layer, inputs, owner="diagnose")
-        solutions = [subject.solve(subject.z0, solver, stopping) for solver in solvers]
-        compared = tuple(map(SolveReport.of, labels(solvers), solvers, solutions))
+        solves = [partial(subject.solve, subject.z0, solver, stopping) for solver in solvers]
+        solutions = [solve() for solve in solves]
+        evaluation, times = _times(subject, solves, rounds)
+        compared = tuple(
+            replace(SolveReport.of(name, solver, solution), times=seconds)
+            for name, solver, solution, seconds in zip(
+                labels(solvers), solvers, solutions, times, strict=True
+            )
+        )
+        own = _own_solve(layer, subject, solutions[0], stopping)
         experiment = Experiment(
             layer=layer,
             subject=subject,
@@ -168,9 +201,11 @@ def diagnose(
             stopping=stopping,
             num_starts=num_starts,
             num_products=num_products,
+            rounds=rounds,
             loss=loss,
             generator=generator,
             solution=solutions[0],
+            own=own,
             reference=subject.polish(solutions[0]),
         )
         reports = (metric(experiment) for metric in METRICS)
@@ -178,22 +213,40 @@ def diagnose(
             stopping=stopping,
             width=experiment.z.shape[1],
             dtype=subject.dtype,
-            layer=_own_solve(layer, subject, compared[0], stopping),
+            layer=compared[0] if own is solutions[0] else _own_report(layer, compared[0].name, own),
             solvers=compared,
             reference=SolveReport.of("fixed point", Auto(), experiment.reference),
+            evaluation_times=evaluation,
             reports=tuple(report for report in reports if report is not None),
         )
 
 
-def _own_solve(
-    layer: ImplicitLayer, subject: Subject, compared: SolveReport, stopping: Stopping
-) -> SolveReport:
+def _times(
+    subject: Subject, solves: Sequence[Callable[[], Solution]], rounds: int
+) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
+    """Seconds of one evaluation off the tape, and of each solve, all in turns."""
+    z = subject.ravel(subject.z0)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            subject.f(z)
+
+    first, *others = interleaved_times([evaluate, *solves], rounds, z.device)
+    return first, others
+
+
+def _own_solve(layer: ImplicitLayer, subject: Subject, compared: Solution, stopping: Stopping) -> Solution:
     """The solve as the layer does it: the one compared where its rule is the layer's."""
     if layer.stopping == stopping:
         return compared
-    rule = replace(layer.stopping, measure=True)
-    name = f"{compared.name}, {rule.max_steps} steps" if rule.is_fixed else compared.name
-    return SolveReport.of(name, layer.solver, subject.solve(subject.z0, layer.solver, rule))
+    return subject.solve(subject.z0, layer.solver, replace(layer.stopping, measure=True))
+
+
+def _own_report(layer: ImplicitLayer, name: str, own: Solution) -> SolveReport:
+    """A solve by another rule than those it is compared with."""
+    rule = layer.stopping
+    name = f"{name}, {rule.max_steps} steps" if rule.is_fixed else f"{name}, rtol {rule.rtol:.0e}"
+    return SolveReport.of(name, layer.solver, own)
 
 
 def _settings(
@@ -218,7 +271,4 @@ def _settings(
         raise ValueError(
             "diagnose: stopping must have a tolerance to compare solvers by, got a number of steps"
         )
-    all_solvers, all_modes = [layer.solver], [layer.backward_mode]
-    all_solvers += [solver for i, solver in enumerate(solvers) if solver not in (layer.solver, *solvers[:i])]
-    all_modes += [mode for i, mode in enumerate(modes) if mode not in (layer.backward_mode, *modes[:i])]
-    return all_solvers, all_modes, stopping
+    return each_once([layer.solver, *solvers]), each_once([layer.backward_mode, *modes]), stopping

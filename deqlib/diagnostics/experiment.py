@@ -27,10 +27,12 @@ class Experiment:
         stopping: the rule that solves are compared by.
         num_starts: random starts of path independence.
         num_products: most products with J^T of one Krylov process.
+        rounds: how often what is compared is timed.
         loss: whose gradient is sent back, see `diagnose`.
         generator: of all that is drawn; metrics draw in the order in which they are listed.
         solution: what the layer's solver finds by `stopping`.
-        reference: gone on with from there to rounding, by any method.
+        own: what it finds by the layer's own stopping rule.
+        reference: `solution` gone on with to rounding, by any method.
     """
 
     layer: ImplicitLayer
@@ -39,9 +41,11 @@ class Experiment:
     stopping: Stopping
     num_starts: int
     num_products: int
+    rounds: int
     loss: Callable[[Any], Tensor] | None
     generator: torch.Generator
     solution: Solution
+    own: Solution
     reference: Solution
 
     @property

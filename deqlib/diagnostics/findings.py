@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +17,15 @@ from .metrics.determinism import DeterminismReport
 from .metrics.gradients import GradientComparison
 from .metrics.paths import PathReport
 from .metrics.spectrum import SpectrumReport
-from .reports import GradientReport, MetricReport, SolveReport, notes_on_fixed_point
+from .precision import PrecisionReport
+from .reports import (
+    GradientReport,
+    MetricReport,
+    SolveReport,
+    named_modes,
+    notes_on_fixed_point,
+    with_mark,
+)
 
 R = TypeVar("R", bound=MetricReport)
 
@@ -30,6 +40,7 @@ class Findings:
     layer: SolveReport
     solvers: tuple[SolveReport, ...]
     reference: SolveReport
+    evaluation_times: tuple[float, ...]
     reports: tuple[MetricReport, ...]
 
     @property
@@ -42,6 +53,16 @@ class Findings:
         """What could not be measured, and why."""
         missed = notes_on_fixed_point(self.reference, self.stopping)
         return (*missed, *(note for report in self.reports for note in report.notes))
+
+    def named_solvers(self) -> list[tuple[str, SolveReport]]:
+        """The layer's own solve and those to `stopping`, by the name to show."""
+        shown = self.solvers if self.layer in self.solvers else (self.layer, *self.solvers)
+        return [(with_mark(report.name, report is self.layer), report) for report in shown]
+
+    def named_gradients(self) -> list[tuple[str, GradientReport]]:
+        """The gradients of backward modes by the name to show, the layer's marked."""
+        marks = [i == 0 for i in range(len(self.gradients))]
+        return named_modes(self.gradients, marks, self.layer.solver)
 
     @property
     def spectral_radius(self) -> Tensor:
@@ -72,6 +93,16 @@ class Findings:
     def gradients(self) -> tuple[GradientReport, ...]:
         """Every backward mode's gradient beside the exact one, the layer's own first."""
         return next(self._of(GradientComparison)).modes
+
+    @property
+    def precision(self) -> PrecisionReport:
+        """How much the layer's gradient owes to where its forward and its adjoint solve stop."""
+        return next(self._of(GradientComparison)).precision
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Median of `evaluation_times`; NaN where there are none."""
+        return statistics.median(self.evaluation_times) if self.evaluation_times else math.nan
 
     @property
     def path(self) -> PathReport | None:

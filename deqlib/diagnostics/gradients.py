@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import tree_leaves
 from ..backward import Backward, ImplicitDifferentiation
 from ..backward.graph import leaves_of
 from ..counting import CountedCell
@@ -19,8 +20,10 @@ from ..solvers import Auto, Solver
 from ..state import small_dtype
 from ..stopping import Stopping
 from .memory import saved_bytes
-from .reports import GradientReport, SolveReport
+from .reports import GradientReport, SolveReport, known
+from .settings import labels, separate
 from .subject import Linearization, Subject
+from .timing import interleaved_stages
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,40 @@ class Gradients:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Errors of a gradient relative to the exact one.
+
+    Attributes:
+        error: of the trainable tensors together; `None` where there are none, NaN where it is not known.
+        input_error: of the floating-point inputs together; likewise.
+    """
+
+    error: float | None
+    input_error: float | None
+
+    @classmethod
+    def between(cls, found: Gradients, exact: Gradients) -> Difference:
+        """Of two gradients of the same leaves."""
+        return cls(
+            _Comparison.of(found.tensors, exact.tensors).error,
+            _Comparison.of(found.inputs, exact.inputs).error,
+        )
+
+    @property
+    def worst(self) -> float:
+        """The larger of the errors there are; NaN where one cannot be told."""
+        return max(known(self.error, self.input_error))
+
+
+@dataclass(frozen=True)
 class ExactGradient:
     """The gradient at a fixed point with both solves at rounding, and what cheaper ones are compared by."""
 
     subject: Subject
     cotangent: Tensor  # the gradient sent back, (B, D)
+    point: Linearization
+    own: Tensor  # the adjoint with the settings of the layer, (B, D)
+    solved: Tensor  # the adjoint at rounding, (B, D)
     leaves: Leaves
     values: Gradients
     adjoint: SolveReport  # the adjoint solve with the settings of the layer
@@ -108,29 +140,43 @@ class ExactGradient:
         return cls(
             subject=subject,
             cotangent=cotangent,
+            point=point,
+            own=own.value,
+            solved=exact.value,
             leaves=leaves,
             values=leaves.gradients(point.output, exact.value),
             adjoint=SolveReport.of("adjoint", mode.solver, own),
             exact_adjoint=SolveReport.of("adjoint, tight", Auto(), exact),
         )
 
-    def training_step(self, mode: Backward, solver: Solver, stopping: Stopping) -> Gradients:
+    def stages(
+        self, mode: Backward, solver: Solver, stopping: Stopping
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Gradients]]:
         """What training does with a layer of these settings: solve, and send the gradient back."""
-        return self._sent_back(self._solved(self.subject.cell, mode, solver, stopping))
+        return lambda: self._solved(self.subject.cell, mode, solver, stopping), self._sent_back
 
     def compare(self, name: str, mode: Backward, solver: Solver, stopping: Stopping) -> GradientReport:
         """What a layer of these settings would compute, beside the exact gradient."""
         counted = CountedCell(self.subject.cell)
         values: list[Tensor] = []
+        kept: int | None
 
         def forward() -> Tensor:
             values.append(self._solved(counted, mode, solver, stopping))
-            return values[0]
+            return values[-1]
 
-        kept = saved_bytes(forward, exclude=(*self.leaves.tensors, *self.leaves.inputs))
-        found = self._sent_back(values[0])
-        tensors = _Difference.of(found.tensors, self.values.tensors)
-        inputs = _Difference.of(found.inputs, self.values.inputs)
+        inputs_given = [leaf for leaf in tree_leaves(self.subject.inputs) if isinstance(leaf, Tensor)]
+        try:
+            kept = saved_bytes(forward, exclude=(*self.leaves.tensors, *inputs_given))
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            kept = None  # a cell that uses `torch.func` inside, which refuses to be looked at
+            counted = CountedCell(self.subject.cell)
+            forward()
+        found = self._sent_back(values[-1])
+        tensors = _Comparison.of(found.tensors, self.values.tensors)
+        inputs = _Comparison.of(found.inputs, self.values.inputs)
         return GradientReport(
             name=name,
             mode=mode,
@@ -163,8 +209,28 @@ class ExactGradient:
         return self.leaves.gradients(value, self.cotangent)
 
 
+def compare_modes(
+    exact: ExactGradient,
+    modes: Sequence[tuple[Backward, Solver]],
+    stopping: Stopping,
+    rounds: int,
+    device: torch.device,
+) -> tuple[GradientReport, ...]:
+    """Every mode with the solver that it runs with, compared once before any is timed."""
+    reports, steps = [], []
+    for name, (mode, solver) in zip(labels([mode for mode, _ in modes]), modes, strict=True):
+        own = separate(mode)
+        reports.append(replace(exact.compare(name, own, solver, stopping), mode=mode))
+        steps.append(exact.stages(own, solver, stopping))
+    times = interleaved_stages(steps, rounds, device)
+    return tuple(
+        replace(report, times=both, backward_times=backward)
+        for report, (both, backward) in zip(reports, times, strict=True)
+    )
+
+
 @dataclass(frozen=True)
-class _Difference:
+class _Comparison:
     """Of two gradients of several tensors; `None` where there are no tensors, NaN where it is not known."""
 
     cosine: float | None
@@ -172,7 +238,7 @@ class _Difference:
     error: float | None  # relative to the exact gradient
 
     @classmethod
-    def of(cls, found: list[Tensor], exact: list[Tensor]) -> _Difference:
+    def of(cls, found: list[Tensor], exact: list[Tensor]) -> _Comparison:
         if not exact:
             return cls(None, None, None)
         inner = squared = squared_exact = squared_apart = 0.0

@@ -55,7 +55,10 @@ def _storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
         try:
             storage = tensor.untyped_storage()
             place = storage.data_ptr()
-        except (NotImplementedError, RuntimeError):  # a layout that shows no storage; its numbers are somewhere
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # a layout that shows no storage; its numbers are somewhere
             yield id(tensor), tensor.numel() * tensor.element_size()
         else:
             # Without data, as on the device "meta", the address tells nothing.
@@ -70,5 +73,6 @@ def parts_of(tensor: Tensor) -> list[Tensor]:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)  # how PyTorch asks subclasses that wrap tensors
+    # How PyTorch asks subclasses that wrap other tensors.
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
     return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten(tensor)[0]]

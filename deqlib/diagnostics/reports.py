@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from .._settings import is_same
 from ..backward import Backward
 from ..solution import Solution, Status
 from ..solvers import Solver
 from ..stopping import Stopping
 
 Record = dict[str, Any]  # what JSON can hold
+UNCOUNTED = "what autograd keeps cannot be counted for a cell that uses transforms of torch.func inside"
 
 
 @dataclass(frozen=True, eq=False)  # as below: fields are tensors, which have no single truth value
@@ -143,8 +145,10 @@ class GradientReport:
         input_error: as `error`, for the inputs.
         evaluations: of the cell on the tape.
         products: vector-Jacobian products with the cell in the backward pass.
-        saved_bytes: what autograd keeps for the backward pass, parameters and inputs left out.
+        saved_bytes: what autograd keeps for the backward pass, parameters and inputs left out; `None` where
+            it cannot be counted, since the cell uses transforms of `torch.func`.
         times: seconds of solve and backward pass, one a round; empty where they were not timed.
+        backward_times: seconds of the backward pass alone, likewise.
     """
 
     name: str
@@ -158,23 +162,35 @@ class GradientReport:
     input_error: float | None
     evaluations: int
     products: int
-    saved_bytes: int
+    saved_bytes: int | None
     times: tuple[float, ...] = ()
+    backward_times: tuple[float, ...] = ()
 
     @property
     def worst_cosine(self) -> float:
         """The smaller of the cosines there are; NaN where one cannot be told."""
-        return min(_known(self.cosine, self.input_cosine))
+        return min(known(self.cosine, self.input_cosine))
 
     @property
     def worst_error(self) -> float:
         """The larger of the errors there are; NaN where one cannot be told."""
-        return max(_known(self.error, self.input_error))
+        return max(known(self.error, self.input_error))
 
     @property
     def seconds(self) -> float:
         """Median of `times`; NaN where there are none."""
         return _median(self.times)
+
+    @property
+    def backward_seconds(self) -> float:
+        """Median of `backward_times`; NaN where there are none."""
+        return _median(self.backward_times)
+
+    @property
+    def forward_seconds(self) -> float:
+        """Median of what is left of `times` without the backward pass; NaN where there are none."""
+        pairs = zip(self.times, self.backward_times, strict=False)
+        return _median(tuple(both - backward for both, backward in pairs))
 
     def record(self) -> Record:
         """For JSON: `None` stands for what is not finite, or not there."""
@@ -191,6 +207,8 @@ class GradientReport:
             "products": self.products,
             "saved_bytes": self.saved_bytes,
             "seconds": _finite(self.seconds),
+            "forward_seconds": _finite(self.forward_seconds),
+            "backward_seconds": _finite(self.backward_seconds),
             "times": list(self.times),
         }
 
@@ -223,10 +241,26 @@ def notes_on_fixed_point(reference: SolveReport, stopping: Stopping) -> Iterator
         )
 
 
-def _known(*values: float | None) -> list[float]:
+def with_mark(name: str, is_layers: bool) -> str:
+    """The name as tables and figures show it: what the layer itself uses is marked."""
+    return name + " (layer)" * is_layers
+
+
+def named_modes(
+    modes: Sequence[GradientReport], marks: Sequence[bool], layer_solver: Solver
+) -> list[tuple[str, GradientReport]]:
+    """Modes by the name to show: with the solver where it is not the layer's, and the layer's own marked."""
+    return [
+        (with_mark(mode.name + f", by {type(mode.solver).__name__}" * (not same), mark), mode)
+        for mode, mark in zip(modes, marks, strict=True)
+        for same in [is_same(mode.solver, layer_solver)]
+    ]
+
+
+def known(*values: float | None) -> list[float]:
     """The values that there are; NaN alone where there is none or one is NaN."""
-    known = [value for value in values if value is not None]
-    return [math.nan] if not known or any(map(math.isnan, known)) else known
+    found = [value for value in values if value is not None]
+    return [math.nan] if not found or any(map(math.isnan, found)) else found
 
 
 def _median(times: tuple[float, ...]) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from .._checks import check_instance
 from .._settings import arguments, is_same
-from ..backward import Backward
+from ..backward import Backward, ImplicitDifferentiation, StochasticJFB
 from ..solvers import Anderson, Broyden, Picard, ReversiblePicard, Solver
 from ..stopping import Stopping
 
@@ -55,6 +55,15 @@ def accepted_solver(mode: Backward, solver: Solver, stopping: Stopping, owner: s
     )
 
 
+def separate(mode: Backward) -> Backward:
+    """The mode without the objects in it that runs would change."""
+    if isinstance(mode, ImplicitDifferentiation):
+        return replace(mode, warm_start=None)
+    if isinstance(mode, StochasticJFB) and mode.generator is not None:
+        return replace(mode, generator=mode.generator.clone_state())
+    return mode
+
+
 def labels(settings: Sequence[Any]) -> list[str]:
     """Class names; of several of one class with what tells them apart and differs from the defaults.
 
@@ -79,6 +88,4 @@ def labels(settings: Sequence[Any]) -> list[str]:
 
 def each_once(settings: Sequence[S]) -> list[S]:
     """The settings in order without those that are equal to one before."""
-    return [
-        one for i, one in enumerate(settings) if not any(is_same(one, before) for before in settings[:i])
-    ]
+    return [one for i, one in enumerate(settings) if not any(is_same(one, before) for before in settings[:i])]

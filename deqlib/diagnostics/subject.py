@@ -196,7 +196,8 @@ def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
     numbers are those of the CPU and of the CUDA devices of the layer and the inputs.
     """
     leaves = tree_leaves(inputs)
-    modules = [*layer.modules(), *(m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules())]
+    roots = [layer, *(leaf for leaf in leaves if isinstance(leaf, nn.Module))]
+    modules = [module for root in roots for module in root.modules()]
     tensors = [*layer.parameters(), *layer.buffers(), *leaves]
     devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)), torch.inference_mode(False), torch.enable_grad():

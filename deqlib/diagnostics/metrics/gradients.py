@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..._torch import tree_leaves, tree_map
 from ..experiment import Experiment
-from ..gradients import ExactGradient
-from ..reports import GradientReport, MetricReport, SolveReport
-from ..settings import accepted_solver, labels
+from ..gradients import ExactGradient, compare_modes
+from ..precision import PrecisionReport, measure_precision
+from ..reports import UNCOUNTED, GradientReport, MetricReport, SolveReport
+from ..settings import accepted_solver
 from ..subject import Subject
 
 
@@ -26,14 +27,16 @@ class GradientComparison(MetricReport):
             ones where it has another mode.
         exact_adjoint: the adjoint solve to rounding.
         modes: one report a backward mode, the layer's own first.
+        precision: how much the layer's gradient owes to where its two solves stop.
     """
 
     adjoint: SolveReport
     exact_adjoint: SolveReport
     modes: tuple[GradientReport, ...]
+    precision: PrecisionReport
 
     def numbers(self) -> dict[str, Tensor]:
-        """None: they are those of the batch, and have a table of their own."""
+        """None: they are those of the batch, and have tables of their own."""
         return {}
 
 
@@ -45,11 +48,19 @@ def measure_gradients(experiment: Experiment) -> GradientComparison:
     layer, subject, loss = experiment.layer, experiment.subject, experiment.loss
     cotangent = experiment.normal() if loss is None else _gradient_of(loss, subject, experiment.z)
     exact = ExactGradient.at(subject, experiment.z, cotangent, layer.backward_mode)
-    modes = []
-    for name, mode in zip(labels(experiment.modes), experiment.modes, strict=True):
-        solver = accepted_solver(mode, layer.solver, layer.stopping, owner="diagnose: modes")
-        modes.append(exact.compare(name, mode, solver, layer.stopping))
-    return GradientComparison(exact.adjoint, exact.exact_adjoint, tuple(modes))
+    pairs = [
+        (mode, accepted_solver(mode, layer.solver, layer.stopping, owner="diagnose: modes"))
+        for mode in experiment.modes
+    ]
+    modes = compare_modes(exact, pairs, layer.stopping, experiment.rounds, experiment.z.device)
+    own = experiment.own
+    assert own.relative_residual is not None  # it was measured
+    z = subject.ravel(own.value)
+    precision = measure_precision(exact, z, own.relative_residual, layer.backward_mode)
+    notes = []
+    if any(mode.saved_bytes is None for mode in modes):
+        notes.append(UNCOUNTED)
+    return GradientComparison(exact.adjoint, exact.exact_adjoint, modes, precision, notes=tuple(notes))
 
 
 def _gradient_of(loss: Callable[[Any], Tensor], subject: Subject, z: Tensor) -> Tensor:
