@@ -67,9 +67,9 @@ def unwrapped_if_dead(tensor: Tensor) -> Tensor:
     return inner
 
 
-def coordinates(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def coordinates(sparse: Tensor) -> tuple[Tensor, Tensor]:
     """Indices and values that a sparse tensor of layout COO holds, as they lie, coalesced or not."""
-    return tensor._indices(), tensor._values()
+    return sparse._indices(), sparse._values()
 
 
 def is_batched_gradient(gradient: Tensor) -> bool:

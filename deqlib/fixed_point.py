@@ -78,7 +78,7 @@ def fixed_point(
     if torch.compiler.is_compiling() and not _is_traceable(stopping, backward):
         from ._eager import solve_eagerly  # not before it is needed, see there
 
-        settings = {"solver": solver, "stopping": stopping, "backward": backward}
+        settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
         settings |= {"on_failure": on_failure, "compact": compact, "state": state}
         eager: Solution = solve_eagerly(fixed_point, f, z0, args, **settings)
         return eager

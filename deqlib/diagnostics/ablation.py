@@ -71,7 +71,7 @@ class Ablation:
         return [row.record() for row in self.solvers] + [row.record() for row in self.backwards]
 
     def summary(self) -> str:
-        """All of it as text; also what `print` shows. Times are medians."""
+        """All of it as text; also what `print` and a prompt show. Times are medians."""
         return page(
             headline(self.batch, self.width, self.dtype, self.stopping, where=f" on {self.device.type}"),
             timed_solve_table(self._named_solvers()),
@@ -79,7 +79,7 @@ class Ablation:
             lines("note: ", self.notes),
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.summary()
 
     def plot(self, path: str | Path | None = None) -> Figure:

@@ -11,19 +11,24 @@ from torch import Tensor
 from ..backward import ImplicitDifferentiation
 from ..solvers import Picard
 from .findings import Findings
+from .gradients import Difference
 from .reports import GradientReport
 
 GOOD_COSINE = 0.95  # from here on a cheap gradient is good enough
 POOR_COSINE = 0.8  # below, the layer's own mode is worth changing
 SAVING = 0.8  # another solver is worth naming where it needs at most this share of the evaluations
 SLOW_RATE = 0.95  # from this spectral radius on plain iteration needs over 45 steps a digit
+POOR_ERROR = 0.1  # relative error from which on the solves behind the layer's gradient are worth tightening
+FASTER = 0.5  # a solver with more evaluations is worth naming where it needs at most this share of the time
+DOMINANT = 0.5  # samples are named that together make up this share of the error, if they are
+NAMED = 3  # at most so many
 ADJOINT_RESIDUAL = 1e-2  # relative residual up to which the exact gradient counts as known
 PATH_DEPENDENCE = 1e-2  # relative distance of two fixed points that counts as two
 
 
 def advise(found: Findings) -> tuple[str, ...]:
     """Short sentences in order of importance, the cause before what follows from it."""
-    rules = (_soundness, _tolerance, _stability, _speed, _adjoint, _gradient, _paths)
+    rules = (_soundness, _tolerance, _stability, _speed, _adjoint, _precision, _gradient, _paths)
     lines = tuple(line for rule in rules for line in rule(found))
     return lines or ("Nothing to change: the layer converges, and no cheaper setting does as well.",)
 
@@ -92,14 +97,12 @@ def _stability(found: Findings) -> Iterator[str]:
 
 
 def _speed(found: Findings) -> Iterator[str]:
-    """A solver with fewer evaluations than the layer's."""
+    """A solver with fewer evaluations than the layer's, or with far less time."""
     reach = [report for report in found.solvers if not report.num_failed]
     if not reach:
         return
     best = min(reach, key=lambda report: report.nfe)
     layer, rtol = found.layer, found.stopping.rtol or 0.0
-    if best.solver == layer.solver and not layer.num_failed and layer.residual <= rtol:
-        return
     if layer.num_failed:
         yield f"{best.name} reaches the tolerance for all samples, in {best.nfe} evaluations: use it."
     elif layer.residual > rtol and layer not in found.solvers:
@@ -108,9 +111,18 @@ def _speed(found: Findings) -> Iterator[str]:
             f"{best.name} reaches {rtol:.0e} in {best.nfe} evaluations."
         )
     elif best.nfe <= SAVING * layer.nfe:
+        share = best.seconds / layer.seconds  # NaN where nothing was timed
+        took = "" if math.isnan(share) else f"; in time {share:.2f} of what that takes, on this machine"
         yield (
             f"{best.name} reaches the tolerance in {best.nfe} evaluations, the layer's {layer.name} takes "
-            f"{layer.nfe}."
+            f"{layer.nfe}{took}."
+        )
+    quick = min(reach, key=lambda report: report.seconds)
+    if not layer.num_failed and layer in reach and quick.seconds <= FASTER * layer.seconds and quick != best:
+        yield (
+            f"{quick.name} takes {quick.seconds / layer.seconds:.2f} of the time of the layer's {layer.name} "
+            f"on this machine, with {quick.nfe} evaluations instead of {layer.nfe}: the cell is cheap beside "
+            "the solver."
         )
 
 
@@ -128,6 +140,84 @@ def _adjoint(found: Findings) -> Iterator[str]:
             "The exact gradient is not known, since its adjoint does not converge (relative residual "
             f"{found.exact_adjoint.residual:.0e}): cosines say nothing."
         )
+
+
+def _precision(found: Findings) -> Iterator[str]:
+    """A gradient that is far off because a solve stops early: which one, and on which samples."""
+    parts = found.precision
+    # NaN, where it is not known, is not large.
+    if not (parts.error > POOR_ERROR and found.exact_adjoint.residual <= ADJOINT_RESIDUAL):
+        return
+    forward = parts.forward.worst
+    adjoint = 0.0 if parts.adjoint is None else parts.adjoint.worst
+    blame = [part for part, error in (("forward", forward), ("adjoint", adjoint)) if not error <= POOR_ERROR]
+    blame = blame or ["forward" if forward >= adjoint else "adjoint"]
+    if parts.adjoint is None:
+        what = f"The layer's forward solve alone puts the exact gradient off by {_size(parts.forward)}: "
+    else:
+        what = (
+            f"The layer's gradient is off by {_size(parts.both)}; with the adjoint solve made tight by "
+            f"{forward:.2f}, with the forward solve made tight by {adjoint:.2f}: "
+        )
+    ways = {"forward": _tighten_forward, "adjoint": _tighten_adjoint}
+    yield what + " and ".join(ways[part](found) for part in blame) + "." + _dominant(found)
+
+
+def _size(error: Difference | None) -> str:
+    """In words, relative to the exact gradient."""
+    assert error is not None
+    kinds = {"parameters": error.error, "inputs": error.input_error}
+    told = [f"{value:.2f} for {kind}" for kind, value in kinds.items() if value is not None]
+    return " and ".join(told) + ", relative to the exact one"
+
+
+def _tighten_forward(found: Findings) -> str:
+    if found.layer.num_failed:
+        return "give the forward solve more steps or another solver, it misses its tolerance"
+    rule = found.layer_stopping
+    if rule.rtol is None:
+        return f"take more than {rule.max_steps} forward steps"
+    return f"tighten the forward solve, stopping={_tighter(rule.rtol, found.precision.forward.worst, found)}"
+
+
+def _tighten_adjoint(found: Findings) -> str:
+    mode, adjoint = found.gradients[0].mode, found.precision.adjoint
+    assert isinstance(mode, ImplicitDifferentiation)
+    assert adjoint is not None
+    if found.adjoint.num_failed:
+        return "give the adjoint more steps or another solver, it misses its tolerance"
+    if mode.stopping.rtol is None:
+        return f"take more than {mode.stopping.max_steps} steps of the adjoint"
+    rule = _tighter(mode.stopping.rtol, adjoint.worst, found)
+    return f"tighten the adjoint, ImplicitDifferentiation(stopping={rule})"
+
+
+def _tighter(rtol: float, error: float, found: Findings) -> str:
+    """A rule that should leave a tenth of what is too much: errors go with tolerances, near enough."""
+    share = POOR_ERROR / 10 / error if error < math.inf else 0.1
+    wanted = 10 ** math.floor(math.log10(rtol * min(share, 0.1)))
+    finest = 2 * torch.finfo(found.dtype).eps
+    if wanted < finest:
+        return f"Stopping(rtol={finest:.0e}), the finest that the type allows, or use a finer type"
+    return f"Stopping(rtol={wanted:.0e}) or so"
+
+
+def _dominant(found: Findings) -> str:
+    """The samples behind the error, by their places in the batch."""
+    share, residual = found.precision.share, found.precision.residual
+    if found.batch == 1 or not bool(share.isfinite().all()):
+        return ""
+    shares, order = share.sort(descending=True)
+    enough = int((shares.cumsum(0) < DOMINANT).sum()) + 1
+    last = int(residual.argmax())
+    far = f" The largest relative residual is that of sample {last} ({float(residual[last]):.0e})."
+    if enough > min(NAMED, found.batch // 2):
+        return f" No few samples dominate: the most is {shares[0]:.0%}, sample {int(order[0])}'s." + far
+    names = ", ".join(str(int(place)) for place in order[:enough])
+    return (
+        f" Sample{'s' * (enough > 1)} {names} make{'s' * (enough == 1)} up {shares[:enough].sum():.0%} of it."
+        + far
+    )
 
 
 def _gradient(found: Findings) -> Iterator[str]:

@@ -47,6 +47,7 @@ class Diagnosis(Findings):
 
     Attributes:
         stopping: the rule that solvers were compared by.
+        layer_stopping: the layer's own.
         width: numbers of one sample's state, D.
         batch: samples, B.
         dtype: the coarsest floating-point type that the cell computes in.
@@ -79,7 +80,7 @@ class Diagnosis(Findings):
         return advise(self)
 
     def summary(self) -> str:
-        """All of it as text; also what `print` shows."""
+        """All of it as text; also what `print` and a prompt show."""
         solves = [*self.named_solvers(), ("fixed point, tight", self.reference), ("adjoint", self.adjoint)]
         solves += [("adjoint, tight", self.exact_adjoint)]
         return page(
@@ -93,7 +94,7 @@ class Diagnosis(Findings):
             lines("- ", self.suggestions),
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.summary()
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -211,6 +212,7 @@ def diagnose(
         reports = (metric(experiment) for metric in METRICS)
         return Diagnosis(
             stopping=stopping,
+            layer_stopping=layer.stopping,
             width=experiment.z.shape[1],
             dtype=subject.dtype,
             layer=compared[0] if own is solutions[0] else _own_report(layer, compared[0].name, own),

@@ -35,6 +35,7 @@ class Findings:
     """The numbers of a `Diagnosis`, which has the same attributes and tells of them."""
 
     stopping: Stopping
+    layer_stopping: Stopping
     width: int
     dtype: torch.dtype
     layer: SolveReport

@@ -272,7 +272,7 @@ def _side_by_side(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """What two tensors hold where any of them holds anything, if both are sparse; else all of them."""
     if torch.strided in (one.layout, other.layout):
         return one.to_dense(), other.to_dense()
-    a, b = (t.to_sparse_coo().coalesce() for t in (one, other))
+    a, b = (t.to_sparse(layout=torch.sparse_coo).coalesce() for t in (one, other))
     if a.sparse_dim() != b.sparse_dim():
         return a.to_dense(), b.to_dense()
 

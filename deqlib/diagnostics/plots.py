@@ -112,7 +112,7 @@ def _colors(number: int) -> list[Any]:
     import matplotlib
 
     if number <= 10:
-        return list(matplotlib.colormaps["tab10"].colors)
+        return [matplotlib.colormaps["tab10"](i) for i in range(10)]
     return [matplotlib.colormaps["turbo"](i / (number - 1)) for i in range(number)]
 
 

@@ -40,6 +40,9 @@ class PrecisionReport:
     share: Tensor
     residual: Tensor
 
+    def __repr__(self) -> str:
+        return f"PrecisionReport(error {self.error:.3g}, {len(self.share)} samples)"
+
     @property
     def error(self) -> float:
         """The larger error, of tensors or inputs, with the layer's own solves; NaN where it is not known."""

@@ -11,6 +11,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..solvers import Solver
 from ..stopping import Stopping
 
 Record = dict[str, Any]  # what JSON can hold
+WIDTH = 100  # columns of whatever is printed
 UNCOUNTED = "what autograd keeps cannot be counted for a cell that uses transforms of torch.func inside"
 
 
@@ -57,6 +59,9 @@ class SolveReport:
             t.detach().cpu().nan_to_num(nan=math.inf, posinf=math.inf) for t in (trace, residual)
         )
         return cls(name, solver, trace, residual, solution.status.cpu(), solution.nfe)
+
+    def __repr__(self) -> str:
+        return shorten(f"SolveReport({self.name}: {self.outcome}; {self.nfe} evaluations)", WIDTH)
 
     @property
     def worst(self) -> Tensor:
@@ -166,6 +171,10 @@ class GradientReport:
     times: tuple[float, ...] = ()
     backward_times: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        cosine, error = self.worst_cosine, self.worst_error
+        return shorten(f"GradientReport({self.name}: cosine {cosine:.3g}, error {error:.3g})", WIDTH)
+
     @property
     def worst_cosine(self) -> float:
         """The smaller of the cosines there are; NaN where one cannot be told."""
@@ -222,6 +231,14 @@ class MetricReport(ABC):
     """
 
     notes: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `dataclass` writes a repr, of whole tensors, for every class that has none in its own body.
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return shorten(f"{type(self).__name__}({', '.join(self.numbers()) or 'see its attributes'})", WIDTH)
 
     @abstractmethod
     def numbers(self) -> dict[str, Tensor]:

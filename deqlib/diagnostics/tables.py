@@ -15,9 +15,8 @@ from torch import Tensor
 from ..stopping import Stopping
 from .gradients import Difference
 from .precision import PrecisionReport
-from .reports import GradientReport, MetricReport, SolveReport
+from .reports import WIDTH, GradientReport, MetricReport, SolveReport
 
-WIDTH = 100  # columns of whatever is printed
 _GAP = "  "
 _INDENTED = 16  # width from which on continued lines are indented
 
@@ -38,27 +37,27 @@ _TIMED_SOLVES: Columns[SolveReport] = (
     _EVALUATIONS,
     _WORST,
     _ENDED,
-    ("ms", lambda report: _number(1e3 * report.seconds)),
+    ("ms", lambda report: _milliseconds(report.seconds)),
 )
 _COSTS: Columns[GradientReport] = (
-    ("on tape", lambda report: str(report.evaluations)),
+    ("tape", lambda report: str(report.evaluations)),
     ("products", lambda report: str(report.products)),
     ("kept", lambda report: "-" if report.saved_bytes is None else _bytes(report.saved_bytes)),
 )
 _GRADIENTS: Columns[GradientReport] = (
     ("cosine", lambda report: _number(report.cosine)),
     ("ratio", lambda report: _number(report.norm_ratio)),
-    ("of inputs", lambda report: _number(report.input_cosine)),
+    ("inputs", lambda report: _number(report.input_cosine)),
     ("ratio", lambda report: _number(report.input_norm_ratio)),
     *_COSTS,
 )
 _TIMED_GRADIENTS: Columns[GradientReport] = (
     ("cosine", lambda report: _number(report.cosine)),
     ("error", lambda report: _number(report.error)),
-    ("of inputs", lambda report: _number(report.input_cosine)),
+    ("inputs", lambda report: _number(report.input_cosine)),
     ("error", lambda report: _number(report.input_error)),
     *_COSTS,
-    ("ms", lambda report: _number(1e3 * report.seconds)),
+    ("ms", lambda report: _milliseconds(report.seconds)),
 )
 _ERRORS: Columns[Difference] = (
     ("of parameters", lambda report: _number(report.error)),
@@ -96,7 +95,7 @@ def solve_table(reports: Sequence[tuple[str, SolveReport]], evaluation_seconds: 
         return _table("solve", _SOLVES, reports)
     timed: Columns[SolveReport] = (
         *_SOLVES,
-        ("ms", lambda report: _number(1e3 * report.seconds)),
+        ("ms", lambda report: _milliseconds(report.seconds)),
         ("in evaluations", lambda report: _ratio(report.seconds, evaluation_seconds)),
     )
     return _table("solve", timed, reports)
@@ -129,11 +128,11 @@ def step_table(modes: Sequence[tuple[str, GradientReport]], evaluation_seconds: 
     if math.isnan(evaluation_seconds):
         return ""
     columns: Columns[GradientReport] = (
-        ("forward ms", lambda report: _number(1e3 * report.forward_seconds)),
-        ("backward ms", lambda report: _number(1e3 * report.backward_seconds)),
+        ("forward ms", lambda report: _milliseconds(report.forward_seconds)),
+        ("backward ms", lambda report: _milliseconds(report.backward_seconds)),
         ("in evaluations", lambda report: _ratio(report.seconds, evaluation_seconds)),
     )
-    one = f"one evaluation of the cell takes {_number(1e3 * evaluation_seconds)} ms"
+    one = f"one evaluation of the cell takes {_milliseconds(evaluation_seconds)} ms"
     return _table("training step", columns, modes) + "\n" + one
 
 
@@ -204,8 +203,15 @@ def _number(value: float | None) -> str:
     return f"{value:.1e}" if small or abs(value) >= 1e4 else f"{value:.3f}"
 
 
+def _milliseconds(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
+    places = 3 if seconds < 1e-3 else 1 if seconds < 0.1 else 0
+    return f"{1e3 * seconds:.{places}f}"
+
+
 def _ratio(value: float, unit: float) -> str:
-    return f"{value / unit:.3g}" if unit > 0 and math.isfinite(value) else "-"
+    return f"{value / unit:.{0 if value >= 10 * unit else 1}f}" if unit > 0 and math.isfinite(value) else "-"
 
 
 def _bytes(count: int) -> str:

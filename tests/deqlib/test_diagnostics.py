@@ -281,10 +281,10 @@ def test_modes_are_charged_for_what_they_record_and_for_their_products(healthy: 
     assert own[0] == 1
     assert own[1] == healthy.adjoint.nfe + 1  # one more for the gradient itself
     assert costs["JFB"] == (1, 1)
-    assert costs["PhantomGradient(form='unroll')"] == (5, 5)
+    assert costs["PhantomGradient"] == (5, 5)
     assert costs["PhantomGradient(form='neumann')"] == (1, 5)
     kept = {report.name: report.saved_bytes for report in healthy.gradients}
-    assert kept["PhantomGradient(form='unroll')"] > 4 * kept["JFB"] > 0
+    assert kept["PhantomGradient"] > 4 * kept["JFB"] > 0
 
 
 def test_the_layers_own_mode_and_solver_come_first_and_once() -> None:
@@ -293,7 +293,7 @@ def test_the_layers_own_mode_and_solver_come_first_and_once() -> None:
     assert [r.name for r in found.solvers] == [
         "Anderson(memory=3)",
         "Picard",
-        "Anderson(memory=10)",
+        "Anderson",
         "Broyden",
     ]
     assert found.gradients[0].mode == JFB()
@@ -498,9 +498,9 @@ def test_under_autocast_the_type_is_that_of_the_cell() -> None:
 def test_the_callers_gradient_mode_makes_no_difference(mode: Any) -> None:
     torch.manual_seed(0)
     layer = ImplicitLayer(Cell())
-    expected = diagnose(layer, inputs()).summary()
+    expected = diagnose(layer, inputs(), rounds=0).summary()
     with mode():
-        assert diagnose(layer, inputs()).summary() == expected
+        assert diagnose(layer, inputs(), rounds=0).summary() == expected
         assert not torch.is_grad_enabled()
 
 
@@ -584,7 +584,7 @@ def test_a_layer_is_asked_for_and_at_least_one_number() -> None:
 
 def test_labels_tell_settings_of_one_class_apart() -> None:
     assert labels([Picard(), Anderson(), Auto()]) == ["Picard", "Anderson", "Auto"]
-    assert labels([Picard(), Picard(damping=0.5)]) == ["Picard(damping=1.0)", "Picard(damping=0.5)"]
+    assert labels([Picard(), Picard(damping=0.5)]) == ["Picard", "Picard(damping=0.5)"]
     modes: list[Backward] = [JFB(), PhantomGradient(steps=2), PhantomGradient(steps=3), StochasticJFB()]
     assert labels(modes)[1:3] == ["PhantomGradient(steps=2)", "PhantomGradient(steps=3)"]
 
@@ -694,7 +694,7 @@ def test_a_tolerance_that_the_type_cannot_hold_is_called_so() -> None:
 
 def test_a_layer_without_fault_is_told_so() -> None:
     layer = ImplicitLayer(Cell(gain=0.1), backward=JFB())
-    assert diagnose(layer, inputs()).suggestions == (
+    assert diagnose(layer, inputs(), rounds=0).suggestions == (
         "Nothing to change: the layer converges, and no cheaper setting does as well.",
     )
 
@@ -708,7 +708,7 @@ def test_the_summary_holds_every_number_in_aligned_columns(healthy: Diagnosis) -
     assert text.startswith("4 samples of 6 numbers, float64, relative residual 1e-03 within 50 steps\n")
     for words in ("Anderson (layer)", "Picard", "Broyden", "spectral radius of J", "path dependence", "JFB"):
         assert words in text
-    assert all(f"- {line}" in text for line in healthy.suggestions)
+    assert all(f"- {line}" in text.replace("\n  ", " ") for line in healthy.suggestions)
     table = text.split("\n\n")[1].splitlines()
     assert len({len(line) for line in table}) == 1
 
@@ -741,14 +741,16 @@ def test_the_plot_has_four_panels_with_the_measured_lines(healthy: Diagnosis, tm
     assert residuals.get_yscale() == paths.get_yscale() == "log"
     labelled = {line.get_label(): line for line in residuals.get_lines()}
     for report in healthy.solvers:
-        assert labelled[report.name].get_ydata().tolist() == pytest.approx(report.worst.tolist())
+        name = report.name + " (layer)" * (report is healthy.layer)
+        assert list(labelled[name].get_ydata()) == pytest.approx(report.worst.tolist())
     lines = {line.get_label(): line.get_ydata() for line in sizes.get_lines()}
     order = healthy.spectral_radius.argsort()
-    assert lines["spectral radius"].tolist() == healthy.spectral_radius[order].tolist()
-    assert lines["spectral norm"].tolist() == healthy.spectral_norm[order].tolist()
-    assert lines["contraction of Picard"].tolist() == healthy.contraction[order].tolist()
+    assert list(lines["spectral radius"]) == healthy.spectral_radius[order].tolist()
+    assert list(lines["spectral norm"]) == healthy.spectral_norm[order].tolist()
+    assert list(lines["contraction of Picard"]) == healthy.contraction[order].tolist()
     names = [label.get_text() for label in cosines.get_yticklabels()]
-    assert names == [report.name for report in healthy.gradients]
+    own, *others = [report.name for report in healthy.gradients]
+    assert names == [f"{own} (layer)", *others]
     bars = [bar.get_width() for bar in cosines.patches]
     assert bars == [r.cosine for r in healthy.gradients] + [r.input_cosine for r in healthy.gradients]
     assert healthy.path is not None

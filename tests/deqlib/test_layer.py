@@ -183,12 +183,15 @@ def test_the_layer_moves_with_to() -> None:
 def test_print_shows_the_settings() -> None:
     text = repr(ImplicitLayer(Cell(4), solver=Anderson(memory=3), backward=JFB()))
     for words in (
-        "solver=Anderson(memory=3,",
+        "solver=Anderson(memory=3),",
         "backward=JFB()",
-        "stopping=Stopping(rtol=0.001",
-        "on_failure='warn'",
+        "stopping=Stopping()",
     ):
         assert words in text
+    assert "on_failure" not in text
+    assert "compact" not in text
+    other = ImplicitLayer(Cell(4), stopping=Stopping.steps(3), on_failure="raise")
+    assert "stopping=Stopping.steps(3), on_failure='raise'" in repr(other)
 
 
 @pytest.mark.parametrize(
