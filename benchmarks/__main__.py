@@ -138,7 +138,7 @@ def _profile(options: argparse.Namespace, run: Run, where: dict[str, str], conso
         assert case.solve is not None
         table = profiled(case.solve(run, **settings), trace)
         console.print(f"{case.name}: {settings}")
-        console.print(terminal_table(table))
+        console.print(terminal_table(table, console.width))
         console.print(f"trace: {trace}")
 
 
@@ -167,7 +167,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     for row in compare.lost(suite.CASES, before, after):
         console.print(f"[yellow]not in {options.after}:[/] {row}")
     found = compare.changes(suite.CASES, before, after, options.threshold)
-    console.print(terminal_table(compare.table(found)))
+    console.print(terminal_table(compare.table(found), console.width))
 
 
 def _docs(options: argparse.Namespace, console: Console) -> None:

@@ -79,7 +79,7 @@ def measure(
     for case in chosen:
         results.arrange(case.name, case.quick if run.quick else case.grid)
         if rows := results.rows(case.name):
-            console.print(terminal_table(case.table(rows)))
+            console.print(terminal_table(case.table(rows), console.width))
     if found := judged(chosen, results):
         console.print(bars_table(found))
     results.judge(judged(cases, results))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table as RichTable
 
 from ..case import Bar, Row, Table
 
+_FRAME = 3  # characters between two columns of a table in the terminal
 NOTE = 110  # characters of a note that the documentation shows; the file has it whole
 
 
@@ -63,18 +64,48 @@ def pivot(
 
 
 def terminal() -> Console:
-    """Where everything is printed; a file has no width of its own."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    """Where everything is printed; a file, which has no width of its own, gets 100 columns."""
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
-def terminal_table(table: Table) -> RichTable:
-    """For the terminal."""
-    shown = RichTable(title=table.title)
-    for index, head in enumerate(table.head):
-        shown.add_column(escape(head), justify="right" if index else "left", overflow="fold")
-    for line in table.lines:
-        shown.add_row(*map(escape, line))
-    return shown
+def terminal_table(table: Table, width: int) -> Group:
+    """For a terminal of so many columns: in parts, one below another, where words would break."""
+    columns = list(zip(table.head, *table.lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    shown: list[RichTable] = []
+    for part in _parts(least, width):
+        piece = RichTable(title=None if shown else table.title)
+        # Of its own accord rich narrows the widest columns first, and breaks their words.
+        room = _room([widths[i] for i in part], [least[i] for i in part], width - _FRAME * len(part) - 1)
+        for index, columns_of_it in zip(part, room, strict=True):
+            justify: Literal["left", "right"] = "right" if index else "left"
+            head = escape(table.head[index])
+            piece.add_column(head, justify=justify, overflow="fold", width=columns_of_it)
+        for line in table.lines:
+            piece.add_row(*(escape(line[index]) for index in part))
+        shown.append(piece)
+    return Group(*shown)
+
+
+def _parts(least: Sequence[int], width: int) -> list[list[int]]:
+    """Columns of each part, the first one in all of them, as many as fit with their longest words."""
+    parts = [[0]]
+    for index in range(1, len(least)):
+        wanted = sum(least[i] + _FRAME for i in [*parts[-1], index]) + 1
+        if len(parts[-1]) > 1 and wanted > width:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
+
+
+def _room(wanted: Sequence[int], least: Sequence[int], width: int) -> list[int]:
+    """Widths of columns: what is left beside the longest words goes to whoever lacks most."""
+    found = list(least)
+    while sum(found) < width and found != list(wanted):
+        lacking = max(range(len(found)), key=lambda i: wanted[i] - found[i])
+        found[lacking] += 1
+    return found
 
 
 def bars_table(bars: Sequence[Bar]) -> RichTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from benchmarks.case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table
 from benchmarks.environment import environment, hardware
 from benchmarks.measure import marked, milliseconds, peak_rss, profiled, spread, with_spread
 from benchmarks.results import COMMITTED, Results, unused
-from benchmarks.show import compare, documents
+from benchmarks.show import compare, documents, tables
 from benchmarks.show.tables import bars_markdown, markdown_table
 from benchmarks.suites import scaling
 
@@ -430,3 +431,23 @@ def test_memory_of_anderson_grows_by_two_and_a_half_states_a_column() -> None:
             2.5 * (many - few), abs=0.05
         )
         assert states["Picard", many] == pytest.approx(states["Picard", few], abs=0.01)
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_wide_table_is_shown_in_parts_without_a_broken_word(width: int) -> None:
+    head = ("problem and setting", *(f"library number{i}" for i in range(14)))
+    lines = [(f"unreasonably-named {i}", *(f"{100 * i} / {j}.25 ± 0.1" for j in range(14))) for i in range(3)]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tables.terminal_table(Table("all of them", head, lines), width))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    words = set(re.split(r"[\s┃│]+", text))
+    assert {word for cell in (*head, *lines[0]) for word in cell.split()} <= words
+    few = Table("few", head[:3], [line[:3] for line in lines])
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tables.terminal_table(few, width))
+    assert len(console.file.getvalue().splitlines()) == 8 if width == 100 else True
+
+
+def test_a_file_gets_lines_of_100_columns() -> None:
+    assert tables.terminal().width == 100
