@@ -443,10 +443,8 @@ def test_a_wide_table_is_shown_in_parts_without_a_broken_word(width: int) -> Non
     assert max(map(len, text.splitlines())) <= width
     words = set(re.split(r"[\s┃│]+", text))
     assert {word for cell in (*head, *lines[0]) for word in cell.split()} <= words
-    few = Table("few", head[:3], [line[:3] for line in lines])
-    console = Console(file=io.StringIO(), width=width)
-    console.print(tables.terminal_table(few, width))
-    assert len(console.file.getvalue().splitlines()) == 8 if width == 100 else True
+    few = tables.terminal_table(Table("few", head[:3], [line[:3] for line in lines]), width)
+    assert len(few.renderables) == 1
 
 
 def test_a_file_gets_lines_of_100_columns() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from ..experiment import Experiment
 from ..krylov import spectral_norm, spectral_radius
 from ..reports import MetricReport
+
+_REASON = 200  # characters of an error that a note repeats
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,8 @@ def measure_spectrum(experiment: Experiment) -> SpectrumReport:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # PyTorch may list every backend that there is.
+            reason = shorten((str(error).strip() or type(error).__name__).splitlines()[0], _REASON)
             notes.append(f"the cell cannot be differentiated {how} ({reason})")
         else:
             return SpectrumReport(radius, norm, notes=tuple(notes))
