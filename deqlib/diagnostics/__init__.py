@@ -5,8 +5,8 @@ a forward pass keeps for the backward pass; `ablate` compares solvers and backwa
 evaluations, gradients, time and memory.
 
 Each module stands on those before it. `memory`, `krylov` and `timing` count and measure. `subject` is a cell
-at its inputs. `reports` are what is found of one solve, of one gradient, or by one metric; `gradients` and
-`metrics` find it, and `findings` holds all of it. `advice`, `tables` and `plots` read it. `diagnosis` and
+at its inputs. `reports` are what is found of one solve, of one gradient, or by one metric; `gradients`,
+`precision` and `metrics` find it, and `findings` holds all of it. `advice`, `tables` and `plots` read it. `diagnosis` and
 `ablation` are what a user calls.
 """
 
@@ -14,6 +14,7 @@ from .ablation import Ablation, ablate
 from .diagnosis import Diagnosis, diagnose
 from .memory import saved_bytes
 from .metrics.paths import PathReport
+from .precision import PrecisionReport
 from .reports import GradientReport, SolveReport
 
 # An `Ablation` is a table of the reports that a `Diagnosis` holds. What its rows were called stays valid.
@@ -26,6 +27,7 @@ __all__ = [
     "Diagnosis",
     "GradientReport",
     "PathReport",
+    "PrecisionReport",
     "SolveReport",
     "SolverRow",
     "ablate",

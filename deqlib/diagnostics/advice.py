@@ -156,8 +156,8 @@ def _precision(found: Findings) -> Iterator[str]:
         what = f"The layer's forward solve alone puts the exact gradient off by {_size(parts.forward)}: "
     else:
         what = (
-            f"The layer's gradient is off by {_size(parts.both)}; with the adjoint solve made tight by "
-            f"{forward:.2f}, with the forward solve made tight by {adjoint:.2f}: "
+            f"The layer's gradient is off by {_size(parts.both)}. A tight adjoint alone would leave "
+            f"{forward:.2g}, a tight forward solve alone {adjoint:.2g}: "
         )
     ways = {"forward": _tighten_forward, "adjoint": _tighten_adjoint}
     yield what + " and ".join(ways[part](found) for part in blame) + "." + _dominant(found)

@@ -18,8 +18,8 @@ from .subject import Linearization
 class PrecisionReport:
     """Errors of the exact gradient, relative to the one with both solves at rounding, one solve at a time.
 
-    The norms of differences are over all trainable tensors of the cell together, and over all floating-point
-    inputs together.
+    Each is told twice: `error` of all trainable tensors of the cell together, `input_error` of all
+    floating-point inputs together (`None` where there are none), and `worst` is the larger one.
 
     Attributes:
         both: with the forward and the adjoint solve as the layer has them; `None` where its backward mode is
