@@ -6,8 +6,8 @@ evaluations, gradients, time and memory.
 
 Each module stands on those before it. `memory`, `krylov` and `timing` count and measure. `subject` is a cell
 at its inputs. `reports` are what is found of one solve, of one gradient, or by one metric; `gradients`,
-`precision` and `metrics` find it, and `findings` holds all of it. `advice`, `tables` and `plots` read it. `diagnosis` and
-`ablation` are what a user calls.
+`precision` and `metrics` find it, and `findings` holds all of it. `advice`, `tables` and `plots` read it.
+`diagnosis` and `ablation` are what a user calls.
 """
 
 from .ablation import Ablation, ablate
