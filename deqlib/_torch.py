@@ -50,6 +50,17 @@ def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
     return context
 
 
+def without_graph(tensor: Tensor) -> Tensor:
+    """`tensor` without the graph that made it, but with its tangent, which `detach` takes off too."""
+    if not is_forward_mode_active():
+        return tensor.detach()
+    dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    if dual.tangent is None:
+        return tensor.detach()
+    made: Tensor = torch.autograd.forward_ad.make_dual(dual.primal.detach(), dual.tangent.detach())  # type: ignore[no-untyped-call]
+    return made
+
+
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether `tensor` is a stand-in that a transform of `torch.func` gives to the function it transforms."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

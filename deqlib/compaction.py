@@ -6,15 +6,18 @@ them is put aside then, and the solver's state of them with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .confirmation import Claim
 from .progress import Record, Samples, relative
 from .samples import put_samples, take_samples
-from .solution import Solution
+from .solution import NonConvergenceError, Solution, Status
+from .solvers.base import norms
 from .state import Map
 
 _DROP = 0.25  # share of finished samples at which they leave the batch: a drop copies what stays
@@ -29,6 +32,14 @@ class Takeable(Protocol):
     def take(self, samples: Tensor) -> Map:
         """The map of these samples alone."""
 
+    @property
+    def guess(self) -> str | None:
+        """What is taken for the batch though nobody said so, and how to say it; `None`: nothing is."""
+
+    @property
+    def resolution(self) -> torch.dtype:
+        """The coarsest type that the map computes in."""
+
 
 class Batch:
     """The map, and the samples that it is evaluated at.
@@ -40,6 +51,9 @@ class Batch:
 
     def __init__(self, f: Map, record: Record, compact: Takeable | None) -> None:
         self.f, self.record, self._compact = f, record, compact
+        self._whole = f
+        self._held = 0  # evaluations of finished samples, one by one
+        self._holds = False  # whether finished samples are held at the last evaluation
         self._left: Samples | None = None  # of all samples, as they were when the batch was last cut
         self._state: Any = None  # of the solver, likewise
         self._rows: Tensor | None = None  # which of all samples are in the batch; `None`: all
@@ -57,6 +71,7 @@ class Batch:
         record = self.record
         if record.is_known and record.num_active == len(z):
             return z
+        self._holds = True
         return torch.where(record.samples.active.unsqueeze(1), z, record.samples.best)
 
     def drop_finished(self, state: Any, z: Tensor, image: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -67,13 +82,17 @@ class Batch:
         record = self.record
         now, batch = record.samples, len(z)
         finished = batch - record.num_active
-        if self._compact is None or finished == 0 or finished < _DROP * batch:
+        if self._compact is None or finished == 0:
+            return state, z, image
+        # The first drop costs an evaluation of all in the end: it waits until one was spent on held samples.
+        self._held += finished * record.rule.check_every
+        if finished < _DROP * batch or (not self._cuts and self._held < batch):
             return state, z, image
         self._put_aside(state)
         keep = now.active.nonzero().squeeze(1)
         self._rows = keep if self._rows is None else self._rows[keep]
         self._cuts.append((len(self._measured), self._rows))
-        self.f = self._compact.take(self._rows)
+        self.f = _tried(self._compact, self._rows)
         record.cut(keep)
         return take_samples(state, keep), z[keep], image[keep]
 
@@ -89,10 +108,11 @@ class Batch:
         self._left = put_samples(left, self._rows, now, batch)
         self._state = put_samples(self._state, self._rows, state, batch)
 
-    def solution(self, state: Any, name: str) -> Solution:
+    def claim(self, fz: Tensor, state: Any, name: str) -> Claim:
         """What was found, once the loop has ended.
 
         Args:
+            fz: images of the last evaluation, of the samples that are still in the batch.
             state: the solver's last.
             name: the solver's.
         """
@@ -101,7 +121,7 @@ class Batch:
         found = self._left
         assert found is not None
         at_best, trace = self._relatives(found)
-        return Solution(
+        solution = Solution(
             # A copy: an iterate may be the caller's own tensor, or one that the cell handed out.
             value=found.best.clone(),
             residual=found.best_residual,
@@ -116,6 +136,20 @@ class Batch:
             rejections=found.refused,
             state=self._state,
         )
+        is_open, is_last = False, not self._cuts and record.is_best()
+        objection = self._objection()
+        if not is_last:
+            is_open = objection is not None or bool((found.status == Status.CONVERGED).any())
+        claim = Claim(solution, self._whole, record.rule, record.unit_norms, is_open, objection)
+        # The last evaluation was of the whole batch at the value.
+        return replace(claim, solution=claim.decided(fz)) if is_last and self._holds else claim
+
+    def _objection(self) -> Callable[[Solution, Tensor], Solution] | None:
+        """What `Claim` asks where the batch was cut by a guess."""
+        if not self._cuts or self._compact is None or self._compact.guess is None:
+            return None
+        compact, parts = self._compact, [rows for _, rows in self._cuts]
+        return lambda found, image: _without_objection(compact, parts, found, image)
 
     def _relatives(self, found: Samples) -> tuple[Tensor, Tensor | None]:
         """Relative residuals of the values, (B,), and of all evaluations if they were kept."""
@@ -142,3 +176,77 @@ class Batch:
                 parts.append(part)
             start, rows = end, following
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _tried(compact: Takeable, rows: Tensor) -> Map:
+    """The map of these samples alone; where it fails at first, the cut is named.
+
+    Raises:
+        ValueError: the map fails at its first evaluation.
+    """
+    part, works = compact.take(rows), False
+
+    def image(z: Tensor) -> Tensor:
+        nonlocal works
+        try:
+            image = part(z)
+        except (NonConvergenceError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if works:
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            raise ValueError(
+                f"compact: the cell took all samples, and fails on {len(rows)} of them alone "
+                f"({type(error).__name__}: {lines[0]}); {_ways_out(compact)}"
+            ) from error
+        works = True
+        return image
+
+    return image
+
+
+def _without_objection(compact: Takeable, parts: list[Tensor], found: Solution, image: Tensor) -> Solution:
+    """The solution, unless samples failed and a cut map gives other images than that of the whole batch.
+
+    Each of the batches that samples failed in costs an evaluation.
+
+    Args:
+        compact: the map.
+        parts: the samples that it was cut to, one time after the other, (b,) each.
+        found: the solution, settled.
+        image: of the whole batch at its value, (B, D).
+
+    Raises:
+        ValueError: see above.
+    """
+    failed, value = found.status != Status.CONVERGED, found.value.detach()
+    for rows in parts:
+        if not bool(failed[rows].any()):
+            break  # the whole batch agrees, and later parts are parts of this one
+        with torch.no_grad():
+            part = compact.take(rows)(value[rows])
+        apart, scale, size = norms(part - image[rows], image[rows], value[rows])
+        room = torch.finfo(compact.resolution).eps ** 0.5 * torch.maximum(scale, size)
+        differ = ~(apart <= room) & scale.isfinite()
+        if bool(differ.any()):
+            raise ValueError(
+                f"compact: the cell gives {int(differ.sum())} of {len(rows)} samples another image alone "
+                "than in the whole batch: the cut is wrong, or samples depend on one another; "
+                f"{_ways_out(compact)}"
+            )
+        evaluated = found.sample_nfe.index_add(0, rows, torch.ones_like(rows))
+        found = replace(found, nfe=found.nfe + 1, sample_nfe=evaluated)
+    return found
+
+
+def _ways_out(compact: Takeable) -> str:
+    """What to do where a cut does not fit."""
+    outside = (
+        "what the cell captures cannot be cut and belongs in args; where samples depend on one another, "
+        "compact=False"
+    )
+    guess = compact.guess
+    if guess is None:
+        guess = "say in compact=(...) which axis of every input is the batch, None for a shared one"
+    return f"{guess}; {outside}"

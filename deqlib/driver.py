@@ -4,8 +4,9 @@ The driver alone calls the map, so evaluations are counted exactly. What becomes
 evaluation its residual is measured and its best iterate kept (`progress.py`); when it meets the tolerance, is
 lost, or makes no progress, it is finished, and from then on it is held at its best iterate, or leaves the
 batch that the map sees (`compaction.py`). The others get their next iterate from the solver, which is told
-what was measured if it asks for it. The loop ends when all are finished or no steps are left. It works on
-flat states (B, D).
+what was measured if it asks for it. The loop ends when all are finished or no steps are left; whether those
+that met the tolerance are CONVERGED is then asked of the whole batch (`confirmation.py`). It works on flat
+states (B, D).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .compaction import Batch, Takeable
+from .confirmation import Claim
 from .progress import Record, UnitNorms, measure, relative
 from .solution import Solution, Status
 from .solvers import Solver
@@ -45,10 +47,28 @@ def iterate(
         state: of an earlier solve, to go on with what it learnt.
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
         compact: `f` again if finished samples are to leave the batch that it sees.
+
+    Raises:
+        ValueError: the map of some samples alone is not that of the whole batch, see `compact`.
     """
+    return approach(f, z0, solver, stopping, state=state, unit_norms=unit_norms, compact=compact).settled()
+
+
+def approach(
+    f: Map,
+    z0: Tensor,  # (B, D)
+    solver: Solver,
+    stopping: Stopping,
+    *,
+    state: Any = None,
+    unit_norms: UnitNorms | None = None,
+    compact: Takeable | None = None,
+) -> Claim:
+    """As `iterate`, for a caller who evaluates `f` at the value anyway and settles by that what was found."""
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
-        return _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
+        found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
+        return Claim(found, f, stopping, unit_norms, is_open=False)
     record = Record(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
     return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state)
 
@@ -89,7 +109,7 @@ def _iterate_fixed(
     )
 
 
-def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -> Solution:
+def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -> Claim:
     """Until every sample is finished: the value is each sample's best iterate."""
     record, stopping = batch.record, batch.record.rule
     observes, asks = overrides(solver, "observe"), overrides(solver, "query")
@@ -112,7 +132,7 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-    return batch.solution(state, type(solver).__name__)
+    return batch.claim(fz, state, type(solver).__name__)
 
 
 def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,9 @@ from torch import Tensor
 from ._checks import check_instance
 from ._torch import is_transformed, tree_map
 from .backward import Backward, ImplicitDifferentiation
-from .driver import iterate
+from .confirmation import Claim, Confirm
+from .driver import approach, iterate
+from .progress import UnitNorms
 from .solution import OnFailure, Solution, check_on_failure, report_failure
 from .solvers import Auto, Solver
 from .state import FlatMap, Layout, Map, flatten
@@ -37,7 +39,8 @@ def fixed_point(
 
     Args:
         f: `f(z, *args) -> z`, same structure, shapes, dtypes and device as `z0`. Samples must not depend
-            on one another. Gradients reach everything f uses: `args`, parameters, captured tensors.
+            on one another: where they turn out to, they are `Status.COUPLED`. Gradients reach everything f
+            uses: `args`, parameters, captured tensors.
         z0: starting point, a floating-point tensor or pytree of tensors whose first axis is the batch.
         args: further arguments of `f`, passed as they are.
         solver: default `Auto()`: for every sample the plain iteration if that is fast, else Anderson, Broyden
@@ -48,10 +51,11 @@ def fixed_point(
             does neither; for the forward and for the adjoint solve.
         compact: let finished samples leave the batch that `f` sees, so that an easy sample does not pay
             for a hard one. `True` cuts every tensor in `args` whose first axis is as long as the batch,
-            and passes everything else as it is; a tuple says it for each argument: the axis of the batch
-            of the tensors in it, or `None` for an argument that samples share. What `f` captures cannot
-            be cut: pass it in `args`. The adjoint solve always sees the whole batch, and so do solves
-            under `torch.func` transforms and forward-mode differentiation.
+            and passes everything else as it is; a guess that changes what `f` gives is an error. A tuple
+            says it for each argument: the axis of the batch of the tensors in it, or `None` for an argument
+            that samples share. What `f` captures cannot be cut: pass it in `args`. The whole batch has the
+            last word, which is one evaluation where autograd does not record. The adjoint solve always sees
+            the whole batch, and so do solves under `torch.func` transforms and forward-mode differentiation.
         state: `Solution.state` of an earlier solve of the same shape and solver, to go on with what that
             learnt; pass its `value` as `z0`. For when f changed a little since. Not under `torch.func`
             transforms, where `Solution.state` is `None`.
@@ -60,8 +64,8 @@ def fixed_point(
         `Solution`, whose `value` has the structure of `z0` and carries gradient.
 
     Raises:
-        TypeError, ValueError: a setting of the wrong kind, or an `f` that changes the structure, shape,
-            dtype or device of the state.
+        TypeError, ValueError: a setting of the wrong kind, an `f` that changes the structure, shape,
+            dtype or device of the state, or a `compact` that does not fit the inputs.
         NonConvergenceError: see `on_failure`.
     """
     solver = Auto() if solver is None else solver
@@ -110,26 +114,40 @@ class _Solve:
 
     def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
         """The fixed point."""
-        # Under a transform, and in a mode that wraps it, f is no map that can be cut.
-        cut = f if self.compact and isinstance(f, FlatMap) else None
-        rule = self.stopping if stopping is None else stopping
-        return self._solve(f, z0, self.solver, rule, "fixed-point solve", state=self.state, compact=cut)
+        return self._reported(self._claim(f, z0, stopping).settled(), "fixed-point solve")
+
+    def unconfirmed(self, f: Map, z0: Tensor) -> tuple[Solution, Confirm]:
+        """The fixed point, and what settles it by its image."""
+        claim = self._claim(f, z0, None)
+        if claim.is_open:
+            return claim.solution, lambda image: self._reported(claim.decided(image), "fixed-point solve")
+        solution = self._reported(claim.solution, "fixed-point solve")
+        return solution, lambda image: solution
 
     def linear(
         self, f: Map, start: Tensor, *, solver: Solver, stopping: Stopping, name: str = "adjoint solve"
     ) -> Solution:
         """A linear problem of a derivative."""
-        return self._solve(f, start, solver, stopping, name)
+        return self._reported(
+            iterate(f, start, solver, stopping, unit_norms=self._unit_norms(stopping)), name
+        )
 
-    def _solve(
-        self, f: Map, z0: Tensor, solver: Solver, stopping: Stopping, name: str, **settings: Any
-    ) -> Solution:
+    def _claim(self, f: Map, z0: Tensor, stopping: Stopping | None) -> Claim:
+        # Under a transform, and in a mode that wraps it, f is no map that can be cut.
+        cut = f if self.compact and isinstance(f, FlatMap) else None
+        rule = self.stopping if stopping is None else stopping
+        norms = self._unit_norms(rule)
+        return approach(f, z0, self.solver, rule, state=self.state, unit_norms=norms, compact=cut)
+
+    def _unit_norms(self, stopping: Stopping) -> UnitNorms | None:
         layout, axes = self.layout, stopping.norm_axes
-        unit_norms = None if axes is None else lambda z: layout.norms(z, axes)
-        solution = iterate(f, z0, solver, stopping, unit_norms=unit_norms, **settings)
-        if not stopping.is_fixed:
+        return None if axes is None else lambda z: layout.norms(z, axes)
+
+    def _reported(self, solution: Solution, name: str) -> Solution:
+        """The solution, once its failures are told."""
+        if solution.residual is not None:  # else the number of steps was fixed
             # Under `vmap` one solve holds the samples of many batches.
-            whole = layout.of_batch(solution.value.shape[0])
+            whole = self.layout.of_batch(solution.value.shape[0])
             report_failure(replace(solution, value=whole.unravel(solution.value)), self.on_failure, name)
         return solution
 

@@ -161,6 +161,13 @@ class Record:
             self._finished = ~self.samples.active
         return self._finished
 
+    def is_best(self) -> bool:
+        """Whether every sample was at its best iterate at the last evaluation. Waits for the device."""
+        if self.all_improved:
+            return True
+        elsewhere = (self.before > -torch.inf) & ~self.improved  # finished ones are held at it
+        return not bool(elsewhere.any())
+
     def cut(self, keep: Tensor) -> None:
         """Leave these samples in the batch alone, all of them at work."""
         self.steps_of_best()

@@ -25,6 +25,7 @@ class Status(IntEnum):
     STALLED = 2  # its best residual stopped improving
     DIVERGED = 3  # residual not finite, or far above its best
     COMPLETED = 4  # took the fixed number of steps asked for; no tolerance to meet
+    COUPLED = 5  # met the tolerance while others moved, and does not for the batch as it is returned
 
     @property
     def is_failure(self) -> bool:
@@ -42,6 +43,12 @@ _ADVICE = {
         "make the cell contractive (normalise it, scale its weights down), use damping, "
         "or look for NaN in its inputs"
     ),
+    Status.COUPLED: (
+        "they met the tolerance while others moved, and do not as the batch is returned: samples seem to "
+        "depend on one another (a state without a batch axis? nodes of a graph as samples? BatchNorm or "
+        "attention over the batch? a cell that draws random numbers?); make what belongs together one sample "
+        "by a batch axis, z0[None], or keep samples apart"
+    ),
 }
 
 
@@ -54,7 +61,7 @@ class Solution:
     Attributes:
         value: best iterate seen, structure and dtypes of the starting point; carries gradient if the
             solve was differentiated.
-        residual: `||f(z) - z||` at `value`, shape (B,); `None` if not measured.
+        residual: `||f(z) - z||` at `value`, shape (B,), by the last evaluation there; `None` if not measured.
         relative_residual: `||f(z) - z|| / ||f(z)||` at `value`, shape (B,); `None` if not measured.
         num_steps: solver steps each sample took, int64, shape (B,).
         status: `Status` codes, int64, shape (B,).

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ._scope import Scope, current, current_or_new
-from ._torch import TreeSpec, times_written, tree_flatten, tree_map, tree_unflatten
+from ._torch import (
+    TreeSpec,
+    times_written,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    without_graph,
+)
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
@@ -130,9 +138,13 @@ class FlatMap:
         before = _version(z)
         outer, current.scope = current.scope, self.scope
         try:
+            # What `unravel` gives is the cell's own: it may ask for gradients, and `z` stays as it is.
             image = self.layout.ravel(self.cell(self.layout.unravel(z), *self.inputs))
         finally:
             current.scope = outer
+        if image.requires_grad and not torch.is_grad_enabled():
+            # A cell that takes gradients inside records what nobody asked for: every iterate would keep it.
+            image = without_graph(image)
         if _version(z) != before:
             raise ValueError(
                 "cell: the state must not be changed in place, got a cell that writes to its argument; "
@@ -147,6 +159,32 @@ class FlatMap:
         inputs = tuple(cut(x, axis, batch, samples) for x, axis in zip(self.inputs, axes, strict=True))
         scope = self.scope.take(samples, batch)
         return replace(self, inputs=inputs, layout=self.layout.of_batch(len(samples)), scope=scope)
+
+    @property
+    def guess(self) -> str | None:
+        """The inputs that `take` cuts by `AUTOMATIC`, and how to say it; `None` where the axes are given."""
+        if self.axes is not None:
+            return None
+        batch = self.layout.shapes[0][0]
+        shapes = [
+            [str(tuple(leaf.shape)) for leaf in tree_leaves(value) if _is_as_long(leaf, batch)]
+            for value in self.inputs
+        ]
+        axes = tuple(0 if found else None for found in shapes)
+        named = [f"args[{i}] {' '.join(found[:3])}" for i, found in enumerate(shapes) if found]
+        return (
+            f"compact=True cuts every tensor as long as the batch of {batch} ({', '.join(named) or 'none'}); "
+            f"if that is wrong, say it in a tuple, here compact={axes}, with the axis of the batch for every "
+            "input and None for one that samples share"
+        )
+
+    @property
+    def resolution(self) -> torch.dtype:
+        """The coarsest type that the cell computes in, as far as its state and autocast tell."""
+        types = list(self.layout.dtypes)
+        if torch.is_autocast_enabled(self.layout.device.type):
+            types.append(torch.get_autocast_dtype(self.layout.device.type))
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 AUTOMATIC = "automatic"
@@ -165,16 +203,25 @@ def cut(value: Any, axis: int | str | None, batch: int, samples: Tensor) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if axis == AUTOMATIC:
-            return leaf.index_select(0, samples) if leaf.dim() and leaf.shape[0] == batch else leaf
+            return leaf.index_select(0, samples) if _is_as_long(leaf, batch) else leaf
         assert isinstance(axis, int)
-        if not -leaf.dim() <= axis < leaf.dim() or leaf.shape[axis] != batch:
-            raise ValueError(
-                f"compact: expected an input whose axis {axis} is the batch of {batch} samples, "
-                f"got a tensor of shape {tuple(leaf.shape)}"
-            )
         return leaf.index_select(axis, samples)
 
     return tree_map(one, value)
+
+
+def _check_axes(inputs: tuple[Any, ...], axes: tuple[int | None, ...], batch: int) -> None:
+    """Raise `ValueError` unless these axes of all tensors in the inputs are as long as the batch."""
+    for index, (value, axis) in enumerate(zip(inputs, axes, strict=True)):
+        for leaf in tree_leaves(value):
+            if axis is None or not isinstance(leaf, Tensor):
+                continue
+            if not -leaf.dim() <= axis < leaf.dim() or leaf.shape[axis] != batch:
+                raise ValueError(
+                    f"compact: expected an input whose axis {axis} is the batch of {batch} samples, "
+                    f"got a tensor of shape {tuple(leaf.shape)} in args[{index}]; the tuple holds the axis "
+                    "of the batch for every input, None for one that samples share"
+                )
 
 
 def flatten(
@@ -217,6 +264,8 @@ def flatten(
             raise ValueError(
                 f"z0: all leaves must be on one device, got {leaves[0].device} and {leaf.device}"
             )
+    if axes is not None:
+        _check_axes(inputs, axes, leaves[0].shape[0])
     dtype = leaves[0].dtype
     for leaf in leaves[1:]:
         dtype = torch.promote_types(dtype, leaf.dtype)
@@ -231,6 +280,11 @@ def flatten(
         is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
     return FlatMap(cell, inputs, layout, axes), layout.ravel(z0)
+
+
+def _is_as_long(leaf: Any, batch: int) -> bool:
+    """Whether `leaf` is a tensor whose first axis is as long as the batch."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
 
 
 def small_dtype(z: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .._settings import Settings
+from ..confirmation import Confirm
 from ..solution import Solution
 from ..solvers import Solver
 from ..state import FlatMap, Map
@@ -33,6 +34,17 @@ class Solve(Protocol):
 
         Raises:
             NonConvergenceError: the solve failed, and the caller wants to know.
+        """
+
+    def unconfirmed(self, f: Map, z0: Tensor) -> tuple[Solution, Confirm]:
+        """The fixed point as above, for a mode that evaluates `f` at the value of the solution anyway.
+
+        Returns:
+            What was found, and a function to be called with that evaluation, (B, D): it returns the solution,
+            whose status and residuals are settled by it if nothing settled them before.
+
+        Raises:
+            NonConvergenceError: as above; also from the function.
         """
 
     def linear(

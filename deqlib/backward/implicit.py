@@ -20,7 +20,7 @@ from .base import Backward, Solve
 from .capture import ExplicitMap, Watch, watched, watched_constant
 from .explicit import CellEquation, implicit_gradients, solve_explicitly
 from .graph import are_made_from, depends_on_leaves, leaves_of, vector_jacobian_product
-from .tape import solve_off_tape, start_of_tape, with_gradient
+from .tape import solve_off_tape, solve_unconfirmed, start_of_tape, with_gradient
 
 
 class AdjointStart:
@@ -124,11 +124,12 @@ class ImplicitDifferentiation(Backward):
             equation = self._equation(f, watched_constant(f, z0), solve)
             solution = solve_explicitly(equation, z0, equation.map.tensors)
             return replace(solution, nfe=solution.nfe + 1)
-        solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
-            return solution
+            return solve_off_tape(f, z0, solve)
+        solution, confirm = solve_unconfirmed(f, z0, solve)
         source = start_of_tape(solution.value)
         output, watch = watched(f, source)
+        solution = confirm(output)
         solution = replace(solution, nfe=solution.nfe + 1)
         if not depends_on_leaves(output):
             return solution

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
-from .tape import solve_off_tape, straight_through
+from .tape import solve_off_tape, solve_unconfirmed, straight_through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class JFB(Backward):
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then evaluate once on it."""
-        solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
-            return solution
-        return straight_through(solution, f(solution.value), nfe=1)
+            return solve_off_tape(f, z0, solve)
+        solution, confirm = solve_unconfirmed(f, z0, solve)
+        output = f(solution.value)
+        return straight_through(confirm(output), output, nfe=1)

@@ -13,7 +13,7 @@ from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
 from .graph import VectorJacobianProduct
-from .tape import attach, on_tape, solve_off_tape, straight_through
+from .tape import attach, on_tape, solve_off_tape, solve_unconfirmed, straight_through
 
 _FORMS = ("unroll", "neumann")
 
@@ -56,15 +56,17 @@ class PhantomGradient(Backward):
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, then take the steps on it or sum the series in the backward pass."""
-        solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
-            return solution
+            return solve_off_tape(f, z0, solve)
+        solution, confirm = solve_unconfirmed(f, z0, solve)
         if self.form == "neumann":
             source, output = on_tape(f, solution.value)
-            return attach(solution, output, self._neumann, source, nfe=1)
+            return attach(confirm(output), output, self._neumann, source, nfe=1)
         output = solution.value
-        for _ in range(self.steps):
-            output = torch.lerp(output, f(output), self.damping)
+        for step in range(self.steps):
+            image = f(output)
+            solution = solution if step else confirm(image)
+            output = torch.lerp(output, image, self.damping)
         return straight_through(solution, output, nfe=self.steps)
 
     def _neumann(self, g: Tensor, vjp: VectorJacobianProduct) -> Tensor:

@@ -20,7 +20,7 @@ from ..stopping import Stopping
 from .base import Backward, Solve
 from .capture import ExplicitMap, watched
 from .graph import leaves_of, makers, nodes
-from .tape import refuse_second_order, solve_off_tape, start_of_tape, with_gradient
+from .tape import refuse_second_order, solve_off_tape, solve_unconfirmed, start_of_tape, with_gradient
 
 _RANGE = 2  # a rebuilt point that is longer than the forward pass's longest by this factor is a wrong one
 
@@ -111,10 +111,11 @@ class Reversible(Backward):
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, find what the cell uses, leave the rest to the backward pass."""
-        solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
-            return solution
-        explicit = _explicit(f, solution.value)
+            return solve_off_tape(f, z0, solve)
+        solution, confirm = solve_unconfirmed(f, z0, solve)
+        explicit, image = _explicit(f, solution.value)
+        solution = confirm(image)
         end, counts = _end(solution)
         walk = _Walk(explicit, solution.state.damping, self)
         saved = [z0, end.previous, end.current, end.steps, end.largest, counts, *explicit.tensors]
@@ -146,22 +147,23 @@ class Reversible(Backward):
         warnings.warn(message, ReconstructionWarning, stacklevel=levels_to_caller())
 
 
-def _explicit(f: FlatMap, z: Tensor) -> ExplicitMap:
-    """The map with what it depends on at `z`, found by one evaluation."""
+def _explicit(f: FlatMap, z: Tensor) -> tuple[ExplicitMap, Tensor]:
+    """The map with what it depends on at `z`, found by one evaluation, and its image there, (B, D)."""
     source = start_of_tape(z)
     image, watch = watched(f, source)
     if image.requires_grad:
         # A leaf that was given to a custom function only is not seen by the watch, but the graph has it.
         ends = leaves_of(image, makers(watch.found.values()))
         watch.found |= {id(node.variable): node.variable for node in ends if hasattr(node, "variable")}
-    return ExplicitMap.of(f, watch)
+    return ExplicitMap.of(f, watch), image
 
 
 def _end(solution: Solution) -> tuple[Points, Tensor]:
     """The points to walk back from, and at which step the value of each sample was reached, (B,)."""
     state: ReversibleState = solution.state
     # Where these are done the value is that of the last step counted, and the solver may have gone on.
-    at_last = (solution.status == Status.CONVERGED) | (solution.status == Status.COMPLETED)
+    met = (Status.CONVERGED, Status.COUPLED, Status.COMPLETED)
+    at_last = torch.stack([solution.status == status for status in met]).any(0)
     # Elsewhere it is the best iterate: one the solver noted, or the last one, which it was not told of.
     is_best = ~at_last & same(solution.value, state.best.current.to(solution.value.dtype))
     points = choose(is_best, state.best, state.latest)

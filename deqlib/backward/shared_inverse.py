@@ -18,7 +18,7 @@ from ..state import FlatMap
 from ..stopping import Stopping
 from .base import Backward, Solve
 from .graph import VectorJacobianProduct
-from .tape import attach, on_tape, solve_off_tape
+from .tape import attach, on_tape, solve_off_tape, solve_unconfirmed
 
 _MEMORY = 20  # most columns of the refining solve
 
@@ -76,10 +76,11 @@ class SharedInverse(Backward):
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve off the tape, evaluate once on it, use the solver's history in the backward pass."""
-        solution = solve_off_tape(f, z0, solve)
         if not torch.is_grad_enabled():
-            return solution
+            return solve_off_tape(f, z0, solve)
+        solution, confirm = solve_unconfirmed(f, z0, solve)
         source, output = on_tape(f, solution.value)
+        solution = confirm(output)
         state = solution.state
         assert isinstance(state, SecantState)
         history = state.history

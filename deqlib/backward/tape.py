@@ -16,6 +16,7 @@ from .._torch import (
     is_forward_mode_active,
     is_transformed,
 )
+from ..confirmation import Confirm
 from ..solution import Solution
 from ..state import Map
 from ..stopping import Stopping
@@ -42,13 +43,39 @@ def solve_off_tape(f: Map, z0: Tensor, solve: Solve, *, stopping: Stopping | Non
         return solve_constant(f, z0, lambda f, z0: solve(f, z0, stopping=stopping))
     with torch.no_grad():
         solution = solve(f, z0.detach(), stopping=stopping)
+    _forget_constants(z0)
+    return solution
+
+
+def solve_unconfirmed(f: Map, z0: Tensor, solve: Solve) -> tuple[Solution, Confirm]:
+    """As `solve_off_tape`, for a mode that evaluates `f` at the solution's value next, on the tape.
+
+    Args:
+        f: the map.
+        z0: starting point, (B, D); no gradient reaches it.
+        solve: see `Solve`.
+
+    Returns:
+        The solution, and a function that takes f at its value, (B, D), and returns the solution, settled by
+        that where the whole batch was not measured at the value before; see `Solve.unconfirmed`.
+    """
+    if is_transformed():
+        solution = solve_off_tape(f, z0, solve)
+        return solution, lambda image: solution
+    with torch.no_grad():
+        solution, confirm = solve.unconfirmed(f, z0.detach())
+    _forget_constants(z0)
+    return solution, confirm
+
+
+def _forget_constants(z0: Tensor) -> None:
+    """Empty caches of what was computed without a graph, before something is recorded."""
     if torch.is_grad_enabled():
         # Autocast caches the weights it casts. Where PyTorch casts them under no_grad without a graph, using
         # them again on the tape cuts the weights' gradient (github.com/pytorch/pytorch/issues/48049).
         if torch.is_autocast_enabled(z0.device.type):
             torch.clear_autocast_cache()
         forget_cached_parametrizations()  # likewise computed without a graph
-    return solution
 
 
 def on_tape(f: Map, z: Tensor) -> tuple[Tensor, Tensor]:

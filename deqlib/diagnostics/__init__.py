@@ -13,6 +13,7 @@ at its inputs. `reports` are what is found of one solve, of one gradient, or by 
 from .ablation import Ablation, ablate
 from .diagnosis import Diagnosis, diagnose
 from .memory import saved_bytes
+from .metrics.coupling import CouplingReport
 from .metrics.paths import PathReport
 from .precision import PrecisionReport
 from .reports import GradientReport, SolveReport
@@ -24,6 +25,7 @@ BackwardRow = GradientReport
 __all__ = [
     "Ablation",
     "BackwardRow",
+    "CouplingReport",
     "Diagnosis",
     "GradientReport",
     "PathReport",

@@ -28,7 +28,17 @@ PATH_DEPENDENCE = 1e-2  # relative distance of two fixed points that counts as t
 
 def advise(found: Findings) -> tuple[str, ...]:
     """Short sentences in order of importance, the cause before what follows from it."""
-    rules = (_soundness, _tolerance, _stability, _speed, _adjoint, _precision, _gradient, _paths)
+    rules = (
+        _soundness,
+        _independence,
+        _tolerance,
+        _stability,
+        _speed,
+        _adjoint,
+        _precision,
+        _gradient,
+        _paths,
+    )
     lines = tuple(line for rule in rules for line in rule(found))
     return lines or ("Nothing to change: the layer converges, and no cheaper setting does as well.",)
 
@@ -46,6 +56,18 @@ def _soundness(found: Findings) -> Iterator[str]:
             "The cell gives different values at one point (dropout, or statistics that it updates): a fixed "
             "point is not defined; diagnose it in eval mode, and draw random numbers once a solve."
         )
+
+
+def _independence(found: Findings) -> Iterator[str]:
+    """Samples that depend on one another, though every one is stopped by itself."""
+    if found.coupling is None or not found.coupling.num_coupled:
+        return
+    yield (
+        f"Samples depend on one another: {_samples(found.coupling.num_coupled, found)} move when others do "
+        "(BatchNorm or attention over the batch, nodes of a graph as samples, a state without a batch axis). "
+        "Each is stopped by itself, so make what belongs together one sample with a batch axis, x[None], or "
+        "keep samples apart: norms over a sample, BatchNorm in eval()."
+    )
 
 
 def _tolerance(found: Findings) -> Iterator[str]:

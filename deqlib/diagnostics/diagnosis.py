@@ -141,6 +141,7 @@ def diagnose(
     - the layer's gradient beside those with its forward solve, its adjoint, or both at rounding: which of the
       two tolerances costs how much, and on which samples;
     - seconds of every solve, and of a forward and a backward pass with every mode;
+    - whether a sample's image moves when others do, which a solve takes for granted that it does not;
     - path independence: how far apart the fixed points are that several starts lead to (Anil et al. 2022,
       arXiv 2211.09961).
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..stopping import Stopping
 from .metrics.contraction import ContractionReport
+from .metrics.coupling import CouplingReport
 from .metrics.determinism import DeterminismReport
 from .metrics.gradients import GradientComparison
 from .metrics.paths import PathReport
@@ -109,6 +110,11 @@ class Findings:
     def path(self) -> PathReport | None:
         """Where other starts lead; `None` where there were none."""
         return next(self._of(PathReport), None)
+
+    @property
+    def coupling(self) -> CouplingReport | None:
+        """How samples move with others; `None` where there is only one."""
+        return next(self._of(CouplingReport), None)
 
     @property
     def deterministic(self) -> bool:

@@ -23,6 +23,7 @@ from deqlib import (
     Unroll,
     fixed_point,
 )
+from deqlib.nn import Dropout
 from deqlib.testing import mixed_difficulty
 
 SOLVERS = {
@@ -63,14 +64,18 @@ def test_a_compact_solve_is_the_same_solve(
             )
             for c in (False, True)
         )
-    for field in ("status", "num_steps", "nfe", "method"):
+    for field in ("status", "num_steps", "method"):
         assert torch.equal(torch.as_tensor(getattr(full, field)), torch.as_tensor(getattr(compact, field)))
     for field in ("value", "residual", "relative_residual", "trace"):
         torch.testing.assert_close(
             getattr(full, field), getattr(compact, field), rtol=1e-7, atol=1e-9, equal_nan=True
         )
     assert (full.sample_nfe == full.nfe).all()
-    assert (compact.sample_nfe <= full.sample_nfe).all()
+    loop, failed = len(full.trace), 0 if full.converged.all() else len(rates)
+    # One evaluation says whether all are CONVERGED; where some are not, one of each part asks for its cut.
+    assert full.nfe <= loop + 1
+    assert compact.nfe <= loop + 1 + failed
+    assert (compact.sample_nfe <= loop + 1 + failed).all()
     assert (compact.sample_nfe >= compact.num_steps + 1).all()
 
 
@@ -98,9 +103,11 @@ def test_the_cell_sees_fewer_samples_and_the_count_of_its_work_is_exact() -> Non
             compact=True,
         )
     batches = [call[0] for call in spy.calls]
-    assert batches == sorted(batches, reverse=True)
-    assert (batches[0], batches[-1]) == (8, 1)
     assert int(solution.sample_nfe.sum()) == sum(batches)
+    assert len(batches) == solution.nfe
+    *loop, last = batches
+    assert loop == sorted(loop, reverse=True)
+    assert (loop[0], loop[-1], last) == (8, 1, 8)  # the whole batch has the last word
     assert all(call[1:] == ((call[0], 6), (call[0], 1), (6, 6)) for call in spy.calls)
     assert int(solution.sample_nfe.sum()) < 0.35 * 8 * solution.nfe
 
@@ -136,7 +143,8 @@ def test_a_tuple_says_which_axis_of_each_input_is_the_batch() -> None:
         )
         assert compact.sample_nfe.sum() < full.sample_nfe.sum()
         torch.testing.assert_close(full.value, compact.value, rtol=1e-12, atol=1e-12)
-        with pytest.raises(AssertionError):  # the automatic rule takes the matrix for a batch
+        with pytest.raises(ValueError, match=r"in a tuple, here compact=\(0, 0, None\)"):
+            # The automatic rule takes the matrix for a batch.
             fixed_point(shared, torch.zeros_like(x), (x, matrix, rates), compact=True, **arguments)
         with pytest.raises(ValueError, match="axis 1 is the batch of 4 samples, got a tensor of shape"):
             fixed_point(
@@ -149,7 +157,7 @@ def test_a_tuple_says_which_axis_of_each_input_is_the_batch() -> None:
 
 
 def test_states_and_inputs_may_be_pytrees() -> None:
-    rates = torch.tensor([0.01, 0.2, 0.5], dtype=torch.float64)
+    rates = torch.tensor([0.01, 0.2, 0.95], dtype=torch.float64)
 
     def cell(z: Any, inputs: Any) -> Any:
         return {"a": inputs["rate"][:, None] * z["b"] + 1, "b": torch.cos(z["a"]) + inputs["offset"]}
@@ -158,7 +166,7 @@ def test_states_and_inputs_may_be_pytrees() -> None:
     inputs = {"rate": rates, "offset": 0.5}
     with torch.no_grad():
         full, compact = (
-            fixed_point(cell, z0, (inputs,), stopping=Stopping(rtol=1e-7), solver=Anderson(), compact=c)
+            fixed_point(cell, z0, (inputs,), stopping=Stopping(max_steps=500), solver=Picard(), compact=c)
             for c in (False, True)
         )
     assert compact.sample_nfe.sum() < full.sample_nfe.sum()
@@ -200,3 +208,116 @@ def test_what_cannot_be_is_refused(arguments: Any, error: type[Exception], words
     x = torch.ones(2, 2)
     with pytest.raises(error, match=words):
         fixed_point(lambda z, x: 0.5 * z + x, x, (x,), **arguments)
+
+
+def shared_bias(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * z.roll(1, 1) + x + own[0]
+
+
+def shared_matrix(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * torch.tanh(z @ own) + x
+
+
+def shared_factor(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * torch.tanh(z @ own.mT @ own) + x  # a rank as large as the batch
+
+
+def shared_table(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * torch.tanh(z) + x + own.mean()
+
+
+def nested(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * torch.tanh(z) + x + own["bias"][1].mean()  # type: ignore[call-overload]
+
+
+def of_each(z: Tensor, x: Tensor, gain: Tensor, own: Tensor) -> Tensor:
+    return gain * torch.tanh(z * own) + x
+
+
+SHARING = [shared_bias, shared_matrix, shared_factor, shared_table, nested, of_each]
+
+
+@pytest.mark.parametrize("cell", SHARING)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 6),
+    name=st.sampled_from(sorted(SOLVERS)),
+    grad=st.booleans(),
+    max_steps=st.sampled_from([5, 30, 300]),
+)
+def test_a_guess_gives_what_the_whole_batch_gives_or_is_refused_by_name(
+    cell: Any, seed: int, batch: int, name: str, grad: bool, max_steps: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, batch, generator=draw, dtype=torch.float64)  # as wide as it is long
+    own: Any = torch.linalg.qr(torch.randn(batch, batch, generator=draw, dtype=torch.float64))[0]
+    own = {"bias": [1.0, own]} if cell is nested else own
+    gain = torch.rand(batch, 1, generator=draw, dtype=torch.float64)
+    call = {"solver": SOLVERS[name], "stopping": Stopping(rtol=1e-8, max_steps=max_steps)}
+    call |= {"on_failure": "ignore", "backward": JFB()}
+    with torch.set_grad_enabled(grad):
+        whole, told = (
+            fixed_point(cell, torch.zeros_like(x), (x, gain, own), compact=c, **call)
+            for c in (False, (0, 0, 0 if cell is of_each else None))
+        )
+        torch.testing.assert_close(told.value, whole.value, rtol=1e-6, atol=1e-9)
+        assert torch.equal(told.status, whole.status)
+        try:
+            guessed = fixed_point(cell, torch.zeros_like(x), (x, gain, own), compact=True, **call)
+        except ValueError as error:
+            assert cell is not of_each
+            assert "in a tuple, here compact=(0, 0, " in str(error)  # noqa: PT017
+            return
+    torch.testing.assert_close(guessed.value, whole.value, rtol=1e-5, atol=1e-7)
+    assert torch.equal(guessed.status, whole.status)
+
+
+@pytest.mark.parametrize("compact", [True, (0,)])
+def test_what_the_cell_captures_is_named_as_what_cannot_be_cut(compact: Any) -> None:
+    gain = torch.tensor([[0.1], [0.2], [0.2], [0.99]])
+    call = {"solver": Picard(), "stopping": Stopping(max_steps=500), "compact": compact}
+    for captured in (gain, gain.expand(4, 5)):
+        with pytest.raises(ValueError, match="what the cell captures cannot be cut and belongs in args"):
+            fixed_point(lambda z, x, g=captured: g * z + x, torch.zeros(4, 5), (torch.ones(4, 5),), **call)
+
+
+def test_samples_that_depend_on_one_another_are_refused_where_the_cut_shows_it() -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 5)[:, None]
+    cell = lambda z, x: 0.9 * torch.tanh(z - z.mean(0)) + x  # noqa: E731
+    for rule in (Stopping(max_steps=200), Stopping(max_steps=12)):
+        with pytest.raises(ValueError, match="samples depend on one another, compact=False"):
+            fixed_point(cell, torch.zeros_like(x), (x,), solver=Picard(), stopping=rule, compact=True)
+
+
+def test_an_error_of_the_cell_that_is_no_fault_of_the_cut_stays_its_own() -> None:
+    calls = []
+
+    def cell(z: Tensor, gain: Tensor) -> Tensor:
+        calls.append(len(z))
+        if calls.count(len(z)) == 3 and len(z) < 4:
+            raise KeyError("late")
+        return gain * z + 1
+
+    gain = torch.tensor([[0.01], [0.01], [0.01], [0.99]])
+    with pytest.raises(KeyError, match="late"):
+        fixed_point(cell, torch.zeros(4, 2), (gain,), solver=Picard(), compact=(0,))
+
+
+@pytest.mark.parametrize("compact", [True, (0, 0)])
+def test_a_mask_of_dropout_is_cut_with_its_samples(compact: Any) -> None:
+    dropout, x = Dropout(0.5), torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    gain = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.95]).view(6, 1)
+    values = []
+    for c in (False, compact):
+        torch.manual_seed(3)
+        found = fixed_point(
+            lambda z, x, gain: gain * torch.tanh(dropout(z)) + x,
+            torch.zeros_like(x),
+            (x, gain),
+            solver=Picard(),
+            stopping=Stopping(rtol=1e-5, max_steps=300),
+            compact=c,
+            on_failure="raise",
+        )
+        values.append(found.value.detach())
+    torch.testing.assert_close(*values)

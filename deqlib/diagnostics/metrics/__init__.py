@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ..experiment import Experiment
 from ..reports import MetricReport
 from .contraction import measure_contraction
+from .coupling import measure_coupling
 from .determinism import measure_determinism
 from .gradients import measure_gradients
 from .paths import measure_paths
@@ -26,6 +27,7 @@ METRICS: tuple[Metric, ...] = (
     measure_contraction,
     measure_paths,
     measure_determinism,
+    measure_coupling,
 )
 
 __all__ = ["METRICS", "Metric"]
