@@ -7,6 +7,7 @@ each: run on another version it says which names are gone or mean something else
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,9 +84,43 @@ def coordinates(sparse: Tensor) -> tuple[Tensor, Tensor]:
     return sparse._indices(), sparse._values()
 
 
+def current_level() -> int:
+    """How many transforms of `torch.func` are under way, one inside the other."""
+    level: int = torch._C._functorch.maybe_current_level() or 0
+    return level
+
+
+def level_of(tensor: Tensor) -> int:
+    """The number of the transform that made a stand-in, see `is_wrapped`, the outermost 1; else 0 or less."""
+    level: int = torch._C._functorch.maybe_get_level(tensor)
+    return level
+
+
+def stood_in(tensor: Tensor, like: Tensor) -> Tensor:
+    """A stand-in for `tensor` as `like` is one for another: of the same transform and batch axis."""
+    level, axis = level_of(like), torch._C._functorch.maybe_get_bdim(like)
+    made: Tensor
+    if axis < 0:
+        made = torch._C._functorch._wrap_for_grad(tensor, level)
+    else:
+        made = torch._C._functorch._add_batch_dim(tensor, axis, level)
+    return made
+
+
 def is_batched_gradient(gradient: Tensor) -> bool:
     """Whether `gradient` is many at once: `is_grads_batched=True`, which predates `torch.vmap`, made it."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+def current_pass() -> int:
+    """A number of the backward pass that the engine runs in this thread: the innermost; -1: none."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def at_end_of_pass(call: Callable[[], Any]) -> None:
+    """Have the engine call this when the innermost backward pass has ended; it keeps it until then."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def creation_order(node: Any) -> int:
@@ -103,6 +138,11 @@ def forget_cached_parametrizations() -> None:
     """Let weights be computed anew that `torch.nn.utils.parametrize.cached()` has kept, if it is in force."""
     if parametrize._cache_enabled:
         parametrize._cache.clear()
+
+
+def namespaces(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps its own parameters, its buffers, and other attributes; writing there sets them."""
+    return module._parameters, module._buffers, vars(module)
 
 
 def is_compiled(module: nn.Module) -> bool:

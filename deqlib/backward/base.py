@@ -24,6 +24,10 @@ from ..stopping import Stopping
 class Solve(Protocol):
     """The driver with the caller's settings filled in: once for the fixed point, then for its derivatives."""
 
+    @property
+    def stopping(self) -> Stopping:
+        """The caller's rule."""
+
     def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
         """The fixed point of `f` from `z0` (B, D), by the caller's solver, `state` and `compact`.
 

@@ -1,14 +1,18 @@
 """What a map depends on besides its argument, found by watching one evaluation.
 
-A cell may use tensors in three ways: as inputs, as parameters, and by closure. Where they have to be known
-one by one (derivatives of higher order, function transforms), one evaluation is watched, and every tensor
-that enters a PyTorch function and was not made during the evaluation is one of them.
+A cell may use tensors in three ways: as inputs, as parameters of modules, and by closure. Where they have to
+be known one by one (transforms of `torch.func`, forward mode, `Reversible`), one evaluation is watched, and
+every tensor that enters a PyTorch function and was not made during the evaluation is one of them.
+
+A later evaluation with others in their stead gives the cell other inputs, puts other parameters in their
+places, and shows other tensors to PyTorch functions where they are given captured ones.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._torch import creation_order, forward_mode, is_forward_mode_active, is_transformed, is_wrapped
+from .._torch import (
+    creation_order,
+    current_level,
+    forward_mode,
+    is_forward_mode_active,
+    is_transformed,
+    is_wrapped,
+    level_of,
+    stood_in,
+    tree_map,
+    unwrapped,
+)
 from ..state import FlatMap, Map
+from .placing import Place, placed, places_of
 
 
 def watched(f: Map, z: Tensor) -> tuple[Tensor, Watch]:
@@ -48,6 +64,8 @@ class Watch(TorchFunctionMode):
     Attributes:
         found: by id, those that a derivative may be taken of: they require gradient, carry a tangent, or
             belong to a function transform of `torch.func`. Neither `z` nor what it was made from.
+        seen: by the same ids the tensors as the cell knows them. They are others within an evaluation of an
+            outer cell that has tensors replaced, and when that is over.
         parameters: ids of all parameters, constants included.
         device_type: that of `z`.
     """
@@ -55,9 +73,11 @@ class Watch(TorchFunctionMode):
     def __init__(self, z: Tensor) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
+        self.seen: dict[int, Tensor] = {}
         self.parameters: set[int] = set()
         self.device_type = z.device.type
         self.transformed = is_transformed()
+        self.level = current_level()
         # A node that the evaluation makes comes after that of `z`, so its order tells the two apart. It does
         # not where there is no such node: for the leaves that the evaluation makes, and under a transform.
         # Those tensors are kept until the end, so that no other tensor can get the id of one that is gone.
@@ -96,10 +116,12 @@ class Watch(TorchFunctionMode):
         Once is enough: what comes from outside outlives the evaluation, so nothing that is made in it can get
         its id later.
         """
-        key = id(tensor)
-        self.judged.add(key)
-        if key not in self.made and self._is_outside(tensor):
-            self.found[key] = tensor
+        self.judged.add(id(tensor))
+        # A transform inside the cell wraps what it is given; the wrapper goes with it.
+        tensor = stripped(tensor, self.level)
+        key, meant = id(tensor), _resolved(tensor)
+        if key not in self.made and self._is_outside(meant):
+            self.found[key], self.seen[key] = meant, tensor
         if type(tensor) is nn.Parameter:
             self.parameters.add(key)
 
@@ -112,6 +134,13 @@ class Watch(TorchFunctionMode):
         return node is None or self.begun is None or creation_order(node) < self.begun
 
 
+def stripped(tensor: Tensor, level: int) -> Tensor:
+    """`tensor` without the wrappers of transforms that began after `level` of them."""
+    while is_wrapped(tensor) and level_of(tensor) > level:
+        tensor = unwrapped(tensor)
+    return tensor
+
+
 @dataclass(frozen=True, eq=False)
 class ExplicitMap:
     """A map that takes what it depends on as arguments, and may be evaluated when the solve is long over.
@@ -119,52 +148,81 @@ class ExplicitMap:
     Attributes:
         f: the map.
         tensors: what it depends on, as it was when the solve was asked for.
+        seen: these, as the cell knows them.
         constants: ids of parameters that it uses, but that no derivative is taken of.
-        state: parameters and buffers that the cell had then, by name, if it is a module: later
-            `functional_call` may have put others back.
+        places: where the cell keeps tensors, and which were there: later `functional_call` may have put
+            others back.
         autocast: makes a block in which autocast is as it was then.
     """
 
     f: Map
     tensors: Sequence[Tensor]
+    seen: Sequence[Tensor]
     constants: Container[int]
-    state: dict[str, Tensor]
+    places: list[Place]
     autocast: Callable[[], AbstractContextManager[Any]]
 
     @classmethod
     def of(cls, f: Map, watch: Watch) -> ExplicitMap:
         """The map that `watch` saw an evaluation of."""
-        found, constants, state = dict(watch.found), set(watch.parameters), {}
-        if isinstance(f, FlatMap) and isinstance(f.cell, nn.Module):
-            state = {**dict(f.cell.named_parameters()), **dict(f.cell.named_buffers())}
-            found |= {id(tensor): tensor for tensor in state.values() if _needs_derivative(tensor)}
-            constants |= {id(tensor) for tensor in state.values()}
-        return cls(f, list(found.values()), constants, state, _autocast_now(watch.device_type))
+        found, seen, constants = dict(watch.found), dict(watch.seen), set(watch.parameters)
+        places: list[Place] = []
+        if isinstance(f, FlatMap):
+            places = places_of((f.cell, f.inputs))
+            given = list(_tensors([f.inputs, [value for _, _, value in places]]))
+            for tensor in given:
+                meant = _resolved(tensor)
+                if id(tensor) not in found and _needs_derivative(meant):
+                    found[id(tensor)], seen[id(tensor)] = meant, tensor
+            constants |= {id(tensor) for tensor in given}
+        known = [seen.get(key, tensor) for key, tensor in found.items()]
+        return cls(f, list(found.values()), known, constants, places, _autocast_now(watch.device_type))
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """f(z), its tensors replaced by the given ones."""
         f = self.f
-        if self.state:
-            assert isinstance(f, FlatMap)
-            cell: Any = f.cell
-            new = {id(old): tensor for old, tensor in zip(self.tensors, tensors, strict=True)}
-            state = {name: new.get(id(tensor), tensor) for name, tensor in self.state.items()}
-            f = replace(f, cell=lambda *inputs: torch.func.functional_call(cell, state, inputs))
-        with self.autocast(), _Substituted(self.tensors, tensors, self.constants):
+        new = {id(old): tensor for old, tensor in zip(self.seen, tensors, strict=True)}
+
+        def change(leaf: Any) -> Any:
+            return new.get(id(leaf), leaf)
+
+        if isinstance(f, FlatMap):
+            f = replace(f, inputs=tree_map(change, f.inputs))
+        with self.autocast(), placed(self.places, change), _substituted(new, self.constants):
             return f(z)
 
 
+class _Active(threading.local):
+    """The substitutions in force in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.modes: list[_Substituted] = []
+
+
+_active = _Active()
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """What `tensor` stands for in the substitutions in force."""
+    for mode in reversed(_active.modes):
+        tensor = mode.new.get(id(tensor), tensor)
+    return tensor
+
+
 class _Substituted(TorchFunctionMode):
-    """Within it, PyTorch functions see `new[i]` wherever they are given `old[i]`.
+    """Within it, PyTorch functions see `new[id(old)]` wherever they are given `old`.
 
     Raises:
-        RuntimeError: a function is given a parameter that is neither in `old` nor in `constants`.
+        RuntimeError: a function is given a parameter that is neither in `new` nor in `constants`, or a
+            derivative with respect to an old tensor is taken inside the cell.
     """
 
-    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor], constants: Container[int]) -> None:
+    def __init__(self, new: dict[int, Tensor], constants: Container[int]) -> None:
         super().__init__()
-        self.new = {id(a): b for a, b in zip(old, new, strict=True)}
-        self.constants = constants
+        self.new, self.constants = new, constants
+        # So that what is given in exchange, and by outer substitutions, passes.
+        self.given = {id(tensor) for tensor in new.values()}
+        self.level = current_level()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*self._replace(args), **(self._replace(kwargs) if kwargs else {}))
@@ -172,15 +230,7 @@ class _Substituted(TorchFunctionMode):
     def _replace(self, value: Any) -> Any:
         """`value` itself if there is nothing to replace in it."""
         if isinstance(value, Tensor):
-            found = self.new.get(id(value), value)
-            if type(found) is nn.Parameter and found is value and id(value) not in self.constants:
-                raise RuntimeError(
-                    f"the cell used a parameter of shape {tuple(value.shape)} that it had not used before, "
-                    "so its derivative is not known: either its parameters were swapped by functional_call "
-                    "around a solve whose cell is a function, or it does not use the same ones every time; "
-                    "give the module itself as the cell, or pass its parameters as inputs"
-                )
-            return found
+            return self._meant(value)
         if isinstance(value, tuple | list):
             parts = [self._replace(part) for part in value]
             if all(a is b for a, b in zip(parts, value, strict=True)):
@@ -189,6 +239,46 @@ class _Substituted(TorchFunctionMode):
         if isinstance(value, dict):
             return {key: self._replace(part) for key, part in value.items()}
         return value
+
+    def _meant(self, value: Tensor) -> Tensor:
+        key = id(value)
+        if key in self.new:
+            return self.new[key]
+        if is_wrapped(value) and level_of(value) > self.level:
+            return self._wrapped_meant(value)
+        if type(value) is nn.Parameter and key not in self.constants and key not in self.given:
+            raise RuntimeError(
+                f"the cell used a parameter of shape {tuple(value.shape)} that it had not used before, "
+                "so its derivative is not known: either its parameters were swapped around a solve whose "
+                "cell hides the module they belong to, or it does not use the same ones every time; give "
+                "the module itself as the cell, or pass its parameters as inputs"
+            )
+        return value
+
+    def _wrapped_meant(self, value: Tensor) -> Tensor:
+        """The same for what a transform inside the cell was given."""
+        inner = unwrapped(value)
+        meant = self._meant(inner)
+        if meant is inner:
+            return value
+        if value.requires_grad:
+            raise RuntimeError(
+                "the cell differentiates by torch.func with respect to a tensor that it captured, of shape "
+                f"{tuple(value.shape)}; pass it as an input of the layer, or in args of fixed_point"
+            )
+        return stood_in(meant, like=value)
+
+
+@contextmanager
+def _substituted(new: dict[int, Tensor], constants: Container[int]) -> Iterator[None]:
+    """A block in which a substitution is in force."""
+    mode = _Substituted(new, constants)
+    _active.modes.append(mode)
+    try:
+        with mode:
+            yield
+    finally:
+        _active.modes.pop()
 
 
 def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -20,6 +20,7 @@ from .._torch import forward_mode, unwrapped_if_dead
 from ..solution import Solution
 from ..state import Map
 from .capture import ExplicitMap, primal, watched_constant
+from .graph import refuse_batched_gradients
 
 LinearSolve = Callable[[Map, Tensor, str], Solution]  # of an adjoint or a tangent, which is named
 
@@ -304,6 +305,7 @@ class _FixedPoint(torch.autograd.Function):
         places = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
         tangent = None
         given = _alive(*(tangents[3 + i] for i in places))
+        refuse_batched_gradients(*given)
         with forward_mode(True):
             z, *tensors = (primal(tensor) for tensor in _alive(*ctx.saved_tensors))
             if places and ctx.equation.linear_solve is not None:

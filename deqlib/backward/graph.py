@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import is_batched_gradient
+
 VectorJacobianProduct = Callable[[Tensor], Tensor]  # u -> J^T u, both (B, D)
 
 
@@ -48,12 +50,6 @@ def makers(tensors: Iterable[Tensor]) -> set[Any]:
     return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
 
 
-def are_made_from(tensors: Iterable[Tensor], source: Tensor) -> bool:
-    """Whether any of `tensors` was computed from `source`, a start of the tape."""
-    start = source.grad_fn
-    return any(following is start for node in nodes(tensors) for following, _ in node.next_functions)
-
-
 def vector_jacobian_product(u: Tensor, output: Tensor, source: Tensor) -> Tensor:
     """J^T u, (B, D), from the graph between a start of the tape and its image; may be called again.
 
@@ -65,3 +61,16 @@ def vector_jacobian_product(u: Tensor, output: Tensor, source: Tensor) -> Tensor
     with torch.enable_grad():
         (found,) = torch.autograd.grad(output, source, u, retain_graph=True, allow_unused=True)
     return torch.zeros_like(u) if found is None else found
+
+
+def refuse_batched_gradients(*gradients: Tensor) -> None:
+    """Raise where a derivative is taken for many gradients or tangents by the predecessor of `torch.vmap`.
+
+    Raises:
+        RuntimeError: see above.
+    """
+    if not torch.compiler.is_compiling() and any(map(is_batched_gradient, gradients)):
+        raise RuntimeError(
+            "derivatives of a solve cannot be batched by is_grads_batched=True or vectorize=True; use "
+            "torch.func.jacrev, jacfwd, hessian or vmap with backward=ImplicitDifferentiation()"
+        )

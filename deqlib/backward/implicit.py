@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ..solvers.base import dot, norms
 from ..state import FlatMap, Map
 from ..stopping import Stopping
 from .base import Backward, Solve
-from .capture import ExplicitMap, Watch, watched, watched_constant
-from .explicit import CellEquation, implicit_gradients, solve_explicitly
-from .graph import are_made_from, depends_on_leaves, leaves_of, vector_jacobian_product
-from .tape import solve_off_tape, solve_unconfirmed, start_of_tape, with_gradient
+from .capture import ExplicitMap, Watch, watched_constant
+from .explicit import CellEquation, solve_explicitly
+from .graph import depends_on_leaves
+from .recorded import Recorded, implicit
+from .tape import on_tape, solve_off_tape, solve_unconfirmed
 
 
 class AdjointStart:
@@ -86,9 +87,11 @@ class ImplicitDifferentiation(Backward):
     Cost: one evaluation, and one vector-Jacobian product an adjoint step.
 
     Derivatives of every order, forward mode (t = J t + b, a fixed point too) and all transforms of
-    `torch.func` work; each is found by solves of the same settings. There the cell is evaluated anew, once
-    forward and once a derivative, which needs what the cell does to go through PyTorch functions in Python,
-    in the thread of the solve, with the same tensors whatever the state. `compact` has no effect there.
+    `torch.func` work; each is found by solves of the same settings. With `create_graph=True` they come from
+    the graph of the one evaluation. Under transforms and in forward mode the cell is evaluated anew, once
+    forward and once a derivative, with tensors put in the place of those that it uses: inputs, captured
+    tensors, parameters of modules that it is or refers to. Others are found where they go through PyTorch
+    functions in Python, in the thread of the solve. `compact` has no effect there.
 
     Args:
         solver: of the adjoint, and of the tangent in forward mode; default `Auto()`.
@@ -127,63 +130,24 @@ class ImplicitDifferentiation(Backward):
         if not torch.is_grad_enabled():
             return solve_off_tape(f, z0, solve)
         solution, confirm = solve_unconfirmed(f, z0, solve)
-        source = start_of_tape(solution.value)
-        output, watch = watched(f, source)
+        source, output = on_tape(f, solution.value)
         solution = confirm(output)
         solution = replace(solution, nfe=solution.nfe + 1)
         if not depends_on_leaves(output):
             return solution
-        rule = _Rule(self._equation(f, watch, solve), self.warm_start)
-        # The value is among what is saved, and the tensors are inputs, for derivatives of second order alone.
-        saved = [output, source, solution.value]
-        value = with_gradient(solution.value, rule, saved, others=rule.equation.map.tensors)
-        return replace(solution, value=value)
+        how = Recorded(partial(self._adjoint, solve, self.warm_start), partial(self._adjoint, solve, None))
+        return replace(solution, value=implicit(how, solution.value, output, source))
+
+    def _adjoint(self, solve: Solve, start: AdjointStart | None, f: Map, g: Tensor) -> Tensor:
+        """The solution of u = f(u), f(u) = J^T u + g."""
+        first = start.guess(g) if start else g
+        u: Tensor = solve.linear(f, first, solver=self.solver, stopping=self.stopping).value
+        if start:
+            start.remember(g, u)
+        return u
 
     def _equation(self, f: FlatMap, watch: Watch, solve: Solve) -> CellEquation:
         def linear_solve(f: Map, start: Tensor, name: str) -> Solution:
             return solve.linear(f, start, solver=self.solver, stopping=self.stopping, name=name)
 
         return CellEquation(solve, linear_solve, ExplicitMap.of(f, watch))
-
-
-@dataclass(frozen=True, eq=False)
-class _Rule:
-    """The backward pass, by the cheapest way that is right."""
-
-    equation: CellEquation
-    start: AdjointStart | None
-
-    def __call__(
-        self, g: Tensor, wanted: Sequence[bool], output: Tensor, source: Tensor, z: Tensor
-    ) -> Sequence[Tensor | None]:
-        """Gradients of `output`, or of the tensors that the cell depends on; all (B, D) but the last."""
-        if torch.is_grad_enabled() or is_transformed():
-            # The result is to be differentiated, or there are many g: everything explicit.
-            tensors = self.equation.map.tensors
-            _check_all_seen(output, source, tensors)
-            return None, None, None, *implicit_gradients(self.equation, g, z, tensors, wanted[3:])
-        # One backward pass: the graph of the evaluation on the tape serves all products, and takes u to
-        # whatever the cell depends on.
-        linear_solve, start = self.equation.linear_solve, self.start
-        assert linear_solve is not None
-        first = start.guess(g) if start else g
-        u = linear_solve(
-            lambda u: vector_jacobian_product(u, output, source) + g, first, "adjoint solve"
-        ).value
-        if start:
-            start.remember(g, u)
-        return [u]
-
-
-def _check_all_seen(output: Tensor, source: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Raise unless `tensors` are all that `output` depends on, `source` excepted, and not made from it."""
-    known = {
-        torch.autograd.graph.get_gradient_edge(tensor).node for tensor in tensors if tensor.requires_grad
-    }
-    unseen = [tuple(getattr(node, "variable", output).shape) for node in leaves_of(output, known)]
-    if unseen or are_made_from(tensors, source):
-        raise RuntimeError(
-            "ImplicitDifferentiation: derivatives of second order need to see what the cell does, but part "
-            f"of it is out of sight (leaves unseen, by shape: {unseen}): operations in other threads, or "
-            "outside of PyTorch; call these from the thread of the solve or use backward=Unroll()"
-        )

@@ -20,7 +20,14 @@ from ..stopping import Stopping
 from .base import Backward, Solve
 from .capture import ExplicitMap, watched
 from .graph import leaves_of, makers, nodes
-from .tape import refuse_second_order, solve_off_tape, solve_unconfirmed, start_of_tape, with_gradient
+from .tape import (
+    refuse_second_order,
+    solve_off_tape,
+    solve_unconfirmed,
+    start_of_tape,
+    with_first_step,
+    with_gradient,
+)
 
 _RANGE = 2  # a rebuilt point that is longer than the forward pass's longest by this factor is a wrong one
 
@@ -120,7 +127,8 @@ class Reversible(Backward):
         walk = _Walk(explicit, solution.state.damping, self)
         saved = [z0, end.previous, end.current, end.steps, end.largest, counts, *explicit.tensors]
         value = with_gradient(solution.value, walk.backward, saved)
-        return replace(solution, value=value, nfe=solution.nfe + 1)
+        solution = replace(solution, value=value, nfe=solution.nfe + 1)
+        return solution if solve.stopping.is_fixed else with_first_step(solution, f, z0)
 
     def report(self, error: Tensor) -> None:
         """Tell of samples whose gradient is too far off, as asked.

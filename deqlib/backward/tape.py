@@ -12,7 +12,6 @@ from torch import Tensor
 from .._torch import (
     forget_cached_parametrizations,
     forward_mode,
-    is_batched_gradient,
     is_forward_mode_active,
     is_transformed,
 )
@@ -23,7 +22,7 @@ from ..stopping import Stopping
 from .base import Solve
 from .capture import primal
 from .explicit import solve_constant
-from .graph import depends_on_leaves, vector_jacobian_product
+from .graph import depends_on_leaves, refuse_batched_gradients, vector_jacobian_product
 
 AdjointRule = Callable[..., Tensor]  # (g, vjp, *kept) -> u, g and u (B, D), vjp a `VectorJacobianProduct`
 # (g, wanted, *saved) -> gradients of the first inputs, the others get none; `wanted` says which are asked for
@@ -154,6 +153,26 @@ def straight_through(solution: Solution, output: Tensor, nfe: int) -> Solution:
     return replace(solution, value=_passing(output, solution.value))
 
 
+def with_first_step(solution: Solution, f: Map, z0: Tensor) -> Solution:
+    """`solution`, a sample of which that stayed at the start has the gradient of one step from there.
+
+    No step led to such a value, as where the start already meets the tolerance, so the gradient of the
+    iteration would be zero. The value stays. One more evaluation, where there are such samples or none.
+
+    Args:
+        solution: of a solve to a tolerance, recorded.
+        f: the map.
+        z0: starting point, (B, D).
+    """
+    still = (solution.value.detach() == z0.detach()).all(1)
+    if still.numel() and not bool(still.any()):
+        return solution
+    image = f(z0)
+    still = (still & image.detach().isfinite().all(1)).unsqueeze(1)
+    value = torch.where(still, solution.value.detach() + (image - image.detach()), solution.value)
+    return replace(solution, value=value, nfe=solution.nfe + 1)
+
+
 def first_order_only(value: Tensor) -> Tensor:
     """`value`, with its gradient, refusing to be differentiated twice."""
     return _passing(value, value.detach()) if value.requires_grad or is_transformed() else value
@@ -189,15 +208,6 @@ def _refuse_transforms() -> None:
         )
 
 
-def _refuse_batched_gradients(g: Tensor) -> None:
-    """Raise where a backward pass is run for many gradients by the predecessor of `torch.vmap`."""
-    if not torch.compiler.is_compiling() and is_batched_gradient(g):
-        raise RuntimeError(
-            "the backward pass of a solve cannot be batched by is_grads_batched=True or vectorize=True; use "
-            "torch.func.jacrev or torch.func.vmap with backward=ImplicitDifferentiation()"
-        )
-
-
 def _no_gradient(*_: Any) -> list[Tensor | None]:
     return []
 
@@ -220,7 +230,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
-        _refuse_batched_gradients(g)
+        refuse_batched_gradients(g)
         # Taken once: under activation checkpointing a second time is an error.
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
@@ -254,7 +264,7 @@ class _Passing(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         _refuse_used_up(ctx.order)
-        _refuse_batched_gradients(g)
+        refuse_batched_gradients(g)
         # `result` leads to everything that a second derivative could be asked for.
         (result,) = ctx.saved_tensors
         return _passing(result, g, ctx.order - 1) if torch.is_grad_enabled() else g, None, None

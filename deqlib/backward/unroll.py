@@ -15,6 +15,7 @@ from .._torch import is_transformed
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
+from .tape import with_first_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class Unroll(Backward):
 
     Besides `Reversible` the only mode that carries gradient to the starting point. Memory: every
     evaluation. Cost: one vector-Jacobian product an evaluation.
+
+    A sample whose start no later iterate betters, such as one that begins at its solution, keeps the start as
+    its value and has the gradient of one step from there. That takes one more evaluation.
 
     Args:
         checkpoint: keep of each evaluation only the state that it was made at, and evaluate again in the
@@ -50,10 +54,14 @@ class Unroll(Backward):
         return not self.checkpoint
 
     def apply(self, f: FlatMap, z0: torch.Tensor, solve: Solve) -> Solution:
-        """Just the solve."""
-        if self.checkpoint and torch.is_grad_enabled():
+        """Just the solve, and a step for samples that took none."""
+        is_recorded = torch.is_grad_enabled()
+        if self.checkpoint and is_recorded:
             f = replace(f, cell=_Checkpointed(f.cell))
-        return solve(f, z0)
+        solution = solve(f, z0)
+        if solve.stopping.is_fixed or not (is_recorded or is_transformed()):
+            return solution
+        return with_first_step(solution, f, z0)
 
 
 @dataclass(frozen=True)

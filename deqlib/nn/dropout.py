@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .._checks import check_instance, check_number
 from .._scope import current
+from .._torch import is_func_active
 
 
 class Dropout(nn.Module):
@@ -34,7 +35,7 @@ class Dropout(nn.Module):
     Raises:
         RuntimeError: in training, called outside a solve: there is no telling which mask is meant. A
             recomputation by `torch.utils.checkpoint` inside the cell is such a call, see
-            `deqlib.nn.checkpoint_contexts`.
+            `deqlib.nn.checkpoint_contexts`. Under `torch.vmap` with another `randomness` than "same".
     """
 
     def __init__(
@@ -71,7 +72,16 @@ class Dropout(nn.Module):
             source = device if self.generator is None else self.generator.device
             # Not shaped like x by its methods: under a function transform x is a wrapper that ends with it.
             mask = torch.empty(batch, *rest, device=source, dtype=torch.bool)
-            return mask.bernoulli_(self.p, generator=self.generator).to(device)
+            try:
+                return mask.bernoulli_(self.p, generator=self.generator).to(device)
+            except RuntimeError as error:
+                if not is_func_active():
+                    raise
+                raise RuntimeError(
+                    "Dropout: a solve draws one mask for the whole batch, which torch.vmap allows with "
+                    'randomness="same" alone; use that, or give the samples as one batch, without vmap, so '
+                    "that each has a mask of its own"
+                ) from error
 
         dropped = scope.per_sample((self, tuple(rest), device), batch, draw)
         scale = 1 / (1 - self.p) if self.p < 1 else 0.0

@@ -127,6 +127,50 @@ def batched_gradients_are_told() -> bool:
     return seen == [False, True]
 
 
+def passes_are_told_apart_and_end() -> bool:
+    x, seen, ended = torch.ones(2, requires_grad=True), [], []
+    y = 2 * x
+
+    def look(_: Tensor) -> None:
+        outer = ours().current_pass()
+        ours().at_end_of_pass(lambda: ended.append(outer))
+        with torch.enable_grad():
+            z = 3 * x.detach().requires_grad_()
+        z.register_hook(lambda _: seen.append((outer, ours().current_pass())))
+        z.backward(torch.ones(2))
+        seen.append((outer, ours().current_pass()))
+        assert not ended
+
+    y.register_hook(look)
+    y.sum().backward()
+    (outer, inner), after = seen
+    return outer != inner and after == (outer, outer) and ended == [outer] and ours().current_pass() == -1
+
+
+def levels_of_stand_ins_are_told_and_made() -> bool:
+    x, y, seen = torch.ones(2, 3), torch.full((2, 3), 2.0), []
+
+    def look(a: Tensor, b: Tensor) -> Tensor:
+        made = ours().stood_in(y, like=b)
+        seen.append(
+            (ours().current_level(), ours().level_of(a), ours().level_of(made), made.shape == b.shape)
+        )
+        return (a * made).sum()
+
+    found = torch.func.grad(look)(x, x)
+    each = torch.vmap(look, (1, 1))(x, x)
+    told = seen == [(1, 1, 1, True)] * 2 and ours().current_level() == 0 and ours().level_of(x) <= 0
+    return told and torch.equal(found, y) and each.shape == (3,)
+
+
+def attributes_of_modules_are_set() -> bool:
+    module, new = nn.BatchNorm1d(2), torch.full((2,), 3.0)
+    vars(module)["free"] = torch.ones(2)  # no buffer
+    parameters, buffers, others = ours().namespaces(module)
+    parameters["weight"], buffers["running_mean"], others["free"] = new, new, new
+    return module.weight is new and module.running_mean is new and module.free is new
+
+
 def later_nodes_have_larger_numbers() -> bool:
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -247,9 +291,30 @@ CANARIES = (
         "refusing is_grads_batched=True, under which a solve would read one gradient's numbers for all",
     ),
     Canary(
+        (
+            FUNCTORCH + "maybe_current_level",
+            FUNCTORCH + "maybe_get_level",
+            FUNCTORCH + "maybe_get_bdim",
+            FUNCTORCH + "_wrap_for_grad",
+            FUNCTORCH + "_add_batch_dim",
+        ),
+        levels_of_stand_ins_are_told_and_made,
+        "torch.func transforms of a layer whose cell uses torch.func itself",
+    ),
+    Canary(
+        ("torch._C._current_graph_task_id", "torch.autograd.Variable._execution_engine.queue_callback"),
+        passes_are_told_apart_and_end,
+        "second derivatives of ImplicitDifferentiation",
+    ),
+    Canary(
         ("node._sequence_nr",),
         later_nodes_have_larger_numbers,
-        "which tensors a cell captures: second derivatives and Reversible",
+        "which tensors a cell captures: Reversible",
+    ),
+    Canary(
+        ("module._parameters", "module._buffers"),
+        attributes_of_modules_are_set,
+        "torch.func transforms of a layer whose parameters are swapped",
     ),
     Canary(("tensor._version",), writing_is_counted, "the error for cells that write to their argument"),
     Canary(

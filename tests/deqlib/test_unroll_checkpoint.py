@@ -281,7 +281,9 @@ def test_finished_samples_leave_the_batch_of_checkpointed_evaluations() -> None:
             f, base.z0, (x, *base.inputs[1:]), backward=mode, compact=(0, None), **settings
         )
         seen.append([len(z) for z in f.states])
-        assert seen[-1][-2:] == [1, 4]  # the whole batch has the last word
+        # The whole batch has the last word; then comes the step that the gradient of the first three is of,
+        # which begin at their solution.
+        assert seen[-1][-3:] == [1, 4, 4]
         assert solution.sample_nfe[0] < solution.nfe
     assert seen[0] == seen[1]
 
