@@ -19,9 +19,11 @@ from .backward import (
     StochasticJFB,
     Unroll,
 )
-from .diagnostics import Diagnosis, diagnose
+from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
+from .recording import RecordedSolve, RecordedSolves, record
+from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
 from .solvers import (
     GMRES,
@@ -46,6 +48,7 @@ __all__ = [
     "Backward",
     "Broyden",
     "Diagnosis",
+    "FailurePolicy",
     "ImplicitDifferentiation",
     "ImplicitLayer",
     "NewtonKrylov",
@@ -56,6 +59,8 @@ __all__ = [
     "Picard",
     "ReconstructionError",
     "ReconstructionWarning",
+    "RecordedSolve",
+    "RecordedSolves",
     "Reversible",
     "ReversiblePicard",
     "SharedInverse",
@@ -65,6 +70,8 @@ __all__ = [
     "StochasticJFB",
     "Stopping",
     "Unroll",
+    "ablate",
     "diagnose",
     "fixed_point",
+    "record",
 ]

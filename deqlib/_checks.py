@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any
 
 
+def plain(value: Any) -> Any:
+    """`value`, a number of NumPy's or another library's as Python's own, in tuples too.
+
+    They are counted and compared like Python's, but not every function of PyTorch takes them.
+    """
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(plain(part) for part in value)
+    if isinstance(value, bool | int | float):
+        return float(value) if isinstance(value, float) else value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def settle_numbers(settings: Any) -> None:
+    """Make the numbers among the fields of a frozen dataclass Python's own, see `plain`."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        settled = plain(value)
+        if settled is not value:
+            object.__setattr__(settings, field.name, settled)
+
+
 def check_integer(owner: str, minimum: int, **values: Any) -> None:
-    """Raise unless every value is an `int` of at least `minimum`."""
+    """Raise unless every value is an integer of at least `minimum`, Python's or another library's."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{owner}: {name} must be an int, got {value!r} ({type(value).__name__})")
-        if value < minimum:
+        if int(value) < minimum:
             raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value}")
 
 
@@ -19,10 +44,11 @@ def check_number(
 ) -> None:
     """Raise unless every value is a real number in [minimum, maximum], or (minimum, maximum]."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{owner}: {name} must be a number, got {value!r} ({type(value).__name__})")
-        inside = value > minimum if open_minimum else value >= minimum
-        if not (inside and value <= maximum):  # written so that NaN fails
+        number = float(value)
+        inside = number > minimum if open_minimum else number >= minimum
+        if not (inside and number <= maximum):  # written so that NaN fails
             bracket = "(" if open_minimum else "["
             raise ValueError(f"{owner}: {name} must be in {bracket}{minimum}, {maximum}], got {value}")
 

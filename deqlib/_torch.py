@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -154,3 +155,30 @@ def is_fake(tensor: Tensor) -> bool:
     """Whether `tensor` has a shape and no numbers, as where a compiler tries a function out."""
     # The class is private, and importing it takes a while: its name is enough.
     return type(tensor).__name__ == "FakeTensor"
+
+
+def called_modules(frame: FrameType | None) -> list[nn.Module]:
+    """The modules whose forward pass `frame` runs in, the outermost first.
+
+    Read off the frames of `nn.Module.__call__`, whose local names are the module and its inputs, which live
+    as long as the call does anyway.
+    """
+    found: list[nn.Module] = []
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    found.reverse()
+    return found
+
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+
+# What PyTorch's wrappers of a module call the module that they wrap: torch.compile, FSDP, activation
+# checkpointing.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def without_wrappers(name: str) -> str:
+    """The name that a module has where no part of the model is wrapped, "" for the model itself."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)

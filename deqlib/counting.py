@@ -33,10 +33,10 @@ class CountedCell:
     products: int = 0
     gradient: Tensor | None = None
 
-    def __call__(self, z: Any, *inputs: Any) -> Any:
+    def __call__(self, z: Any, *inputs: Any, **keywords: Any) -> Any:
         """What the cell gives."""
         self.evaluations += 1
-        image = self.cell(z, *inputs)
+        image = self.cell(z, *inputs, **keywords)
         leaves, spec = tree_flatten(image)
         tensors = [(index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.samples += len(tensors[0][1]) if tensors else 0

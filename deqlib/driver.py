@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
 from .progress import Record, UnitNorms, measure, relative
@@ -148,8 +149,8 @@ def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
     """One solver step, in the precision of the state: autocast is for the cell."""
-    if torch.is_autocast_enabled(z.device.type):
-        with torch.autocast(z.device.type, enabled=False):
+    if autocast_dtype(z.device.type) is not None:
+        with without_autocast(z.device.type):
             made = solver.step(z, fz, state)
     else:
         made = solver.step(z, fz, state)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ._checks import check_instance
-from ._torch import is_transformed, tree_map
+from ._autocast import coarsest_dtype
+from ._checks import check_instance, plain
+from ._torch import is_transformed, tree_leaves, tree_map
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
+from .naming import Caller
 from .progress import UnitNorms
-from .solution import OnFailure, Solution, check_on_failure, report_failure
+from .recording import is_recording, note
+from .reporting import FORWARD, Attempt, FailurePolicy, check_on_failure, report_failure
+from .solution import NonConvergenceError, OnFailure, Solution
 from .solvers import Auto, Solver
 from .state import FlatMap, Layout, Map, flatten
 from .stopping import Stopping
@@ -27,35 +31,39 @@ def fixed_point(
     f: Callable[..., Any],
     z0: Any,
     args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
     *,
     solver: Solver | None = None,
     stopping: Stopping | None = None,
     backward: Backward | None = None,
-    on_failure: OnFailure = "warn",
+    on_failure: OnFailure | FailurePolicy = "warn",
     compact: Compact = False,
     state: Any = None,
 ) -> Solution:
-    """Solve z = f(z, *args) for every sample of a batch.
+    """Solve z = f(z, *args, **kwargs) for every sample of a batch.
 
     Args:
-        f: `f(z, *args) -> z`, same structure, shapes, dtypes and device as `z0`. Samples must not depend
-            on one another: where they turn out to, they are `Status.COUPLED`. Gradients reach everything f
-            uses: `args`, parameters, captured tensors.
+        f: `f(z, *args, **kwargs) -> z`, same structure, shapes, dtypes and device as `z0`. Samples must
+            not depend on one another: where they turn out to, they are `Status.COUPLED`. Gradients reach
+            everything f uses: arguments, parameters, captured tensors.
         z0: starting point, a floating-point tensor or pytree of tensors whose first axis is the batch.
         args: further arguments of `f`, passed as they are.
+        kwargs: further arguments of `f` by name, passed as they are.
         solver: default `Auto()`: for every sample the plain iteration if that is fast, else Anderson, Broyden
             or Newton-Krylov.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
         backward: default `ImplicitDifferentiation()`.
         on_failure: "raise" throws `NonConvergenceError`, "warn" warns `NonConvergenceWarning`, "ignore"
-            does neither; for the forward and for the adjoint solve.
+            does neither; for the forward and for the adjoint solve. A `FailurePolicy` lets a share of the
+            samples fail without either.
         compact: let finished samples leave the batch that `f` sees, so that an easy sample does not pay
-            for a hard one. `True` cuts every tensor in `args` whose first axis is as long as the batch,
-            and passes everything else as it is; a guess that changes what `f` gives is an error. A tuple
-            says it for each argument: the axis of the batch of the tensors in it, or `None` for an argument
-            that samples share. What `f` captures cannot be cut: pass it in `args`. The whole batch has the
-            last word, which is one evaluation where autograd does not record. The adjoint solve always sees
-            the whole batch, and so do solves under `torch.func` transforms and forward-mode differentiation.
+            for a hard one. `True` cuts every tensor in `args` and `kwargs` whose first axis is as long as
+            the batch, and passes everything else as it is; a guess that changes what `f` gives is an error.
+            A tuple says it for each argument in `args`: the axis of the batch of the tensors in it, or
+            `None` for an argument that samples share. What `f` captures cannot be cut: pass it in `args`.
+            The whole batch has the last word, which is one evaluation where autograd does not record. The
+            adjoint solve always sees the whole batch, and so do solves under `torch.func` transforms and
+            forward-mode differentiation.
         state: `Solution.state` of an earlier solve of the same shape and solver, to go on with what that
             learnt; pass its `value` as `z0`. For when f changed a little since. Not under `torch.func`
             transforms, where `Solution.state` is `None`.
@@ -71,34 +79,111 @@ def fixed_point(
     solver = Auto() if solver is None else solver
     stopping = Stopping() if stopping is None else stopping
     backward = ImplicitDifferentiation() if backward is None else backward
-    check_settings("fixed_point", solver, stopping, backward, on_failure, compact)
-    axes = compact if isinstance(compact, tuple) else None
-    if not isinstance(args, tuple):
-        raise TypeError(f"fixed_point: args must be a tuple, got {type(args).__name__}")
-    if axes is not None and len(axes) != len(args):
-        raise ValueError(
-            f"compact: expected one axis (or None) for each of {len(args)} inputs, got {compact}"
-        )
+    return solve_for(
+        None,
+        f,
+        z0,
+        args,
+        {} if kwargs is None else kwargs,
+        solver=solver,
+        stopping=stopping,
+        backward=backward,
+        on_failure=on_failure,
+        compact=compact,
+        state=state,
+    )
+
+
+def solve_for(
+    layer: nn.Module | None,
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    solver: Solver,
+    stopping: Stopping,
+    backward: Backward,
+    on_failure: OnFailure | FailurePolicy,
+    compact: Compact,
+    state: Any,
+) -> Solution:
+    """`fixed_point` for a layer, whose name messages and records have; `None`: of a cell by itself.
+
+    Raises:
+        TypeError, ValueError, NonConvergenceError: see `fixed_point`.
+    """
+    settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
+    settings |= {"on_failure": on_failure, "compact": compact}
+    check_settings("fixed_point" if layer is None else "ImplicitLayer", **settings)
+    axes = _axes(compact, args, kwargs)
     if torch.compiler.is_compiling() and not _is_traceable(stopping, backward):
         from ._eager import solve_eagerly  # not before it is needed, see there
 
-        settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
-        settings |= {"on_failure": on_failure, "compact": compact, "state": state}
-        eager: Solution = solve_eagerly(fixed_point, f, z0, args, **settings)
+        eager: Solution = solve_eagerly(solve_for, layer, f, z0, args, kwargs, state=state, **settings)
         return eager
-    if state is not None and is_transformed():
+    transformed = is_transformed()
+    if state is not None and transformed:
         raise ValueError(
             "state: a solve under torch.func transforms or forward-mode differentiation begins afresh; leave "
             "it out there"
         )
-    flat_f, flat_z0 = flatten(f, z0, args, axes)
-    solve = _Solve(solver, stopping, on_failure, flat_f.layout, compact is not False, state)
+    flat_f, flat_z0 = flatten(f, z0, args, axes, kwargs)
+    layout = flat_f.layout
+    caller = dtype = None
+    if not torch.compiler.is_compiling():
+        caller, dtype = Caller.now(f, layer), coarsest_dtype(layout.dtypes, layout.device.type)
+    solve = _Solve(
+        solver,
+        stopping,
+        backward,
+        on_failure,
+        layout,
+        compact is not False,
+        state,
+        caller,
+        dtype,
+        transformed,
+    )
     solution = backward.apply(flat_f, flat_z0, solve)
-    value = flat_f.layout.unravel(solution.value)
+    value = layout.unravel(solution.value)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
         value = tree_map(torch.clone, value)
-    return replace(solution, value=value)
+    solution = replace(solution, value=value)
+    if caller is not None and not transformed and is_recording():
+        note(caller.label, "forward", solution)
+    return solution
+
+
+def _axes(compact: Compact, args: Any, kwargs: Any) -> tuple[int | None, ...] | None:
+    """The batch axis of every positional input, if the caller says it.
+
+    Raises:
+        TypeError, ValueError: inputs that are none, or axes that are not those of the inputs.
+    """
+    if not isinstance(args, tuple):
+        raise TypeError(f"fixed_point: args must be a tuple, got {type(args).__name__}")
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise TypeError(
+            f"fixed_point: kwargs must be a dict with names as its keys, got {type(kwargs).__name__}"
+        )
+    if not isinstance(compact, tuple):
+        return None
+    if len(compact) != len(args):
+        raise ValueError(
+            f"compact: expected one axis (or None) for each of {len(args)} inputs, got {compact}"
+        )
+    held = [
+        name for name, value in kwargs.items() if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    ]
+    if held:
+        raise ValueError(
+            f"compact: a tuple says the batch axis of positional inputs alone, got {compact} and tensors in "
+            f"the keyword inputs {', '.join(held)}; pass these by position and give each an axis or None, or "
+            "take compact=True"
+        )
+    return tuple(map(plain, compact))
 
 
 @dataclass(frozen=True, eq=False)  # as `deqlib.state.FlatMap`
@@ -107,35 +192,45 @@ class _Solve:
 
     solver: Solver
     stopping: Stopping
-    on_failure: OnFailure
+    backward: Backward
+    on_failure: OnFailure | FailurePolicy
     layout: Layout
     compact: bool
     state: Any
+    caller: Caller | None  # `None`: a compiler traces it, and there is nobody to tell anything
+    dtype: torch.dtype | None  # the coarsest that the cell computes in; `None` likewise
+    transformed: bool
 
     def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
         """The fixed point."""
-        return self._reported(self._claim(f, z0, stopping).settled(), "fixed-point solve")
+        claim = self._claim(f, z0, stopping)
+        return self._told(claim.settled(), z0, self.solver, claim.rule, FORWARD)
 
     def unconfirmed(self, f: Map, z0: Tensor) -> tuple[Solution, Confirm]:
         """The fixed point, and what settles it by its image."""
         claim = self._claim(f, z0, None)
+
+        def told(solution: Solution) -> Solution:
+            return self._told(solution, z0, self.solver, claim.rule, FORWARD)
+
         if claim.is_open:
-            return claim.solution, lambda image: self._reported(claim.decided(image), "fixed-point solve")
-        solution = self._reported(claim.solution, "fixed-point solve")
+            return claim.solution, lambda image: told(claim.decided(image))
+        solution = told(claim.solution)
         return solution, lambda image: solution
 
     def linear(
         self, f: Map, start: Tensor, *, solver: Solver, stopping: Stopping, name: str = "adjoint solve"
     ) -> Solution:
         """A linear problem of a derivative."""
-        return self._reported(
-            iterate(f, start, solver, stopping, unit_norms=self._unit_norms(stopping)), name
-        )
+        _refuse_meta(start, stopping, name)
+        solution = iterate(f, start, solver, stopping, unit_norms=self._unit_norms(stopping))
+        return self._told(solution, start, solver, stopping, name)
 
     def _claim(self, f: Map, z0: Tensor, stopping: Stopping | None) -> Claim:
         # Under a transform, and in a mode that wraps it, f is no map that can be cut.
         cut = f if self.compact and isinstance(f, FlatMap) else None
         rule = self.stopping if stopping is None else stopping
+        _refuse_meta(z0, rule, FORWARD)
         norms = self._unit_norms(rule)
         return approach(f, z0, self.solver, rule, state=self.state, unit_norms=norms, compact=cut)
 
@@ -143,13 +238,50 @@ class _Solve:
         layout, axes = self.layout, stopping.norm_axes
         return None if axes is None else lambda z: layout.norms(z, axes)
 
-    def _reported(self, solution: Solution, name: str) -> Solution:
-        """The solution, once its failures are told."""
-        if solution.residual is not None:  # else the number of steps was fixed
-            # Under `vmap` one solve holds the samples of many batches.
-            whole = self.layout.of_batch(solution.value.shape[0])
-            report_failure(replace(solution, value=whole.unravel(solution.value)), self.on_failure, name)
+    def _told(
+        self, solution: Solution, start: Tensor, solver: Solver, stopping: Stopping, name: str
+    ) -> Solution:
+        """The solution, once it is recorded and its failures are reported."""
+        if self.caller is not None:
+            assert self.dtype is not None
+            mode = type(self.backward).__name__
+            self._tell(Attempt(self.caller, name, solver, stopping, mode, self.dtype), solution, start)
         return solution
+
+    def _tell(self, attempt: Attempt, solution: Solution, z0: Tensor) -> None:
+        """Record the solve, if that is wanted, and report samples that failed."""
+        records = is_recording()
+        # A forward solve is recorded when it is whole, with the evaluations for its derivative. Under a
+        # transform it is that here alone: later there are stand-ins for what was found.
+        later = attempt.kind == "forward" and not self.transformed
+        if records and not later:
+            self._note(attempt, solution)
+        if attempt.stopping.is_fixed:
+            return
+        try:
+            whole = replace(solution, value=self._unraveled(solution.value))
+            report_failure(attempt, whole, self.on_failure, z0, solution.value)
+        except NonConvergenceError:
+            if records and later:
+                self._note(attempt, solution)
+            raise
+
+    def _note(self, attempt: Attempt, solution: Solution) -> None:
+        whole = replace(solution, value=self._unraveled(solution.value))
+        note(attempt.caller.label, attempt.kind, whole)
+
+    def _unraveled(self, value: Tensor) -> Any:
+        # Under `vmap` one solve holds the samples of many batches.
+        return self.layout.of_batch(value.shape[0]).unravel(value)
+
+
+def _refuse_meta(z0: Tensor, stopping: Stopping, name: str) -> None:
+    if z0.device.type == "meta" and not stopping.is_fixed:
+        raise ValueError(
+            f"{name}: a state on the meta device has no numbers to compare with a tolerance, got rtol="
+            f"{stopping.rtol}; take a fixed number of steps, Stopping.steps(n), under torch.no_grad() or "
+            "with backward=JFB()"
+        )
 
 
 def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
@@ -169,26 +301,49 @@ def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
 
 
 def check_settings(
-    owner: str, solver: Solver, stopping: Stopping, backward: Backward, on_failure: str, compact: Compact
+    owner: str,
+    solver: Solver,
+    stopping: Stopping,
+    backward: Backward,
+    on_failure: OnFailure | FailurePolicy,
+    compact: Compact,
 ) -> None:
-    """Raise unless every setting of a solve is of its kind."""
-    check_instance(owner, Solver, "a solver such as deqlib.Anderson(memory=5)", solver=solver)
-    check_instance(owner, Stopping, "a deqlib.Stopping such as Stopping(rtol=1e-3)", stopping=stopping)
-    check_instance(
-        owner, Backward, "a backward mode such as deqlib.ImplicitDifferentiation()", backward=backward
-    )
-    check_on_failure(owner, on_failure)
+    """Raise unless every setting of a solve is of its kind, and they go together."""
+    given: dict[str, object] = {"solver": solver, "stopping": stopping, "backward": backward}
+    given |= {"on_failure": on_failure, "compact": compact}
+    for name, value in given.items():
+        check_setting(owner, name, value)
     backward.check(solver, stopping)
-    axes = compact if isinstance(compact, tuple) else ()
-    if not (isinstance(compact, bool) or (isinstance(compact, tuple) and all(map(_is_axis, axes)))):
-        raise TypeError(
-            f"{owner}: compact must be True, False, or a tuple with the batch axis of every input "
-            f"(None for one that samples share), got {compact!r}"
-        )
     if compact is not False and stopping.is_fixed:
         raise ValueError(
             f"{owner}: compact has no effect with a fixed number of steps, where no sample finishes early"
         )
+
+
+def check_setting(owner: str, name: str, value: Any) -> None:
+    """Raise unless one setting of a solve is of its kind."""
+    if name == "on_failure":
+        check_on_failure(owner, value)
+    elif name == "compact":
+        axes = value if isinstance(value, tuple) else ()
+        if not (
+            isinstance(value, bool)
+            or (isinstance(value, tuple) and all(_is_axis(plain(axis)) for axis in axes))
+        ):
+            raise TypeError(
+                f"{owner}: compact must be True, False, or a tuple with the batch axis of every input "
+                f"(None for one that samples share), got {value!r}"
+            )
+    else:
+        kind, hint = _KINDS[name]
+        check_instance(owner, kind, hint, **{name: value})
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "solver": (Solver, "a solver such as deqlib.Anderson(memory=5)"),
+    "stopping": (Stopping, "a deqlib.Stopping such as Stopping(rtol=1e-3)"),
+    "backward": (Backward, "a backward mode such as deqlib.ImplicitDifferentiation()"),
+}
 
 
 def _is_axis(value: object) -> bool:

@@ -9,28 +9,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._torch import tree_map
 from .backward import Backward, ImplicitDifferentiation
-from .fixed_point import Compact, check_settings, fixed_point
+from .fixed_point import Compact, check_setting, check_settings, solve_for
+from .reporting import FailurePolicy
 from .solution import OnFailure, Solution
 from .solvers import Auto, Solver
+from .starting import starting_point
 from .stopping import Stopping
+
+_SETTINGS = ("solver", "stopping", "backward", "on_failure", "compact")
+_OF_ONE_SOLVE = ("z0", *_SETTINGS, "state")
 
 
 class ImplicitLayer(nn.Module):
-    """A layer whose output is the fixed point z = cell(z, *inputs).
+    """A layer whose output is the fixed point z = cell(z, *inputs, **keywords).
 
-    Nothing of a solve stays on the layer: two forward passes before one backward are independent.
+    Nothing of a solve stays on the layer: two forward passes before one backward are independent. Settings
+    are attributes of the same names; one that is assigned later holds from the next solve on.
 
     Args:
-        cell: module or callable, `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and
-            device. A module is registered, so its parameters train with the layer.
+        cell: module or callable, `cell(z, *inputs, **keywords) -> z` of the same structure, shapes, dtypes
+            and device. A module is registered, so its parameters train with the layer.
         solver: default `Auto()`: for every sample the plain iteration if that is fast, else Anderson, Broyden
             or Newton-Krylov.
         backward: default `ImplicitDifferentiation()`.
         stopping: default `Stopping()`: relative residual 1e-3 within 50 steps.
-        on_failure: "raise", "warn" or "ignore", for the forward and for the adjoint solve.
-        init: callable `init(*inputs) -> z0`; default zeros shaped like the first input.
+        on_failure: "raise", "warn" or "ignore", for the forward and for the adjoint solve, or a
+            `FailurePolicy`.
+        init: callable `init(*inputs, **keywords) -> z0`; default zeros shaped like the first input.
         compact: let finished samples leave the batch that the cell sees: `True`, or a tuple with the batch
             axis of every input; see `deqlib.fixed_point`.
 
@@ -45,27 +51,52 @@ class ImplicitLayer(nn.Module):
         solver: Solver | None = None,
         backward: Backward | None = None,
         stopping: Stopping | None = None,
-        on_failure: OnFailure = "warn",
+        on_failure: OnFailure | FailurePolicy = "warn",
         init: Callable[..., Any] | None = None,
         compact: Compact = False,
     ) -> None:
         super().__init__()
-        if not callable(cell):
-            raise TypeError(f"ImplicitLayer: cell must be callable, got {type(cell).__name__}")
-        if init is not None and not callable(init):
-            raise TypeError(f"ImplicitLayer: init must be callable or None, got {type(init).__name__}")
         self.cell = cell
         self.solver = Auto() if solver is None else solver
-        self.backward_mode = ImplicitDifferentiation() if backward is None else backward
+        self.backward = ImplicitDifferentiation() if backward is None else backward
         self.stopping = Stopping() if stopping is None else stopping
-        self.on_failure: OnFailure = on_failure
+        self.on_failure: OnFailure | FailurePolicy = on_failure
         self.init = init
         self.compact = compact
-        check_settings("ImplicitLayer", self.solver, self.stopping, self.backward_mode, on_failure, compact)
+        check_settings("ImplicitLayer", self.solver, self.stopping, self.backward, on_failure, compact)
 
-    def forward(self, *inputs: Any) -> Any:
-        """The fixed point, structure of the starting point, carrying gradient."""
-        return self.solve(*inputs).value
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is assigned is looked at now: a setting of the wrong kind would fail far from here, and one of
+        # the wrong name not at all.
+        if name in _SETTINGS:
+            check_setting("ImplicitLayer", name, value)
+        elif name == "cell" and not callable(value):
+            raise TypeError(f"ImplicitLayer: cell must be callable, got {type(value).__name__}")
+        elif name == "init" and not (value is None or callable(value)):
+            raise TypeError(f"ImplicitLayer: init must be callable or None, got {type(value).__name__}")
+        elif name == "backward_mode":
+            raise AttributeError(
+                "ImplicitLayer: backward_mode is called backward; assign layer.backward = ..."
+            )
+        super().__setattr__(name, value)
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The fixed point, structure of the starting point, carrying gradient.
+
+        Args:
+            *inputs: of the cell, after the state; anything, passed as they are.
+            **keywords: of the cell, by name, likewise.
+
+        Raises:
+            TypeError: a keyword that is a setting of `solve`; else see there.
+        """
+        for name in _OF_ONE_SOLVE:
+            if name in keywords:
+                raise TypeError(
+                    f"ImplicitLayer: {name} is a setting of one solve, got layer(..., {name}=...): call "
+                    f"layer.solve(..., {name}=...).value; an input of the cell must have another name"
+                )
+        return self.solve(*inputs, **keywords).value
 
     def solve(
         self,
@@ -74,20 +105,25 @@ class ImplicitLayer(nn.Module):
         solver: Solver | None = None,
         stopping: Stopping | None = None,
         backward: Backward | None = None,
+        on_failure: OnFailure | FailurePolicy | None = None,
         compact: Compact | None = None,
         state: Any = None,
+        **keywords: Any,
     ) -> Solution:
         """The same solve with all that is known about it.
 
         Args:
             *inputs: of the cell, after the state; anything, passed as they are.
-            z0: starting point of this call; default `init(*inputs)`.
+            z0: starting point of this call; default `init(*inputs, **keywords)`.
             solver: of this call; default the layer's.
             stopping: of this call; default the layer's.
             backward: of this call; default the layer's.
+            on_failure: of this call, and of its backward pass; default the layer's.
             compact: of this call; default the layer's.
             state: `Solution.state` of an earlier call on inputs like these, to go on with what that
                 learnt; pass its `value` as `z0`.
+            **keywords: of the cell, by name; anything, passed as they are. A cell whose own keyword has the
+                name of a setting here gets it by position, or in a function around it.
 
         Raises:
             TypeError, ValueError, NonConvergenceError: see `deqlib.fixed_point`.
@@ -96,38 +132,27 @@ class ImplicitLayer(nn.Module):
         """
         _refuse_sharded(self.cell)
         if z0 is None:
-            z0 = starting_point(self.init, inputs)
-        return fixed_point(
+            z0 = starting_point(self.init, inputs, keywords)
+        return solve_for(
+            self,
             self.cell,
             z0,
             inputs,
+            keywords,
             solver=self.solver if solver is None else solver,
             stopping=self.stopping if stopping is None else stopping,
-            backward=self.backward_mode if backward is None else backward,
-            on_failure=self.on_failure,
+            backward=self.backward if backward is None else backward,
+            on_failure=self.on_failure if on_failure is None else on_failure,
             compact=self.compact if compact is None else compact,
             state=state,
         )
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`: of each what differs from its defaults."""
-        text = f"solver={self.solver}, backward={self.backward_mode}, stopping={self.stopping}"
+        text = f"solver={self.solver}, backward={self.backward}, stopping={self.stopping}"
         if self.on_failure != "warn":
             text += f", on_failure={self.on_failure!r}"
         return text + (f", compact={self.compact}" if self.compact is not False else "")
-
-
-def starting_point(init: Callable[..., Any] | None, inputs: tuple[Any, ...]) -> Any:
-    """`init(*inputs)`, or zeros shaped like the first input: where a layer begins.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    if init is not None:
-        return init(*inputs)
-    if not inputs:
-        raise ValueError("ImplicitLayer: without inputs there is nothing to shape z0 like; pass init= or z0=")
-    return tree_map(torch.zeros_like, inputs[0])
 
 
 def _refuse_sharded(cell: Callable[..., Any]) -> None:

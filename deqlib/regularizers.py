@@ -12,7 +12,8 @@ from ._checks import check_instance, check_integer, check_number
 from ._scope import one_solve
 from ._torch import tree_map
 from .fixed_point import fixed_point
-from .layer import ImplicitLayer, starting_point
+from .layer import ImplicitLayer
+from .starting import starting_point
 from .state import flatten
 
 
@@ -22,6 +23,7 @@ def jacobian_penalty(
     *inputs: Any,
     num_probes: int = 1,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Mean square size of the cell's Jacobian: an estimate of ||J||_F^2 / D, averaged over the batch.
 
@@ -42,6 +44,7 @@ def jacobian_penalty(
         *inputs: of the cell, after the state.
         num_probes: random vectors to average over; the variance falls as one over their number.
         generator: draws them, on any device; `None` uses PyTorch's default generator.
+        **keywords: of the cell, by name.
 
     Returns:
         A scalar in the common type of the state, at least float32. Gradient reaches all that the cell uses,
@@ -60,7 +63,7 @@ def jacobian_penalty(
         raise RuntimeError(
             "jacobian_penalty: nothing can be differentiated under inference_mode; use no_grad instead"
         )
-    f, flat = flatten(cell, z, inputs)
+    f, flat = flatten(cell, z, inputs, keywords=keywords)
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         # A point of its own: inputs may depend on z too, and J is with respect to the state alone.
@@ -86,7 +89,11 @@ def _signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def trajectory(
-    layer: ImplicitLayer, *inputs: Any, steps: Sequence[int] = (2, 4), z0: Any = None
+    layer: ImplicitLayer,
+    *inputs: Any,
+    steps: Sequence[int] = (2, 4),
+    z0: Any = None,
+    **keywords: Any,
 ) -> list[Any]:
     """States on the way to the fixed point, each with a gradient, and the fixed point last.
 
@@ -106,6 +113,7 @@ def trajectory(
         steps: numbers of solver steps, increasing. One that the solve does not get to, because all samples
             converged before, gives the image of the fixed point.
         z0: starting point; default the layer's.
+        **keywords: its inputs by name.
 
     Returns:
         `len(steps) + 1` states, structure of the starting point.
@@ -123,11 +131,12 @@ def trajectory(
         recorder = _Recorder(layer.cell, frozenset(steps))
         solution = fixed_point(
             recorder,
-            starting_point(layer.init, inputs) if z0 is None else z0,
+            starting_point(layer.init, inputs, keywords) if z0 is None else z0,
             inputs,
+            keywords,
             solver=layer.solver,
             stopping=layer.stopping,
-            backward=layer.backward_mode,
+            backward=layer.backward,
             on_failure=layer.on_failure,
         )
         # Evaluations after the last step are those of the backward mode.
@@ -135,7 +144,9 @@ def trajectory(
         end = tree_map(torch.Tensor.detach, solution.value)
         images = []
         for step in steps:
-            f, flat = flatten(layer.cell, recorder.states[step] if step < taken else end, inputs)
+            f, flat = flatten(
+                layer.cell, recorder.states[step] if step < taken else end, inputs, keywords=keywords
+            )
             images.append(f.layout.unravel(f(flat)))
     return [*images, solution.value]
 
@@ -149,13 +160,13 @@ class _Recorder(nn.Module):
         self.count = 0
         self.states: dict[int, Any] = {}
 
-    def forward(self, z: Any, *inputs: Any) -> Any:
+    def forward(self, z: Any, *inputs: Any, **keywords: Any) -> Any:
         """The cell's."""
         if self.count in self.steps:
             # A copy: the solver may write to its iterates.
             self.states[self.count] = tree_map(lambda leaf: leaf.detach().clone(), z)
         self.count += 1
-        return self.cell(z, *inputs)
+        return self.cell(z, *inputs, **keywords)
 
 
 def correction_loss(

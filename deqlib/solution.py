@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,26 +29,7 @@ class Status(IntEnum):
     @property
     def is_failure(self) -> bool:
         """Whether the failure policy applies."""
-        return self in _ADVICE
-
-
-_ADVICE = {
-    Status.MAX_STEPS: "raise Stopping.max_steps, loosen rtol, or use a faster solver such as Auto()",
-    Status.STALLED: (
-        "loosen rtol (the cell's precision may not reach it), raise Stopping.patience, or use Auto(), which "
-        "tries several methods"
-    ),
-    Status.DIVERGED: (
-        "make the cell contractive (normalise it, scale its weights down), use damping, "
-        "or look for NaN in its inputs"
-    ),
-    Status.COUPLED: (
-        "they met the tolerance while others moved, and do not as the batch is returned: samples seem to "
-        "depend on one another (a state without a batch axis? nodes of a graph as samples? BatchNorm or "
-        "attention over the batch? a cell that draws random numbers?); make what belongs together one sample "
-        "by a batch axis, z0[None], or keep samples apart"
-    ),
-}
+        return self not in (Status.CONVERGED, Status.COMPLETED)
 
 
 @dataclass(frozen=True, eq=False)  # fields are tensors, which have no single truth value to compare by
@@ -134,7 +114,62 @@ class Solution:
 
 
 class NonConvergenceWarning(UserWarning):
-    """A solve ended without meeting its tolerance; the best iterate was returned."""
+    """A solve ended without meeting its tolerance; the best iterate was returned.
+
+    Filters of warnings take two of them for the same if layer, kind and statuses are, whatever the numbers.
+
+    Args:
+        message: what failed, by status, and what to try.
+        template: what two messages have in common that are the same to filters; `None`: all of the message.
+
+    Attributes:
+        layer: name of the layer in its model, or what solved where it has none.
+        kind: "forward", "adjoint" or "tangent".
+        counts: failed samples by status.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        layer: str = "",
+        kind: str = "forward",
+        counts: dict[Status, int] | None = None,
+        template: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.layer, self.kind, self.counts = layer, kind, counts or {}
+        self._template = template
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self._template is None else _Numbered(text, self._template)
+
+
+class _Numbered(str):
+    """A text that is the same as others which differ from it in their numbers alone.
+
+    Python's registry of warnings that were shown is a dictionary by text, so this is what it compares by.
+    """
+
+    def __new__(cls, text: str, template: str) -> _Numbered:
+        self = super().__new__(cls, text)
+        self.template = template
+        return self
+
+    template: str
+
+    def __hash__(self) -> int:
+        return hash(self.template)
+
+    def __eq__(self, other: object) -> bool:
+        return self.template == other.template if isinstance(other, _Numbered) else str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __reduce__(self) -> tuple[type[_Numbered], tuple[str, str]]:
+        return _Numbered, (str.__str__(self), self.template)
 
 
 class NonConvergenceError(RuntimeError):
@@ -147,48 +182,10 @@ class NonConvergenceError(RuntimeError):
 
     def __init__(self, message: str, solution: Solution) -> None:
         super().__init__(message)
-        self.solution = solution
+        self.message, self.solution = message, solution
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """With both arguments: an error that a process raises must reach the one that waits for it."""
-        return type(self), (str(self), self.solution), self.__dict__
-
-
-def check_on_failure(owner: str, on_failure: str) -> None:
-    """Raise `ValueError` unless `on_failure` names a policy."""
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f"{owner}: on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
-
-
-def report_failure(solution: Solution, on_failure: OnFailure, what: str) -> None:
-    """Apply the failure policy to a finished solve.
-
-    Args:
-        solution: what was found; nothing is done if no sample failed.
-        on_failure: the policy.
-        what: name of the solve, in the message.
-
-    Raises:
-        NonConvergenceError: a sample failed, and the policy is "raise".
-    """
-    if on_failure == "ignore":
-        return
-    counts = {status: n for status, n in solution.counts().items() if status.is_failure}
-    if not counts:
-        return
-    total = solution.status.numel()
-    reasons = ", ".join(f"{n} {status.name}" for status, n in counts.items())
-    assert solution.relative_residual is not None  # a failure status implies a measured residual
-    worst = float(solution.relative_residual.max())
-    advice = "; ".join(f"{status.name}: {_ADVICE[status]}" for status in counts)
-    message = (
-        f"{what}: {sum(counts.values())} of {total} samples did not converge ({reasons}), "
-        f"worst relative residual {worst:.1e} after {solution.nfe} evaluations; the best iterate is kept. "
-        f"What to try: {advice}."
-    )
-    if on_failure == "raise":
-        raise NonConvergenceError(message, solution)
-    warnings.warn(message, NonConvergenceWarning, stacklevel=levels_to_caller())
+    def __reduce__(self) -> tuple[type[NonConvergenceError], tuple[str, Solution]]:
+        return type(self), (self.message, self.solution)
 
 
 def levels_to_caller() -> int:

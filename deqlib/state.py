@@ -6,13 +6,15 @@ tensor of shape (B, D).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._autocast import autocast_dtype, coarsest_dtype
 from ._scope import Scope, current, current_or_new
 from ._torch import (
     TreeSpec,
@@ -23,10 +25,15 @@ from ._torch import (
     tree_unflatten,
     without_graph,
 )
+from .starting import check_state, misfit, way_out_of_misfit
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class _Misshapen(ValueError):
+    """The cell's output has another shape than the state."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Layout:
             flat: Tensor = tree.flatten(1)
             return flat
         leaves, spec = tree_flatten(tree)
+        if spec != self.spec:
+            leaves, spec = tree_flatten(
+                _by_key(tree, tree_unflatten([None] * self.spec.num_leaves, self.spec))
+            )
         if spec != self.spec:
             raise ValueError(
                 "cell: the output must have the structure of the state it was given, "
@@ -105,7 +116,7 @@ class Layout:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{where} must be a tensor, got {type(leaf).__name__}")
         if leaf.shape != self.shapes[index]:
-            raise ValueError(
+            raise _Misshapen(
                 f"{where} must have the shape of the state, "
                 f"expected {tuple(self.shapes[index])}, got {tuple(leaf.shape)}"
             )
@@ -114,7 +125,7 @@ class Layout:
                 f"{where} must be on the device of the state, expected {self.device}, got {leaf.device}"
             )
         # Autocast picks output types by operation, so under it the type says nothing about the cell.
-        if leaf.dtype != self.dtypes[index] and not torch.is_autocast_enabled(self.device.type):
+        if leaf.dtype != self.dtypes[index] and autocast_dtype(self.device.type) is None:
             raise ValueError(
                 f"{where} must have the dtype of the state, expected {self.dtypes[index]}, got {leaf.dtype}; "
                 "start the solve from a state of the cell's own dtype (init=, or z0) or cast in the cell"
@@ -131,6 +142,8 @@ class FlatMap:
     inputs: tuple[Any, ...]
     layout: Layout
     axes: tuple[int | None, ...] | None = None  # the batch axis of every input; None: `AUTOMATIC` for all
+    keywords: dict[str, Any] = field(default_factory=dict)  # further inputs, by name
+    is_cut: bool = False  # to some samples of the batch
     scope: Scope = field(default_factory=current_or_new)  # what modules in the cell remember
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -139,7 +152,7 @@ class FlatMap:
         outer, current.scope = current.scope, self.scope
         try:
             # What `unravel` gives is the cell's own: it may ask for gradients, and `z` stays as it is.
-            image = self.layout.ravel(self.cell(self.layout.unravel(z), *self.inputs))
+            image = self._evaluate(self.layout.unravel(z))
         finally:
             current.scope = outer
         if image.requires_grad and not torch.is_grad_enabled():
@@ -152,13 +165,31 @@ class FlatMap:
             )
         return image
 
+    def _evaluate(self, state: Any) -> Tensor:
+        """The cell at a state of the layout, flat."""
+        try:
+            image = self.cell(state, *self.inputs, **self.keywords)
+        except (RuntimeError, IndexError) as error:
+            said = misfit(error, state, (self.inputs, self.keywords), self.is_cut)
+            if said is None:
+                raise
+            raise type(error)(said) from error
+        try:
+            return self.layout.ravel(image)
+        except _Misshapen as error:
+            tensors = [x for x in tree_leaves((self.inputs, self.keywords)) if isinstance(x, Tensor)]
+            way_out = way_out_of_misfit(self.layout.shapes[0][0], tensors, self.is_cut)
+            raise ValueError(f"{error}; {way_out}") from None
+
     def take(self, samples: Tensor) -> FlatMap:
         """The map of these samples alone."""
         batch = self.layout.shapes[0][0]
         axes = self.axes if self.axes is not None else (AUTOMATIC,) * len(self.inputs)
         inputs = tuple(cut(x, axis, batch, samples) for x, axis in zip(self.inputs, axes, strict=True))
+        keywords = {name: cut(x, AUTOMATIC, batch, samples) for name, x in self.keywords.items()}
         scope = self.scope.take(samples, batch)
-        return replace(self, inputs=inputs, layout=self.layout.of_batch(len(samples)), scope=scope)
+        layout = self.layout.of_batch(len(samples))
+        return replace(self, inputs=inputs, keywords=keywords, layout=layout, is_cut=True, scope=scope)
 
     @property
     def guess(self) -> str | None:
@@ -166,25 +197,27 @@ class FlatMap:
         if self.axes is not None:
             return None
         batch = self.layout.shapes[0][0]
-        shapes = [
-            [str(tuple(leaf.shape)) for leaf in tree_leaves(value) if _is_as_long(leaf, batch)]
-            for value in self.inputs
-        ]
-        axes = tuple(0 if found else None for found in shapes)
-        named = [f"args[{i}] {' '.join(found[:3])}" for i, found in enumerate(shapes) if found]
+
+        def shapes(value: Any) -> str:
+            found = [str(tuple(leaf.shape)) for leaf in tree_leaves(value) if _is_as_long(leaf, batch)]
+            return " ".join(found[:3])
+
+        by_place = [shapes(value) for value in self.inputs]
+        axes = tuple(0 if found else None for found in by_place)
+        named = [f"args[{i}] {found}" for i, found in enumerate(by_place) if found]
+        by_name = {name: shapes(value) for name, value in self.keywords.items()}
+        named += [f"{name} {found}" for name, found in by_name.items() if found]
+        by_place_first = "pass inputs by position and " if any(by_name.values()) else ""
         return (
             f"compact=True cuts every tensor as long as the batch of {batch} ({', '.join(named) or 'none'}); "
-            f"if that is wrong, say it in a tuple, here compact={axes}, with the axis of the batch for every "
-            "input and None for one that samples share"
+            f"if that is wrong, {by_place_first}say it in a tuple, here compact={axes}, with the axis of the "
+            "batch for every input and None for one that samples share"
         )
 
     @property
     def resolution(self) -> torch.dtype:
         """The coarsest type that the cell computes in, as far as its state and autocast tell."""
-        types = list(self.layout.dtypes)
-        if torch.is_autocast_enabled(self.layout.device.type):
-            types.append(torch.get_autocast_dtype(self.layout.device.type))
-        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest_dtype(self.layout.dtypes, self.layout.device.type)
 
 
 AUTOMATIC = "automatic"
@@ -229,14 +262,16 @@ def flatten(
     z0: Any,
     inputs: tuple[Any, ...] = (),
     axes: tuple[int | None, ...] | None = None,
+    keywords: Mapping[str, Any] | None = None,
 ) -> tuple[FlatMap, Tensor]:
     """The map and its starting point, flat.
 
     Args:
-        cell: `cell(z, *inputs) -> z` of the same structure, shapes, dtypes and device.
+        cell: `cell(z, *inputs, **keywords) -> z` of the same structure, shapes, dtypes and device.
         z0: pytree of floating-point tensors (B, ...), all on one device, all with the same B.
         inputs: further arguments of the cell.
         axes: the batch axis of every input, see `FlatMap.take`.
+        keywords: further arguments by name.
 
     Returns:
         `f` on (B, D), which knows the layout that leads back, and `z0` as (B, D). Half-precision states
@@ -246,24 +281,7 @@ def flatten(
         TypeError, ValueError: `z0` is no such pytree. `f` raises when the cell breaks the contract.
     """
     leaves, spec = tree_flatten(z0)
-    if not leaves:
-        raise ValueError("z0: the state must hold at least one tensor, got an empty pytree")
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"z0: every leaf of the state must be a tensor, got {type(leaf).__name__}")
-        if not leaf.is_floating_point():
-            raise TypeError(f"z0: the state must be of floating-point dtype, got {leaf.dtype}")
-        if leaf.dim() == 0:
-            raise ValueError("z0: the first axis of the state is the batch, got a tensor without axes")
-        if leaf.shape[0] != leaves[0].shape[0]:
-            raise ValueError(
-                "z0: all leaves must share the batch axis, "
-                f"got {leaves[0].shape[0]} and {leaf.shape[0]} samples"
-            )
-        if leaf.device != leaves[0].device:
-            raise ValueError(
-                f"z0: all leaves must be on one device, got {leaves[0].device} and {leaf.device}"
-            )
+    check_state(leaves)
     if axes is not None:
         _check_axes(inputs, axes, leaves[0].shape[0])
     dtype = leaves[0].dtype
@@ -279,7 +297,7 @@ def flatten(
         dtype=flat_dtype,
         is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
-    return FlatMap(cell, inputs, layout, axes), layout.ravel(z0)
+    return FlatMap(cell, inputs, layout, axes, dict(keywords or {})), layout.ravel(z0)
 
 
 def _is_as_long(leaf: Any, batch: int) -> bool:
@@ -290,6 +308,21 @@ def _is_as_long(leaf: Any, batch: int) -> bool:
 def small_dtype(z: Tensor) -> torch.dtype:
     """The type for what is small beside a state and wants precision: float64 where the device has it."""
     return z.dtype if z.device.type == "mps" else torch.float64
+
+
+def _by_key(tree: Any, like: Any) -> Any:
+    """`tree` with the keys of its dicts in the order of those in `like`, where both have the same."""
+    if isinstance(tree, tuple | list) and type(tree) is type(like) and len(tree) == len(like):
+        parts = [_by_key(a, b) for a, b in zip(tree, like, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if type(tree) not in (dict, OrderedDict, defaultdict) or type(tree) is not type(like):
+        return tree
+    if tree.keys() != like.keys():
+        return tree
+    items = {key: _by_key(tree[key], part) for key, part in like.items()}
+    if isinstance(tree, defaultdict):
+        return defaultdict(tree.default_factory, items)
+    return OrderedDict(items) if isinstance(tree, OrderedDict) else items
 
 
 def _version(z: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ._checks import check_integer, check_number
+from ._checks import check_instance, check_integer, check_number, settle_numbers
 from ._settings import Settings
 
 
@@ -46,6 +46,8 @@ class Stopping(Settings):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
+        check_instance("Stopping", bool, "True or False", measure=self.measure)
         axes = self.norm_axes
         if axes is not None and not (isinstance(axes, tuple) and axes and all(type(a) is int for a in axes)):
             raise TypeError(f"Stopping: norm_axes must be a tuple of axes or None, got {axes!r}")

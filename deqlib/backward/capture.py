@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._autocast import autocast_dtype, without_autocast
 from .._torch import (
     creation_order,
     current_level,
@@ -187,7 +188,7 @@ class ExplicitMap:
             return new.get(id(leaf), leaf)
 
         if isinstance(f, FlatMap):
-            f = replace(f, inputs=tree_map(change, f.inputs))
+            f = replace(f, inputs=tree_map(change, f.inputs), keywords=tree_map(change, f.keywords))
         with self.autocast(), placed(self.places, change), _substituted(new, self.constants):
             return f(z)
 
@@ -283,13 +284,12 @@ def _substituted(new: dict[int, Tensor], constants: Container[int]) -> Iterator[
 
 def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     """Makes blocks in which autocast is as it is now, for this type of device."""
-    enabled = torch.is_autocast_enabled(device_type)
-    dtype, cached = torch.get_autocast_dtype(device_type), torch.is_autocast_cache_enabled()
+    dtype, cached = autocast_dtype(device_type), torch.is_autocast_cache_enabled()
 
     def again() -> AbstractContextManager[Any]:
-        if not (enabled or torch.is_autocast_enabled(device_type)):
-            return nullcontext()
-        return torch.autocast(device_type, dtype, enabled, cached)
+        if dtype is None:
+            return nullcontext() if autocast_dtype(device_type) is None else without_autocast(device_type)
+        return torch.autocast(device_type, dtype, cache_enabled=cached)
 
     return again
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, settle_numbers
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
@@ -44,6 +44,7 @@ class PhantomGradient(Backward):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_integer("PhantomGradient", 1, steps=self.steps)
         check_number("PhantomGradient", 0, 1, open_minimum=True, damping=self.damping)
         if self.form not in _FORMS:

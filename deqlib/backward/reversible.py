@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, settle_numbers
 from ..solution import OnFailure, Solution, Status, levels_to_caller
 from ..solvers import Solver
 from ..solvers.base import norms
@@ -93,6 +93,7 @@ class Reversible(Backward):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_number("Reversible", 0, rtol=self.rtol)
         if self.on_drift not in get_args(OnFailure):
             raise ValueError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._autocast import without_autocast
+from .._checks import check_integer, check_number, settle_numbers
 from ..solution import Solution
 from ..solvers import Solver
 from ..solvers.base import norms
@@ -58,6 +59,7 @@ class SharedInverse(Backward):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_integer("SharedInverse", 0, refine=self.refine)
         if self.fallback_ratio is not None:
             check_number("SharedInverse", 0, open_minimum=True, fallback_ratio=self.fallback_ratio)
@@ -93,7 +95,7 @@ class SharedInverse(Backward):
         return attach(solution, output, adjoint, source, nfe=1, kept=(history.df, history.left))
 
     def _adjoint(self, g: Tensor, vjp: VectorJacobianProduct, history: History, solve: Solve) -> Tensor:
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device.type):
             shared = history.transposed(g)
         before, after = norms(g, shared)
         ratio = torch.inf if self.fallback_ratio is None else self.fallback_ratio
@@ -104,7 +106,7 @@ class SharedInverse(Backward):
 
         def preconditioned(u: Tensor) -> Tensor:
             image = vjp(u) + g
-            with torch.autocast(g.device.type, enabled=False):
+            with without_autocast(g.device.type):
                 change = history.transposed(image - u)
             return torch.where(trusted, u + change, image)
 

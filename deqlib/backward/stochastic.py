@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_integer
+from .._checks import check_integer, settle_numbers
 from ..solution import Solution
 from ..state import FlatMap
 from ..stopping import Stopping
@@ -47,6 +47,7 @@ class StochasticJFB(Backward):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         for name, minimum, pair in (("no_grad", 0, self.no_grad), ("grad", 1, self.grad)):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise TypeError(f"StochasticJFB: {name} must be a tuple (least, most), got {pair!r}")

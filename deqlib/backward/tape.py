@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autocast import autocast_dtype
 from .._torch import (
     forget_cached_parametrizations,
     forward_mode,
@@ -72,7 +73,7 @@ def _forget_constants(z0: Tensor) -> None:
     if torch.is_grad_enabled():
         # Autocast caches the weights it casts. Where PyTorch casts them under no_grad without a graph, using
         # them again on the tape cuts the weights' gradient (github.com/pytorch/pytorch/issues/48049).
-        if torch.is_autocast_enabled(z0.device.type):
+        if autocast_dtype(z0.device.type) is not None:
             torch.clear_autocast_cache()
         forget_cached_parametrizations()  # likewise computed without a graph
 

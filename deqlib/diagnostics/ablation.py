@@ -172,7 +172,7 @@ def ablate(
             dtype=subject.dtype,
             device=device,
             layer_solver=layer.solver,
-            layer_backward=layer.backward_mode,
+            layer_backward=layer.backward,
             solvers=solves,
             backwards=modes,
             notes=notes,
@@ -192,7 +192,7 @@ def _settings(
         usual = (Auto(), Anderson(), Broyden(), NewtonKrylov(), Picard())
         solvers = each_once([layer.solver, *usual])
     if backwards is None:
-        own, neumann = layer.backward_mode, PhantomGradient(form="neumann")
+        own, neumann = layer.backward, PhantomGradient(form="neumann")
         modes = (ImplicitDifferentiation(), SharedInverse(), PhantomGradient(), neumann, JFB(), Unroll())
         backwards = each_once([own, *modes])
     check_sequence("ablate", Solver, solvers=solvers)
@@ -227,7 +227,7 @@ def _exact_gradient(
     reference = subject.polish(subject.solve(subject.z0, layer.solver, stopping))
     z = subject.ravel(reference.value)
     cotangent = normal(z, torch.Generator().manual_seed(0))
-    exact = ExactGradient.at(subject, z, cotangent, layer.backward_mode)
+    exact = ExactGradient.at(subject, z, cotangent, layer.backward)
     notes = [*notes_on_fixed_point(SolveReport.of("fixed point", Auto(), reference), stopping)]
     residual = exact.exact_adjoint.residual
     if residual > ADJOINT_RESIDUAL:

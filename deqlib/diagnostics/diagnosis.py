@@ -274,4 +274,4 @@ def _settings(
         raise ValueError(
             "diagnose: stopping must have a tolerance to compare solvers by, got a number of steps"
         )
-    return each_once([layer.solver, *solvers]), each_once([layer.backward_mode, *modes]), stopping
+    return each_once([layer.solver, *solvers]), each_once([layer.backward, *modes]), stopping

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._autocast import autocast_dtype
 from .._torch import tree_leaves, tree_map
 from ..backward.graph import vector_jacobian_product
 from ..backward.tape import on_tape
 from ..fixed_point import fixed_point
-from ..layer import ImplicitLayer, starting_point
+from ..layer import ImplicitLayer
 from ..solution import Solution
 from ..solvers import Auto, Solver
+from ..starting import starting_point
 from ..state import FlatMap, flatten
 from ..stopping import Stopping
 from .memory import parts_of
@@ -57,7 +59,7 @@ class Subject:
         start, inputs = _first_evaluation(layer, inputs)
         inputs = tree_map(copy, inputs)
         with torch.no_grad():
-            start = starting_point(layer.init, inputs) if start is None else start
+            start = starting_point(layer.init, inputs, {}) if start is None else start
             z0 = tree_map(torch.detach, start)
         f, flat = flatten(layer.cell, z0, inputs)
         if not flat.numel():
@@ -66,8 +68,9 @@ class Subject:
                 f"{flat.shape[1]} numbers"
             )
         types = list(f.layout.dtypes)
-        if torch.is_autocast_enabled(flat.device.type):
-            types.append(torch.get_autocast_dtype(flat.device.type))
+        autocast = autocast_dtype(flat.device.type)
+        if autocast is not None:
+            types.append(autocast)
         dtype = max(types, key=lambda dtype: torch.finfo(dtype).eps)
         return cls(layer.cell, inputs, tuple(floating), z0, f, dtype)
 
@@ -154,7 +157,7 @@ class Linearization:
     @classmethod
     def at(cls, f: FlatMap, z: Tensor) -> Linearization:
         """Evaluate the map once on the tape, at z (B, D)."""
-        if torch.is_autocast_enabled(z.device.type):
+        if autocast_dtype(z.device.type) is not None:
             # Autocast may hold weights that were cast without a graph, which would cut the one made here.
             torch.clear_autocast_cache()
         return cls(f, *on_tape(f, z))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_instance, check_number
+from .._checks import check_instance, check_number, plain
 from .._scope import current
 from .._torch import is_func_active
 
@@ -47,6 +47,7 @@ class Dropout(nn.Module):
     ) -> None:
         super().__init__()
         check_number("Dropout", 0, 1, p=p)
+        p, shared_axes = plain(p), plain(shared_axes)
         if not isinstance(shared_axes, tuple) or not all(type(axis) is int for axis in shared_axes):
             raise TypeError(f"Dropout: shared_axes must be a tuple of axes, got {shared_axes!r}")
         if generator is not None:

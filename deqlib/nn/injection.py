@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, plain
 
 
 class StableInjection(nn.Module):
@@ -50,6 +50,7 @@ class StableInjection(nn.Module):
                 "StableInjection: decay and max_decay must meet 0 < decay < max_decay < 1, "
                 f"got {decay} and {max_decay}"
             )
+        width, axis, max_decay = plain(width), plain(axis), plain(max_decay)
         if type(axis) is not int:
             raise TypeError(f"StableInjection: axis must be an int, got {axis!r}")
         share = decay / max_decay

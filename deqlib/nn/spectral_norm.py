@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from .._autocast import without_autocast
 from .._checks import check_integer, check_number
 from .._scope import current
 from .._torch import is_func_active
@@ -159,8 +159,8 @@ class _SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, scaled."""
-        # Autocast would take the products in half precision; the meta device has none to switch off.
-        with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
+        # Autocast would take the products in half precision.
+        with without_autocast(weight.device.type):
             matrix = self._matrix(weight)
             u, v = self._of_solve(matrix)
             sigma = torch.dot(u, torch.mv(matrix, v))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, settle_numbers
 from .base import inner_products
 from .secant import SecantSolver, check_secant
 from .system import Equations
@@ -77,6 +77,7 @@ class Anderson(SecantSolver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_secant("Anderson", self.memory, self.growth, self.restart)
         if self.budget is not None:
             check_integer("Anderson", 1, budget=self.budget)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_instance, check_integer
+from .._checks import check_instance, check_integer, settle_numbers
 from ..samples import Part, Parts
 from . import rates
 from .anderson import Anderson
@@ -66,6 +66,7 @@ class Auto(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         if not isinstance(self.methods, tuple):
             raise TypeError(f"Auto: methods must be a tuple of solvers, got {self.methods!r}")
         if not self.methods:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .._checks import settle_numbers
 from .base import inner_products
 from .secant import SecantSolver, check_secant
 from .system import Equations
@@ -50,6 +51,7 @@ class Broyden(SecantSolver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_secant("Broyden", self.memory, self.growth, self.restart)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_integer
+from .._checks import check_integer, settle_numbers
 from ..state import small_dtype
 from .base import Query, Solver, combination, dot, inner_products, norms, with_room, write_row
 
@@ -61,6 +61,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_integer("GMRES", 1, memory=self.memory)
 
     def init(self, z0: Tensor) -> GMRESState:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, settle_numbers
 from ..state import small_dtype
 from .base import (
     Query,
@@ -76,6 +76,7 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_integer("NewtonKrylov", 1, memory=self.memory)
         check_integer("NewtonKrylov", 0, max_backtracks=self.max_backtracks)
         check_number("NewtonKrylov", 0, 1, open_minimum=True, forcing=self.forcing)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, settle_numbers
 from .base import Solver
 
 
@@ -25,6 +25,7 @@ class Picard(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_number("Picard", 0, 1, open_minimum=True, damping=self.damping)
 
     def init(self, z0: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, settle_numbers
 from ..state import small_dtype
 from .base import Seen, Solver, anyone, is_recorded
 
@@ -55,6 +55,7 @@ class ReversiblePicard(Solver):
 
     def __post_init__(self) -> None:
         """Validate."""
+        settle_numbers(self)
         check_number("ReversiblePicard", 0, 1, open_minimum=True, damping=self.damping)
         if self.damping == 1:
             raise ValueError(

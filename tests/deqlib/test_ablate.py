@@ -376,7 +376,7 @@ def test_the_layer_and_random_numbers_are_left_as_they_were() -> None:
     layer.cell.linear.weight.grad = torch.ones_like(layer.cell.linear.weight)
     modules = [module.training for module in layer.modules()]
     state = {name: value.clone() for name, value in layer.state_dict().items()}
-    settings = (layer.solver, layer.backward_mode, layer.stopping)
+    settings = (layer.solver, layer.backward, layer.stopping)
     calls, x = layer.cell.calls, inputs().requires_grad_()
     upstream = 2 * x
     random, drawn = torch.get_rng_state(), generator.get_state()
@@ -387,7 +387,7 @@ def test_the_layer_and_random_numbers_are_left_as_they_were() -> None:
     assert torch.equal(generator.get_state(), drawn)
     assert start._last is None
     assert [module.training for module in layer.modules()] == modules
-    assert (layer.solver, layer.backward_mode, layer.stopping) == settings
+    assert (layer.solver, layer.backward, layer.stopping) == settings
     assert layer.cell.calls is calls
     for name, value in layer.state_dict().items():
         assert torch.equal(value, state[name])

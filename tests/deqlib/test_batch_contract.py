@@ -278,7 +278,8 @@ def test_asking_the_whole_batch_costs_one_evaluation_at_most_and_none_where_auto
         whole, together = found.converged.all(), len(set(found.num_steps.tolist())) == 1
     # Held samples are measured with the last one.
     assert 0 <= spent["none"] <= (0 if whole and (together or not compact) else 1)
-    assert spent["unroll"] == spent["none"]
+    # The gradient of a sample that stays at the start is that of a step from there.
+    assert spent["unroll"] - spent["none"] == bool((found.value == 0).all(1).any())
     assert (spent["implicit"], spent["jfb"], spent["phantom"], spent["neumann"]) == (1, 1, 2, 1)
 
 

@@ -217,7 +217,7 @@ def test_a_long_loop_of_solves_to_a_tolerance_holds_no_more_than_a_short_one() -
     layer = make_layer(
         "implicit", solver=Anderson(memory=2), stopping=Stopping(rtol=0.1), on_failure="ignore"
     )
-    layer.backward_mode = ImplicitDifferentiation(solver=Anderson(memory=2), stopping=Stopping(rtol=0.1))
+    layer.backward = ImplicitDifferentiation(solver=Anderson(memory=2), stopping=Stopping(rtol=0.1))
     x = torch.randn(4, DIM)
 
     def step(number: int) -> None:

@@ -92,7 +92,7 @@ def test_scaled_training_is_unscaled_training(mode: str) -> None:
         torch.manual_seed(1)
         model = make_layer(mode, stopping=Stopping(rtol=1e-5, max_steps=100)).float()
         if mode == "implicit":
-            model.backward_mode = ImplicitDifferentiation(stopping=Stopping(rtol=1e-5, max_steps=100))
+            model.backward = ImplicitDifferentiation(stopping=Stopping(rtol=1e-5, max_steps=100))
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for _ in range(3):
             optimizer.zero_grad()
@@ -114,7 +114,7 @@ def test_autocast_with_scaling_gives_the_gradient_of_full_precision(
     rough = Stopping(rtol=rtol)
     layer = make_layer(mode, stopping=rough).float()
     if mode == "implicit":
-        layer.backward_mode = ImplicitDifferentiation(stopping=rough)
+        layer.backward = ImplicitDifferentiation(stopping=rough)
     x = torch.randn(8, DIM)
     reference = copy.deepcopy(layer)
     reference(x).square().mean().backward()
@@ -177,7 +177,7 @@ def test_gradients_accumulate_over_micro_batches(mode: str) -> None:
     torch.manual_seed(1)
     layer, x = make_layer(mode), make_input(6)
     if mode == "stochastic":  # the same depth for every part
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     layer(x).square().sum().backward()
     full = gradients(layer)
     for part in x.split((1, 2, 3)):
@@ -189,7 +189,7 @@ def test_gradients_accumulate_over_micro_batches(mode: str) -> None:
 def test_several_forwards_may_precede_their_backwards_in_any_order(mode: str) -> None:
     layer, parts = make_layer(mode), [make_input(2) for _ in range(3)]
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     apart = []
     for part in parts:
         layer(part).square().sum().backward()
@@ -204,7 +204,7 @@ def test_several_forwards_may_precede_their_backwards_in_any_order(mode: str) ->
 def test_a_layer_may_be_used_twice_in_a_row(mode: str) -> None:
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     twin = copy.deepcopy(layer)
     twin(layer(x)).square().sum().backward()
     expected = [a + b for a, b in zip(gradients(layer), gradients(twin), strict=True)]
@@ -223,7 +223,7 @@ def test_a_checkpoint_around_the_layer_changes_nothing(mode: str, reentrant: boo
     torch.manual_seed(1)
     layer, x = make_layer(mode), make_input().requires_grad_()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     layer(x).square().sum().backward()
     expected, x.grad = [x.grad.clone(), *gradients(layer)], None
     checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
@@ -362,7 +362,7 @@ def test_backward_hooks_of_the_cell_fire_at_every_product_with_its_jacobian(mode
 def test_a_hook_on_the_output_may_change_its_gradient(mode: str) -> None:
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     layer(x).square().sum().backward()
     expected = [2 * g for g in gradients(layer)]
     z = layer(x)
@@ -433,12 +433,10 @@ def test_a_nested_layer_of_any_mode_works_inside_one_of_the_same(mode: str) -> N
     """Against the same outer mode around an inner solve that is written out."""
     nested, x = nested_layer(mode, mode), make_input(2)
     if mode == "stochastic":
-        nested.backward_mode = nested.cell.inner.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        nested.backward = nested.cell.inner.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     written = copy.copy(nested.cell)
     written._modules = {"outer": nested.cell.outer, "inner": ByHand(mode, nested.cell.inner.cell)}
-    written = ImplicitLayer(
-        written, solver=nested.solver, stopping=nested.stopping, backward=nested.backward_mode
-    )
+    written = ImplicitLayer(written, solver=nested.solver, stopping=nested.stopping, backward=nested.backward)
     found = []
     for model in (nested, written):
         model(x).square().sum().backward()
@@ -477,7 +475,7 @@ class ByHand(nn.Module):
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs(mode: str, frozen: str) -> None:
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     layer(x).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in layer.cell.named_parameters()}
     layer.zero_grad()
@@ -531,7 +529,7 @@ def test_parametrized_weights_train_and_may_be_cached(mode: str, cached: bool) -
     """Orthogonal times 0.6: computed at every evaluation, or once."""
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     plain = copy.deepcopy(layer)
     parametrizations.orthogonal(layer.cell.inner, "weight")
     parametrize.register_parametrization(layer.cell.inner, "weight", Half())
@@ -574,7 +572,7 @@ def test_a_lazy_cell_is_made_by_the_first_solve() -> None:
 def test_functional_call_reaches_the_parameters_it_is_given(mode: str) -> None:
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     layer(x).square().sum().backward()
     expected = gradients(layer)
     given = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
@@ -668,7 +666,7 @@ def test_a_whole_model_compiles_with_eager_gradients(mode: str, backend: str) ->
 def test_an_operation_in_place_may_follow_the_layer(mode: str) -> None:
     layer, x = make_layer(mode), make_input()
     if mode == "stochastic":
-        layer.backward_mode = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
+        layer.backward = StochasticJFB(no_grad=(2, 2), grad=(3, 3))
     found = []
     for inplace in (False, True):
         nn.Sequential(layer, nn.ReLU(inplace=inplace))(x).square().sum().backward()

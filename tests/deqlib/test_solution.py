@@ -66,7 +66,8 @@ def test_warn_warns_once_with_counts_by_status_and_what_to_try() -> None:
     assert [warning.filename for warning in caught] == [__file__]  # the caller's line, not the library's
     message = str(caught[0].message)
     for words in (
-        "fixed-point solve: 2 of 4 samples",
+        "fixed-point solve of mixed.<locals>.<lambda> (test_solution.py:",
+        "): 2 of 4 samples",
         "1 MAX_STEPS, 1 DIVERGED",
         f"worst relative residual {float(solution.relative_residual.max()):.1e}",
         "MAX_STEPS: raise Stopping.max_steps",
@@ -100,7 +101,9 @@ def test_ignore_says_nothing() -> None:
 
 
 def test_stalling_is_reported_as_such() -> None:
-    with pytest.warns(NonConvergenceWarning, match="1 STALLED.*STALLED: loosen rtol"):
+    with pytest.warns(
+        NonConvergenceWarning, match=r"1 STALLED.*STALLED: use solver=Auto\(\), .*, loosen Stopping\.rtol"
+    ):
         fixed_point(lambda z: -z + 1, torch.zeros(1, 1), solver=Picard(), stopping=Stopping(patience=3))
 
 
@@ -118,14 +121,14 @@ def adjoint_failure(on_failure: str) -> tuple[Tensor, Tensor]:
 
 def test_an_adjoint_that_fails_raises_where_the_policy_says_so() -> None:
     with pytest.raises(
-        NonConvergenceError, match=r"^adjoint solve: 2 of 3 samples did not converge"
+        NonConvergenceError, match=r"^adjoint solve of .*: 2 of 3 samples did not converge"
     ) as caught:
         adjoint_failure("raise")
     assert caught.value.solution.counts() == {Status.CONVERGED: 1, Status.MAX_STEPS: 2}
 
 
 def test_an_adjoint_that_fails_warns_once_and_keeps_the_best_iterate() -> None:
-    with pytest.warns(NonConvergenceWarning, match="^adjoint solve: 2 of 3") as caught:
+    with pytest.warns(NonConvergenceWarning, match="^adjoint solve of .*: 2 of 3") as caught:
         gradient, _ = adjoint_failure("warn")
     assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(gradient, adjoint_failure("ignore")[0])

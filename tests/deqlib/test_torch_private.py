@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +214,29 @@ def cached_weights_are_forgotten() -> bool:
         return kept and layer.weight is not first
 
 
+class Looks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[nn.Module]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(ours().called_modules(sys._getframe(0)))
+        return x
+
+
+def modules_around_a_call_are_told() -> bool:
+    inner = Looks()
+    middle = nn.Sequential(inner)
+    outer = nn.Sequential(nn.Identity(), middle)
+    outer(torch.ones(1))
+    middle.register_forward_pre_hook(lambda *_: None)  # takes another way through `nn.Module.__call__`
+    outer(torch.ones(1))
+    compiled = torch.compile(outer, backend="eager")
+    wrapped = checkpoint_wrapper(outer)
+    names = [{ours().without_wrappers(name) for name, _ in m.named_modules()} for m in (compiled, wrapped)]
+    return inner.seen == [[outer, middle, inner]] * 2 and names == [{"", "0", "1", "1.0"}] * 2
+
+
 def compiled_modules_are_told() -> bool:
     plain, compiled = nn.Linear(2, 2), nn.Linear(2, 2)
     compiled.compile(backend="eager")
@@ -326,6 +351,11 @@ CANARIES = (
         ("module._compiled_call_impl",),
         compiled_modules_are_told,
         "the word of a series of images that they can be repeated to the last bit",
+    ),
+    Canary(
+        ("torch.nn.Module._call_impl.__code__",),
+        modules_around_a_call_are_told,
+        "names of layers in messages and records",
     ),
     Canary(
         ("torch._subclasses.FakeTensor",),

@@ -92,7 +92,7 @@ def test_gradients_reach_the_starting_point_and_parameters() -> None:
     x, z0 = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     found = []
     for mode in MODES:
-        layer.backward_mode = mode
+        layer.backward = mode
         loss = layer.solve(x, z0=z0).value.square().sum()
         found.append(torch.autograd.grad(loss, (x, z0, *layer.parameters())))
     torch.testing.assert_close(*found, rtol=0, atol=0)
@@ -136,7 +136,7 @@ def test_gradients_under_autocast_are_those_without_checkpoints(start: torch.dty
     x = torch.randn(3, 6, dtype=start)
     found = []
     for mode in MODES:
-        layer.backward_mode = mode
+        layer.backward = mode
         layer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
             value = layer(x)

@@ -47,7 +47,7 @@ def measure_gradients(experiment: Experiment) -> GradientComparison:
     """
     layer, subject, loss = experiment.layer, experiment.subject, experiment.loss
     cotangent = experiment.normal() if loss is None else _gradient_of(loss, subject, experiment.z)
-    exact = ExactGradient.at(subject, experiment.z, cotangent, layer.backward_mode)
+    exact = ExactGradient.at(subject, experiment.z, cotangent, layer.backward)
     pairs = [
         (mode, accepted_solver(mode, layer.solver, layer.stopping, owner="diagnose: modes"))
         for mode in experiment.modes
@@ -56,7 +56,7 @@ def measure_gradients(experiment: Experiment) -> GradientComparison:
     own = experiment.own
     assert own.relative_residual is not None  # it was measured
     z = subject.ravel(own.value)
-    precision = measure_precision(exact, z, own.relative_residual, layer.backward_mode)
+    precision = measure_precision(exact, z, own.relative_residual, layer.backward)
     notes = []
     if any(mode.saved_bytes is None for mode in modes):
         notes.append(UNCOUNTED)

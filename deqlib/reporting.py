@@ -1,0 +1,269 @@
+"""What is said, and done, where a solve fails.
+
+A message tells which layer it was, in which pass, how many samples, how far they got, and what can be
+changed of what is in use. Two that differ in their numbers alone are one to Python's filters of warnings.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ._checks import check_number, settle_numbers
+from .naming import Caller
+from .solution import (
+    NonConvergenceError,
+    NonConvergenceWarning,
+    OnFailure,
+    Solution,
+    Status,
+    levels_to_caller,
+)
+from .solvers import Auto, Solver
+from .stopping import Stopping
+
+FORWARD = "fixed-point solve"  # name of the solve that is not of a derivative
+_FLOOR = 4  # a residual of so many times a type's resolution may be all that the type can reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailurePolicy:
+    """What becomes of a solve in which samples fail, where a few of them may.
+
+    Args:
+        action: "raise" throws `NonConvergenceError`, "warn" warns `NonConvergenceWarning`, "ignore" does
+            neither.
+        tolerated: share of the samples of a batch, in [0, 1), that may fail without either; of a forward and
+            of an adjoint solve each. Where more fail, the message tells of all.
+
+    Raises:
+        TypeError, ValueError: a setting out of range.
+    """
+
+    action: OnFailure = "warn"
+    tolerated: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        settle_numbers(self)
+        if self.action not in get_args(OnFailure):
+            raise ValueError(
+                f"FailurePolicy: action must be one of {get_args(OnFailure)}, got {self.action!r}"
+            )
+        check_number("FailurePolicy", 0, 1, tolerated=self.tolerated)
+        if self.tolerated == 1:
+            raise ValueError(
+                'FailurePolicy: tolerated must be below 1, got 1: to hear of no failure use action="ignore"'
+            )
+
+
+def check_on_failure(owner: str, on_failure: object) -> None:
+    """Raise `ValueError` unless `on_failure` names a policy or is one."""
+    if not isinstance(on_failure, FailurePolicy) and on_failure not in get_args(OnFailure):
+        raise ValueError(
+            f"{owner}: on_failure must be one of {get_args(OnFailure)} or a deqlib.FailurePolicy, "
+            f"got {on_failure!r}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A solve as its caller asked for it.
+
+    Attributes:
+        caller: who asked.
+        name: of the solve: `FORWARD`, "adjoint solve", "tangent solve" or a backward mode's own.
+        solver: the method.
+        stopping: the rule.
+        mode: class of the backward mode, whose settings those of an adjoint are.
+        dtype: the coarsest type that the cell computes in.
+    """
+
+    caller: Caller
+    name: str
+    solver: Solver
+    stopping: Stopping
+    mode: str
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> str:
+        """ "forward", "adjoint", "tangent", or whatever else a backward mode solves."""
+        return "forward" if self.name == FORWARD else self.name.removesuffix(" solve")
+
+    @property
+    def owner(self) -> str:
+        """Where its settings are given."""
+        return "" if self.kind == "forward" else f"{self.mode}'s "
+
+
+def report_failure(
+    attempt: Attempt, solution: Solution, on_failure: OnFailure | FailurePolicy, start: Tensor, value: Tensor
+) -> None:
+    """Apply the failure policy to a finished solve.
+
+    Args:
+        attempt: what was asked for.
+        solution: what was found; nothing is done if no sample failed, or no more than are tolerated.
+        on_failure: the policy.
+        start: where it began, (B, D).
+        value: the solution's value, (B, D).
+
+    Raises:
+        NonConvergenceError: too many samples failed, and the policy is "raise".
+    """
+    policy = on_failure if isinstance(on_failure, FailurePolicy) else FailurePolicy(action=on_failure)
+    if policy.action == "ignore":
+        return
+    counts = {status: n for status, n in solution.counts().items() if status.is_failure}
+    total, failed = solution.status.numel(), sum(counts.values())
+    if not failed or failed / total <= policy.tolerated:
+        return
+    whose = f"{attempt.name} of {attempt.caller}"
+    reasons = ", ".join(f"{n} {status.name}" for status, n in counts.items())
+    assert solution.relative_residual is not None  # a failure status implies a measured residual
+    worst = float(solution.relative_residual.max())
+    advice = "; ".join(f"{status.name}: {_advice(attempt, solution, status)}" for status in counts)
+    message = (
+        f"{whose}: {failed} of {total} samples did not converge ({reasons}), worst relative residual "
+        f"{worst:.1e} after {solution.nfe} evaluations; "
+        f"{_what_is_kept(attempt, solution, failed, start, value)}. What to try: {advice}."
+    )
+    if policy.action == "raise":
+        raise NonConvergenceError(message, solution)
+    # The same to filters of warnings whatever the numbers are: of one layer, pass and sorts of failure.
+    template = f"{whose}: {', '.join(status.name for status in counts)}"
+    warning = NonConvergenceWarning(
+        message, layer=attempt.caller.label, kind=attempt.kind, counts=counts, template=template
+    )
+    warnings.warn(warning, stacklevel=levels_to_caller())
+
+
+def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tensor, value: Tensor) -> str:
+    """Whether the values of failed samples are better than where they began."""
+    codes = [status for status in Status if status.is_failure]
+    lost = torch.isin(solution.status, solution.status.new_tensor(codes))
+    unmoved = ((value == start) | (value.isnan() & start.isnan())).all(1) & lost
+    number = int(unmoved.sum())
+    where = "value holds" if attempt.kind == "forward" else "is used"
+    if not number:
+        return "the best iterate is kept"
+    who = "none of them has an" if number == failed else f"{number} of them have no"
+    return f"{who} iterate better than the start, which is what {where}" + (
+        "" if number == failed else "; of the others the best iterate is kept"
+    )
+
+
+def _advice(attempt: Attempt, solution: Solution, status: Status) -> str:
+    """What can be changed of what is in use."""
+    make = _ADVICE.get(status)
+    if make is None:
+        return status.name.lower()
+    advice = make(attempt)
+    precise = _precision(attempt, solution, status)
+    return f"{precise}; otherwise {advice}" if precise else advice
+
+
+def _precision(attempt: Attempt, solution: Solution, status: Status) -> str:
+    """What to do where samples got as far as the type of the cell allows, and no tolerance below is met."""
+    rtol, eps = attempt.stopping.rtol, torch.finfo(attempt.dtype).eps
+    assert rtol is not None  # a failure implies a tolerance
+    assert solution.relative_residual is not None
+    residual = solution.relative_residual[solution.status == status]
+    if (
+        status in (Status.DIVERGED, Status.COUPLED)
+        or rtol >= eps
+        or not bool((residual <= _FLOOR * eps).any())
+    ):
+        return ""
+    kind = str(attempt.dtype).removeprefix("torch.")
+    wider = "float64" if attempt.dtype == torch.float32 else "float32, outside of autocast"
+    return (
+        f"the cell computes in {kind}, whose resolution of {eps:.0e} is coarser than {attempt.owner}rtol="
+        f"{rtol:g}: take rtol={_rounded_up(eps):g}, or compute the cell in {wider}"
+    )
+
+
+def _rounded_up(eps: float) -> float:
+    """The next number of one digit."""
+    digit, power = f"{eps:.0e}".split("e")
+    found = float(f"{digit}e{power}")
+    return found if found >= eps else float(f"{int(digit) + 1}e{power}")
+
+
+def _out_of_steps(attempt: Attempt) -> str:
+    stopping = attempt.stopping
+    return _joined(
+        f"raise {_rule(attempt, f'max_steps (now {stopping.max_steps})')}",
+        f"loosen rtol (now {stopping.rtol:g})",
+        _other_solver(attempt) or "make the cell contract more (scale its weights down)",
+    )
+
+
+def _stalled(attempt: Attempt) -> str:
+    stopping = attempt.stopping
+    return _joined(
+        _other_solver(attempt) or "make the cell contract more (scale its weights down)",
+        f"loosen {_rule(attempt, f'rtol (now {stopping.rtol:g})')}",
+        f"raise patience (now {stopping.patience})" if stopping.patience is not None else "",
+    )
+
+
+def _diverged(attempt: Attempt) -> str:
+    if attempt.kind != "forward":
+        cell = "make the cell contractive where the forward solve ends (normalise it, scale its weights down)"
+        return _joined(cell, _other_solver(attempt), "look for NaN in the gradient that comes back")
+    # A setting, not what a method without one reports.
+    damping = vars(attempt.solver).get("damping")
+    lower = "" if damping is None else f"use damping (now {damping:g})"
+    return _joined(
+        "make the cell contractive (normalise it, scale its weights down)",
+        lower,
+        _other_solver(attempt),
+        "look for NaN in its inputs",
+    )
+
+
+# Of other statuses the name says enough.
+def _coupled(attempt: Attempt) -> str:
+    return (
+        "they met the tolerance while others moved, and do not as the batch is returned: samples seem to "
+        "depend on one another (a state without a batch axis? nodes of a graph as samples? BatchNorm or "
+        "attention over the batch? a cell that draws random numbers?); make what belongs together one sample "
+        "by a batch axis, z0[None], or keep samples apart"
+    )
+
+
+_ADVICE = {
+    Status.MAX_STEPS: _out_of_steps,
+    Status.STALLED: _stalled,
+    Status.DIVERGED: _diverged,
+    Status.COUPLED: _coupled,
+}
+
+
+def _rule(attempt: Attempt, setting: str) -> str:
+    """A setting of the stopping rule, by where it is given."""
+    if attempt.kind == "forward":
+        return f"Stopping.{setting}"
+    return f"{setting} of {attempt.mode}(stopping=...)"
+
+
+def _other_solver(attempt: Attempt) -> str:
+    """To use the one that tries several, unless that is what is used."""
+    if isinstance(attempt.solver, Auto):
+        return ""
+    now = type(attempt.solver).__name__
+    if attempt.kind == "forward":
+        return f"use solver=Auto(), which tries several methods (now {now})"
+    return f"use {attempt.mode}(solver=Auto()), which tries several methods (now {now})"
+
+
+def _joined(*parts: str) -> str:
+    """ "a, b, or c" of those that are there."""
+    *rest, last = [part for part in parts if part]
+    return f"{', '.join(rest)}{',' * (len(rest) > 1)} or {last}" if rest else last
