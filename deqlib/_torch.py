@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# Of the C extension: the compiler itself, which takes seconds to load, is not touched.
+from torch._C._dynamo import eval_frame
 from torch.nn.utils import parametrize
 
 # Nests of tuples, lists, dicts and registered classes, taken apart and put together as `torch.export` and
@@ -25,6 +28,8 @@ from torch.utils._pytree import tree_flatten_with_path as tree_flatten_with_path
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_func_active() -> bool:
@@ -182,3 +187,47 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def without_wrappers(name: str) -> str:
     """The name that a module has where no part of the model is wrapped, "" for the model itself."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def is_compiled_callable(function: Callable[..., Any]) -> bool:
+    """Whether `function`, a module or not, came out of `torch.compile`, or `compile()` was called on it."""
+    if isinstance(function, nn.Module) and is_compiled(function):
+        return True
+    # What a compiler is told to leave alone is wrapped too.
+    is_left_alone = getattr(function, "_torchdynamo_disable", False)
+    return hasattr(function, "_torchdynamo_orig_callable") and not is_left_alone
+
+
+# What compiles the functions that this thread calls, inside a region of `torch.compile`; else `None`. And
+# `put_in_force(compiler)`: let that compile what this thread calls from here on, or nothing with `None`; it
+# returns what was in force. No functions of ours around them: a compiler in force would go into those too.
+compiler_in_force: Callable[[], Any] = eval_frame.get_eval_frame_callback
+put_in_force: Callable[[Any], Any] = eval_frame.set_eval_frame
+
+
+def never_compiled(function: F) -> F:
+    """`function`, which no compiler in force compiles as it is entered; what it calls may be compiled."""
+    _skip(function, eval_frame._FrameAction.DEFAULT)
+    return function
+
+
+def compile_nothing_in_transforms() -> None:
+    """Let a compiler in force leave alone what a transform of `torch.func` calls, unless it traces both.
+
+    From then on and for all code: it would fail. It cannot begin to compile on a tensor that was computed
+    inside of `grad` (PyTorch 2.12 and 2.13: AssertionError "False != True"), and has to where a graph breaks.
+    """
+    functions = (
+        torch._functorch.eager_transforms.grad_and_value_impl,
+        torch._functorch.eager_transforms._vjp_with_argnums,
+        torch._functorch.eager_transforms._jvp_with_argnums,
+        torch._functorch.vmap._flat_vmap,
+        torch._functorch.vmap._chunked_vmap,
+    )
+    for function in functions:
+        _skip(function, eval_frame._FrameAction.SKIP)
+
+
+def _skip(function: Any, what_it_calls: Any) -> None:
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, what_it_calls)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)

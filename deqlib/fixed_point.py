@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ._autocast import coarsest_dtype
 from ._checks import check_instance, plain
-from ._torch import is_transformed, tree_leaves, tree_map
+from ._compiler import run_eagerly
+from ._torch import compiler_in_force, is_transformed, tree_leaves, tree_map
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
@@ -117,11 +118,10 @@ def solve_for(
     settings |= {"on_failure": on_failure, "compact": compact}
     check_settings("fixed_point" if layer is None else "ImplicitLayer", **settings)
     axes = _axes(compact, args, kwargs)
-    if torch.compiler.is_compiling() and not _is_traceable(stopping, backward):
-        from ._eager import solve_eagerly  # not before it is needed, see there
-
-        eager: Solution = solve_eagerly(solve_for, layer, f, z0, args, kwargs, state=state, **settings)
-        return eager
+    run = outside_of_graphs(stopping, backward)
+    if run is not None:
+        found: Solution = run(solve_for, layer, f, z0, args, kwargs, state=state, **settings)
+        return found
     transformed = is_transformed()
     if state is not None and transformed:
         raise ValueError(
@@ -284,14 +284,37 @@ def _refuse_meta(z0: Tensor, stopping: Stopping, name: str) -> None:
         )
 
 
+def outside_of_graphs(stopping: Stopping, backward: Backward) -> Callable[..., Any] | None:
+    """What is to run the solve where a compiler may not look into it; else `None`.
+
+    What is no setting at all is refused by who runs.
+    """
+    if not torch.compiler.is_compiling():
+        # Here the compiler left the function that asks alone, and would go through what it calls one by one.
+        return run_eagerly if compiler_in_force() is not None else None
+    are_settings = isinstance(stopping, Stopping) and isinstance(backward, Backward)
+    if are_settings and _is_traceable(stopping, backward):
+        return None
+    # Not before they are needed, see there.
+    from ._eager import break_graph, break_graph_of_transform, give_up_transform
+
+    found: Callable[..., Any] = break_graph_of_transform if give_up_transform() else break_graph
+    return found
+
+
 def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
     """Whether a compiler may look into the solve.
 
     Raises:
         RuntimeError: it may not, but is to export it whole.
     """
-    if stopping.is_fixed and (backward.is_traceable or not torch.is_grad_enabled()):
-        return True
+    if stopping.is_fixed:
+        if is_transformed():
+            traceable = backward.is_traceable_in_transforms
+        else:
+            traceable = backward.is_traceable or not torch.is_grad_enabled()
+        if traceable:
+            return True
     if torch.compiler.is_exporting():
         raise RuntimeError(
             "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .backward import Backward, ImplicitDifferentiation
-from .fixed_point import Compact, check_setting, check_settings, solve_for
+from .fixed_point import Compact, check_setting, check_settings, outside_of_graphs, solve_for
 from .reporting import FailurePolicy
 from .solution import OnFailure, Solution
 from .solvers import Auto, Solver
@@ -130,6 +130,15 @@ class ImplicitLayer(nn.Module):
             ValueError: the cell, or a module in it, is sharded by FSDP by itself: it would gather its
                 parameters at every evaluation, and processes evaluate it a different number of times.
         """
+        run = outside_of_graphs(
+            self.stopping if stopping is None else stopping,
+            self.backward if backward is None else backward,
+        )
+        if run is not None:
+            settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
+            settings |= {"z0": z0, "on_failure": on_failure, "compact": compact, "state": state}
+            found: Solution = run(self.solve, *inputs, **settings, **keywords)
+            return found
         _refuse_sharded(self.cell)
         if z0 is None:
             z0 = starting_point(self.init, inputs, keywords)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._autocast import autocast_dtype, coarsest_dtype
+from ._compiler import evaluate
 from ._scope import Scope, current, current_or_new
 from ._torch import (
     TreeSpec,
@@ -168,7 +169,7 @@ class FlatMap:
     def _evaluate(self, state: Any) -> Tensor:
         """The cell at a state of the layout, flat."""
         try:
-            image = self.cell(state, *self.inputs, **self.keywords)
+            image = evaluate(self.cell, state, *self.inputs, **self.keywords)
         except (RuntimeError, IndexError) as error:
             said = misfit(error, state, (self.inputs, self.keywords), self.is_cut)
             if said is None:

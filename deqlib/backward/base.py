@@ -89,6 +89,11 @@ class Backward(Settings, ABC):
         """Whether `torch.compile` can look into a recorded solve of a fixed number of steps."""
         return False
 
+    @property
+    def is_traceable_in_transforms(self) -> bool:
+        """Whether it can under a transform of `torch.func` and in forward mode, recorded or not."""
+        return False
+
     @abstractmethod
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve for the fixed point and attach the gradient to its value.

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._autocast import autocast_dtype, without_autocast
+from .._compiler import is_cell_compiled, quiet_about_states
 from .._torch import (
     creation_order,
     current_level,
     forward_mode,
+    is_compiled_callable,
     is_forward_mode_active,
     is_transformed,
     is_wrapped,
@@ -39,7 +41,14 @@ from .placing import Place, placed, places_of
 
 def watched(f: Map, z: Tensor) -> tuple[Tensor, Watch]:
     """f(z), and what was seen on the way. The evaluation is recorded on the tape as any other."""
-    with Watch(z) as watch:
+    watch = Watch(z)
+    if is_cell_compiled() or (isinstance(f, FlatMap) and is_compiled_callable(f.cell)):
+        # A compiler would break its graph at every operation that is watched.
+        if isinstance(f, FlatMap):
+            watch.note(f.inputs)
+        with quiet_about_states():
+            return f(z), watch
+    with watch:
         image = f(z)
     return image, watch
 
@@ -105,6 +114,10 @@ class Watch(TorchFunctionMode):
                 if self.transformed or (tensor.requires_grad and tensor.is_leaf):
                     self.made[id(tensor)] = tensor
         return result
+
+    def note(self, inputs: Any) -> None:
+        """Add the tensors that are known to be used, where what an evaluation does is out of sight."""
+        self._judge_all(inputs)
 
     def _judge_all(self, value: Any) -> None:
         for tensor in _tensors(value):

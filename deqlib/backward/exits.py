@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .._compiler import uncompiled
 from .._torch import at_end_of_pass, current_pass
 
 _KEY = "deqlib exits"  # of what the metadata of a node hold
@@ -201,6 +202,7 @@ class _Begin(torch.autograd.Function):
         return tuple(output.detach() for output in outputs)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *gradients: Any) -> Any:
         _passes[current_pass()] = ctx.within
         return None, *gradients

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compiler import uncompiled
 from .._torch import forward_mode, unwrapped_if_dead
 from ..solution import Solution
 from ..state import Map
@@ -293,6 +294,7 @@ class _FixedPoint(torch.autograd.Function):
         ctx.save_for_forward(value, *tensors)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Any) -> Any:
         g, z, *tensors = _alive(grads[0], *ctx.saved_tensors)
         wanted = ctx.needs_input_grad[3:]
@@ -301,6 +303,7 @@ class _FixedPoint(torch.autograd.Function):
         return None, None, None, *implicit_gradients(ctx.equation, g, z, tensors, wanted)
 
     @staticmethod
+    @uncompiled
     def jvp(ctx: Any, *tangents: Any) -> Any:
         places = [i for i, tangent in enumerate(tangents[3:]) if tangent is not None]
         tangent = None
@@ -313,6 +316,7 @@ class _FixedPoint(torch.autograd.Function):
         return tangent, *(None for _ in range(ctx.num_measures))
 
     @staticmethod
+    @uncompiled
     def vmap(
         info: Any, in_dims: tuple[Any, ...], equation: Equation, report: _Report, z0: Tensor, *tensors: Tensor
     ) -> Any:

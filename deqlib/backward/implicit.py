@@ -135,7 +135,11 @@ class ImplicitDifferentiation(Backward):
         solution = replace(solution, nfe=solution.nfe + 1)
         if not depends_on_leaves(output):
             return solution
-        how = Recorded(partial(self._adjoint, solve, self.warm_start), partial(self._adjoint, solve, None))
+        how = Recorded(
+            partial(self._adjoint, solve, self.warm_start),
+            partial(self._adjoint, solve, None),
+            partial(on_tape, f),
+        )
         return replace(solution, value=implicit(how, solution.value, output, source))
 
     def _adjoint(self, solve: Solve, start: AdjointStart | None, f: Map, g: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from .._compiler import uncompiled
 from .._torch import forward_mode, is_transformed
 from ..state import Map
 from .exits import Exit, deliver, exits_of, pull
@@ -40,10 +42,12 @@ class Recorded:
     Attributes:
         first: solves the adjoint of a backward pass that is not recorded.
         again: solves the adjoints of those that are.
+        anew: records the image at a solution once more; gives the point, a start of the tape, and the image.
     """
 
     first: LinearSolve
     again: LinearSolve
+    anew: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def implicit(
@@ -85,12 +89,16 @@ class _Implicit(torch.autograd.Function):
         return result
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *gradients: Any) -> Any:
         (g,) = gradients
         refuse_batched_gradients(g)
         # Taken once: under activation checkpointing a second time is an error.
         x, image, source, *others = ctx.saved_tensors
         cuts, points = others[: ctx.num_cuts], others[ctx.num_cuts :]
+        is_taken_apart = not isinstance(ctx, BackwardCFunction)
+        if is_taken_apart:
+            return _of_compiled_autograd(ctx.how, g, x, len(ctx.needs_input_grad))
         if torch.is_grad_enabled():
             compute = partial(_of_solution, ctx.how, x, image, source, cuts, points)
             (u, at_image, *at_points), exits, left = _for_each(compute, [g])
@@ -100,6 +108,23 @@ class _Implicit(torch.autograd.Function):
             at_points = _gradients([image], cuts, [u]) if cuts else []
         addend = u if ctx.needs_input_grad[3] else None
         return None, None, None, addend, at_image, None, *[None] * len(cuts), *at_points
+
+
+def _of_compiled_autograd(how: Recorded, g: Tensor, x: Tensor, number: int) -> tuple[Tensor | None, ...]:
+    """What `_Implicit.backward` returns where compiled autograd calls it, with a context of its own.
+
+    That has taken the graph of the evaluation apart, so products with J^T need one anew. The gradient of the
+    image goes on through what was taken apart. None may be left out there: the source gets zeros.
+    """
+    if torch.is_grad_enabled() or how.anew is None:
+        raise RuntimeError(
+            "compiled autograd (torch._dynamo.config.compiled_autograd) does not differentiate a solve "
+            "twice: call backward() without it"
+        )
+    with torch.enable_grad():
+        source, image = how.anew(x)
+    u = _adjoint(how.first, g, image, source)
+    return None, None, None, None, u, torch.zeros_like(g), *[None] * (number - 6)
 
 
 # The gradients of tensors, those that leave the graph where, and what leaves there
@@ -156,11 +181,13 @@ class _Adjoint(torch.autograd.Function):
         ctx.solve, ctx.product, _ = inputs
 
     @staticmethod
+    @uncompiled
     def jvp(ctx: Any, *tangents: Any) -> Any:
         with forward_mode(True):  # for an outer level
             return _Adjoint.apply(ctx.solve, ctx.product, tangents[2])  # type: ignore[no-untyped-call]
 
     @staticmethod
+    @uncompiled
     def vmap(
         info: Any, in_dims: Any, solve: LinearSolve, product: VectorJacobianProduct, g: Tensor
     ) -> tuple[Tensor, int]:
@@ -203,6 +230,7 @@ class _Rejoined(torch.autograd.Function):
         return tuple(tensor.detach() for tensor in tensors[2 * num_cuts :])
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *gradients: Any) -> Any:
         tensors, n = ctx.saved_tensors, ctx.num_cuts
         cuts, points, recorded = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
@@ -264,6 +292,7 @@ class _Each(torch.autograd.Function):
         """Nothing: the results have graphs of their own."""
 
     @staticmethod
+    @uncompiled
     def vmap(
         info: Any, in_dims: Any, compute: Any, others: _Others, *vectors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .._autocast import autocast_dtype
+from .._compiler import uncompiled
 from .._torch import (
     forget_cached_parametrizations,
     forward_mode,
@@ -209,6 +211,23 @@ def _refuse_transforms() -> None:
         )
 
 
+def _without_graph(rule: GradientRule) -> GradientRule:
+    """What does the same as `rule` where the graph behind what is saved is gone already.
+
+    Compiled autograd has taken it apart when it calls a backward pass, with a context of its own.
+    """
+    if rule is _no_gradient:
+        return rule
+    found: GradientRule | None = getattr(rule, "without_graph", None)
+    if found is None:
+        raise RuntimeError(
+            "compiled autograd (torch._dynamo.config.compiled_autograd) takes the graph of the cell apart "
+            "before this backward mode uses it; call backward() without it, or use "
+            "backward=ImplicitDifferentiation(), JFB() or Unroll()"
+        )
+    return found
+
+
 def _no_gradient(*_: Any) -> list[Tensor | None]:
     return []
 
@@ -229,14 +248,20 @@ class _WithGradient(torch.autograd.Function):
         return result
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         refuse_batched_gradients(g)
         # Taken once: under activation checkpointing a second time is an error.
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        found = ctx.rule(g, wanted, *saved)
-        return None, None, None, *found, *(None for _ in wanted[len(found) :])
+        in_full = not isinstance(ctx, BackwardCFunction)
+        found = (_without_graph(ctx.rule) if in_full else ctx.rule)(g, wanted, *saved)
+        found = [*found, *(None for _ in wanted[len(found) :])]
+        if in_full:  # none may be left out there: those that are belong to what has the shape of the state
+            pairs = zip(found, wanted, strict=True)
+            found = [torch.zeros_like(g) if part is None and want else part for part, want in pairs]
+        return None, None, None, *found
 
 
 def _passing(output: Tensor, value: Tensor, order: int = 1) -> Tensor:
@@ -262,6 +287,7 @@ class _Passing(torch.autograd.Function):
                 ctx.save_for_forward(result)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         _refuse_used_up(ctx.order)
@@ -275,6 +301,7 @@ class _PassingForward(_Passing):
     """With forward mode: a class of its own, as the compiler accepts no function that has it."""
 
     @staticmethod
+    @uncompiled
     def jvp(ctx: Any, *tangents: Any) -> Any:
         _refuse_used_up(ctx.order)
         if tangents[0] is None:

@@ -53,6 +53,11 @@ class Unroll(Backward):
         """See `Backward`."""
         return not self.checkpoint
 
+    @property
+    def is_traceable_in_transforms(self) -> bool:
+        """See `Backward`."""
+        return True
+
     def apply(self, f: FlatMap, z0: torch.Tensor, solve: Solve) -> Solution:
         """Just the solve, and a step for samples that took none."""
         is_recorded = torch.is_grad_enabled()

@@ -243,6 +243,51 @@ def compiled_modules_are_told() -> bool:
     return ours().is_compiled(compiled) and not ours().is_compiled(plain)
 
 
+def compiled_functions_are_told() -> bool:
+    in_place = nn.Linear(2, 2)
+    in_place.compile(backend="eager")
+    compiled = [torch.compile(function, backend="eager") for function in (torch.sin, nn.Linear(2, 2))]
+    told = all(ours().is_compiled_callable(function) for function in [in_place, *compiled])
+    others = (nn.Identity(), pow, torch.compiler.disable(lambda x: x))
+    return told and not any(ours().is_compiled_callable(function) for function in others)
+
+
+def compilers_go_out_of_force_and_back() -> bool:
+    seen: list[Any] = []
+
+    def within(x: Tensor) -> Tensor:
+        compiler = ours().put_in_force(None)
+        seen.append((compiler, ours().compiler_in_force(), ours().put_in_force(compiler)))
+        return x
+
+    skipped = torch.compiler.disable(ours().never_compiled(within), recursive=False)
+    torch.compile(lambda x: skipped(x.sin()).cos(), backend="eager")(torch.ones(2))
+    ((compiler, inside, before),) = seen
+    return callable(compiler) and inside is before is ours().compiler_in_force() is None
+
+
+def transforms_in_compiled_functions_run_as_they_are() -> bool:
+    seen: list[Any] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(ours().compiler_in_force())
+        return x
+
+    look = torch.compiler.disable(look, recursive=False)
+
+    def within(x: Tensor) -> Tensor:
+        return look(2 * x).sin().sum()  # without the mark the compiler begins after `look`, and fails
+
+    ours().compile_nothing_in_transforms()
+    x = torch.ones(2)
+    f = torch.func
+    for run in (f.grad(within), f.vmap(within), lambda x: f.vjp(within, x)[0], f.jacfwd(within)):
+        torch.compiler.reset()
+        torch.compile(run, backend="eager")(x)
+        torch.compile(f.vmap(within, chunk_size=1), backend="eager")(x)
+    return bool(seen) and all(compiler is None for compiler in seen)
+
+
 def fake_tensors_are_told() -> bool:
     seen = []
 
@@ -266,6 +311,14 @@ class Canary:
 
 FUNCTORCH = "torch._C._functorch."
 PYTREE = "torch.utils._pytree."
+FRAMES = (
+    "get_eval_frame_callback",
+    "set_eval_frame",
+    "set_code_exec_strategy",
+    "_FrameExecStrategy",
+    "_FrameAction.SKIP",
+    "_FrameAction.DEFAULT",
+)
 CANARIES = (
     Canary(
         tuple(
@@ -358,6 +411,27 @@ CANARIES = (
         "names of layers in messages and records",
     ),
     Canary(
+        ("…._torchdynamo_orig_callable", "…._torchdynamo_disable"),
+        compiled_functions_are_told,
+        "compiled cells: without it they run as they are on the tape",
+    ),
+    Canary(
+        ("torch._C._dynamo.eval_frame", *(f"torch._C._dynamo.eval_frame.{name}" for name in FRAMES)),
+        compilers_go_out_of_force_and_back,
+        "solves inside torch.compile: without it the driver is compiled piece by piece",
+    ),
+    Canary(
+        (
+            "torch._functorch.eager_transforms.grad_and_value_impl",
+            "torch._functorch.eager_transforms._vjp_with_argnums",
+            "torch._functorch.eager_transforms._jvp_with_argnums",
+            "torch._functorch.vmap._flat_vmap",
+            "torch._functorch.vmap._chunked_vmap",
+        ),
+        transforms_in_compiled_functions_run_as_they_are,
+        "torch.compile around a transform of a layer: without it errors inside of the compiler",
+    ),
+    Canary(
         ("torch._subclasses.FakeTensor",),
         fake_tensors_are_told,
         "torch.export and torch.compile: without it a solver reads numbers that are not there",
@@ -371,6 +445,7 @@ def test_a_private_name_of_pytorch_is_there(canary: Canary) -> None:
     tensor = torch.ones(2, requires_grad=True)
     roots = {"torch": torch, "tensor": tensor, "node": (2 * tensor).grad_fn, "module": nn.Identity()}
     roots["sparse"] = tensor.detach().to_sparse()
+    roots["…"] = torch.compiler.disable(lambda x: x)
     importlib.import_module("torch._subclasses")
     for name in canary.names:
         root, *parts = name.split(".")
