@@ -34,6 +34,7 @@ from .._torch import (
     stood_in,
     tree_map,
     unwrapped,
+    unwrapped_if_dead,
 )
 from ..state import FlatMap, Map
 from .placing import Place, placed, places_of
@@ -186,7 +187,7 @@ class ExplicitMap:
             given = list(_tensors([f.inputs, [value for _, _, value in places]]))
             for tensor in given:
                 meant = _resolved(tensor)
-                if id(tensor) not in found and _needs_derivative(meant):
+                if id(tensor) not in found and _is_alive(meant) and _needs_derivative(meant):
                     found[id(tensor)], seen[id(tensor)] = meant, tensor
             constants |= {id(tensor) for tensor in given}
         known = [seen.get(key, tensor) for key, tensor in found.items()]
@@ -310,6 +311,11 @@ def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]
 def _needs_derivative(tensor: Tensor) -> bool:
     """Whether a derivative may be taken of `tensor`, or it belongs to a function transform."""
     return tensor.requires_grad or is_wrapped(tensor) or _has_tangent(tensor)
+
+
+def _is_alive(tensor: Tensor) -> bool:
+    """Whether the transform that made `tensor`, if one did, is under way: a cell may have kept it longer."""
+    return unwrapped_if_dead(tensor) is tensor and level_of(tensor) <= current_level()
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -55,11 +55,18 @@ def places_of(cell: Any) -> list[Place]:
 
 @contextmanager
 def placed(places: list[Place], change: Callable[[Any], Any]) -> Iterator[None]:
-    """A block in which what `change` makes of the tensors is in these places."""
-    before = [(names, name, _there(names, name)) for names, name, _ in places]
+    """A block in which what `change` makes of the tensors is in these places.
+
+    Where that is there already, nothing is touched: a cell may write to what it keeps.
+    """
+    before: list[Place] = []
     try:
         for names, name, value in places:
-            names[name] = tree_map(change, value)
+            is_changed = any(change(leaf) is not leaf for leaf in tree_leaves(value))
+            there, new = _there(names, name), tree_map(change, value) if is_changed else value
+            if there is not new:
+                before.append((names, name, there))
+                names[name] = new
         yield
     finally:
         for names, name, value in before:
