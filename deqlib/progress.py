@@ -109,6 +109,7 @@ class Record:
         self.samples = Samples.start(z0, rule)
         self.num_active = z0.shape[0]  # as of the last time the host looked
         self.is_known = True  # whether that is still so
+        self._num_elsewhere = (0, 0)  # at which evaluation how many samples were not at their best iterate
         self._written = 0  # the value of `improved_at` that `samples.best_step` is up to date with
         self.improved_at = 0  # the last evaluation that the host knows improved on all samples at work
         self.nfe = 0  # evaluations so far, this one included
@@ -141,8 +142,9 @@ class Record:
     def count(self) -> int:
         """How many samples are at work. Waits for the device if the host does not know."""
         if not self.is_known:
-            (self.num_active,) = self.samples.active.sum().view(1).tolist()
-            self.is_known = True
+            known = torch.stack([self.samples.active.sum(), self._elsewhere().sum()]).tolist()
+            self.num_active, self.is_known = known[0], True
+            self._num_elsewhere = (self.nfe, known[1])  # what `is_best` asks, by the same wait
         return self.num_active
 
     @property
@@ -162,11 +164,21 @@ class Record:
         return self._finished
 
     def is_best(self) -> bool:
-        """Whether every sample was at its best iterate at the last evaluation. Waits for the device."""
+        """Whether every sample was at its best iterate at the last evaluation.
+
+        Waits for the device if the host did not know either how many were at work then.
+        """
         if self.all_improved:
             return True
-        elsewhere = (self.before > -torch.inf) & ~self.improved  # finished ones are held at it
-        return not bool(elsewhere.any())
+        nfe, number = self._num_elsewhere
+        return number == 0 if nfe == self.nfe else not bool(self._elsewhere().any())
+
+    def _elsewhere(self) -> Tensor:
+        """The samples that were not at their best iterate at the last evaluation, bool, (B,).
+
+        Those that had finished before it were held at it.
+        """
+        return (self.before > -torch.inf) & ~self.improved
 
     def cut(self, keep: Tensor) -> None:
         """Leave these samples in the batch alone, all of them at work."""
