@@ -141,8 +141,12 @@ class Batch:
         if not is_last:
             is_open = objection is not None or bool((found.status == Status.CONVERGED).any())
         claim = Claim(solution, self._whole, record.rule, record.unit_norms, is_open, objection)
-        # The last evaluation was of the whole batch at the value.
-        return replace(claim, solution=claim.decided(fz)) if is_last and self._holds else claim
+        if not (is_last and self._holds):
+            return claim
+        # The last evaluation was of the whole batch at the value, and is measured already.
+        is_measured = record.unit_norms is None
+        settled = claim.by(record.residual, record.scale) if is_measured else claim.decided(fz)
+        return replace(claim, solution=settled)
 
     def _objection(self) -> Callable[[Solution, Tensor], Solution] | None:
         """What `Claim` asks where the batch was cut by a guess."""

@@ -60,23 +60,26 @@ class Claim:
         Raises:
             ValueError: see `objection`.
         """
-        found, image = self.solution, image.detach()
-        norms = measure(image - found.value.detach(), image, self.unit_norms)
-        residual, scale = norms
+        image = image.detach()
+        settled = self.by(*measure(image - self.solution.value.detach(), image, self.unit_norms))
+        return settled if self.objection is None else self.objection(settled, image)
+
+    def by(self, residual: Tensor, scale: Tensor) -> Solution:
+        """The solution by norms of its residual and of its image, (B,) or (B, U) each."""
+        found, at_value = self.solution, relative(residual, scale)
         # Written so that a residual that is not a number is too large.
         lost = ~(residual <= _SLACK * (self.rule.atol + (self.rule.rtol or 0.0) * scale))
         if residual.dim() == 2:
             residual, lost = residual.amax(1), lost.any(1)
         lost = lost & (found.status == Status.CONVERGED)
-        at_value, trace = relative(*norms), found.trace
+        trace = found.trace
         if trace is not None:
             steps = torch.arange(len(trace), device=trace.device).unsqueeze(1)
             trace = torch.where(steps > found.num_steps, at_value, trace)
-        settled = replace(
+        return replace(
             found,
             residual=residual,
             relative_residual=at_value,
             status=found.status.masked_fill(lost, int(Status.COUPLED)),
             trace=trace,
         )
-        return settled if self.objection is None else self.objection(settled, image)

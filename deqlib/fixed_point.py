@@ -259,8 +259,7 @@ class _Solve:
         if attempt.stopping.is_fixed:
             return
         try:
-            whole = replace(solution, value=self._unraveled(solution.value))
-            report_failure(attempt, whole, self.on_failure, z0, solution.value)
+            report_failure(attempt, solution, self.on_failure, z0, self._unraveled)
         except NonConvergenceError:
             if records and later:
                 self._note(attempt, solution)

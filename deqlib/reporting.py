@@ -7,8 +7,9 @@ changed of what is in use. Two that differ in their numbers alone are one to Pyt
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -102,16 +103,21 @@ class Attempt:
 
 
 def report_failure(
-    attempt: Attempt, solution: Solution, on_failure: OnFailure | FailurePolicy, start: Tensor, value: Tensor
+    attempt: Attempt,
+    solution: Solution,
+    on_failure: OnFailure | FailurePolicy,
+    start: Tensor,
+    unravel: Callable[[Tensor], Any],
 ) -> None:
     """Apply the failure policy to a finished solve.
 
     Args:
         attempt: what was asked for.
-        solution: what was found; nothing is done if no sample failed, or no more than are tolerated.
+        solution: what was found, its value flat, (B, D); nothing is done if no sample failed, or no more than
+            are tolerated.
         on_failure: the policy.
         start: where it began, (B, D).
-        value: the solution's value, (B, D).
+        unravel: makes of a flat value what the caller knows.
 
     Raises:
         NonConvergenceError: too many samples failed, and the policy is "raise".
@@ -131,10 +137,10 @@ def report_failure(
     message = (
         f"{whose}: {failed} of {total} samples did not converge ({reasons}), worst relative residual "
         f"{worst:.1e} after {solution.nfe} evaluations; "
-        f"{_what_is_kept(attempt, solution, failed, start, value)}. What to try: {advice}."
+        f"{_what_is_kept(attempt, solution, failed, start)}. What to try: {advice}."
     )
     if policy.action == "raise":
-        raise NonConvergenceError(message, solution)
+        raise NonConvergenceError(message, replace(solution, value=unravel(solution.value)))
     # The same to filters of warnings whatever the numbers are: of one layer, pass and sorts of failure.
     template = f"{whose}: {', '.join(status.name for status in counts)}"
     warning = NonConvergenceWarning(
@@ -143,10 +149,11 @@ def report_failure(
     warnings.warn(warning, stacklevel=levels_to_caller())
 
 
-def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tensor, value: Tensor) -> str:
+def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tensor) -> str:
     """Whether the values of failed samples are better than where they began."""
     codes = [status for status in Status if status.is_failure]
     lost = torch.isin(solution.status, solution.status.new_tensor(codes))
+    value: Tensor = solution.value
     unmoved = ((value == start) | (value.isnan() & start.isnan())).all(1) & lost
     number = int(unmoved.sum())
     where = "value holds" if attempt.kind == "forward" else "is used"

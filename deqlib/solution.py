@@ -78,8 +78,8 @@ class Solution:
 
     def counts(self) -> dict[Status, int]:
         """How many samples ended with each status; absent statuses are left out."""
-        codes, numbers = torch.unique(self.status, return_counts=True)
-        return {Status(code): number for code, number in zip(codes.tolist(), numbers.tolist(), strict=True)}
+        numbers = torch.bincount(self.status, minlength=len(Status)).tolist()
+        return {status: number for status, number in zip(Status, numbers, strict=True) if number}
 
     def method_counts(self) -> dict[str, int]:
         """How many samples each method worked on last; methods without any are left out."""
