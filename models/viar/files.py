@@ -10,6 +10,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def check_writable(path: Path, owner: str, *, folder: bool) -> None:
+    """Raise unless something can be written at `path`; nothing is left there.
+
+    Args:
+        path: of a file, or of a folder for files; neither it nor its parents need be there.
+        owner: what the message begins with, such as the flag that names the path.
+        folder: whether a folder is meant.
+
+    Raises:
+        ValueError: a file where a folder is meant or the reverse, or a place where nothing can be written.
+    """
+    wanted, other = ("folder", "file") if folder else ("file", "folder")
+    try:
+        if path.exists() and path.is_dir() != folder:
+            raise ValueError(f"{owner}: expected the name of a {wanted}, {path} is a {other}; give another")
+        there = path if path.is_dir() else path.parent
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"{owner}: nothing can be written to {path} ({reason}); give another") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and is gone if it never is."""

@@ -1,16 +1,41 @@
-"""Saving, loading and telling apart, shared by tokenizer and transformer."""
+"""Saving, loading and telling apart, shared by both models; and what a folder that has no model is."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from contextlib import redirect_stdout
-from typing import Any, Self
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state"
+# A setting that config.json of one kind has and that of the other has not.
+KINDS = {"trunk": "a transformer (VAR or VIAR)", "multipliers": "a tokenizer"}
+# What other work leaves in its folder, and what that is; the first that is there is named.
+MARKS = {
+    STATE: "an unfinished training run; run its command again with the same --out to end it",
+    f"{STATE}.old": "an unfinished training run; run its command again with the same --out to end it",
+    "series.json": "a series of images",
+    "shards.json": "tokens of a data set, which viar train reads as --data",
+    "classifier.safetensors": "a classifier",
+    "metrics.jsonl": "a training run that was interrupted before its first state; start it again",
+    "done.json": "a stage of the demo",
+    "summary.json": "a demo; its models are the folders tokenizer, viar and var in it",
+}
+# What settings of a wrong type or size raise where a model is made of them, and damaged weights.
+OF_DAMAGE = (TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, EOFError, UnpicklingError)
+LISTED = 4  # names of tensors that an error spells out of each kind
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -20,11 +45,60 @@ class Pretrained(PyTorchModelHubMixin):
     leave missing weights at their random start.
     """
 
+    telling: ClassVar[str]  # the setting of `KINDS` by which config.json tells that it is of this class
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """The model of a folder that `save_pretrained` wrote, or of a name on the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the name.
+            options: of `huggingface_hub.ModelHubMixin.from_pretrained`; `strict=False` leaves weights that
+                are missing at their random start.
+
+        Raises:
+            ValueError: no such folder or name, or one that holds something else, a part, or damaged files.
+        """
+        source = str(pretrained_model_name_or_path)
+        if os.path.isdir(source):
+            _check_kind(source, read_config(Path(source)), cls.telling)
+        elif os.path.exists(source):
+            raise ValueError(f"{source}: a file, expected a folder; viar.load_official reads published files")
+        try:
+            with _quiet_hub():
+                loaded: Self = super().from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            if os.path.isdir(source) or isinstance(error, _NotThisModel):
+                raise ValueError(_named(source, error)) from error
+            raise ValueError(
+                f"{source}: no such folder, and no name that can be read from the Hugging Face hub "
+                f"({_first_line(error)})"
+            ) from error
+        except OF_DAMAGE as error:
+            raise ValueError(_named(source, error)) from error
+        return loaded
+
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:
+        model_id, config = str(kwargs["model_id"]), kwargs.get("config")
+        if isinstance(config, Mapping) or config is None:
+            try:
+                _check_kind(model_id, config, cls.telling)
+            except ValueError as error:
+                raise _NotThisModel(str(error)) from error
         with redirect_stdout(io.StringIO()):  # the mixin prints a line for every local folder
             loaded: Self = super()._from_pretrained(strict=strict, **kwargs)
         return loaded
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        try:
+            tensors = load_file(model_file, device=map_location)
+        except (SafetensorError, OSError) as error:
+            raise _NotThisModel(f"{WEIGHTS} is damaged ({_first_line(error)})") from error
+        check_tensors(model, tensors, strict=strict)
+        model.load_state_dict(tensors, strict=strict)
+        return model.eval()
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -38,3 +112,107 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+class _NotThisModel(ValueError):
+    """The files are there, and are not those of the model that was asked for."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Settings of the model in a folder of `save_pretrained`.
+
+    Raises:
+        ValueError: the folder holds no model, or a part of one; the message says what was found.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder of save_pretrained, found no folder")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: expected {CONFIG} and {WEIGHTS}, found no {' and no '.join(missing)}; it is "
+            f"{_contents(folder)}"
+        )
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected settings as JSON, found a damaged file ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings by name, found {type(values).__name__}")
+    return values
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Raise `ValueError` that lists the tensors that do not fit `model`.
+
+    Args:
+        model: whose `state_dict` names what is expected, and its shapes.
+        tensors: what was found, of any shape.
+        strict: whether missing and unexpected ones count.
+    """
+    expected = model.state_dict()
+    groups = {
+        "missing": [name for name in expected if strict and name not in tensors],
+        "unexpected": [name for name in tensors if strict and name not in expected],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted.shape)}"
+            for name, wanted in expected.items()
+            if name in tensors and tensors[name].shape != wanted.shape
+        ],
+    }
+    if found := [f"{len(names)} {what}: {_listed(names)}" for what, names in groups.items() if names]:
+        raise ValueError(f"its weights are not those of its settings; {'; '.join(found)}")
+
+
+def _check_kind(source: str, config: Mapping[str, Any] | None, telling: str) -> None:
+    """Raise `ValueError` unless settings are of the kind that `telling` tells."""
+    if config is None:
+        raise ValueError(f"{source}: expected {KINDS[telling]}, found no {CONFIG} with settings")
+    if telling in config:
+        return
+    found = next((kind for name, kind in KINDS.items() if name in config), None)
+    if found is None:
+        raise ValueError(
+            f"{source}: expected {KINDS[telling]}, found a {CONFIG} of something else, without {telling!r}"
+        )
+    raise ValueError(f"{source}: expected {KINDS[telling]}, found {found}; give the folder of the other one")
+
+
+def _contents(folder: Path) -> str:
+    """What a folder is that is no whole model, in words."""
+    for name, kind in MARKS.items():
+        if (folder / name).exists():
+            return kind
+    models = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if models:
+        return f"a folder with models in it; give one of {_listed(models)}"
+    names = sorted(path.name for path in folder.iterdir())
+    return f"a folder with {_listed(names)}" if names else "an empty folder"
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _named(source: str, error: Exception) -> str:
+    """The message of an error, which begins with what it is about."""
+    text = _first_line(error)
+    return text if text.startswith(source) else f"{source}: {text}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's warning for each time that it tries again: the error says what came of it."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 STRIDE = 1_000_003
+LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
 def seed_at(seed: int, index: int) -> int:
@@ -20,7 +21,7 @@ def seed_at(seed: int, index: int) -> int:
     well, but every run would draw other numbers than before.
 
     Args:
-        seed: of the run, 0 to 2 ** 32 - 1.
+        seed: of the run, 0 to `LARGEST_SEED`.
         index: counted from 0.
 
     Returns:

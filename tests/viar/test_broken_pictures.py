@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an untrained `tokenizer` and `viar` for pictures of 8 x 8."""
+    """Folder of an untrained `tokenizer`, `viar` and, of one class, `viar-of-one` for pictures of 8 x 8."""
     folder = tmp_path_factory.mktemp("models")
     Tokenizer(TOKENIZERS["digits"].model).save_pretrained(folder / "tokenizer")
     NextScaleTransformer(TRANSFORMERS["digits-viar"].model).save_pretrained(folder / "viar")
+    one_class = replace(TRANSFORMERS["digits-viar"].model, num_classes=1)
+    NextScaleTransformer(one_class).save_pretrained(folder / "viar-of-one")
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(SIDE, SIDE, 3)).save(folder / "picture.png")
     return folder
 
@@ -217,7 +220,7 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def learn(command: str, data: Path, models: Path, out: Path) -> tuple[int, str, str]:
-    pair = ("--model", models / "viar", "--tokenizer", models / "tokenizer")
+    pair = ("--model", models / "viar-of-one", "--tokenizer", models / "tokenizer")
     settings = {
         "train-tokenizer": ("digits", "--out", out, "--augment", 0),
         "train": ("digits-viar", "--out", out, "--tokenizer", models / "tokenizer"),

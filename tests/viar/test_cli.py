@@ -242,7 +242,7 @@ def test_published_checkpoints_are_read_from_files(
         ),
         (("--iterations", 4), {"iterations": 4}),
         (("--iterations", 4, 2, "--cache", "iterate"), {"iterations": (4, 2), "cache": "iterate"}),
-        (("--iterations", 4, 3, 2, 1), {"iterations": [4, 3, 2, 1]}),
+        (("--iterations", 4, 3, 2), {"iterations": [4, 3, 2]}),
         (("--adaptive", 0.1), {"iterations": viar.Adaptive(rtol=0.1)}),
         (("--budget", 9), {"iterations": viar.Budget(evaluations=9)}),
         (("--warm-start", "--guidance-reuse", 2), {"warm_start": True, "guidance_reuse": 2}),

@@ -717,8 +717,8 @@ def test_the_command_ends_with_a_message_where_it_cannot_convert(call: Call, tmp
         ((folder, tmp_path / "x"), "out: a folder becomes a file ending in .safetensors or .pth, got"),
         ((folder, tmp_path / "x.pth", "--num-heads", 4), "has them; leave them"),
         ((folder, tmp_path / "x.pth", "--sides", 1, 2), "has them; leave them"),
-        ((odd, tmp_path / "x.pth"), "expected a folder of save_pretrained, but it has no model.safetensors"),
-        ((damaged, tmp_path / "x.pth"), "damaged: not a model of this package: Error(s) in loading"),
+        ((odd, tmp_path / "x.pth"), "expected config.json and model.safetensors, found no model.safetensors"),
+        ((damaged, tmp_path / "x.pth"), "damaged: not a model of this package: its weights are not those"),
     ]:
         code, _, errors = call(*arguments)
         assert code == 2

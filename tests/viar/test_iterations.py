@@ -93,6 +93,7 @@ def test_a_budget_below_one_evaluation_a_scale_is_refused() -> None:
     ("settings", "message"),
     [
         ({"evaluations": 0}, "evaluations must be an integer of at least 1, got 0"),
+        ({"evaluations": 10**23}, "evaluations must be at most 1000000, got 1000"),
         ({"evaluations": 2.0}, "evaluations must be an integer of at least 1, got 2.0"),
         ({"evaluations": 5, "ratio": 0.5}, "ratio must be a number of at least 1, got 0.5"),
         ({"evaluations": 5, "ratio": float("nan")}, "ratio must be"),
@@ -112,6 +113,7 @@ def test_a_budget_names_the_setting_that_is_wrong(settings: dict[str, object], m
         (0, ValueError, "at least 1 iteration, got 0"),
         ([1, 0, 1], ValueError, "at least 1 iteration"),
         ((3, 0), ValueError, "at least 1 iteration"),
+        ([1, 10**23, 1], ValueError, "at most 1000000 a scale"),
         (-1, ValueError, "at least 1 iteration, got -1"),
         (True, TypeError, "got True"),
         (2.0, TypeError, "got 2.0"),

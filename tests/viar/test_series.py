@@ -30,8 +30,8 @@ import viar.generation.choice
 import viar.generation.series.series
 from viar import Adaptive, Sampling, prepare_inference, sample_tokens
 from viar.generation.series.maker import runs, whole_batches
-from viar.generation.series.provenance import fingerprint
 from viar.generation.series.series import SeriesReport, generate_series
+from viar.pretrained import fingerprint
 
 NUM = 32
 PATIENCE = 60.0  # seconds after which a process is taken to hang

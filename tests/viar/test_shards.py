@@ -245,6 +245,7 @@ def test_settings_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> No
         ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
         (
             {"crops": 2, "images": ImageData(pictures(), pictures(), 3)},
             "crops: expected 1 for images that are",
@@ -346,8 +347,8 @@ def test_the_command_writes_what_the_command_train_reads(saved: Path, tmp_path: 
     assert_same(one, two)
     for flags, message in (
         (("--augment", 2), "--augment: "),
-        (("--model.num-classes", 9), "tokens of 10 classes, the model has 9"),
-        (("--model.num-classes", 11), "tokens of 10 classes, the model has 11"),
+        (("--model.num-classes", 9), "has 10 classes, got 9; leave the flag"),
+        (("--model.num-classes", 11), "has 10 classes, got 11; leave the flag"),
     ):
         code, _, errors = call(*train, "--data", tmp_path / "t", "--out", tmp_path / "x", *flags)
         assert (code, errors.count("viar:")) == (2, 1)

@@ -29,7 +29,7 @@ from viar.data import Batch, TensorImages, TokenizedImages, tokenize
 from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
 
 DEADLOCK = 180.0  # seconds after which two processes are taken to wait for each other
-FINISHED = {"README.md", "config.json", "metrics.jsonl", "model.safetensors"}
+FINISHED = {"README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"}
 
 
 def pictures(count: int = 24) -> TensorImages:

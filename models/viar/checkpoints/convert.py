@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -20,6 +19,7 @@ from ..files import replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import block_causal_mask, scale_ids
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -254,14 +254,13 @@ def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
 
 def _load_folder(folder: Path) -> Model:
     """Like `from_pretrained`, without drawing initial weights."""
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: expected a folder of save_pretrained, but it has no {name}")
+    values = read_config(folder)
     try:
-        values = json.loads((folder / "config.json").read_text())
         model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
-        model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        tensors = load_file(folder / WEIGHTS)
+        check_tensors(model, tensors)
+        model.load_state_dict(tensors, assign=True)
+    except (*OF_DAMAGE, ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: not a model of this package: {error}") from error
     return model
 

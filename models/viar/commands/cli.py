@@ -5,9 +5,12 @@ A new command is a function in a file of its own and a line of `COMMANDS`.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 
+import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -29,16 +32,44 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+# Settings and data that do not fit; files and networks; a loss that is not finite; memory.
+EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
+# What PyTorch says in a plain RuntimeError where memory does not suffice.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def one_line(error: Exception) -> str | None:
+    """What an error says, on one line; `None` where it is none that a user can mend."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text.lower() for words in OUT_OF_MEMORY)
+    ):
+        return f"memory does not suffice ({text.strip().partition(chr(10))[0]}); make model or batch smaller"
+    if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker"):
+        return f"another process of this command was ended from outside ({text}); is there memory for it?"
+    if isinstance(error, RuntimeError):
+        return None
+    if "Original Traceback" in text:  # of a process that reads pictures: the error itself is the last line
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
+
+
 def main() -> None:
-    """Entry point: bad settings end with a message and exit code 2, not with a traceback."""
+    """Entry point: what is wrong with settings, files or data ends with one line and exit code 2.
+
+    A traceback is a fault of this package.
+    """
     app = SubcommandApp()
     for name, command in COMMANDS.items():
         app.command(name=name)(command)
     try:
         app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
-    except (ValueError, OSError) as error:
+    except EXPECTED as error:
+        text = one_line(error)
+        if text is None:
+            raise
         process = f" (process {process_index()})" if process_index() else ""
-        message = f"[red]viar:[/red] {escape(str(error))}{process}"  # brackets in an error are no markup
+        message = f"[red]viar:[/red] {escape(text)}{process}"  # brackets in an error are no markup
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

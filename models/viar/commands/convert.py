@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoints.convert import convert_checkpoint, describe
+from ..files import check_writable
+from .flags import check_not_empty
 
 
 def convert_command(
@@ -28,6 +30,9 @@ def convert_command(
         num_heads: Of a published transformer without a learned attention scale; default width / 64.
         overwrite: Replace what out holds.
     """
+    check_not_empty(sides=sides)
+    if not out.exists():  # what is there is looked at by the conversion
+        check_writable(out, "out", folder=source.is_file())
     model = convert_checkpoint(source, out, sides=sides or None, num_heads=num_heads, overwrite=overwrite)
     table = Table(title=str(out), show_header=False)
     for name, value in describe(model).items():

@@ -33,22 +33,25 @@ from ..evaluation import (
 from ..files import replacing
 from ..generation.sampling import decode_images, generate, sample_tokens
 from ..generation.settings import Sampling
-from ..model.config import ImplicitTrunkConfig, TransformerConfig
+from ..model.config import ImplicitTrunkConfig, TransformerConfig, check_at_least
+from ..model.schedule import checked_iterations
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from ..training import (
     TOKENIZERS,
     TRANSFORMERS,
     TokenizerPreset,
+    TrainConfig,
     TransformerPreset,
     cross_entropy,
     train_tokenizer,
     train_transformer,
     validation_loss,
 )
+from .checks import check_run
 from .demo_tables import print_summary
 from .knob import draw_knob
-from .stages import Result, Stage, Stages, fingerprint_of_code
+from .stages import BEGUN, Result, Stage, Stages, fingerprint_of_code
 
 MODELS = ("viar", "var")
 PACKAGES = (Path(deqlib.__file__).parent, Path(__file__).parents[1])  # deqlib and viar, every room of it
@@ -75,6 +78,17 @@ class DemoConfig:
     top_p: float | None = 0.96
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Validate, before minutes of training."""
+        counts = {"classifier_steps": self.classifier_steps, "per_class": self.per_class}
+        check_at_least("DemoConfig", 1, **counts)
+        if not self.iterations or min(self.iterations) < 1:
+            raise ValueError(f"DemoConfig: iterations must be counts of at least 1, got {self.iterations}")
+        checked_iterations(list(self.iterations))
+        Sampling(**self.sampling)
+        for seconds in (self.tokenizer_seconds, self.transformer_seconds):
+            TrainConfig(seconds=seconds, seed=self.seed)
+
     @property
     def sampling(self) -> dict[str, Any]:
         """Settings of the sampler, besides the iterations."""
@@ -87,7 +101,20 @@ def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")] = DemoCon
     Args:
         config: Settings of the demo.
     """
+    check_demo(config.out)
     run_demo(config, Console())
+
+
+def check_demo(out: Path) -> None:
+    """Raise `ValueError` unless the demo may work in `out`: new, or that of a demo before.
+
+    A stage begins with an empty folder, so a folder of other work by the name of a stage is refused.
+    """
+    check_run(out)
+    for name in ("tokenizer", "classifier", *MODELS, "evaluation"):
+        folder = out / name
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists():
+            raise ValueError(f"--out: {folder} is not of the demo, which would empty it; give another folder")
 
 
 def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
@@ -152,7 +179,13 @@ def _train_tokenizer(preset: TokenizerPreset, folder: Path) -> Result:
     data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
     tokenizer = Tokenizer(preset.model)
     return train_tokenizer(
-        tokenizer, data.train, folder, preset.train, loss=preset.loss, console=Console(quiet=True)
+        tokenizer,
+        data.train,
+        folder,
+        preset.train,
+        loss=preset.loss,
+        held_out=data.validation,
+        console=Console(quiet=True),
     )
 
 

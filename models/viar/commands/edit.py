@@ -16,6 +16,7 @@ from ..data import read_mask, read_picture, save_edit, save_picture
 from ..data.decoding import shown
 from ..generation.editing import box_mask, edit
 from ..model.config import check_at_least
+from .checks import check_picture, check_sampling
 from .flags import DEFAULTS, Flags
 from .loading import load_pair
 
@@ -54,8 +55,11 @@ def edit_command(
         flags: How to sample.
     """
     check_at_least("viar edit", 1, num=num)
-    console = Console()
+    check_picture(out)
+    _check_pictures(image, box, mask)
+    console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
+    check_sampling(transformer, sampling, [label])
     side = codec.config.image_side
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
@@ -67,7 +71,7 @@ def edit_command(
         cut = f"{shown(image)} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
         console.print(escape(cut))
     kept = 1 - kept if invert else kept
-    batch_size, sampling = flags.execution.batch_size, flags.sampling
+    batch_size = flags.execution.batch_size
     before = picture.to(transformer.pos_embed.device).expand(min(num, batch_size), -1, -1, -1)
     edited = torch.cat(
         [
@@ -88,15 +92,25 @@ def edit_command(
     _save(picture, kept, edited, out, console)
 
 
+def _check_pictures(image: Path, box: tuple[float, float, float, float] | None, mask: Path | None) -> None:
+    """Raise unless the picture is there, and one of a box and a mask."""
+    if (box is None) == (mask is None):
+        raise ValueError("expected one of --box and --mask, got " + ("none" if box is None else "both"))
+    for flag, path in (("--image", image), ("--mask", mask)):
+        if path is not None and not path.is_file():
+            raise ValueError(
+                f"{flag}: expected a picture, {path} is {'a folder' if path.exists() else 'not there'}"
+            )
+
+
 def _kept_part(
     box: tuple[float, float, float, float] | None, mask: Path | None, side: int, size: tuple[int, int]
 ) -> Tensor:
     """Mask (side, side) of the one that is given: 1 keeps, 0 is made anew."""
-    if box is not None and mask is None:
+    if box is not None:
         return box_mask(box, side)
-    if mask is not None and box is None:
-        return read_mask(mask, side, size)
-    raise ValueError("expected one of --box and --mask, got " + ("none" if box is None else "both"))
+    assert mask is not None  # `_check_pictures` was passed
+    return read_mask(mask, side, size)
 
 
 def _save(picture: Tensor, kept: Tensor, edited: Tensor, out: Path, console: Console) -> None:

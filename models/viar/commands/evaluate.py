@@ -12,6 +12,7 @@ from ..data.decoding import shown
 from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..model.config import check_at_least
 from ..training import validation_loss
+from .checks import check_classes, check_sampling
 from .flags import DEFAULTS, Flags, SamplingFlags
 from .generate import generate_images
 from .loading import load_pair, show_found
@@ -35,11 +36,13 @@ def evaluate_command(
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
     _refuse_mixtures(flags)
-    console = Console()
+    console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
+    check_sampling(transformer, sampling, ())
     source = load_data(data, codec.config.image_side)
     show_found(source, console)
     _check_held_out(source, data)
+    check_classes(transformer, data, source.num_classes)
     torch.manual_seed(0)
     classifier = Classifier(source.num_classes, codec.config.image_side)
     train_classifier(classifier, source.train, console=console)

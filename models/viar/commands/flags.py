@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..generation.settings import Sampling
+from ..model.config import check_at_least
 from ..model.schedule import Adaptive, Budget, Iterations
 
 no_prefix = tyro.conf.arg(name="")  # --cfg, not --sampling.cfg
+
+
+def given_flags() -> set[str]:
+    """Names of the flags on the command line, as in Python: "model.num_classes" for --model.num-classes.
+
+    A default that a preset fills in, and the same value given by the user, are two things: the one may be
+    fitted to what is found, the other may not.
+    """
+    flags = (argument[2:].split("=")[0] for argument in sys.argv[1:] if argument.startswith("--"))
+    return {flag.replace("-", "_") for flag in flags}
+
+
+def check_not_empty(**values: Sequence[Any]) -> None:
+    """Raise `ValueError` naming the first flag that is given with no value behind it."""
+    given = given_flags()
+    for name, value in values.items():
+        if name in given and not value:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected at least one value, got none; or leave it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +44,10 @@ class ExecutionFlags:
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
     compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_at_least("ExecutionFlags", 1, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +69,9 @@ class SamplingFlags:
         """Settings of the sampler, iterations included.
 
         Raises:
-            ValueError: two flags that exclude each other.
+            ValueError: two flags that exclude each other, or `--iterations` without a number.
         """
+        check_not_empty(iterations=self.iterations)
         return replace(self.settings, iterations=self._iterations())
 
     def _iterations(self) -> Iterations | None:

@@ -13,12 +13,14 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data import save_grid
+from ..files import check_writable
 from ..generation.sampling import generate
 from ..generation.series.series import FORMATS, generate_series
 from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from .flags import DEFAULTS, Flags, SamplingFlags
+from .checks import check_picture, check_sampling
+from .flags import DEFAULTS, Flags, SamplingFlags, check_not_empty
 from .loading import load_pair, process_index
 
 
@@ -53,6 +55,7 @@ def generate_command(
         flags: How to sample.
     """
     _check_exclusions(num, per_class, format, report)
+    check_not_empty(labels=labels, format=format)
     if num is None:
         path, columns = out or Path("samples.png"), 10 if per_class is None else per_class
         _generate_grid(model, tokenizer, path, labels, columns, flags, report)
@@ -115,8 +118,10 @@ def _generate_grid(
     report: bool,
 ) -> None:
     check_at_least("viar generate", 1, per_class=per_class)
-    console = Console()
+    check_picture(out)
+    console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
+    check_sampling(transformer, sampling, labels)
     classes = torch.tensor(labels or range(transformer.config.num_classes)).repeat_interleave(per_class)
     images = generate_images(transformer, codec, classes, flags, console, report=report)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -133,14 +138,17 @@ def _generate_series(
     formats: tuple[str, ...],
     flags: SamplingFlags,
 ) -> None:
-    console = Console()
+    check_at_least("viar generate", 1, num=num)
+    check_writable(out, "--out", folder=True)
+    console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
+    check_sampling(transformer, sampling, labels)
     report = generate_series(
         transformer,
         codec,
         out,
         num,
-        sampling=flags.sampling,
+        sampling=sampling,
         labels=labels or None,
         formats=formats,
         batch_size=flags.execution.batch_size,

@@ -1,4 +1,4 @@
-"""What the flags `--model`, `--tokenizer` and `--device` name."""
+"""What the flags `--model`, `--tokenizer`, `--from` and `--device` name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from rich.markup import escape
 from ..checkpoints.convert import load_official
 from ..data import ImageData
 from ..generation.inference import prepare_inference
+from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .flags import ExecutionFlags
 
 Model = TypeVar("Model", NextScaleTransformer, Tokenizer)
+HOSTS_OF_WEIGHTS = (
+    "cpu",
+    "cuda",
+    "mps",
+    "xpu",
+)  # devices that compute; "meta" and others of PyTorch's do not
 
 
 def load_pair(model: str, tokenizer: str, flags: ExecutionFlags) -> tuple[NextScaleTransformer, Tokenizer]:
-    """Model and tokenizer, ready to generate, on the device that is asked for.
+    """Model and tokenizer of the same sizes, ready to generate, on the device that is asked for.
 
     Args:
         model: folder, hub id or published checkpoint file.
@@ -29,14 +36,38 @@ def load_pair(model: str, tokenizer: str, flags: ExecutionFlags) -> tuple[NextSc
         flags: device, type of the weights and whether to compile.
 
     Raises:
-        ValueError: a file holds the other of the two; no such device.
+        ValueError: no such device; one of the two cannot be read or is the other, or their sizes differ.
     """
     where = find_device(flags.device)
-    transformer = _load(NextScaleTransformer, model, "--model").to(where)
-    codec = _load(Tokenizer, tokenizer, "--tokenizer").to(where)
+    transformer = load_model(NextScaleTransformer, model, "--model")
+    codec = load_model(Tokenizer, tokenizer, "--tokenizer")
+    check_pair(transformer, codec)
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
+    transformer, codec = transformer.to(where), codec.to(where)
     prepare_inference(transformer, codec, dtype=dtype, compile=flags.compile)
     return transformer, codec
+
+
+def load_model(kind: type[Model], source: str, flag: str) -> Model:
+    """A model in evaluation mode, on the CPU.
+
+    Args:
+        kind: class that is expected.
+        source: folder, hub id or published checkpoint file.
+        flag: that named it, for the message.
+
+    Raises:
+        ValueError: it cannot be read, or is of another kind.
+    """
+    try:
+        if not Path(source).is_file():
+            return kind.from_pretrained(source).eval()
+        loaded = load_official(source)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag}: {error}") from error
+    if not isinstance(loaded, kind):
+        raise ValueError(f"{flag}: expected a {kind.__name__}, found a {type(loaded).__name__} in {source}")
+    return loaded.eval()
 
 
 def find_device(name: str) -> torch.device:
@@ -53,13 +84,29 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type != "cuda":
-        return device
+        return _other_device(device)
     if not found:
         raise ValueError(f"--device: {name} asked for, but PyTorch finds no GPU; use cpu")
     own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     if own >= torch.cuda.device_count():
         raise ValueError(f"--device: no GPU {own}, PyTorch finds {torch.cuda.device_count()}")
     return torch.device("cuda", own)
+
+
+def _other_device(device: torch.device) -> torch.device:
+    """The device, if it is there."""
+    there = device.type in HOSTS_OF_WEIGHTS and not (device.type == "cpu" and device.index)
+    try:
+        if there:
+            torch.zeros(1, device=device).add(1)
+    except Exception:  # each kind of device has an error of its own for not being there
+        there = False
+    if not there:
+        raise ValueError(
+            f"--device: {device} asked for, but this PyTorch finds no such device; expected auto, cpu, cuda "
+            "or cuda:N"
+        )
+    return device
 
 
 def show_found(data: ImageData, console: Console, *, batch_size: int = 1) -> None:
@@ -83,12 +130,3 @@ def show_found(data: ImageData, console: Console, *, batch_size: int = 1) -> Non
 def process_index() -> int:
     """Index of this process among those that a launcher started together, from 0."""
     return int(os.environ.get("RANK", 0))
-
-
-def _load(kind: type[Model], source: str, flag: str) -> Model:
-    if not Path(source).is_file():
-        return kind.from_pretrained(source).eval()
-    loaded = load_official(source)
-    if not isinstance(loaded, kind):
-        raise ValueError(f"{flag}: expected a {kind.__name__}, found a {type(loaded).__name__} in {source}")
-    return loaded.eval()

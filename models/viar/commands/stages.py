@@ -25,6 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..files import replacing
 
+BEGUN, DONE = "begun.json", "done.json"
 Result = dict[str, Any]  # plain values only, since it is kept as JSON
 LOOK_EVERY = 0.5  # seconds between two looks at the metrics of stages that run
 
@@ -105,23 +106,24 @@ class Stages:
 
     def _look_up(self, name: str, stage: Stage) -> tuple[str, Result | None]:
         """Fingerprint of a stage, and its last result if that stands."""
-        upstream = [json.loads(self._done(other).read_text())["fingerprint"] for other in stage.before]
+        upstream = [_read(self._done(other))["fingerprint"] for other in stage.before]
         key = json.dumps([stage.settings, upstream, self.code], sort_keys=True, default=str)
         fingerprint = hashlib.sha256(key.encode()).hexdigest()
         done = self._done(name)
         if done.exists():
-            record = json.loads(done.read_text())
-            if record["fingerprint"] == fingerprint:
+            record = _read(done)
+            if record.get("fingerprint") == fingerprint:
                 self.console.print(f"[dim]{name}: unchanged, reused from {done.parent}[/dim]")
-                return fingerprint, record["result"]
+                result: Result = record["result"]
+                return fingerprint, result
         return fingerprint, None
 
     def _begin(self, name: str, fingerprint: str) -> Path:
         """Folder of a stage: as an interrupted run of the same stage left it, else empty."""
         folder = self.root / name
-        begun = folder / "begun.json"
+        begun = folder / BEGUN
         interrupted = begun.exists() and not self._done(name).exists()
-        if not (interrupted and json.loads(begun.read_text()) == fingerprint):
+        if not (interrupted and begun.read_text() == json.dumps(fingerprint)):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with replacing(begun) as file:
@@ -133,7 +135,7 @@ class Stages:
             file.write(json.dumps({"fingerprint": fingerprint, "result": result}, indent=2).encode())
 
     def _done(self, name: str) -> Path:
-        return self.root / name / "done.json"
+        return self.root / name / DONE
 
 
 def fingerprint_of_code(packages: Sequence[Path], distributions: Sequence[str]) -> str:
@@ -150,6 +152,21 @@ def fingerprint_of_code(packages: Sequence[Path], distributions: Sequence[str]) 
     for distribution in distributions:
         digest.update(metadata.version(distribution).encode())
     return digest.hexdigest()
+
+
+def _read(done: Path) -> dict[str, Any]:
+    """What a stage left when it was done.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return dict(json.loads(done.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{done}: expected the result of a stage, found a damaged file; remove it, and the stage is done "
+            "again"
+        ) from error
 
 
 def _last_metrics(folder: Path) -> str:

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..data import load_data
+from ..data.decoding import shown
 from ..data.shards import write_shards
+from ..files import check_writable
 from ..tokenizer import Tokenizer
-from .loading import find_device, show_found
+from .loading import find_device, load_model, show_found
 
 
 def tokenize_command(
@@ -30,7 +32,7 @@ def tokenize_command(
     goes on where it was stopped, and gives the same files.
 
     Args:
-        tokenizer: Folder or hub id of the tokenizer.
+        tokenizer: Folder, hub id or published checkpoint of the tokenizer.
         data: Source of images: digits, mnist, or a folder with a sub-folder a class.
         out: Folder of the tokens.
         crops: Of a folder of pictures: squares cut at random out of each training picture.
@@ -41,8 +43,9 @@ def tokenize_command(
         device: cpu, cuda, or cuda:1; auto is cuda where there is one.
     """
     console = Console()
+    check_writable(out, "--out", folder=True)
     where = find_device(device)
-    codec = Tokenizer.from_pretrained(tokenizer).eval().to(where)
+    codec = load_model(Tokenizer, tokenizer, "--tokenizer").to(where)
     images = load_data(data, codec.config.image_side, augment=augment)
     show_found(images, console)
     report = write_shards(
@@ -57,6 +60,6 @@ def tokenize_command(
         console=console,
     )
     train, validation = report.rows
-    rows = f"{train} rows of tokens to train on and {validation} held out in {out}"
+    rows = f"{train} rows of tokens to train on and {validation} held out in {shown(out)}"
     files = f"{report.made} files made now, {report.found} were there"
     console.print(escape(f"{rows}; {files}"), soft_wrap=True, highlight=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
@@ -12,17 +13,28 @@ from rich.console import Console
 from tyro.extras import subcommand_type_from_defaults
 
 from ..data import Batch, BatchedDataset, TokenShards, is_shards, load_data
+from ..data.decoding import shown
+from ..generation.sampling import check_same_sizes
+from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 from ..training import (
     TOKENIZERS,
     TRANSFORMERS,
     TokenizerPreset,
     TransformerPreset,
+    adapt_tokenizer,
+    adapt_transformer,
+    check_adaptable,
+    check_device,
+    loss_terms,
     train_tokenizer,
     train_transformer,
 )
-from .loading import show_found
+from .checks import check_run
+from .flags import given_flags
+from .loading import load_model, show_found
 
 TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -30,67 +42,153 @@ TokenizerChoice = Annotated[
 TransformerChoice = Annotated[
     TransformerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS))
 ]
+From = Annotated[str | None, tyro.conf.arg(name="from")]
+Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
 
 
-def train_tokenizer_command(preset: TokenizerChoice, out: Path) -> None:
+def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = None) -> None:
     """Train a tokenizer, starting from a preset whose every setting is a flag.
 
     Args:
         preset: Where to start from.
         out: Folder of the run. An interrupted run goes on.
+        from_: Start from the weights of a trained tokenizer: a folder, a hub id or a published checkpoint.
+            Its settings are kept; --model.sides may be others.
     """
-    _refuse_finished(out)
+    check_run(out)
+    loss_terms(preset.loss)
+    check_device(preset.train)
     console = Console()
-    data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
+    trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
+    config = preset.model if trained is None else _settings_of(trained.config, preset.model)
+    data = load_data(preset.data, config.image_side, augment=preset.augment)
     show_found(data, console, batch_size=preset.train.batch_size)
     torch.manual_seed(preset.train.seed)
-    tokenizer = Tokenizer(preset.model)
+    if trained is None:
+        tokenizer = Tokenizer(config)
+    else:
+        tokenizer, changes = adapt_tokenizer(trained, config)
+        _say(console, changes)
     metrics = train_tokenizer(
         tokenizer,
         data.train,
         out,
         preset.train,
         loss=preset.loss,
+        init_codebook=trained is None,
         held_out=data.validation,
+        origin=_origin(from_, trained),
         console=console,
     )
     console.print_json(json.dumps(metrics))
 
 
-def train_command(preset: TransformerChoice, tokenizer: str, out: Path) -> None:
+def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:
     """Train a VAR or a VIAR on the tokens of a trained tokenizer.
+
+    The model gets as many classes as the images have, unless --model.num-classes says how many it must be.
 
     Args:
         preset: Where to start from; every setting is a flag.
-        tokenizer: Folder or hub id of the tokenizer.
+        tokenizer: Folder, hub id or published checkpoint of the tokenizer.
         out: Folder of the run. An interrupted run goes on.
+        from_: Start from the weights of a trained model: a folder, a hub id or a published checkpoint. Its
+            settings are kept; classes are those of the images, and sides those of the tokenizer.
     """
-    _refuse_finished(out)
+    check_run(out)
+    check_device(preset.train)
     console = Console()
-    codec = Tokenizer.from_pretrained(tokenizer)
-    data = _images_or_tokens(preset, codec, console)
+    codec = load_model(Tokenizer, tokenizer, "--tokenizer")
+    trained = None if from_ is None else load_model(NextScaleTransformer, from_, "--from")
+    config, owner = preset.model, "the preset's"
+    if trained is not None:
+        config, owner = (
+            _settings_of(trained.config, preset.model, sides=codec.config.sides),
+            "the checkpoint's",
+        )
+    check_same_sizes(config, codec.config)
+    data, num_classes = _images_or_tokens(preset, codec.config.image_side, console)
+    config = _with_classes_of(preset.data, num_classes, config, owner, console)
     torch.manual_seed(preset.train.seed)
-    model = NextScaleTransformer(preset.model)
-    metrics = train_transformer(model, codec, data, out, preset.train, console=console)
+    if trained is None:
+        model = NextScaleTransformer(config)
+    else:
+        model, changes = adapt_transformer(trained, config)
+        _say(console, changes)
+    metrics = train_transformer(
+        model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
+    )
     console.print_json(json.dumps(metrics))
 
 
 def _images_or_tokens(
-    preset: TransformerPreset, codec: Tokenizer, console: Console
-) -> BatchedDataset[Batch] | TokenShards:
-    """What `--data` names: a source of images, or a folder of their tokens."""
+    preset: TransformerPreset, image_side: int, console: Console
+) -> tuple[BatchedDataset[Batch] | TokenShards, int]:
+    """What `--data` names, a source of images or a folder of their tokens, and how many classes it has."""
     if not is_shards(preset.data):
-        data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
-        show_found(data, console, batch_size=preset.train.batch_size)
-        return data.train
+        images = load_data(preset.data, image_side, augment=preset.augment)
+        show_found(images, console, batch_size=preset.train.batch_size)
+        return images.train, images.num_classes
     if preset.augment:
         raise ValueError(
-            f"--augment: {preset.data} holds tokens, which cannot be changed, got {preset.augment}; "
+            f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
             "give it to viar tokenize"
         )
-    return TokenShards(preset.data)
+    tokens = TokenShards(preset.data)
+    return tokens, tokens.settings.num_classes
 
 
-def _refuse_finished(out: Path) -> None:
-    if (out / "model.safetensors").exists():
-        raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
+def _with_classes_of(
+    source: str, found: int, config: TransformerConfig, owner: str, console: Console
+) -> TransformerConfig:
+    """Settings with as many classes as images or tokens have, which is said if it is a change.
+
+    Raises:
+        ValueError: the user gave another number.
+    """
+    before = config.num_classes
+    if before == found:
+        return config
+    if "model.num_classes" in given_flags():
+        raise ValueError(
+            f"--model.num-classes: {shown(source)} has {found} classes, got {before}; leave the flag, or "
+            "give other images"
+        )
+    _say(console, [f"num_classes is {found} as in the data, instead of {owner} {before}"])
+    return replace(config, num_classes=found)
+
+
+def _settings_of(trained: Config, preset: Config, **fitted: Any) -> Config:
+    """Settings of trained weights, with those that the user gave, and `fitted` where the user did not.
+
+    Raises:
+        ValueError: weights cannot have a setting that was given, or the preset has another trunk.
+    """
+    given = {name.removeprefix("model.") for name in given_flags() if name.startswith("model.")}
+    given |= {name.replace("no_", "", 1) for name in given if name.startswith("no_")}  # --model.no-qk-norm
+    values, asked = trained.to_dict(), preset.to_dict()
+    trunk, asked_trunk = values.pop("trunk", {}), asked.pop("trunk", {})
+    if trunk.get("kind") != asked_trunk.get("kind"):
+        raise ValueError(
+            f"--from: its weights have an {trunk['kind']} trunk, the preset's is {asked_trunk['kind']}; "
+            "start from a preset of the same kind (VAR is explicit, VIAR implicit)"
+        )
+    values |= {name: value for name, value in fitted.items() if name not in given}
+    values |= {name: value for name, value in asked.items() if name in given}
+    trunk |= {name: value for name, value in asked_trunk.items() if f"trunk.{name}" in given}
+    config = type(trained).from_dict({**values, "trunk": trunk} if trunk else values)
+    try:
+        check_adaptable(trained, config)
+    except ValueError as error:
+        raise ValueError(f"--from: {error}") from error
+    return config
+
+
+def _origin(source: str | None, trained: NextScaleTransformer | Tokenizer | None) -> dict[str, str]:
+    """What is kept of where a run was started from."""
+    return {} if trained is None else {"source": str(source), "fingerprint": fingerprint(trained)}
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from ..files import replacing
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
-from ..seeds import seed_at
+from ..seeds import LARGEST_SEED, seed_at
 from ..tokenizer import Tokenizer
 from .dataset import Batch, BatchedDataset, ImageData, TensorImages
 
@@ -138,6 +138,8 @@ def write_shards(
     """
     check_at_least("tokenize", 1, crops=crops, shard_size=shard_size, batch_size=batch_size)
     check_at_least("tokenize", 0, seed=seed)
+    if seed > LARGEST_SEED:
+        raise ValueError(f"tokenize: seed must be at most {LARGEST_SEED}, got {seed}")
     if crops > 1 and isinstance(data.train, TensorImages):
         raise ValueError(
             f"crops: expected 1 for images that are held in memory and not cut at random, got {crops}; use "

@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.scales import scale_slices
 from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
@@ -286,8 +287,13 @@ def _since(start: float, device: torch.device) -> float:
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
     """Raise `ValueError` unless the transformer speaks the tokenizer's language."""
+    check_same_sizes(model.config, tokenizer.config)
+
+
+def check_same_sizes(model: TransformerConfig, tokenizer: TokenizerConfig) -> None:
+    """The same of their settings: raise `ValueError` unless sides and codes agree."""
     for name in ("sides", "codebook_size", "code_channels"):
-        ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
+        ours, theirs = getattr(model, name), getattr(tokenizer, name)
         if ours != theirs:
             raise ValueError(
                 f"tokenizer: its {name} is {theirs}, the model's is {ours}; they must be the same"

@@ -22,10 +22,12 @@ SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 
 def check_at_least(owner: str, minimum: int | float, **values: int | float) -> None:
-    """Raise `ValueError` naming the first of `values` that is below `minimum`."""
+    """Raise `ValueError` naming the first of `values` that is below `minimum` or no number to count with."""
     for name, value in values.items():
-        if value < minimum:
+        if not minimum <= value < math.inf:
             raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value}")
+        if value >= 2**63:
+            raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
 
 
 def check_fraction(owner: str, **values: float) -> None:

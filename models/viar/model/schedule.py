@@ -12,6 +12,7 @@ from deqlib import JFB, Picard, Solution, Solver, Stopping, fixed_point
 
 # Made once: a scale of a small model takes milliseconds. Nothing is recorded, so the mode has no say.
 _PICARD, _NO_GRADIENT = Picard(), JFB()
+MOST_ITERATIONS = 1_000_000  # a count above is a slip of the hand: a scale of it would take days
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Budget:
             raise ValueError(
                 f"Budget: evaluations must be an integer of at least 1, got {self.evaluations!r}"
             )
+        if self.evaluations > MOST_ITERATIONS:
+            raise ValueError(f"Budget: evaluations must be at most {MOST_ITERATIONS}, got {self.evaluations}")
         if not 1 <= self.ratio < float("inf"):
             raise ValueError(f"Budget: ratio must be a number of at least 1, got {self.ratio}")
 
@@ -123,6 +126,8 @@ def checked_iterations(iterations: Iterations) -> Iterations:
         raise ValueError("iterations: expected one count a scale or a tuple (first, last), got 0 counts")
     if min(counts) < 1:
         raise ValueError(f"iterations: every scale needs at least 1 iteration, got {iterations!r}")
+    if max(counts) > MOST_ITERATIONS:
+        raise ValueError(f"iterations: expected at most {MOST_ITERATIONS} a scale, got {iterations!r}")
     return list(iterations) if isinstance(iterations, list) else iterations
 
 

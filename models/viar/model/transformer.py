@@ -42,6 +42,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
             a VIAR.
     """
 
+    telling = "trunk"
     scale_ids: Tensor  # (L,) int64, the scale of every token
     mask_LL: Tensor  # block-causal
 

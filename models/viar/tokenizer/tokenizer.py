@@ -42,6 +42,8 @@ class Tokenizer(nn.Module, Pretrained):
         config: settings, or what their `to_dict` gives.
     """
 
+    telling = "multipliers"
+
     def __init__(self, config: TokenizerConfig | dict[str, Any]) -> None:
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json

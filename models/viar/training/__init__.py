@@ -1,7 +1,9 @@
 """Training of tokenizer and transformer."""
 
+from .adapt import adapt_tokenizer, adapt_transformer, check_adaptable
 from .config import TrainConfig
-from .losses import cross_entropy, reconstruction_loss, validation_loss
+from .loop import check_device
+from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
 from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
 from .train import train_tokenizer, train_transformer
 
@@ -11,7 +13,12 @@ __all__ = [
     "TokenizerPreset",
     "TrainConfig",
     "TransformerPreset",
+    "adapt_tokenizer",
+    "adapt_transformer",
+    "check_adaptable",
+    "check_device",
     "cross_entropy",
+    "loss_terms",
     "reconstruction_loss",
     "train_tokenizer",
     "train_transformer",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+
+SIZES = "sizes.json"  # of a state: bytes of each of its files
 
 
 @dataclass
@@ -48,7 +52,11 @@ class Checkpoint:
         accelerator.register_for_checkpointing(self.state)
 
     def restore(self) -> TrainState:
-        """Put everything where the last whole state has it, if there is one, and return where the run is."""
+        """Put everything where the last whole state has it, if there is one, and return where the run is.
+
+        Raises:
+            ValueError: the state is of another model, or its files are damaged.
+        """
         if self.accelerator.is_main_process:
             if self._old.is_dir() and not self.folder.is_dir():  # interrupted between the two moves
                 self._old.rename(self.folder)
@@ -56,7 +64,7 @@ class Checkpoint:
                 shutil.rmtree(left, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.folder.is_dir():
-            self.accelerator.load_state(str(self.folder))
+            self._load()
         self._note()
         return self.state
 
@@ -69,6 +77,7 @@ class Checkpoint:
         self.accelerator.save_state(str(self._fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            (self._fresh / SIZES).write_text(json.dumps(_sizes(self._fresh)))
             if self.folder.is_dir():
                 self.folder.rename(self._old)
             self._fresh.rename(self.folder)
@@ -81,5 +90,36 @@ class Checkpoint:
         if self.folder.is_dir():  # moved first: removed half way, it would not be a state to go on from
             shutil.rmtree(self.folder.rename(self._fresh))
 
+    def _load(self) -> None:
+        try:
+            _check_sizes(self.folder)
+            self.accelerator.load_state(str(self.folder))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a reader of one of the files makes of damage
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"{self.folder}: expected the state of this run, found one of another model or damaged files "
+                f"({lines[0]}); remove that folder to start over, or give another for the run"
+            ) from error
+
     def _note(self) -> None:
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise `ValueError` unless all files are there to their end.
+
+    Accelerate goes on without a word where it cannot read the states of the generators.
+    """
+    if not (folder / SIZES).exists():  # a state of a release that kept none
+        return
+    found = _sizes(folder)
+    for name, size in json.loads((folder / SIZES).read_text()).items():
+        if found.get(name) != size:
+            raise ValueError(f"{name}: {found.get(name, 'no')} bytes instead of {size}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..model.config import check_at_least
+from ..seeds import LARGEST_SEED
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -40,10 +42,20 @@ class TrainConfig:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
         check_at_least("TrainConfig", 1, batch_size=self.batch_size, accumulate=self.accumulate)
         check_at_least("TrainConfig", 0, workers=self.workers, sample_every=self.sample_every, seed=self.seed)
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"TrainConfig: seed must be at most {LARGEST_SEED}, got {self.seed}")
         for name in ("steps", "seconds", "lr", "clip", "save_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"TrainConfig: {name} must be positive, got {value}")
+            if value == math.inf and name in ("seconds", "lr"):
+                raise ValueError(f"TrainConfig: {name} must be finite, got {value}")
+        for name, least, most in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not all(least <= value < most for value in pair):
+                raise ValueError(
+                    f"TrainConfig: {name} must be two numbers in [{least:g}, {most:g}), got {pair}"
+                )
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(
                 f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"

@@ -1,21 +1,22 @@
 """The training loop: prepare, then step, log and save until the run is done.
 
-A run lives in one folder: `config.json` and `model.safetensors` (readable by `from_pretrained`) when it
-is done, `metrics.jsonl` and `samples/` as it goes, `state/` to resume from if it is interrupted.
+A run lives in one folder: `run.json` with what it was started with, `metrics.jsonl` and `samples/` as it
+goes, `state/` to resume from if it is interrupted, `config.json` and `model.safetensors` (readable by
+`from_pretrained`) when it is done.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, is_bf16_available, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +29,7 @@ from .log import RunLog
 from .losses import StepLoss
 from .optim import build_optimizer, set_progress
 from .samples import Draw, RunSamples
+from .settings import compare_settings, keep_settings
 
 LOG_EVERY = 10  # steps; the first one is logged too
 
@@ -39,7 +41,7 @@ def fit(
     folder: Path,
     config: TrainConfig,
     *,
-    name: str,
+    settings: Mapping[str, Any],
     draw: Draw | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -51,7 +53,7 @@ def fit(
         data: what to train on.
         folder: of the run; made if it is not there.
         config: settings.
-        name: shown beside the progress bar.
+        settings: of `run_settings`, kept as run.json; its kind is shown beside the progress bar.
         draw: pictures of how the run is doing, every `config.sample_every` steps, in the main process alone;
             default none. They change nothing of the run.
         console: where that is shown; default standard output.
@@ -60,16 +62,21 @@ def fit(
         The last logged metrics, with steps and seconds.
 
     Raises:
-        ValueError: the batch does not divide into parts and among processes.
+        ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
+            was started with other settings, or its state is damaged.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
+    for line in compare_settings(folder, settings):
+        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config)
     optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every)
     state, is_main = checkpoint.restore(), accelerator.is_main_process
-    log = RunLog(folder / "metrics.jsonl", name, state.step, is_main=is_main, console=console)
+    if is_main:
+        keep_settings(folder, settings)
+    log = RunLog(folder / "metrics.jsonl", settings["kind"], state.step, is_main=is_main, console=console)
     samples = RunSamples(folder / "samples", draw if is_main else None, config.sample_every, state.step)
     batches = _batches(data, config, accelerator, state.step)
     wrapped.train()
@@ -102,6 +109,26 @@ def fit(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return metrics | {"steps": state.step, "seconds": round(state.seconds, 2)}
+
+
+def check_device(config: TrainConfig) -> None:
+    """Raise `ValueError` unless the device that a run would get, and its processes, can do what is asked for.
+
+    Args:
+        config: settings of the run.
+    """
+    state = PartialState()
+    config.part_size(state.num_processes)
+    if config.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise ValueError(
+            "TrainConfig: mixed_precision='fp16' needs a GPU, and there is none: on a CPU all would run in "
+            "float32; use mixed_precision='no' or 'bf16'"
+        )
+    if config.mixed_precision == "bf16" and not is_bf16_available(True):
+        raise ValueError(
+            f"TrainConfig: mixed_precision='bf16' is not supported by this device ({state.device}); use 'no' "
+            "or 'fp16'"
+        )
 
 
 def _step(

@@ -28,18 +28,25 @@ StepLoss = Callable[[nn.Module, Sequence[Tensor], int], LossAndNumbers]
 ToTokens = Callable[[Tensor, Tensor], TokenBatch]
 
 
-def tokenizer_loss(tokenizer: Tokenizer, *, kind: str, revive_every: int, seed: int) -> StepLoss:
+def tokenizer_loss(
+    tokenizer: Tokenizer, *, kind: str, revive_every: int, init_codebook: bool, seed: int
+) -> StepLoss:
     """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
 
-    Before the first step the codes become vectors of its batch, if that has as many as there are codes. In
-    every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+    Before the first step the codes become vectors of its batch, if asked and if that has as many as there are
+    codes. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
 
     Args:
         tokenizer: the model itself, whose codebook is kept.
         kind: see `reconstruction_loss`.
         revive_every: steps.
+        init_codebook: whether the codes start from data.
         seed: of the vectors that become codes.
+
+    Raises:
+        ValueError: a term of `kind` is unknown.
     """
+    loss_terms(kind)
     quantizer, generator = tokenizer.quantizer, torch.Generator()
 
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
@@ -47,7 +54,7 @@ def tokenizer_loss(tokenizer: Tokenizer, *, kind: str, revive_every: int, seed: 
         output = model(images)
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
-        if step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
+        if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
             quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
             output = model(images)
         elif (step + 1) % revive_every == 0:
@@ -66,11 +73,12 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, num_classes: int, seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
+        num_classes: N, of the model; labels are 0 to N - 1.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -78,6 +86,7 @@ def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
         depth.manual_seed(seed_at(seed, step))
         if to_tokens is not None:
+            check_classes(batch[1], num_classes)
             batch = to_tokens(*batch)
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
@@ -87,6 +96,23 @@ def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
         return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
 
     return step_loss
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Raise `ValueError` unless labels are classes: the model would take N for no class at all.
+
+    Args:
+        labels: (B,) int64.
+        num_classes: N, of the model.
+    """
+    if not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels: expected the model's classes, 0 to {num_classes - 1}, got values from {low} to {high}; "
+            "give the model as many classes as the images have (num_classes)"
+        )
 
 
 def cross_entropy(
@@ -109,7 +135,7 @@ def validation_loss(
     """Cross-entropy of held-out images in nats a token, in evaluation mode.
 
     Args:
-        model: left in the mode it was in.
+        model: left in the mode it was in; one with weights below float32 computes in their type.
         tokenizer: on the model's device, in evaluation mode.
         data: images.
         iterations: of the implicit block; default the config's.
@@ -122,10 +148,13 @@ def validation_loss(
         raise ValueError("data: expected at least 1 image to measure the loss of, got 0")
     device = model.pos_embed.device
     training, total = model.training, 0.0
+    low = None if model.trunk.weight_type == torch.float32 else model.trunk.weight_type
     model.eval()
     for images, labels in all_batches(data, batch_size):
         inputs, targets, labels = tokenize(tokenizer, images.to(device), labels.to(device))
-        total += float(cross_entropy(model(labels, inputs, iterations), targets)) * len(labels)
+        with torch.autocast(device.type, dtype=low, enabled=low is not None):
+            logits = model(labels, inputs, iterations)
+        total += float(cross_entropy(logits, targets)) * len(labels)
     model.train(training)
     return total / len(data)
 
@@ -146,6 +175,21 @@ def _edges(images: Tensor, reconstruction: Tensor) -> Tensor:
 TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "edges": _edges}
 
 
+def loss_terms(kind: str) -> list[str]:
+    """The terms of a reconstruction loss.
+
+    Args:
+        kind: see `reconstruction_loss`.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    terms = kind.split("+")
+    if unknown := [term for term in terms if term not in TERMS]:
+        raise ValueError(f"kind must be terms out of {list(TERMS)} joined by '+', got {unknown} in {kind!r}")
+    return terms
+
+
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str = "l1+l2") -> Tensor:
     """Scalar loss between images (B, 3, H, W) and their reconstruction, the mean over all pixels.
 
@@ -159,9 +203,7 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str = "l1+
     Raises:
         ValueError: the shapes differ or a term of `kind` is unknown.
     """
-    terms = kind.split("+")
-    if unknown := [term for term in terms if term not in TERMS]:
-        raise ValueError(f"kind must be terms out of {list(TERMS)} joined by '+', got {unknown} in {kind!r}")
+    terms = loss_terms(kind)
     if images.shape != reconstruction.shape:
         raise ValueError(
             f"reconstruction must have the shape of images, {tuple(images.shape)}, "

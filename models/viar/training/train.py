@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..data import Batch, BatchedDataset, TensorImages, TokenizedImages, TokenShards, from_rows, tokenize
+from ..data import (
+    Batch,
+    BatchedDataset,
+    ImageFolder,
+    TensorImages,
+    TokenizedImages,
+    TokenShards,
+    from_rows,
+    tokenize,
+)
 from ..data.tokens import TokenBatch
 from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
-from .loop import fit
-from .losses import ToTokens, tokenizer_loss, transformer_loss
+from .loop import check_device, fit
+from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
+from .settings import compare_settings, run_settings
 
 
 def train_tokenizer(
@@ -28,12 +41,14 @@ def train_tokenizer(
     *,
     loss: str = "l1+l2",
     revive_every: int = 20,
+    init_codebook: bool = True,
     held_out: BatchedDataset[Batch] | None = None,
+    origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train on images and save to `folder`; resumes a run that was interrupted there.
 
-    The loss is the reconstruction's plus the quantizer's. The codebook starts from data.
+    The loss is the reconstruction's plus the quantizer's.
 
     Args:
         tokenizer: trained in place.
@@ -42,20 +57,29 @@ def train_tokenizer(
         config: settings.
         loss: terms of the reconstruction loss, see `reconstruction_loss`.
         revive_every: steps after which codes that fell out of use are replaced.
+        init_codebook: start the codebook from data; false keeps that of a tokenizer that is trained already.
         held_out: images of which some are drawn beside what the tokenizer makes of them, every
             `config.sample_every` steps, into `folder`/samples; default none.
+        origin: what the tokenizer was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
     Returns:
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, or the batch does not divide into parts and among processes.
+        ValueError: a term of `loss` is unknown, the batch does not divide into parts and among processes, or
+            `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
-    step_loss = tokenizer_loss(tokenizer, kind=loss, revive_every=revive_every, seed=config.seed)
+    check_device(config)
+    step_loss = tokenizer_loss(
+        tokenizer, kind=loss, revive_every=revive_every, init_codebook=init_codebook, seed=config.seed
+    )
+    settings = run_settings(
+        tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {})
+    )
     draw = reconstructed(held_out) if held_out is not None and len(held_out) else None
-    metrics = fit(tokenizer, step_loss, data, folder, config, name="tokenizer", draw=draw, console=console)
+    metrics = fit(tokenizer, step_loss, data, folder, config, settings=settings, draw=draw, console=console)
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
 
 
@@ -66,6 +90,7 @@ def train_transformer(
     folder: Path,
     config: TrainConfig,
     *,
+    origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
@@ -78,44 +103,52 @@ def train_transformer(
     Args:
         model: trained in place.
         tokenizer: put into evaluation mode and frozen.
-        data: images with labels, or their tokens.
+        data: images with labels, which are 0 to N - 1, or their tokens.
         folder: of the run.
         config: settings.
+        origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
     Returns:
         The last logged metrics, with steps and seconds.
 
     Raises:
-        ValueError: model and tokenizer differ in size, tokens are of another tokenizer or of another number
-            of classes, or the batch does not divide into parts and among processes.
+        ValueError: model and tokenizer differ in size, a label is not one of the model's classes, tokens are
+            of another tokenizer or of another number of classes, the batch does not divide into parts and
+            among processes, or `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
+    check_device(config)
     check_pair(model, tokenizer)
-    tokenizer.eval().requires_grad_(False)
     if isinstance(data, TokenShards):
         data.check(tokenizer)
-        check_classes(model, data)
+    _check_labels(data, model.config.num_classes)
+    tokenizer.eval().requires_grad_(False)
+    settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
+    compare_settings(folder, settings)  # before images are tokenized
     samples: BatchedDataset[Any] = data
     to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
     if isinstance(data, TensorImages):
         samples, to_tokens = TokenizedImages(tokenizer, data), None
-    step_loss = transformer_loss(to_tokens, seed=config.seed)
+    step_loss = transformer_loss(to_tokens, num_classes=model.config.num_classes, seed=config.seed)
     draw = generated(tokenizer)
-    return fit(model, step_loss, samples, folder, config, name="transformer", draw=draw, console=console)
-
-
-def check_classes(model: NextScaleTransformer, data: TokenShards) -> None:
-    """Raise `ValueError` unless the model has the classes of the tokens."""
-    found, own = data.settings.num_classes, model.config.num_classes
-    if found != own:
-        raise ValueError(
-            f"{data.folder} holds tokens of {found} classes, the model has {own}; give the model as many, "
-            f"--model.num-classes {found}"
-        )
+    return fit(model, step_loss, samples, folder, config, settings=settings, draw=draw, console=console)
 
 
 def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatch:
     """Of images, or of tokens that are known."""
     make = tokenize if batch.is_floating_point() else from_rows
     return make(tokenizer.to(batch.device), batch, labels)
+
+
+def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
+    """Raise unless labels are classes, where the data set tells them; others are looked at in each step."""
+    if isinstance(data, TensorImages):
+        check_classes(data.labels, num_classes)
+    elif isinstance(data, ImageFolder):
+        check_classes(torch.tensor([label for _, label in data.files]), num_classes)
+    elif isinstance(data, TokenShards) and data.settings.num_classes != num_classes:
+        raise ValueError(
+            f"{data.folder} holds tokens of {data.settings.num_classes} classes, the model has "
+            f"{num_classes}; give the model as many (num_classes)"
+        )

@@ -1,0 +1,73 @@
+"""What commands compare before work begins: where they write, which classes there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..data.decoding import shown
+from ..files import check_writable
+from ..generation.settings import Sampling
+from ..model.transformer import NextScaleTransformer
+
+# What a folder of other work has in it, which a training run must not write into.
+OTHER_WORK = {
+    "series.json": "a series of images",
+    "classifier.safetensors": "a classifier",
+    "shards.json": "tokens of a data set",
+    "begun.json": "a stage of the demo",
+}
+
+
+def check_picture(out: Path) -> None:
+    """Raise `ValueError` unless a PNG may be written at `out`."""
+    if out.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--out: a PNG is written, so expected a name that ends in .png, got {out}")
+    check_writable(out, "--out", folder=False)
+
+
+def check_run(out: Path) -> None:
+    """Raise `ValueError` unless a run may live in `out`: new, or one that was interrupted."""
+    check_writable(out, "--out", folder=True)
+    if (out / "model.safetensors").exists():
+        raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
+    for name, kind in OTHER_WORK.items():
+        if (out / name).exists():
+            raise ValueError(f"--out: {out} holds {kind} ({name}); give another folder")
+
+
+def check_classes(model: NextScaleTransformer, source: str, found: int) -> None:
+    """Raise `ValueError` unless a model has as many classes as the images have.
+
+    Args:
+        model: VAR or VIAR.
+        source: of the images, for the message.
+        found: classes of the images.
+    """
+    known = model.config.num_classes
+    if found != known:
+        raise ValueError(
+            f"--data: {shown(source)} has {found} classes, the model has {known}; give the images "
+            "it was trained on"
+        )
+
+
+def check_sampling(model: NextScaleTransformer, sampling: Sampling, labels: Sequence[int]) -> None:
+    """Raise unless a model can sample so, and has those classes.
+
+    Args:
+        model: VAR or VIAR.
+        sampling: settings of the sampler.
+        labels: classes, or one more than the last for none.
+
+    Raises:
+        ValueError, TypeError: what it cannot do.
+    """
+    if labels:
+        try:
+            model.check_labels(torch.tensor(labels))
+        except RuntimeError as error:  # an integer that no tensor holds
+            raise ValueError(f"labels: expected classes 0 to {model.null_class - 1}, got {labels}") from error
+    sampling.schedule(model.trunk)

@@ -1,0 +1,134 @@
+"""What a run was started with: kept as run.json in its folder, and compared before the run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..data import Batch, BatchedDataset, ImageFolder, TensorImages, TokenShards
+from ..files import replacing
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from .config import TrainConfig
+
+FILE = "run.json"
+# Where a run ends, and how its work is spread and kept: all else decides what the run would have become.
+FREE = {
+    "train.steps",
+    "train.seconds",
+    "train.accumulate",
+    "train.workers",
+    "train.save_every",
+    "train.sample_every",
+    "origin.source",
+}
+
+
+def run_settings(
+    model: NextScaleTransformer | Tokenizer,
+    data: BatchedDataset[Batch] | TokenShards,
+    config: TrainConfig,
+    **others: Any,
+) -> dict[str, Any]:
+    """All that decides what a run becomes, in plain values.
+
+    Args:
+        model: what is trained; its settings count, not its weights.
+        data: what it is trained on.
+        config: settings of the training.
+        others: further plain values that count, by name.
+    """
+    kind = "tokenizer" if isinstance(model, Tokenizer) else "transformer"
+    settings = {"kind": kind, "model": model.config.to_dict(), "train": asdict(config)}
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, "data": describe_data(data), **others}))
+    return plain
+
+
+def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
+    """How many images there are and, where they tell it, a hash of what tells them apart.
+
+    That is the numbers of pixels in memory, the names of files, and the settings of tokens on disk.
+
+    Args:
+        data: images (B, 3, H, W) with labels, or their tokens.
+    """
+    digest = hashlib.sha256()
+    if isinstance(data, TensorImages):
+        for tensor in (data.images, data.labels):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    elif isinstance(data, ImageFolder):
+        root = os.path.commonpath([path.parent for path, _ in data.files]) if data.files else ""
+        names = [(os.path.relpath(path, root), label) for path, label in data.files]
+        digest.update(json.dumps([data.image_side, sorted(names)]).encode())
+    elif isinstance(data, TokenShards):
+        digest.update(json.dumps(asdict(data.settings), sort_keys=True).encode())
+    else:
+        return {"images": len(data)}
+    return {"images": len(data), "fingerprint": digest.hexdigest()[:32]}
+
+
+def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What to say before a run in `folder` goes on with other settings than it was started with.
+
+    Steps, seconds, parts of a batch, workers, the time between two states and the steps between two pictures
+    may be others.
+
+    Args:
+        folder: of the run; one without a state is a run that starts anew.
+        settings: from `run_settings`.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        ValueError: other settings differ, each of which the message names with both values; run.json is
+            damaged.
+    """
+    if not any((folder / name).is_dir() for name in ("state", "state.old")):
+        return []
+    path = folder / FILE
+    if not path.exists():
+        return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
+    try:
+        found = _flat(dict(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
+        ) from error
+    now = _flat(settings)
+    if found.get("kind") != now["kind"]:  # no other setting would be the same
+        found, now = {"kind": found.get("kind")}, {"kind": now["kind"]}
+    differ = [name for name in {**found, **now} if found.get(name) != now.get(name)]
+    listed = {
+        name: f"{name}: {_short(found.get(name))} there, {_short(now.get(name))} now" for name in differ
+    }
+    if refused := [text for name, text in listed.items() if name not in FREE]:
+        raise ValueError(
+            f"{folder} holds an interrupted run that was started with other settings; give another folder, "
+            f"or these settings as they were: {'; '.join(refused)}"
+        )
+    return [f"the run goes on with another {text}" for text in listed.values()]
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write run.json."""
+    with replacing(folder / FILE) as file:
+        file.write(json.dumps(settings, indent=1).encode())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:40]} ... {text[-16:]}"
