@@ -184,8 +184,9 @@ class NonConvergenceError(RuntimeError):
         super().__init__(message)
         self.message, self.solution = message, solution
 
-    def __reduce__(self) -> tuple[type[NonConvergenceError], tuple[str, Solution]]:
-        return type(self), (self.message, self.solution)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With both arguments: an error that a process raises must reach the one that waits for it."""
+        return type(self), (self.message, self.solution), self.__dict__
 
 
 def levels_to_caller() -> int:

@@ -86,14 +86,13 @@ def check_state(leaves: list[Any]) -> None:
             )
 
 
-def misfit(error: Exception, state: Any, inputs: Any, is_cut: bool) -> str | None:
+def misfit(error: Exception, state: Any, inputs: Any) -> str | None:
     """What does not go together where PyTorch refused an operation of the cell; `None`: that was not it.
 
     Args:
         error: what the cell raised.
         state: that it was given.
         inputs: whatever else it was given.
-        is_cut: whether finished samples have left the batch.
     """
     if type(error) not in (RuntimeError, IndexError) or not _MISFIT.search(str(error)):
         return None
@@ -104,23 +103,16 @@ def misfit(error: Exception, state: Any, inputs: Any, is_cut: bool) -> str | Non
     shown = f"the state {', '.join(map(_shown, given))}"
     if others:
         shown += f", the inputs {', '.join(map(_shown, others[:6]))}" + ", ..." * (len(others) > 6)
-    return f"{way_out_of_misfit(given[0].shape[0], others, is_cut)} ({shown}; the cell failed with: {error})"
+    return f"{way_out_of_misfit(given[0].shape[0], others)} ({shown}; the cell failed with: {error})"
 
 
-def way_out_of_misfit(batch: int, inputs: list[Tensor], is_cut: bool) -> str:
+def way_out_of_misfit(batch: int, inputs: list[Tensor]) -> str:
     """What to do where a cell does not go with the state that it is given.
 
     Args:
         batch: samples of the state.
         inputs: tensors that the cell is given besides.
-        is_cut: whether finished samples have left the batch.
     """
-    if is_cut:
-        return (
-            f"compact: the cell cannot be evaluated on the {batch} samples that are left; a tensor of the "
-            "batch that it captures must be an input, the batch axis of inputs may have to be told by the "
-            "tuple form of compact, or take compact=False"
-        )
     sizes = sorted({leaf.shape[0] for leaf in inputs if leaf.dim()})
     if sizes and batch not in sizes:
         return (

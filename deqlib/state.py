@@ -171,15 +171,18 @@ class FlatMap:
         try:
             image = evaluate(self.cell, state, *self.inputs, **self.keywords)
         except (RuntimeError, IndexError) as error:
-            said = misfit(error, state, (self.inputs, self.keywords), self.is_cut)
+            # Who cuts the batch says what is wrong with a cut.
+            said = None if self.is_cut else misfit(error, state, (self.inputs, self.keywords))
             if said is None:
                 raise
             raise type(error)(said) from error
         try:
             return self.layout.ravel(image)
         except _Misshapen as error:
+            if self.is_cut:
+                raise
             tensors = [x for x in tree_leaves((self.inputs, self.keywords)) if isinstance(x, Tensor)]
-            way_out = way_out_of_misfit(self.layout.shapes[0][0], tensors, self.is_cut)
+            way_out = way_out_of_misfit(self.layout.shapes[0][0], tensors)
             raise ValueError(f"{error}; {way_out}") from None
 
     def take(self, samples: Tensor) -> FlatMap:
