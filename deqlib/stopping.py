@@ -14,7 +14,7 @@ class Stopping(Settings):
 
     A sample converges when `||f(z) - z|| <= atol + rtol * ||f(z)||` (Euclidean norms over all numbers of
     its state). The cell is evaluated at most `max_steps + 1` times: the last evaluation measures the
-    residual of what the last step produced.
+    residual of what the last step produced. One more may ask the whole batch, see `Status.COUPLED`.
 
     Args:
         rtol: relative tolerance. `None` takes exactly `max_steps` steps, see `Stopping.steps`.
