@@ -23,9 +23,11 @@ def check_writable(path: Path, owner: str, *, folder: bool) -> None:
     """
     wanted, other = ("folder", "file") if folder else ("file", "folder")
     try:
+        _check_regular(path, owner)
         if path.exists() and path.is_dir() != folder:
             raise ValueError(f"{owner}: expected the name of a {wanted}, {path} is a {other}; give another")
-        there = path if path.is_dir() else path.parent
+        real = Path(os.path.realpath(path))  # through links, as it is written
+        there = real if real.is_dir() else real.parent
         while not there.exists() and there != there.parent:
             there = there.parent
         with tempfile.TemporaryFile(dir=there):
@@ -35,9 +37,23 @@ def check_writable(path: Path, owner: str, *, folder: bool) -> None:
         raise ValueError(f"{owner}: nothing can be written to {path} ({reason}); give another") from error
 
 
+def _check_regular(path: Path, owner: str) -> None:
+    """Raise where a file would take the place of a device or a pipe, such as /dev/null of the whole machine."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{owner}: expected a file or folder, {path} is a device or a pipe; give another")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole, and is gone if it never is."""
+    """A file to write that takes the place of `path` when it is whole, and is gone if it never is.
+
+    Of a link, what it leads to is replaced.
+
+    Raises:
+        ValueError: `path` is a device or a pipe.
+    """
+    path = Path(os.path.realpath(path))
+    _check_regular(path, str(path))
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -54,9 +70,13 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     Yields a path of the same name in a new folder beside `path`; its parents are made. A file, or a folder
     where none was, takes the place of `path`. Of a folder that is there, each file that was written is
-    replaced, and the others stay.
+    replaced, and the others stay. Of a link, what it leads to is replaced.
+
+    Raises:
+        ValueError: `path` is a device or a pipe.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
+    _check_regular(path, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder, path.name)

@@ -75,7 +75,8 @@ class Pretrained(PyTorchModelHubMixin):
                 f"({_first_line(error)})"
             ) from error
         except OF_DAMAGE as error:
-            raise ValueError(_named(source, error)) from error
+            reason = f"no model can be made of {CONFIG} and {WEIGHTS} ({_first_line(error)})"
+            raise ValueError(f"{source}: {reason}") from error
         return loaded
 
     @classmethod

@@ -38,6 +38,15 @@ def check_run(out: Path) -> None:
             raise ValueError(f"--out: {out} holds {kind} ({name}); give another folder")
 
 
+def check_series(out: Path) -> None:
+    """Raise `ValueError` unless a series of images may live in `out`: a folder without other work."""
+    check_writable(out, "--out", folder=True)
+    others = {"config.json": "a model", "run.json": "a training run", **OTHER_WORK}
+    for name, kind in others.items():
+        if name != "series.json" and (out / name).exists():
+            raise ValueError(f"--out: {shown(out)} holds {kind} ({name}); give another folder")
+
+
 def check_classes(model: NextScaleTransformer, source: str, found: int) -> None:
     """Raise `ValueError` unless a model has as many classes as the images have.
 

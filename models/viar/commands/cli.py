@@ -5,10 +5,14 @@ A new command is a function in a file of its own and a line of `COMMANDS`.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from typing import Any
 
 import torch
 import tyro
@@ -17,6 +21,7 @@ from rich.markup import escape
 from tyro.extras import SubcommandApp
 
 from . import convert, demo, edit, evaluate, generate, tokenize, train
+from .flags import given_flags
 from .loading import process_index
 
 # In the order that the help shows.
@@ -34,6 +39,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
+# How messages of settings begin: "TrainConfig: lr must be positive, got 0".
+OF_SETTINGS = re.compile(r"[A-Z]\w+: |viar \w+: ")
 # What PyTorch says in a plain RuntimeError where memory does not suffice.
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -54,6 +61,57 @@ def one_line(error: Exception) -> str | None:
     return re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
 
 
+def parsed(app: SubcommandApp) -> Callable[[], None]:
+    """The command that was asked for, with its settings.
+
+    Raises:
+        ValueError: settings that their own check refuses, which the parser would show in a box of several
+            lines, by names of its own.
+        SystemExit: what else the parser ends with, such as help, or a flag that is not there.
+    """
+    held = io.StringIO()
+    try:
+        with redirect_stderr(held):
+            work: Callable[[], None] = app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
+    except SystemExit as ended:
+        text = _refused(ended)
+        if text is None:
+            sys.stderr.write(held.getvalue())
+            raise
+        raise ValueError(text) from ended
+    sys.stderr.write(held.getvalue())
+    return work
+
+
+def _refused(ended: SystemExit) -> str | None:
+    """What the own check of settings said, if that is why the parser ended."""
+    error: BaseException | None = ended
+    while error is not None:
+        if isinstance(error, ValueError) and OF_SETTINGS.match(str(error)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def by_flags(text: str) -> str:
+    """What settings refuse, behind the flags on the command line that it is about, if it is about some."""
+    if not OF_SETTINGS.match(text):
+        return text
+    words = set(re.findall(r"\w+", text))
+    flags = sorted(flag.replace("_", "-") for flag in given_flags() if flag.rpartition(".")[2] in words)
+    return f"{', '.join(f'--{flag}' for flag in flags)}: {OF_SETTINGS.sub('', text)}" if flags else text
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The same signature and help, but the work is returned: parsing and work are two things then."""
+
+    @wraps(command)
+    def take(*values: Any, **settings: Any) -> Callable[[], None]:
+        return partial(command, *values, **settings)
+
+    return take
+
+
 def main() -> None:
     """Entry point: what is wrong with settings, files or data ends with one line and exit code 2.
 
@@ -61,15 +119,15 @@ def main() -> None:
     """
     app = SubcommandApp()
     for name, command in COMMANDS.items():
-        app.command(name=name)(command)
+        app.command(name=name)(_later(command))
     try:
-        app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
+        parsed(app)()
     except EXPECTED as error:
         text = one_line(error)
         if text is None:
             raise
         process = f" (process {process_index()})" if process_index() else ""
-        message = f"[red]viar:[/red] {escape(text)}{process}"  # brackets in an error are no markup
+        message = f"[red]viar:[/red] {escape(by_flags(text))}{process}"  # brackets in an error are no markup
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,8 +8,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoints.convert import convert_checkpoint, describe
+from ..data.decoding import shown
 from ..files import check_writable
 from .flags import check_not_empty
 
@@ -31,10 +33,10 @@ def convert_command(
         overwrite: Replace what out holds.
     """
     check_not_empty(sides=sides)
-    if not out.exists():  # what is there is looked at by the conversion
+    if not (out.is_file() or out.is_dir()):  # what is there is looked at by the conversion
         check_writable(out, "out", folder=source.is_file())
     model = convert_checkpoint(source, out, sides=sides or None, num_heads=num_heads, overwrite=overwrite)
-    table = Table(title=str(out), show_header=False)
+    table = Table(title=Text(shown(out)), show_header=False)
     for name, value in describe(model).items():
         table.add_row(name, value)
     Console().print(table)

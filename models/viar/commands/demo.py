@@ -148,7 +148,8 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     with replacing(config.out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode())
     print_summary(summary, console)
-    console.print(f"\n{config.out}/samples.png, {config.out}/knob.png, {config.out}/summary.json")
+    written = ", ".join(f"{config.out}/{name}" for name in ("samples.png", "knob.png", "summary.json"))
+    console.print(f"\n{written}", markup=False)
     return summary
 
 

@@ -57,6 +57,7 @@ def edit_command(
     check_at_least("viar edit", 1, num=num)
     check_picture(out)
     _check_pictures(image, box, mask)
+    _check_kept(out, num, {"--image": image, "--mask": mask})
     console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     check_sampling(transformer, sampling, [label])
@@ -98,9 +99,22 @@ def _check_pictures(image: Path, box: tuple[float, float, float, float] | None, 
         raise ValueError("expected one of --box and --mask, got " + ("none" if box is None else "both"))
     for flag, path in (("--image", image), ("--mask", mask)):
         if path is not None and not path.is_file():
-            raise ValueError(
-                f"{flag}: expected a picture, {path} is {'a folder' if path.exists() else 'not there'}"
-            )
+            kind = "a folder" if path.is_dir() else "no regular file" if path.exists() else "not there"
+            raise ValueError(f"{flag}: expected a picture, {shown(path)} is {kind}")
+
+
+def _check_kept(out: Path, num: int, read: dict[str, Path | None]) -> None:
+    """Raise where a result would take the place of a picture that is read."""
+    for written in _results(out, num):
+        for flag, path in read.items():
+            if path is not None and written.exists() and written.samefile(path):
+                raise ValueError(f"--out: {shown(written)} would take the place of {flag}; give another name")
+
+
+def _results(out: Path, num: int) -> list[Path]:
+    """Where the results go, and after them the strip."""
+    names = [out] if num == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(num)]
+    return [*names, out.with_stem(f"{out.stem}-strip")]
 
 
 def _kept_part(
@@ -115,8 +129,9 @@ def _kept_part(
 
 def _save(picture: Tensor, kept: Tensor, edited: Tensor, out: Path, console: Console) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    for index, result in enumerate(edited):
-        save_picture(result, out if len(edited) == 1 else out.with_stem(f"{out.stem}-{index}"))
-    strip = out.with_stem(f"{out.stem}-strip")
+    *names, strip = _results(out, len(edited))
+    for name, result in zip(names, edited, strict=True):
+        save_picture(result, name)
     save_edit(picture, kept, edited, strip)
-    console.print(f"{len(edited)} edited in {out.parent}, side by side in {strip}")
+    text = f"{len(edited)} edited in {shown(out.parent)}, side by side in {shown(strip)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import json
 import torch
 from rich.console import Console
 
-from ..data import ImageData, load_data
+from ..data import ImageData
 from ..data.decoding import shown
 from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
 from ..model.config import check_at_least
@@ -15,7 +15,7 @@ from ..training import validation_loss
 from .checks import check_classes, check_sampling
 from .flags import DEFAULTS, Flags, SamplingFlags
 from .generate import generate_images
-from .loading import load_pair, show_found
+from .loading import load_images, load_pair
 
 
 def evaluate_command(
@@ -39,8 +39,7 @@ def evaluate_command(
     console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     check_sampling(transformer, sampling, ())
-    source = load_data(data, codec.config.image_side)
-    show_found(source, console)
+    source = load_images(data, codec.config.image_side, console)
     _check_held_out(source, data)
     check_classes(transformer, data, source.num_classes)
     torch.manual_seed(0)

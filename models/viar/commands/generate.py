@@ -13,13 +13,13 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data import save_grid
-from ..files import check_writable
+from ..data.decoding import shown
 from ..generation.sampling import generate
 from ..generation.series.series import FORMATS, generate_series
 from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from .checks import check_picture, check_sampling
+from .checks import check_picture, check_sampling, check_series
 from .flags import DEFAULTS, Flags, SamplingFlags, check_not_empty
 from .loading import load_pair, process_index
 
@@ -126,7 +126,7 @@ def _generate_grid(
     images = generate_images(transformer, codec, classes, flags, console, report=report)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, out, columns=per_class)
-    console.print(f"{len(images)} images in {out}")
+    console.print(f"{len(images)} images in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _generate_series(
@@ -139,7 +139,7 @@ def _generate_series(
     flags: SamplingFlags,
 ) -> None:
     check_at_least("viar generate", 1, num=num)
-    check_writable(out, "--out", folder=True)
+    check_series(out)
     console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     check_sampling(transformer, sampling, labels)
@@ -157,8 +157,8 @@ def _generate_series(
     if dist.is_initialized():
         dist.destroy_process_group()  # NCCL complains at exit of a group that is left.
     if process_index() == 0:
-        archive = f", all in {report.archive}" if report.archive else ""
-        console.print(
-            f"{report.num} images in {report.folder}{archive}; {report.made} made now, {report.resampled} of "
-            f"them sampled twice to be exact, {report.made / max(report.seconds, 1e-9):.3g} images/s"
-        )
+        archive = f", all in {shown(report.archive)}" if report.archive else ""
+        made = f"{report.made} made now, {report.resampled} of them sampled twice to be exact"
+        rate = f"{report.made / max(report.seconds, 1e-9):.3g} images/s"
+        text = f"{report.num} images in {shown(report.folder)}{archive}; {made}, {rate}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,14 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..checkpoints.convert import load_official
-from ..data import ImageData
+from ..data import ImageData, load_data
+from ..data.decoding import shown
+from ..data.sources import EMBEDDED
 from ..generation.inference import prepare_inference
 from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import CONFIG, WEIGHTS
 from ..tokenizer import Tokenizer
-from .flags import ExecutionFlags
+from .flags import ExecutionFlags, given_flags
 
 Model = TypeVar("Model", NextScaleTransformer, Tokenizer)
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # others the hub is not asked for
 HOSTS_OF_WEIGHTS = (
     "cpu",
     "cuda",
@@ -57,17 +62,42 @@ def load_model(kind: type[Model], source: str, flag: str) -> Model:
         flag: that named it, for the message.
 
     Raises:
-        ValueError: it cannot be read, or is of another kind.
+        ValueError: it cannot be read, is of another kind, or has weights that are no numbers.
     """
+    path = Path(source)
+    if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file() and path.is_file():
+        raise ValueError(
+            f"{flag}: {shown(source)} is a part of a model; give its folder, {shown(path.parent)}"
+        )
     try:
-        if not Path(source).is_file():
-            return kind.from_pretrained(source).eval()
-        loaded = load_official(source)
+        if path.is_file():
+            loaded: NextScaleTransformer | Tokenizer = load_official(source)
+        else:
+            _say_where(source, flag)
+            loaded = kind.from_pretrained(source)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag}: {error}") from error
     if not isinstance(loaded, kind):
         raise ValueError(f"{flag}: expected a {kind.__name__}, found a {type(loaded).__name__} in {source}")
+    for name, tensor in loaded.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{flag}: {shown(source)} has weights that are not finite, the first of them {name}; its "
+                "training went wrong, give an earlier one"
+            )
     return loaded.eval()
+
+
+def _say_where(source: str, flag: str) -> None:
+    """Say that the hub is asked for what is not here: without a network that takes half a minute."""
+    if os.path.exists(source) or not HUB_NAME.fullmatch(source) or process_index():
+        return
+    Console().print(
+        f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -109,22 +139,40 @@ def _other_device(device: torch.device) -> torch.device:
     return device
 
 
-def show_found(data: ImageData, console: Console, *, batch_size: int = 1) -> None:
-    """Say what a folder of pictures was found to hold, before time is spent on it; once for all processes.
+def load_images(
+    source: str, image_side: int, console: Console, *, augment: int = 0, batch_size: int = 1
+) -> ImageData:
+    """Images that `--data` names, and what a folder was found to hold, said before time is spent on it.
 
     Args:
-        data: of any source; embedded ones have nothing to say.
-        console: where to say it.
+        source: of the images, see `viar.data.load_data`.
+        image_side: pixels a side.
+        console: where to say what was found; the first of several processes does.
+        augment: changed versions to add of each training image; of a folder none, unless the user gave it.
         batch_size: images that are learnt from at a time.
+
+    Raises:
+        ValueError, PermissionError: what cannot be served; the flag is named.
     """
+    if source not in EMBEDDED and "augment" not in given_flags():
+        augment = 0  # a preset's is for the images that it names
+    try:
+        data = load_data(source, image_side, augment=augment)
+    except (ValueError, PermissionError) as error:
+        owner, _, text = str(error).partition(": ")
+        flag = "--augment" if owner == "augment" else "--data"
+        text = text if owner in ("augment", "source") else str(error)
+        kind = PermissionError if isinstance(error, PermissionError) else ValueError
+        raise kind(f"{flag}: {text}") from error
     if process_index():
-        return
+        return data
     if data.report is not None:
         console.print(escape(str(data.report)), highlight=False, soft_wrap=True)
     if batch_size > len(data.train):
         console.print(
             f"note: a batch of {batch_size} holds some of the {len(data.train)} pictures several times"
         )
+    return data
 
 
 def process_index() -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..files import replacing
@@ -113,7 +114,7 @@ class Stages:
         if done.exists():
             record = _read(done)
             if record.get("fingerprint") == fingerprint:
-                self.console.print(f"[dim]{name}: unchanged, reused from {done.parent}[/dim]")
+                self.console.print(f"[dim]{name}: unchanged, reused from {escape(str(done.parent))}[/dim]")
                 result: Result = record["result"]
                 return fingerprint, result
         return fingerprint, None

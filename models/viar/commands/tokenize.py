@@ -7,12 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ..data import load_data
 from ..data.decoding import shown
 from ..data.shards import write_shards
 from ..files import check_writable
 from ..tokenizer import Tokenizer
-from .loading import find_device, load_model, show_found
+from .loading import find_device, load_images, load_model
 
 
 def tokenize_command(
@@ -46,8 +45,7 @@ def tokenize_command(
     check_writable(out, "--out", folder=True)
     where = find_device(device)
     codec = load_model(Tokenizer, tokenizer, "--tokenizer").to(where)
-    images = load_data(data, codec.config.image_side, augment=augment)
-    show_found(images, console)
+    images = load_images(data, codec.config.image_side, console, augment=augment)
     report = write_shards(
         codec,
         images,

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from tyro.extras import subcommand_type_from_defaults
 
-from ..data import Batch, BatchedDataset, TokenShards, is_shards, load_data
+from ..data import Batch, BatchedDataset, TokenShards, is_shards
 from ..data.decoding import shown
 from ..generation.sampling import check_same_sizes
 from ..model.config import TokenizerConfig, TransformerConfig
@@ -34,7 +34,7 @@ from ..training import (
 )
 from .checks import check_run
 from .flags import given_flags
-from .loading import load_model, show_found
+from .loading import load_images, load_model
 
 TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -43,6 +43,7 @@ TransformerChoice = Annotated[
     TransformerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS))
 ]
 From = Annotated[str | None, tyro.conf.arg(name="from")]
+CLASSES_NAMED = 20  # in a line of text
 Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
 
 
@@ -61,8 +62,8 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = preset.model if trained is None else _settings_of(trained.config, preset.model)
-    data = load_data(preset.data, config.image_side, augment=preset.augment)
-    show_found(data, console, batch_size=preset.train.batch_size)
+    batch_size = preset.train.batch_size
+    data = load_images(preset.data, config.image_side, console, augment=preset.augment, batch_size=batch_size)
     torch.manual_seed(preset.train.seed)
     if trained is None:
         tokenizer = Tokenizer(config)
@@ -107,14 +108,14 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
             "the checkpoint's",
         )
     check_same_sizes(config, codec.config)
-    data, num_classes = _images_or_tokens(preset, codec.config.image_side, console)
+    data, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
     config = _with_classes_of(preset.data, num_classes, config, owner, console)
     torch.manual_seed(preset.train.seed)
     if trained is None:
         model = NextScaleTransformer(config)
     else:
         model, changes = adapt_transformer(trained, config)
-        _say(console, changes)
+        _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
         model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
     )
@@ -123,19 +124,37 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
 
 def _images_or_tokens(
     preset: TransformerPreset, image_side: int, console: Console
-) -> tuple[BatchedDataset[Batch] | TokenShards, int]:
-    """What `--data` names, a source of images or a folder of their tokens, and how many classes it has."""
+) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
+    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
+
+    Tokens do not have the names.
+    """
     if not is_shards(preset.data):
-        images = load_data(preset.data, image_side, augment=preset.augment)
-        show_found(images, console, batch_size=preset.train.batch_size)
-        return images.train, images.num_classes
+        batch_size = preset.train.batch_size
+        images = load_images(preset.data, image_side, console, augment=preset.augment, batch_size=batch_size)
+        return images.train, images.num_classes, images.class_names
     if preset.augment:
         raise ValueError(
             f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
             "give it to viar tokenize"
         )
     tokens = TokenShards(preset.data)
-    return tokens, tokens.settings.num_classes
+    return tokens, tokens.settings.num_classes, ()
+
+
+def _matched(names: tuple[str, ...], before: int) -> list[str]:
+    """Which classes of the data go on with which of the `before` ones of a checkpoint, which has no names."""
+    numbered = [f"{number} {shown(name)}" for number, name in enumerate(names)]
+    parts = {
+        "go on with the checkpoint's classes of the same numbers": numbered[:before],
+        "new": numbered[before:],
+    }
+    texts = [
+        f"{', '.join(some[:CLASSES_NAMED])}{' and so on' if len(some) > CLASSES_NAMED else ''}: {text}"
+        for text, some in parts.items()
+        if some
+    ]
+    return [f"classes are matched by number, not by name; {'; '.join(texts)}"] if names else []
 
 
 def _with_classes_of(
