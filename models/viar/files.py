@@ -38,7 +38,7 @@ def check_writable(path: Path, owner: str, *, folder: bool) -> None:
 
 
 def _check_regular(path: Path, owner: str) -> None:
-    """Raise where a file would take the place of a device or a pipe, such as /dev/null of the whole machine."""
+    """Raise where a file would take the place of a device or a pipe, such as /dev/null."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{owner}: expected a file or folder, {path} is a device or a pipe; give another")
 

@@ -71,7 +71,7 @@ def split_folder(root: Path) -> Split:
         skipped += [Skipped(path, _NO_CLASS) for path in found.pictures if len(path.parts) == 1]
         train, held = _with_parts(found, parts, skipped, notes)
     names = sorted(train)
-    notes += _alike(names)
+    notes += _alike(names) + _only(root, Path((parts or {}).get("train", "")), train)
     return Split(
         _labelled(root, train, names),
         None if held is None else _labelled(root, held, names),
@@ -198,6 +198,22 @@ def _alike(names: Iterable[str]) -> list[str]:
         f"{', '.join(alike)} differ in case only and are {len(alike)} classes"
         for alike in by_fold.values()
         if len(alike) > 1
+    ]
+
+
+def _only(root: Path, below: Path, classes: dict[str, list[Path]]) -> list[str]:
+    """A note where all is one class with folders in it: often a folder too high was given."""
+    if len(classes) > 1:
+        return []
+    ((name, pictures),) = classes.items()
+    depth = len(below.parts) + 1
+    inner = sorted({path.parts[depth] for path in pictures if len(path.parts) > depth + 1})
+    if len(inner) < 2:
+        return []
+    more = " and so on" if len(inner) > 3 else ""
+    return [
+        f"{name}/ is the only class, with the folders {', '.join(inner[:3])}{more} in it; give "
+        f"{root / below / name} if these are the classes, or the parts"
     ]
 
 
