@@ -160,5 +160,5 @@ def _generate_series(
         archive = f", all in {shown(report.archive)}" if report.archive else ""
         made = f"{report.made} made now, {report.resampled} of them sampled twice to be exact"
         rate = f"{report.made / max(report.seconds, 1e-9):.3g} images/s"
-        text = f"{report.num} images in {shown(report.folder)}{archive}\n{made}, {rate}"
+        text = f"{report.num} images in {shown(report.folder)}{archive};\n{made}, {rate}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

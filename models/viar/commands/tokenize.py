@@ -60,4 +60,4 @@ def tokenize_command(
     train, validation = report.rows
     rows = f"{train} rows of tokens to train on and {validation} held out in {shown(out)}"
     files = f"{report.made} files made now, {report.found} were there"
-    console.print(escape(f"{rows}\n{files}"), soft_wrap=True, highlight=False)
+    console.print(escape(f"{rows};\n{files}"), soft_wrap=True, highlight=False)
