@@ -54,7 +54,7 @@ def quiet_about_states() -> Iterator[None]:
 
 
 @never_compiled
-def evaluate(cell: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+def evaluate(cell: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
     """`cell(*args, **keywords)`, compiled where the solve is in a compiled region."""
     # The solver may have asked for a product with the Jacobian, which is a transform.
     if torch.compiler.is_compiling() or _region.compiler is None or is_transformed():
@@ -70,7 +70,7 @@ def evaluate(cell: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
 
 
 @never_compiled
-def run_eagerly(solve: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+def run_eagerly(solve: Callable[..., Any], /, *args: Any, **settings: Any) -> Any:
     """`solve(*args, **settings)` as it is, but for its cell.
 
     Where a transform of `torch.func` was given a compiled function, what that does after the solve is not
@@ -84,6 +84,24 @@ def run_eagerly(solve: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     finally:
         _region.compiler = before
         put_in_force(None if is_func_active() else outer)
+
+
+@never_compiled
+def around(wrapper: Callable[..., Any], function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+    """`wrapper(function, *args, **keywords)` as it is; where what calls this is compiled, `function` alone is."""
+    compiler = put_in_force(None)
+
+    def compiled(*args: Any, **keywords: Any) -> Any:
+        outer = put_in_force(compiler)
+        try:
+            return function(*args, **keywords)
+        finally:
+            put_in_force(outer)
+
+    try:
+        return wrapper(compiled if compiler is not None else function, *args, **keywords)
+    finally:
+        put_in_force(compiler)
 
 
 def uncompiled(function: F) -> F:

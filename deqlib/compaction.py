@@ -214,7 +214,8 @@ def _tried(compact: Takeable, rows: Tensor) -> Map:
 def _without_objection(compact: Takeable, parts: list[Tensor], found: Solution, image: Tensor) -> Solution:
     """The solution, unless samples failed and a cut map gives other images than that of the whole batch.
 
-    Each of the batches that samples failed in costs an evaluation.
+    A sample that failed is asked about in the last batch that it was in, which costs an evaluation of each of
+    these batches: mostly one, of few samples.
 
     Args:
         compact: the map.
@@ -225,10 +226,11 @@ def _without_objection(compact: Takeable, parts: list[Tensor], found: Solution, 
     Raises:
         ValueError: see above.
     """
-    failed, value = found.status != Status.CONVERGED, found.value.detach()
-    for rows in parts:
-        if not bool(failed[rows].any()):
-            break  # the whole batch agrees, and later parts are parts of this one
+    unexplained, value = found.status != Status.CONVERGED, found.value.detach()
+    for rows in reversed(parts):
+        if not bool(unexplained[rows].any()):
+            continue
+        unexplained = unexplained.index_fill(0, rows, False)
         with torch.no_grad():
             part = compact.take(rows)(value[rows])
         apart, scale, size = norms(part - image[rows], image[rows], value[rows])

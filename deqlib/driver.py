@@ -21,7 +21,7 @@ from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
 from .progress import Record, UnitNorms, measure, relative
-from .solution import Solution, Status
+from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
 from .solvers.base import Query, Seen, overrides
 from .state import Map
@@ -143,7 +143,17 @@ def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
             raise ValueError("Query: wanted says who gets J v, so it needs a direction v; leave it out")
         fz = f(z)
         return fz, fz
-    fz, product = torch.func.jvp(f, (z,), (query.direction,))[:2]
+    try:
+        fz, product = torch.func.jvp(f, (z,), (query.direction,))[:2]
+    except (NonConvergenceError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        # The first evaluation of a solve asks for no product, and the cell took it.
+        raise RuntimeError(
+            "the solver asks for products with the Jacobian in forward mode (derivative='jvp'), and the cell "
+            f"does something there that PyTorch refuses ({str(error).strip()}); use "
+            "NewtonKrylov(derivative='difference') or another solver"
+        ) from error
     return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, fz)
 
 

@@ -244,7 +244,9 @@ class Record:
             met = (residual <= floor.unsqueeze(1) + rtol * scale).all(1)
             worst, far = relative(residual, scale), residual.amax(1)
             residual, scale = far, far / worst
-            self._goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
+            goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
+            # Written out for finished samples: a residual of 0 would be within any share of itself.
+            self._goal = torch.where(floor == -torch.inf, floor, goal)
         self.residual, self.scale = residual, scale
 
     def _improves_on_all(self) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import checkpoint as checkpoints
 
 from .._checks import check_instance
+from .._compiler import around
 from .._scope import checkpoint_contexts
-from .._torch import is_transformed
+from .._torch import is_transformed, never_compiled
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
@@ -36,7 +38,8 @@ class Unroll(Backward):
             evaluation once more, in the backward pass; `Solution.nfe` counts those of the forward pass.
             Random numbers are drawn as before; other side effects of the cell (running statistics,
             counters) happen twice. Evaluations inside a function transform, such as the Jacobian products
-            of `NewtonKrylov`, are kept whole: PyTorch cannot checkpoint them. Default `False`.
+            of `NewtonKrylov`, are kept whole: PyTorch cannot checkpoint them, and refuses a cell that uses
+            transforms of `torch.func` itself. Default `False`.
 
     Raises:
         TypeError: `checkpoint` is not a bool.
@@ -75,9 +78,24 @@ class _Checkpointed:
 
     function: Callable[..., Any]
 
-    def __call__(self, *args: Any) -> Any:
+    @never_compiled
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
         if is_transformed():
-            return self.function(*args)
-        return checkpoints.checkpoint(
-            self.function, *args, use_reentrant=False, context_fn=checkpoint_contexts
-        )
+            return self.function(*args, **keywords)
+        # Not compiled itself: PyTorch compiles no checkpoint that has contexts of its own.
+        return around(_checkpoint, self.function, *args, **keywords)
+
+
+def _checkpoint(function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+    """`function(*args, **keywords)`, evaluated again in the backward pass."""
+    # Bound beforehand: names of the cell's inputs may be those of settings of `checkpoint`.
+    bound = partial(function, **keywords)
+    try:
+        return checkpoints.checkpoint(bound, *args, use_reentrant=False, context_fn=checkpoint_contexts)
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+        raise RuntimeError(
+            "Unroll(checkpoint=True): the cell uses transforms of torch.func, which PyTorch cannot "
+            "checkpoint; use Unroll() or ImplicitDifferentiation(), or torch.autograd.grad in the cell"
+        ) from error

@@ -363,3 +363,39 @@ def test_a_layer_on_a_vector_says_what_is_missing_and_with_a_batch_axis_it_is_so
     as_one = lambda z, x: cell(z[0], x[0])[None]  # noqa: E731
     value = ImplicitLayer(as_one, **settings)(x[None])
     assert (excess(as_one, value, (x[None],), settings["stopping"]) <= 1.01).all()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    name=st.sampled_from(sorted(METHODS)),
+    compact=st.sampled_from([False, True, (0, 0)]),
+    check_every=st.sampled_from([1, 3]),
+    axes=st.sampled_from([None, (1,), (-1,)]),
+    rates=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.5]), min_size=2, max_size=6),
+)
+def test_a_sample_is_solved_as_by_itself_also_where_its_residual_is_exactly_zero(
+    seed: int, name: str, compact: Any, check_every: int, axes: Any, rates: list[float]
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    # Quarters: residuals come to nothing by rounding. At rate 0 they do at once.
+    x = torch.randint(-8, 8, (len(rates), 4), generator=draw).double() / 4
+    gain = torch.tensor(rates, dtype=torch.float64).unsqueeze(1)
+    rule = Stopping(rtol=1e-7, max_steps=60, check_every=check_every, norm_axes=axes)
+
+    def solved(x: Tensor, gain: Tensor) -> Solution:
+        return fixed_point(
+            lambda z, x, gain: torch.relu(gain * z + x),
+            torch.zeros_like(x),
+            (x, gain),
+            solver=METHODS[name],
+            stopping=rule,
+            compact=compact,
+            on_failure="ignore",
+        )
+
+    whole = solved(x, gain)
+    for i in range(len(rates)):
+        alone = solved(x[i : i + 1], gain[i : i + 1])
+        assert whole.num_steps[i] == alone.num_steps[0]
+        assert whole.status[i] == alone.status[0]
+        torch.testing.assert_close(whole.value[i], alone.value[0])

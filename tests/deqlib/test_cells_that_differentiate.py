@@ -276,3 +276,24 @@ def test_memory_does_not_grow_with_products_in_forward_mode(rule: str) -> None:
 
     few, many = (most_alive(steps, solve, RULES[rule]) for steps in (6, 24))
     assert many <= few
+
+
+class _Plain(torch.autograd.Function):
+    """Without a rule for transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return 0.5 * z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 0.5 * gradients[0]
+
+
+def test_a_cell_that_has_no_product_in_forward_mode_is_told_of_another_solver() -> None:
+    x = torch.ones(2, 3)
+    call = {"stopping": Stopping(rtol=1e-6), "on_failure": "ignore"}
+    cell = lambda z, x: torch.tanh(_Plain.apply(z)) + x  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"derivative='jvp'.*setup_context.*derivative='difference'"):
+        fixed_point(cell, torch.zeros_like(x), (x,), solver=NewtonKrylov(derivative="jvp"), **call)
+    assert fixed_point(cell, torch.zeros_like(x), (x,), solver=NewtonKrylov(), **call).converged.all()

@@ -19,6 +19,7 @@ from deqlib import (
     ImplicitLayer,
     NewtonKrylov,
     Picard,
+    Status,
     Stopping,
     Unroll,
     fixed_point,
@@ -270,6 +271,23 @@ def test_a_guess_gives_what_the_whole_batch_gives_or_is_refused_by_name(
             return
     torch.testing.assert_close(guessed.value, whole.value, rtol=1e-5, atol=1e-7)
     assert torch.equal(guessed.status, whole.status)
+
+
+def test_a_guess_is_looked_at_once_where_a_sample_fails_at_last() -> None:
+    gain = torch.tensor([[0.1], [0.5], [0.8], [0.9], [0.97], [0.999]], dtype=torch.float64)
+    call = {"solver": Picard(), "stopping": Stopping(rtol=1e-6, max_steps=400), "on_failure": "ignore"}
+    batches: list[int] = []
+
+    def cell(z: Tensor, gain: Tensor) -> Tensor:
+        batches.append(len(z))
+        return gain * z + 1
+
+    found = fixed_point(cell, torch.zeros(6, 3, dtype=torch.float64), (gain,), compact=True, **call)
+    assert found.counts() == {Status.CONVERGED: 5, Status.MAX_STEPS: 1}
+    assert found.nfe == len(batches)
+    assert len(set(batches)) > 3  # left one after the other
+    assert batches[-2:] == [6, 1]  # the whole batch, and the one that the sample failed in
+    assert batches[:-2] == sorted(batches[:-2], reverse=True)
 
 
 @pytest.mark.parametrize("compact", [True, (0,)])

@@ -373,3 +373,19 @@ def test_the_compiler_is_not_loaded_where_nothing_is_compiled() -> None:
     script += "print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stopping", [TIGHT, FIXED], ids=["tolerance", "steps"])
+def test_the_cell_of_a_checkpointed_solve_is_compiled_and_the_checkpoint_is_not(stopping: Stopping) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    model = ImplicitLayer(Cell(), solver=Picard(), stopping=stopping, backward=Unroll(checkpoint=True))
+    x = torch.randn(4, 5)
+
+    def gradients(layer: nn.Module) -> list[Tensor]:
+        return list(torch.autograd.grad(layer(x).square().sum(), list(model.parameters())))
+
+    expected = gradients(model)
+    for found, wanted in zip(gradients(torch.compile(model, backend="aot_eager")), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -309,3 +309,30 @@ def test_a_checkpoint_around_the_layer_works_with_those_inside() -> None:
 def test_checkpoint_must_be_a_bool(value: Any) -> None:
     with pytest.raises(TypeError, match="Unroll: checkpoint must be True or False, got"):
         Unroll(checkpoint=value)
+
+
+@pytest.mark.parametrize("name", ["gain", "context_fn", "cell", "function", "wrapper", "solve", "args"])
+def test_inputs_by_name_are_checkpointed_whatever_they_are_called(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, generator=draw, requires_grad=True)
+    shift = torch.randn(3, 4, generator=draw, requires_grad=True)
+
+    def function_of(z: Tensor, x: Tensor, **named: Tensor) -> Tensor:
+        return torch.tanh(0.4 * z.roll(1, 1) + x * named[name])
+
+    found = [
+        torch.autograd.grad(
+            fixed_point(function_of, torch.zeros_like(x), (x,), {name: shift}, backward=mode).value.sum(),
+            (x, shift),
+        )
+        for mode in (Unroll(), Unroll(checkpoint=True))
+    ]
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_cell_that_cannot_be_checkpointed_is_told_what_to_use() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    cell = lambda z, x: x - 0.1 * torch.func.grad(lambda z: z.sin().sum())(z)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"checkpoint=True.*torch.func.*use Unroll\(\) or"):
+        fixed_point(cell, torch.zeros(2, 3), (x,), backward=Unroll(checkpoint=True))
