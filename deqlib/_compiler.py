@@ -88,7 +88,7 @@ def run_eagerly(solve: Callable[..., Any], /, *args: Any, **settings: Any) -> An
 
 @never_compiled
 def around(wrapper: Callable[..., Any], function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
-    """`wrapper(function, *args, **keywords)` as it is; where what calls this is compiled, `function` alone is."""
+    """`wrapper(function, *args, **keywords)` as it is; in a compiled region `function` alone is compiled."""
     compiler = put_in_force(None)
 
     def compiled(*args: Any, **keywords: Any) -> Any:
