@@ -6,6 +6,8 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+_SHOWN = 100  # longest value that an error repeats
+
 
 def plain(value: Any) -> Any:
     """`value`, a number of NumPy's or another library's as Python's own, in tuples too.
@@ -57,4 +59,7 @@ def check_instance(owner: str, expected: type, hint: str, **values: Any) -> None
     """Raise `TypeError` unless every value is an instance of `expected`; `hint` says what to pass."""
     for name, value in values.items():
         if not isinstance(value, expected):
-            raise TypeError(f"{owner}: {name} must be {hint}, got {value!r} ({type(value).__name__})")
+            kind, shown = type(value).__name__, repr(value)
+            # A module or a tensor fills a page.
+            got = f"{shown} ({kind})" if len(shown) <= _SHOWN and "\n" not in shown else kind
+            raise TypeError(f"{owner}: {name} must be {hint}, got {got}")

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from textwrap import wrap
+from itertools import zip_longest
+from textwrap import shorten, wrap
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ._torch import is_wrapped, tree_map, unwrapped
 from .solution import Solution, Status
 
 _COLUMNS = 100  # widest line of a table
+_NAME = 28  # of them for the names of layers
 _MEASURES = ("residual", "relative_residual", "num_steps", "status", "sample_nfe", "trace", "method")
 
 
@@ -35,6 +37,9 @@ class RecordedSolve:
     kind: str
     solution: Solution
 
+    def __repr__(self) -> str:
+        return shorten(f"RecordedSolve({self.layer}, {self.kind}: {self.solution!r})", _COLUMNS)
+
 
 class RecordedSolves(list[RecordedSolve]):
     """Solves in the order in which they ended.
@@ -52,10 +57,7 @@ class RecordedSolves(list[RecordedSolve]):
         head = ("layer", "kind", "solves", "mean nfe", "most nfe", "residual", "samples")
         layers = list(dict.fromkeys(layer for layer, _ in groups))  # in the order of their first solve
         ordered = sorted(groups.items(), key=lambda group: layers.index(group[0][0]))
-        rows = [
-            (_shortened(layer, 28), _shortened(kind, 12), *_summary(found))
-            for (layer, kind), found in ordered
-        ]
+        rows = [(layer, _shortened(kind, 12), *_summary(found)) for (layer, kind), found in ordered]
         return "\n".join(_aligned(head, rows))
 
 
@@ -157,18 +159,33 @@ def _summary(solutions: list[Solution]) -> tuple[str, ...]:
 
 
 def _aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Words to the left, numbers to the right; the last column is broken where a line is full."""
+    """Words to the left, numbers to the right; first and last columns are broken where they are full."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:-1]
+    widths[0] = min(widths[0], _NAME)
     lines = []
-    for *cells, last in (head, *rows):
+    for name, *cells, last in (head, *rows):
+        names = _broken(name, widths[0])
         shown = [
-            f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(cells, widths[1:], strict=True))
         ]
-        start = "  ".join(shown) + "  "
-        parts = wrap(last, _COLUMNS - len(start))
-        lines += [start + parts[0], *(" " * len(start) + part for part in parts[1:])]
+        middle = "  " + "  ".join(shown) + "  "
+        parts = wrap(last, _COLUMNS - widths[0] - len(middle))
+        for i, (part, more) in enumerate(zip_longest(names, parts, fillvalue="")):
+            between = middle if i == 0 else " " * len(middle)
+            lines.append(f"{part:<{widths[0]}}{between}{more}".rstrip())
     return lines
+
+
+def _broken(name: str, width: int) -> list[str]:
+    """A name in lines, whole: two layers of a model differ somewhere in it."""
+    lines = []
+    while len(name) > width:
+        # Not at the blanks in front, which would leave it as long as it was.
+        place = max(name.rfind(".", 3, width), name.rfind(" ", 3, width)) + 1 or width
+        lines.append(name[:place].rstrip())
+        name = "  " + name[place:]
+    return [*lines, name]
 
 
 def _shortened(name: str, width: int) -> str:

@@ -7,7 +7,7 @@ changed of what is in use. Two that differ in their numbers alone are one to Pyt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -28,6 +28,7 @@ from .solvers import Auto, Solver
 from .stopping import Stopping
 
 FORWARD = "fixed-point solve"  # name of the solve that is not of a derivative
+_CONTRACT = "make the cell contract more (scale its weights down)"
 _FLOOR = 4  # a residual of so many times a type's resolution may be all that the type can reach
 
 
@@ -133,7 +134,7 @@ def report_failure(
     reasons = ", ".join(f"{n} {status.name}" for status, n in counts.items())
     assert solution.relative_residual is not None  # a failure status implies a measured residual
     worst = float(solution.relative_residual.max())
-    advice = "; ".join(f"{status.name}: {_advice(attempt, solution, status)}" for status in counts)
+    advice = "; ".join(_advice(attempt, solution, counts))
     message = (
         f"{whose}: {failed} of {total} samples did not converge ({reasons}), worst relative residual "
         f"{worst:.1e} after {solution.nfe} evaluations; "
@@ -165,14 +166,17 @@ def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tens
     )
 
 
-def _advice(attempt: Attempt, solution: Solution, status: Status) -> str:
-    """What can be changed of what is in use."""
-    make = _ADVICE.get(status)
-    if make is None:
-        return status.name.lower()
-    advice = make(attempt)
-    precise = _precision(attempt, solution, status)
-    return f"{precise}; otherwise {advice}" if precise else advice
+def _advice(attempt: Attempt, solution: Solution, statuses: Iterable[Status]) -> Iterator[str]:
+    """What can be changed of what is in use, for every status what was not said of one before."""
+    said: set[str] = set()
+    for status in statuses:
+        precise = _precision(attempt, solution, status)
+        ways = [way for way in _WAYS[status](attempt) if way and way not in said]
+        told = [precise] if precise and precise not in said else []
+        told += ["otherwise " * bool(precise) + _joined(ways)] if ways else []
+        said |= {precise, *ways}
+        if told:
+            yield f"{status.name}: {'; '.join(told)}"
 
 
 def _precision(attempt: Attempt, solution: Solution, status: Status) -> str:
@@ -181,11 +185,7 @@ def _precision(attempt: Attempt, solution: Solution, status: Status) -> str:
     assert rtol is not None  # a failure implies a tolerance
     assert solution.relative_residual is not None
     residual = solution.relative_residual[solution.status == status]
-    if (
-        status in (Status.DIVERGED, Status.COUPLED)
-        or rtol >= eps
-        or not bool((residual <= _FLOOR * eps).any())
-    ):
+    if status == Status.COUPLED or rtol >= eps or not bool((residual <= _FLOOR * eps).any()):
         return ""
     kind = str(attempt.dtype).removeprefix("torch.")
     wider = "float64" if attempt.dtype == torch.float32 else "float32, outside of autocast"
@@ -202,50 +202,56 @@ def _rounded_up(eps: float) -> float:
     return found if found >= eps else float(f"{int(digit) + 1}e{power}")
 
 
-def _out_of_steps(attempt: Attempt) -> str:
-    stopping = attempt.stopping
-    return _joined(
-        f"raise {_rule(attempt, f'max_steps (now {stopping.max_steps})')}",
-        f"loosen rtol (now {stopping.rtol:g})",
-        _other_solver(attempt) or "make the cell contract more (scale its weights down)",
-    )
+def _out_of_steps(attempt: Attempt) -> list[str]:
+    return [
+        f"raise {_rule(attempt, f'max_steps (now {attempt.stopping.max_steps})')}",
+        _looser(attempt),
+        _other_solver(attempt) or _CONTRACT,
+    ]
 
 
-def _stalled(attempt: Attempt) -> str:
-    stopping = attempt.stopping
-    return _joined(
-        _other_solver(attempt) or "make the cell contract more (scale its weights down)",
-        f"loosen {_rule(attempt, f'rtol (now {stopping.rtol:g})')}",
-        f"raise patience (now {stopping.patience})" if stopping.patience is not None else "",
-    )
+def _stalled(attempt: Attempt) -> list[str]:
+    patience = attempt.stopping.patience
+    return [
+        _other_solver(attempt) or _CONTRACT,
+        _looser(attempt),
+        f"raise {_rule(attempt, f'patience (now {patience})')}" if patience is not None else "",
+    ]
 
 
-def _diverged(attempt: Attempt) -> str:
+def _looser(attempt: Attempt) -> str:
+    """The tolerances in use, and none that is not."""
+    rule = attempt.stopping
+    names = [name for name in ("rtol", "atol") if getattr(rule, name)] or ["rtol"]
+    now = " or ".join(f"{name} (now {getattr(rule, name):g})" for name in names)
+    return f"loosen {_rule(attempt, now)}"
+
+
+def _diverged(attempt: Attempt) -> list[str]:
     if attempt.kind != "forward":
         cell = "make the cell contractive where the forward solve ends (normalise it, scale its weights down)"
-        return _joined(cell, _other_solver(attempt), "look for NaN in the gradient that comes back")
+        return [cell, _other_solver(attempt), "look for NaN in the gradient that comes back"]
     # A setting, not what a method without one reports.
     damping = vars(attempt.solver).get("damping")
     lower = "" if damping is None else f"use damping (now {damping:g})"
-    return _joined(
+    return [
         "make the cell contractive (normalise it, scale its weights down)",
         lower,
         _other_solver(attempt),
         "look for NaN in its inputs",
-    )
+    ]
 
 
-# Of other statuses the name says enough.
-def _coupled(attempt: Attempt) -> str:
-    return (
+def _coupled(attempt: Attempt) -> list[str]:
+    return [
         "they met the tolerance while others moved, and do not as the batch is returned: samples seem to "
         "depend on one another (a state without a batch axis? nodes of a graph as samples? BatchNorm or "
         "attention over the batch? a cell that draws random numbers?); make what belongs together one sample "
         "by a batch axis, z0[None], or keep samples apart"
-    )
+    ]
 
 
-_ADVICE = {
+_WAYS: dict[Status, Callable[[Attempt], list[str]]] = {
     Status.MAX_STEPS: _out_of_steps,
     Status.STALLED: _stalled,
     Status.DIVERGED: _diverged,
@@ -270,7 +276,7 @@ def _other_solver(attempt: Attempt) -> str:
     return f"use {attempt.mode}(solver=Auto()), which tries several methods (now {now})"
 
 
-def _joined(*parts: str) -> str:
-    """ "a, b, or c" of those that are there."""
-    *rest, last = [part for part in parts if part]
+def _joined(parts: list[str]) -> str:
+    """ "a, b, or c"."""
+    *rest, last = parts
     return f"{', '.join(rest)}{',' * (len(rest) > 1)} or {last}" if rest else last

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._torch import tree_leaves, tree_map
+from .solution import Solution
 
 # What PyTorch says where operands do not go together.
 _MISFIT = re.compile(r"size|shape|dimension|broadcast|dtype|same type|device|channels", re.IGNORECASE)
@@ -147,6 +148,8 @@ def _unfit(leaf: Any) -> str | None:
 
 
 def _way_out(leaf: Any) -> str:
+    if isinstance(leaf, Solution):
+        return "pass its value"
     if hasattr(leaf, "__array__") or isinstance(leaf, int | float):
         return "make it a tensor by torch.as_tensor"
     if hasattr(leaf, "__dataclass_fields__"):

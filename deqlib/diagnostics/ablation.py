@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._checks import check_instance, check_integer, check_number
+from .._checks import check_integer, check_number
 from .._settings import is_same
 from .._torch import tree_leaves
 from ..backward import JFB, Backward, ImplicitDifferentiation, PhantomGradient, SharedInverse, Unroll
@@ -29,7 +29,7 @@ from .reports import (
     notes_on_fixed_point,
     with_mark,
 )
-from .settings import accepted_solver, check_sequence, each_once, labels, with_tolerance
+from .settings import accepted_solver, check_layer, check_sequence, each_once, labels, with_tolerance
 from .subject import Subject, normal, untouched
 from .tables import headline, lines, page, timed_gradient_table, timed_solve_table
 from .timing import interleaved_times
@@ -113,6 +113,7 @@ def ablate(
     rtol: float | None = None,
     max_steps: int | None = None,
     rounds: int = 5,
+    **keywords: Any,
 ) -> Ablation:
     """Measure the layer's cell with other solvers and backward modes: what each costs, and what it gives.
 
@@ -141,6 +142,7 @@ def ablate(
         rtol: relative tolerance; default the layer's, or 1e-3 where that has a fixed number of steps.
         max_steps: most steps of a solve; default the layer's, or 50 where that has a fixed number of steps.
         rounds: how often each is timed, at least 1.
+        **keywords: inputs by name. One that has the name of a setting here goes by position.
 
     Returns:
         `Ablation`, one report a solver and one a mode.
@@ -152,8 +154,8 @@ def ablate(
     solvers, backwards, stopping = _settings(layer, solvers, backwards, rtol, max_steps)
     check_integer("ablate", 1, rounds=rounds)
     partners = [accepted_solver(mode, layer.solver, stopping, "ablate: backwards") for mode in backwards]
-    with untouched(layer, inputs):
-        subject = Subject.of(layer, inputs, owner="ablate")
+    with untouched(layer, (inputs, keywords)):
+        subject = Subject.of(layer, inputs, keywords, owner="ablate")
         batch, width = subject.ravel(subject.z0).shape
         device = tree_leaves(subject.z0)[0].device
         solves = _timed_solves(subject, solvers, stopping, rounds, device)
@@ -187,7 +189,7 @@ def _settings(
     max_steps: int | None,
 ) -> tuple[Sequence[Solver], Sequence[Backward], Stopping]:
     """Defaults filled in, the layer's own first."""
-    check_instance("ablate", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
+    check_layer("ablate", layer)
     if solvers is None:
         usual = (Auto(), Anderson(), Broyden(), NewtonKrylov(), Picard())
         solvers = each_once([layer.solver, *usual])

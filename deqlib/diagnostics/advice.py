@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..backward import ImplicitDifferentiation
 from ..solvers import Picard
+from ..stopping import Stopping
 from .findings import Findings
 from .gradients import Difference
-from .reports import GradientReport
+from .reports import GradientReport, tolerance_of
 
 GOOD_COSINE = 0.95  # from here on a cheap gradient is good enough
 POOR_COSINE = 0.8  # below, the layer's own mode is worth changing
@@ -82,12 +83,12 @@ def _tolerance(found: Findings) -> Iterator[str]:
     if reach:
         return
     eps = torch.finfo(found.dtype).eps
-    if rtol < eps:
+    if rtol < eps and not found.stopping.atol:
         yield (
             f"rtol={rtol:.0e} is beyond what the cell computes in ({str(found.dtype).removeprefix('torch.')} "
             f"resolves {eps:.0e}): use rtol={2 * eps:.0e}, for the adjoint too, or a finer type."
         )
-    elif found.reference.num_failed or found.reference.residual > rtol:
+    elif found.reference.num_failed or (found.reference.residual > rtol and not found.stopping.atol):
         yield (
             "No solver compared reaches the tolerance for all samples: make the cell contractive "
             "(deqlib.nn), allow more steps, or loosen rtol."
@@ -130,7 +131,7 @@ def _speed(found: Findings) -> Iterator[str]:
     elif layer.residual > rtol and layer not in found.solvers:
         yield (
             f"The layer's fixed number of steps leaves a relative residual of {layer.residual:.0e}; "
-            f"{best.name} reaches {rtol:.0e} in {best.nfe} evaluations."
+            f"{best.name} reaches {tolerance_of(found.stopping)} in {best.nfe} evaluations."
         )
     elif best.nfe <= SAVING * layer.nfe:
         share = best.seconds / layer.seconds  # NaN where nothing was timed
@@ -199,7 +200,7 @@ def _tighten_forward(found: Findings) -> str:
     rule = found.layer_stopping
     if rule.rtol is None:
         return f"take more than {rule.max_steps} forward steps"
-    return f"tighten the forward solve, stopping={_tighter(rule.rtol, found.precision.forward.worst, found)}"
+    return f"tighten the forward solve, stopping={_tighter(rule, found.precision.forward.worst, found)}"
 
 
 def _tighten_adjoint(found: Findings) -> str:
@@ -210,18 +211,23 @@ def _tighten_adjoint(found: Findings) -> str:
         return "give the adjoint more steps or another solver, it misses its tolerance"
     if mode.stopping.rtol is None:
         return f"take more than {mode.stopping.max_steps} steps of the adjoint"
-    rule = _tighter(mode.stopping.rtol, adjoint.worst, found)
+    rule = _tighter(mode.stopping, adjoint.worst, found)
     return f"tighten the adjoint, ImplicitDifferentiation(stopping={rule})"
 
 
-def _tighter(rtol: float, error: float, found: Findings) -> str:
+def _tighter(rule: Stopping, error: float, found: Findings) -> str:
     """A rule that should leave a tenth of what is too much: errors go with tolerances, near enough."""
     share = POOR_ERROR / 10 / error if error < math.inf else 0.1
-    wanted = 10 ** math.floor(math.log10(rtol * min(share, 0.1)))
+    wanted = {
+        name: 10 ** math.floor(math.log10(now * min(share, 0.1)))
+        for name, now in (("rtol", rule.rtol), ("atol", rule.atol))
+        if now
+    }
     finest = 2 * torch.finfo(found.dtype).eps
-    if wanted < finest:
+    if wanted.get("rtol", math.inf) < finest:
         return f"Stopping(rtol={finest:.0e}), the finest that the type allows, or use a finer type"
-    return f"Stopping(rtol={wanted:.0e}) or so"
+    told = ", ".join(f"{name}={value:.0e}" for name, value in ({"rtol": 0.0} | wanted).items())
+    return f"Stopping({told}) or so".replace("0e+00", "0")
 
 
 def _dominant(found: Findings) -> str:
@@ -236,10 +242,9 @@ def _dominant(found: Findings) -> str:
     if enough > min(NAMED, found.batch // 2):
         return f" No few samples dominate: the most is {shares[0]:.0%}, sample {int(order[0])}'s." + far
     names = ", ".join(str(int(place)) for place in order[:enough])
-    return (
-        f" Sample{'s' * (enough > 1)} {names} make{'s' * (enough == 1)} up {shares[:enough].sum():.0%} of it."
-        + far
-    )
+    part = float(shares[:enough].sum())
+    size = f"{part:.0%} of it" if part <= 1 else "more than all of it, which others undo in part"
+    return f" Sample{'s' * (enough > 1)} {names} make{'s' * (enough == 1)} up {size}." + far
 
 
 def _gradient(found: Findings) -> Iterator[str]:

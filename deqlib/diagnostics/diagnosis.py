@@ -22,8 +22,8 @@ from .experiment import Experiment
 from .findings import Findings
 from .metrics import METRICS
 from .plots import draw
-from .reports import SolveReport
-from .settings import check_sequence, each_once, labels, with_tolerance
+from .reports import SolveReport, tolerance_of
+from .settings import check_layer, check_sequence, each_once, labels, with_tolerance
 from .subject import Subject, untouched
 from .tables import (
     gradient_table,
@@ -120,6 +120,7 @@ def diagnose(
     rounds: int = 3,
     loss: Callable[[Any], Tensor] | None = None,
     generator: torch.Generator | None = None,
+    **keywords: Any,
 ) -> Diagnosis:
     """Measure how the layer's solve and its gradients fare on these inputs, and suggest what to change.
 
@@ -168,6 +169,7 @@ def diagnose(
         loss: `loss(z) -> scalar`, whose gradient at the fixed point is the one sent back; default a random
             direction.
         generator: of all that is drawn; default a new one of a fixed seed.
+        **keywords: inputs by name. One that has the name of a setting here goes by position.
 
     Returns:
         `Diagnosis`, numbers of every sample (B,).
@@ -184,8 +186,8 @@ def diagnose(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     check_instance("diagnose", torch.Generator, "a torch.Generator or None", generator=generator)
-    with untouched(layer, inputs):
-        subject = Subject.of(layer, inputs, owner="diagnose")
+    with untouched(layer, (inputs, keywords)):
+        subject = Subject.of(layer, inputs, keywords, owner="diagnose")
         solves = [partial(subject.solve, subject.z0, solver, stopping) for solver in solvers]
         solutions = [solve() for solve in solves]
         evaluation, times = _times(subject, solves, rounds)
@@ -248,7 +250,7 @@ def _own_solve(layer: ImplicitLayer, subject: Subject, compared: Solution, stopp
 def _own_report(layer: ImplicitLayer, name: str, own: Solution) -> SolveReport:
     """A solve by another rule than those it is compared with."""
     rule = layer.stopping
-    name = f"{name}, {rule.max_steps} steps" if rule.is_fixed else f"{name}, rtol {rule.rtol:.0e}"
+    name += f", {rule.max_steps} steps" if rule.is_fixed else f", {tolerance_of(rule)}"
     return SolveReport.of(name, layer.solver, own)
 
 
@@ -259,7 +261,7 @@ def _settings(
     stopping: Stopping | None,
 ) -> tuple[list[Solver], list[Backward], Stopping]:
     """Defaults filled in, the layer's own first, everything once."""
-    check_instance("diagnose", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
+    check_layer("diagnose", layer)
     if solvers is None:
         solvers = (Picard(), Anderson(), Broyden())
     if modes is None:

@@ -262,6 +262,8 @@ def _flat(found: list[Tensor], exact: list[Tensor]) -> Iterator[tuple[Tensor, Te
     """Pairs of vectors, in a type that small numbers do not vanish in."""
     for pair in zip(found, exact, strict=True):
         one, other = (t.detach() for t in pair)
+        if one.is_nested:
+            one, other = (torch.cat([part.flatten() for part in t.unbind()]) for t in (one, other))
         if one.layout != torch.strided or other.layout != torch.strided:
             one, other = _side_by_side(one, other)
         a, b = (t.flatten().to(small_dtype(t)) for t in (one, other))

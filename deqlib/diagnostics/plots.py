@@ -23,6 +23,7 @@ _NAME = 34  # characters of a name before it goes on in the next line
 _PANEL = (4.2, 3.0)  # inches, the least that a panel gets with its labels
 _LINE = 0.15  # inches that a line of small text takes
 _SMALL = 8  # points
+_HOLLOW: dict[str, Any] = {"markersize": 4, "fillstyle": "none"}
 _BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
 
 Named = Sequence[tuple[str, SolveReport]]
@@ -50,7 +51,7 @@ def draw_ablation(
     """Four panels, see `Ablation.plot`; saved where there is a path."""
     heights = [_LINE * _lines(name for name, _ in rows) for rows in (solvers, backwards)]
     figure, panels = _new_figure("Ablation.plot", *heights)
-    evaluations = [list(range(1, report.nfe + 1)) for _, report in solvers]
+    evaluations = [list(range(1, len(report.trace) + 1)) for _, report in solvers]
     times = [
         [1e3 * report.seconds * count / report.nfe for count in counts]
         for (_, report), counts in zip(solvers, evaluations, strict=True)
@@ -150,14 +151,15 @@ def _told(name: str, report: SolveReport) -> str:
 
 def _tolerance(axes: Any, rtol: float | None, reports: Sequence[SolveReport]) -> None:
     """The tolerance dotted, on a logarithmic axis that shows a digit below it, and all ends."""
-    rtol = rtol or _HIDDEN
-    axes.axhline(rtol, color="grey", linestyle=":", linewidth=0.8)
+    if rtol:
+        axes.axhline(rtol, color="grey", linestyle=":", linewidth=0.8)
     curves = [curve.double() for report in reports for curve in (report.worst, report.median)]
     values = torch.cat([*curves, torch.ones(1, dtype=torch.float64)])
     values = values[values.isfinite() & (values > _HIDDEN)]
     # What runs away says so by leaving the frame.
     top = min(float(values.max()), 1e3)
-    axes.set(yscale="log", ylim=(min(rtol / 10, float(values.min()) / 3), 10 * top))
+    lowest = min(rtol / 10 if rtol else 0.1, float(values.min()) / 3)
+    axes.set(yscale="log", ylim=(lowest, 10 * top))
     if not any(bool(report.worst.isfinite().any()) for report in reports):
         _say(axes, "not finite" if reports else "nothing to compare")
         axes.set_xticks([])
@@ -183,7 +185,8 @@ def _modes(axes: Any, modes: NamedModes, places: list[float], label: str) -> Non
     for (name, _), where, error, marker, color in rows:
         told = name if math.isfinite(error) else name + ": not known"
         told = told if error != 0 else name + ": no error"
-        axes.plot([where], [max(error, lowest)], marker, label=_short(told), markersize=6, color=color)
+        style = {"color": color, "markersize": 6, "clip_on": False}
+        axes.plot([where], [max(error, lowest)], marker, label=_short(told), **style)
     axes.set_yscale("log")
     axes.margins(0.1)
     if (large := max(filter(math.isfinite, places), default=0)) > 0:
@@ -197,14 +200,9 @@ def _modes(axes: Any, modes: NamedModes, places: list[float], label: str) -> Non
 def _residuals(axes: Any, solves: Named, rtol: float | None) -> None:
     """Worst of the batch as a line, the median dashed, the tolerance dotted."""
     for (name, report), color in zip(solves, _colors(len(solves)), strict=False):
-        axes.plot(
-            range(1, report.nfe + 1),
-            _shown(report.worst),
-            label=_told(name, report),
-            color=color,
-            linewidth=1.3,
-        )
-        axes.plot(range(1, report.nfe + 1), _shown(report.median), "--", color=color, linewidth=0.8)
+        places = range(1, len(report.trace) + 1)
+        axes.plot(places, _shown(report.worst), label=_told(name, report), color=color, linewidth=1.3)
+        axes.plot(places, _shown(report.median), "--", color=color, linewidth=0.8)
     axes.set(xlabel="evaluations of the cell", ylabel="relative residual")
     _whole_numbers(axes)
     _tolerance(axes, rtol, [report for _, report in solves])
@@ -222,7 +220,8 @@ def _sizes(axes: Any, found: Findings) -> None:
     }
     places = list(range(1, len(order) + 1))
     for (name, values), marker in zip(rows.items(), "osx", strict=True):
-        axes.plot(places, _finite(values[order]), marker, label=name, markersize=4, fillstyle="none")
+        # Whole markers at the frame too, which holds all values.
+        axes.plot(places, _finite(values[order]), marker, label=name, clip_on=False, **_HOLLOW)
     axes.axhline(1, color="grey", linestyle=":", linewidth=0.8)
     axes.set(xlabel="sample, by spectral radius", ylabel="size", xlim=(0.5, len(places) + 0.5))
     axes.set_ylim(bottom=0)
@@ -272,7 +271,7 @@ def _paths(axes: Any, found: Findings) -> None:
         return
     distances = found.path.distance.sort().values
     places = list(range(1, len(distances) + 1))
-    axes.plot(places, _shown(distances), "o", markersize=4, fillstyle="none")
+    axes.plot(places, _shown(distances), "o", **_HOLLOW)
     seen = distances[distances > _HIDDEN]
     axes.set(
         yscale="log",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._settings import is_same
@@ -250,12 +251,21 @@ class MetricReport(ABC):
 
 def notes_on_fixed_point(reference: SolveReport, stopping: Stopping) -> Iterator[str]:
     """A note where there is no fixed point to measure at: `reference` missed the tolerance."""
-    missed = int((~(reference.relative_residual <= (stopping.rtol or 0))).sum())
+    far = ~(reference.relative_residual <= (stopping.rtol or 0))
+    if stopping.atol:  # a solve to rounding that succeeded is near enough for any absolute tolerance
+        far &= torch.tensor([Status(code).is_failure for code in reference.status.tolist()])
+    missed = int(far.sum())
     if missed:
         yield (
             f"no fixed point was found for {missed} of {reference.samples} samples: J and gradients are "
             "those at the best iterate"
         )
+
+
+def tolerance_of(stopping: Stopping) -> str:
+    """The tolerances of a rule that has any, in words."""
+    parts = [f"relative residual {stopping.rtol:.0e}"] if stopping.rtol or not stopping.atol else []
+    return " plus ".join(parts + [f"absolute residual {stopping.atol:.0e}"] * (stopping.atol > 0))
 
 
 def with_mark(name: str, is_layers: bool) -> str:

@@ -6,13 +6,34 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+from torch import nn
+
 from .._checks import check_instance
 from .._settings import arguments, is_same
 from ..backward import Backward, ImplicitDifferentiation, StochasticJFB
+from ..layer import ImplicitLayer
 from ..solvers import Anderson, Broyden, Picard, ReversiblePicard, Solver
 from ..stopping import Stopping
 
 S = TypeVar("S")
+
+
+def check_layer(owner: str, layer: object) -> None:
+    """Raise `TypeError` unless this is a layer; the error says where one is, if the object holds any."""
+    if isinstance(layer, ImplicitLayer):
+        return
+    way = ""
+    if isinstance(layer, nn.Module):
+        names = [name for name, module in layer.named_modules() if isinstance(module, ImplicitLayer)]
+        way = (
+            "; it holds none"
+            if not names
+            else (
+                f"; the layers in it are {', '.join(map(repr, names[:3]))}{', ...' * (len(names) > 3)}: pass "
+                f"one, get_submodule({names[0]!r}), with the inputs that arrive there"
+            )
+        )
+    raise TypeError(f"{owner}: layer must be a deqlib.ImplicitLayer, got {type(layer).__name__}{way}")
 
 
 def check_sequence(owner: str, kind: type, **given: Sequence[Any]) -> None:

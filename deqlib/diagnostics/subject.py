@@ -38,8 +38,12 @@ class Subject:
     dtype: torch.dtype  # the coarsest type that the cell computes in
 
     @classmethod
-    def of(cls, layer: ImplicitLayer, inputs: tuple[Any, ...], owner: str) -> Subject:
+    def of(
+        cls, layer: ImplicitLayer, inputs: tuple[Any, ...], keywords: dict[str, Any], owner: str
+    ) -> Subject:
         """The layer's cell at these inputs, or at what the layer's own `forward` or `solve` makes of them.
+
+        Keyword inputs become the last of the inputs, a dict.
 
         Raises:
             ValueError: the state holds no number; the error names `owner`.
@@ -49,19 +53,23 @@ class Subject:
         def copy(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            # For a sparse matrix PyTorch has not every gradient that it has for what it is multiplied with.
-            wanted = leaf.is_floating_point() and (leaf.layout == torch.strided or leaf.requires_grad)
+            # For sparse and nested tensors PyTorch has not every gradient that it has for dense ones.
+            dense = leaf.layout == torch.strided and not leaf.is_nested
+            wanted = leaf.is_floating_point() and (dense or leaf.requires_grad)
             leaf = leaf.detach().clone()
             if wanted:
                 floating.append(leaf.requires_grad_())
             return leaf
 
-        start, inputs = _first_evaluation(layer, inputs)
-        inputs = tree_map(copy, inputs)
+        start, inputs, keywords = _first_evaluation(layer, inputs, keywords)
+        inputs, keywords = tree_map(copy, inputs), tree_map(copy, keywords)
         with torch.no_grad():
-            start = starting_point(layer.init, inputs, {}) if start is None else start
+            start = starting_point(layer.init, inputs, keywords) if start is None else start
             z0 = tree_map(torch.detach, start)
-        f, flat = flatten(layer.cell, z0, inputs)
+        cell = layer.cell
+        if keywords:
+            cell, inputs = _ByName(cell), (*inputs, keywords)
+        f, flat = flatten(cell, z0, inputs)
         if not flat.numel():
             raise ValueError(
                 f"{owner}: the state must hold at least one number, got {flat.shape[0]} samples of "
@@ -72,7 +80,7 @@ class Subject:
         if autocast is not None:
             types.append(autocast)
         dtype = max(types, key=lambda dtype: torch.finfo(dtype).eps)
-        return cls(layer.cell, inputs, tuple(floating), z0, f, dtype)
+        return cls(cell, inputs, tuple(floating), z0, f, dtype)
 
     @property
     def eps(self) -> float:
@@ -106,40 +114,57 @@ class Subject:
 class _Seen(BaseException):
     """Ends a forward pass at its first evaluation of the cell: what that was given. No `except` stops it."""
 
-    def __init__(self, z: Any, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, z: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         super().__init__()
         self.z = z
         self.inputs = inputs
+        self.keywords = keywords
 
 
-def _first_evaluation(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+class _ByName(nn.Module):
+    """A cell that takes its keyword inputs as the last positional one; its parameters are the cell's."""
+
+    def __init__(self, cell: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: Any, *inputs: Any) -> Any:
+        *positional, keywords = inputs
+        return self.cell(z, *positional, **keywords)
+
+
+def _first_evaluation(
+    layer: ImplicitLayer, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Starting point and inputs of the cell; `None` and the same inputs for a layer that passes them on.
 
     A subclass may encode its inputs before it solves, and only its cell knows what arrives there.
     """
     kind = type(layer)
     if kind.forward is ImplicitLayer.forward and kind.solve is ImplicitLayer.solve:
-        return None, inputs
+        return None, inputs, keywords
     cell = layer.cell
 
-    def look(z: Any, *arrived: Any) -> Any:
-        raise _Seen(z, arrived)
+    def look(z: Any, *arrived: Any, **named: Any) -> Any:
+        raise _Seen(z, arrived, named)
 
     try:
         if isinstance(cell, nn.Module):
-            hook = cell.register_forward_pre_hook(lambda _, arguments: look(*arguments))
+            hook = cell.register_forward_pre_hook(
+                lambda _, arguments, named: look(*arguments, **named), with_kwargs=True
+            )
         else:
             layer.cell = look
         with torch.no_grad():
-            layer.forward(*inputs)
+            layer.forward(*inputs, **keywords)
     except _Seen as seen:
-        return seen.z, seen.inputs
+        return seen.z, seen.inputs, seen.keywords
     finally:
         if isinstance(cell, nn.Module):
             hook.remove()
         else:
             layer.cell = cell
-    return None, inputs  # it has no use for its cell here
+    return None, inputs, keywords  # it has no use for its cell here
 
 
 @dataclass(frozen=True)
@@ -190,7 +215,7 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def untouched(layer: ImplicitLayer, inputs: tuple[Any, ...]) -> Iterator[None]:
+def untouched(layer: ImplicitLayer, inputs: Any) -> Iterator[None]:
     """Measure with gradients enabled, and leave buffers and PyTorch's random numbers as they were.
 
     The buffers are those of the layer and of modules among the inputs.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..stopping import Stopping
 from .gradients import Difference
 from .precision import PrecisionReport
-from .reports import WIDTH, GradientReport, MetricReport, SolveReport
+from .reports import WIDTH, GradientReport, MetricReport, SolveReport, tolerance_of
 
 _GAP = "  "
 _INDENTED = 16  # width from which on continued lines are indented
@@ -73,7 +73,7 @@ def page(*parts: str) -> str:
 def headline(batch: int, width: int, dtype: torch.dtype, stopping: Stopping, where: str = "") -> str:
     """What was measured, and the rule of the solves."""
     kind = str(dtype).removeprefix("torch.")
-    rule = f"relative residual {stopping.rtol:.0e} within {stopping.max_steps} steps"
+    rule = f"{tolerance_of(stopping)} within {stopping.max_steps} steps"
     return lines("", [f"{batch} samples of {width} numbers, {kind}{where}, {rule}"])
 
 

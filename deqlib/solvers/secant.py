@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
+from ..solution import Solution
 from .base import Seen, Solver, is_recorded, norm, within
 from .history import History
 from .safeguards import Safeguards
@@ -82,9 +83,10 @@ class SecantSolver(Solver):
             ValueError: `state` is not of a secant method, or not of states of the shape and type of `z0`.
         """
         if not isinstance(state, SecantState):
+            way = "pass its state" if isinstance(state, Solution) else "leave it out to start afresh"
             raise ValueError(
-                f"state: expected the state of a solve by Anderson or Broyden, got {type(state).__name__}; "
-                "leave it out to start afresh"
+                "state: expected the state of a solve by Anderson or Broyden, "
+                f"got {type(state).__name__}; {way}"
             )
         df = state.history.df
         expected, got = (len(z0), z0.shape[1]), (len(df), df.shape[2])

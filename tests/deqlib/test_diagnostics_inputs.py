@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from deqlib import (
+    JFB,
     AdjointStart,
     ImplicitDifferentiation,
     ImplicitLayer,
     Picard,
     StochasticJFB,
+    Stopping,
     fixed_point,
 )
 from deqlib.diagnostics import Diagnosis, ablate, diagnose, saved_bytes
@@ -239,3 +241,103 @@ def test_half_precision_and_a_single_sample_are_reported(dtype: torch.dtype, bat
     x = torch.randn(batch, WIDTH).to(dtype)
     for found in (diagnose(layer, x, rounds=1), ablate(layer, x, rounds=1)):
         assert max(map(len, str(found).splitlines())) <= 100
+
+
+# Keyword inputs -----------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Takes a mask by name; without it, another map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        nn.init.orthogonal_(self.linear.weight, gain=0.4)
+
+    def forward(self, z: Tensor, x: Tensor, *, mask: Any = None) -> Tensor:
+        image = torch.tanh(self.linear(z) + x)
+        return image if mask is None else image * mask["keep"]
+
+
+class Encoded(ImplicitLayer):
+    """Gives its cell the mask by name, whatever it was given itself."""
+
+    def forward(self, x: Tensor, *, scale: float) -> Any:  # type: ignore[override]
+        return super().forward(scale * x, mask={"keep": torch.tensor([1.0, 0.0, 1.0, 0.5])})
+
+
+def test_keyword_inputs_are_measured_as_the_same_inputs_by_position() -> None:
+    torch.manual_seed(0)
+    cell, x, mask = Masked(), torch.randn(3, 4), {"keep": torch.tensor([1.0, 0.0, 1.0, 0.5])}
+    position = ImplicitLayer(lambda z, x, mask: cell(z, x, mask=mask))
+    few: dict[str, Any] = {"rounds": 0, "num_starts": 1, "num_products": 6}
+    wanted = diagnose(position, x, mask, **few)
+    inits: list[Any] = []
+
+    def init(x: Tensor, *, mask: Any) -> Tensor:
+        inits.append(mask)
+        return torch.zeros_like(x)
+
+    by_name = diagnose(ImplicitLayer(cell, init=init), x, mask=mask, **few)
+    inside = diagnose(Encoded(cell), x, scale=1.0, **few)
+    assert torch.equal(inits[0]["keep"], mask["keep"])
+    for found in (by_name, inside):
+        assert torch.equal(found.spectral_radius, wanted.spectral_radius)
+        assert [mode.input_cosine for mode in found.gradients] == [
+            mode.input_cosine for mode in wanted.gradients
+        ]
+        assert found.gradients[0].cosine is not None  # parameters of the cell itself
+    one = ablate(ImplicitLayer(cell), x, mask=mask, rounds=1, solvers=[Picard()], backwards=[JFB()])
+    two = ablate(position, x, mask, rounds=1, solvers=[Picard()], backwards=[JFB()])
+    assert one.solvers[0].curve == two.solvers[0].curve
+    assert one.backwards[0].error == two.backwards[0].error
+    assert not hasattr(ImplicitLayer(cell).cell, "cell")  # nothing was put around it
+
+
+def test_what_is_no_layer_is_told_in_a_line_with_the_layers_in_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), ImplicitLayer(Masked()))
+    for call in (diagnose, ablate):
+        with pytest.raises(TypeError, match=r"got Sequential; the layers in it are '1': pass one") as caught:
+            call(model, torch.ones(2, 4))  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="got Linear; it holds none"):
+        diagnose(nn.Linear(4, 4), torch.ones(2, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got Sequential$"):
+        diagnose(ImplicitLayer(Masked()), torch.ones(2, 4), generator=model)  # type: ignore[arg-type]
+
+
+def test_a_cell_that_depends_on_no_leaf_is_measured() -> None:
+    found = diagnose(ImplicitLayer(lambda z, x: 0.5 * z + 1), torch.ones(3, 4), rounds=0, num_starts=0)
+    assert found.precision.share.isnan().all()
+    assert "off by" not in found.summary()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_nested_inputs_are_measured(wanted: bool) -> None:
+    parts = torch.nested.nested_tensor([torch.ones(2), torch.ones(4)], requires_grad=wanted)
+    layer = ImplicitLayer(
+        lambda z, x: torch.tanh(0.3 * z + x.to_padded_tensor(0.0, (2, 4))), init=lambda x: torch.zeros(2, 4)
+    )
+    found = diagnose(layer, parts, rounds=0, num_starts=0)
+    assert found.gradients[0].input_cosine == (pytest.approx(1) if wanted else None)
+
+
+# Absolute tolerances ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [Stopping(rtol=0, atol=1.0), Stopping(rtol=0.01, atol=1.0)])
+def test_an_absolute_tolerance_is_told_and_tightened(rule: Stopping) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4, bias=False)
+    nn.init.orthogonal_(linear.weight, gain=0.95)
+    layer = ImplicitLayer(lambda z, x: linear(z) + x, stopping=rule, solver=Picard())
+    found = diagnose(layer, torch.randn(3, 4), rounds=0, num_starts=0)
+    assert not any("no fixed point" in note for note in found.notes)
+    text = " ".join(found.summary().split())
+    assert "absolute residual 1e+00 within 50 steps" in text
+    assert "0e+00" not in text
+    assert f"Stopping(rtol={'0' if rule.rtol == 0 else '1e-0'}" in text
+    assert "atol=1e-0" in text
+    found.plot()
+    ablate(layer, torch.randn(3, 4), rounds=1, solvers=[Picard()], backwards=[]).plot()

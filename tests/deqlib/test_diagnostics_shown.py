@@ -235,3 +235,16 @@ def test_a_mode_without_any_error_does_not_spread_the_axis() -> None:
     assert high / low < 1e8
     names = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
     assert "no error" in names[0]
+
+
+def test_figures_show_solves_whose_last_evaluation_is_in_no_trace() -> None:
+    # What is returned of a sample that runs away is where it began: the batch is evaluated there once more.
+    def cell(z: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([0.5 * z[:1], 3 * z[1:]]) + x
+
+    layer = ImplicitLayer(cell, solver=Picard(), stopping=Stopping(max_steps=12))
+    compared = ablate(layer, torch.ones(2, 4), solvers=[Picard()], backwards=[], rounds=1)
+    (solve,) = compared.solvers
+    assert solve.nfe == len(solve.trace) + 1
+    assert len(compared.plot().axes[0].get_lines()[0].get_xdata()) == len(solve.trace)  # type: ignore[arg-type]
+    diagnose(layer, torch.ones(2, 4), solvers=[], modes=[], rounds=0, num_starts=0).plot()

@@ -272,6 +272,45 @@ def test_precision_is_named_where_it_is_the_cause() -> None:
     assert "the cell computes in float32, whose resolution of 1e-07" in messages(single)[0]
 
 
+def test_precision_is_named_where_a_solve_at_rounding_runs_away() -> None:
+    calls = iter(range(1000))
+
+    def cell(z: Tensor) -> Tensor:
+        call = next(calls)
+        return z * 0.5 + 1 + (1e3 * z if call > 30 else (-1) ** call * 6e-7)
+
+    said = messages(
+        lambda: fixed_point(cell, torch.zeros(2, 4), solver=Picard(), stopping=Stopping(rtol=1e-12))
+    )
+    assert "DIVERGED: the cell computes in float32, whose resolution of 1e-07" in said[0]
+
+
+def test_a_way_out_is_told_once_whatever_the_number_of_statuses() -> None:
+    gains = torch.tensor([[0.999], [-1.0], [50.0], [float("nan")]])
+    said = messages(lambda: fixed_point(lambda z: gains * z + 1, torch.ones(4, 3), solver=Picard()))[0]
+    assert all(name in said for name in ("MAX_STEPS: ", "STALLED: ", "DIVERGED: "))
+    assert said.count("Auto()") == said.count("loosen Stopping.rtol") == 1
+
+
+def test_the_tolerance_that_is_used_is_the_one_to_loosen() -> None:
+    rules = {Stopping(rtol=0, atol=1e-9, max_steps=3): "loosen Stopping.atol (now 1e-09), or"}
+    rules[Stopping(rtol=1e-5, atol=1e-6, max_steps=3)] = "rtol (now 1e-05) or atol (now 1e-06), or"
+    for rule, wanted in rules.items():
+        found = messages(
+            lambda rule=rule: fixed_point(lambda z: 0.9 * z + 1, torch.ones(2, 3), stopping=rule)
+        )
+        assert wanted in found[0]
+
+
+def test_a_solution_where_a_part_of_it_belongs_names_the_part() -> None:
+    layer, x = ImplicitLayer(Cell()), torch.ones(2, DIM)
+    solution = layer.solve(x)
+    with pytest.raises(TypeError, match="got Solution; pass its value"):
+        layer.solve(x, z0=solution)
+    with pytest.raises(ValueError, match="got Solution; pass its state"):
+        layer.solve(x, state=solution)
+
+
 def test_what_value_holds_is_told_where_no_iterate_beat_the_start() -> None:
     gains = torch.tensor([[0.97], [3.0], [3.0]])
     start = torch.ones(3, 2)

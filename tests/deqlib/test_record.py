@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from dataclasses import replace
 from typing import Any
@@ -238,3 +240,25 @@ def test_no_line_of_the_table_is_over_100_columns(
 def test_values_must_be_a_bool(values: Any) -> None:
     with pytest.raises(TypeError, match="record: values must be True or False, got"):
         deqlib.record(values=values).__enter__()
+
+
+def test_long_names_of_two_layers_stay_apart_and_one_record_is_a_line() -> None:
+    solution = deqlib.fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
+    names = [f"encoder.stages.0.attention.{i}.equilibrium.layers.0.core" for i in (3, 4)]
+    solves = deqlib.RecordedSolves(deqlib.RecordedSolve(name, "forward", solution) for name in names)
+    rows = repr(solves).splitlines()
+    assert max(map(len, rows)) <= 100
+    cells = "".join(row[:28].strip() for row in rows[1:])
+    assert all(name in cells for name in names)
+    for one in (*solves, deqlib.RecordedSolve(names[0] * 3, "forward", solution)):
+        assert len(repr(one)) <= 100
+
+
+def test_records_are_copied_and_pickled_with_their_table() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    with deqlib.record(values=True) as solves:
+        deqlib.ImplicitLayer(lambda z, x: 0.5 * z + x)(x).sum().backward()
+    for twin in (copy.deepcopy(solves), pickle.loads(pickle.dumps(solves)), copy.copy(solves)):
+        assert isinstance(twin, deqlib.RecordedSolves)
+        assert repr(twin) == repr(solves)
+        assert torch.equal(twin[0].solution.value, solves[0].solution.value)
