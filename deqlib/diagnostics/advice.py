@@ -29,18 +29,11 @@ PATH_DEPENDENCE = 1e-2  # relative distance of two fixed points that counts as t
 
 def advise(found: Findings) -> tuple[str, ...]:
     """Short sentences in order of importance, the cause before what follows from it."""
-    rules = (
-        _soundness,
-        _independence,
-        _tolerance,
-        _stability,
-        _speed,
-        _adjoint,
-        _precision,
-        _gradient,
-        _paths,
-    )
-    lines = tuple(line for rule in rules for line in rule(found))
+    lines = (*_soundness(found), *_independence(found))
+    if not found.deterministic or _is_coupled(found):
+        return (*lines, "Mend that first: all that is said of solvers and gradients rests on it.")
+    rules = (_tolerance, _stability, _speed, _adjoint, _precision, _gradient, _paths)
+    lines += tuple(line for rule in rules for line in rule(found))
     return lines or ("Nothing to change: the layer converges, and no cheaper setting does as well.",)
 
 
@@ -61,7 +54,7 @@ def _soundness(found: Findings) -> Iterator[str]:
 
 def _independence(found: Findings) -> Iterator[str]:
     """Samples that depend on one another, though every one is stopped by itself."""
-    if found.coupling is None or not found.coupling.num_coupled:
+    if found.coupling is None or not _is_coupled(found):
         return
     yield (
         f"Samples depend on one another: {_samples(found.coupling.num_coupled, found)} move when others do "
@@ -69,6 +62,10 @@ def _independence(found: Findings) -> Iterator[str]:
         "Each is stopped by itself, so make what belongs together one sample with a batch axis, x[None], or "
         "keep samples apart: norms over a sample, BatchNorm in eval()."
     )
+
+
+def _is_coupled(found: Findings) -> bool:
+    return found.coupling is not None and found.coupling.num_coupled > 0
 
 
 def _tolerance(found: Findings) -> Iterator[str]:

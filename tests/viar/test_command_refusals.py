@@ -181,6 +181,18 @@ def test_help_and_unknown_flags_are_the_parsers_own(world: Path) -> None:
     assert "--lables" in errors
 
 
+@pytest.mark.parametrize("command", ["train-tokenizer", "train", "tokenize"])
+def test_nothing_is_written_among_the_pictures_themselves(command: str, world: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "own"
+    write_pictures(pictures, classes=2)
+    before = sorted(pictures.rglob("*"))
+    preset = {"train-tokenizer": ["digits"], "train": ["digits-viar"], "tokenize": []}[command]
+    codec = [] if command == "train-tokenizer" else ["--tokenizer", world / "tokenizer"]
+    said = refusal(command, *preset, "--data", pictures, *codec, "--out", tmp_path / "own" / ".")
+    assert "is the folder of the data" in said
+    assert sorted(pictures.rglob("*")) == before
+
+
 def test_a_presets_augment_is_not_for_a_folder(world: Path, tmp_path: Path) -> None:
     sizes = ("--model.base-channels", 4, "--model.num-groups", 2, "--model.sides", *SIDES)
     start = ("train-tokenizer", "digits", "--data", world / "data3", *sizes, *SHORT, 1)

@@ -38,6 +38,12 @@ def check_run(out: Path) -> None:
             raise ValueError(f"--out: {out} holds {kind} ({name}); give another folder")
 
 
+def check_beside_data(out: Path, data: str) -> None:
+    """Raise `ValueError` where `out` is the folder of the images themselves."""
+    if out.is_dir() and out.resolve() == Path(data).resolve():
+        raise ValueError(f"--out: {shown(out)} is the folder of the data; give another folder")
+
+
 def check_series(out: Path) -> None:
     """Raise `ValueError` unless a series of images may live in `out`: a folder without other work."""
     check_writable(out, "--out", folder=True)

@@ -11,6 +11,7 @@ from ..data.decoding import shown
 from ..data.shards import write_shards
 from ..files import check_writable
 from ..tokenizer import Tokenizer
+from .checks import check_beside_data
 from .loading import find_device, load_images, load_model
 
 
@@ -43,6 +44,7 @@ def tokenize_command(
     """
     console = Console()
     check_writable(out, "--out", folder=True)
+    check_beside_data(out, data)
     where = find_device(device)
     codec = load_model(Tokenizer, tokenizer, "--tokenizer").to(where)
     images = load_images(data, codec.config.image_side, console, augment=augment)

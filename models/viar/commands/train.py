@@ -32,7 +32,7 @@ from ..training import (
     train_tokenizer,
     train_transformer,
 )
-from .checks import check_run
+from .checks import check_beside_data, check_run
 from .flags import given_flags
 from .loading import load_images, load_model
 
@@ -57,6 +57,7 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
             Its settings are kept; --model.sides may be others.
     """
     check_run(out)
+    check_beside_data(out, preset.data)
     loss_terms(preset.loss)
     check_device(preset.train)
     console = Console()
@@ -97,6 +98,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
             settings are kept; classes are those of the images, and sides those of the tokenizer.
     """
     check_run(out)
+    check_beside_data(out, preset.data)
     check_device(preset.train)
     console = Console()
     codec = load_model(Tokenizer, tokenizer, "--tokenizer")
