@@ -100,7 +100,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 UNPICKLABLE = {"lambda"}  # Python's own limit: a function without a name
 # Modules that live as long as one call, or that users inherit from.
-WITHIN_A_CALL = {"_Recorder"}
+WITHIN_A_CALL = {"_ByName", "_Recorder"}
 
 
 def inputs() -> Tensor:
