@@ -118,16 +118,13 @@ class Record:
         # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
         eps = torch.finfo(z0.dtype).eps
         self.factors = z0.new_tensor([[1 - eps], [rule.blowup]])
+        self.range = z0.new_tensor(SAFE).unsqueeze(1).expand(2, z0.shape[0])
         # The trace of a large batch of small states would be many times what the states are.
         self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
         # Whether norms are taken in float32 first, and in float64 where one is beyond `SAFE`.
         self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)
         self.is_small = can_look(z0) and len(z0) <= FEW and unit_norms is None
         self.factor = 1 - eps
-        # What the residuals are compared with: the goal, what improves, what is a blow-up, and the range.
-        self.bounds = z0.new_empty(5 if self.guards else 3, z0.shape[0])
-        if self.guards:
-            self.bounds[3:] = z0.new_tensor(SAFE).unsqueeze(1)
         self._limits: list[tuple[float, float]] | None = None  # `lowest` and `floor` of a few samples
         self.difference: Tensor | None = None
         self.residual = self.scale = self.before = self.improved = z0.new_zeros(0)
@@ -189,7 +186,7 @@ class Record:
         self._goal = self.goal[keep]
         self.samples = take_samples(self.samples, keep)
         self.num_active, self._finished, self._limits = len(keep), None, None
-        self.bounds = self.bounds[:, : len(keep)]
+        self.range = self.range[:, : len(keep)]
         self.residual, self.scale, self.before, self.improved = (
             known[keep] for known in (self.residual, self.scale, self.before, self.improved)
         )
@@ -275,10 +272,10 @@ class Record:
 
         None of them holds for a finished sample, whose limits are minus infinity.
         """
-        bounds = self.bounds
-        bounds[0] = self.goal
-        torch.mul(self.samples.lowest, self.factors, out=bounds[1:3])
-        within = self.residual <= bounds
+        limits = [self.goal.unsqueeze(0), self.samples.lowest * self.factors]
+        if self.guards:
+            limits.append(self.range)
+        within = self.residual <= torch.cat(limits)
         counts: list[int] | None = within.sum(1).tolist() if self.looks else None
         return within[0], within[1], within[2], counts
 
