@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, is_bf16_available, set_seed
+from accelerate.utils import broadcast, is_bf16_available, parse_flag_from_env, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -117,7 +117,8 @@ def check_device(config: TrainConfig) -> None:
     Args:
         config: settings of the run.
     """
-    state = PartialState()
+    # As an Accelerator makes it: the first one made decides whether processes know of one another.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config.part_size(state.num_processes)
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError(
