@@ -34,25 +34,10 @@ def iterate(
     solver: Solver,
     stopping: Stopping,
     *,
-    state: Any = None,
     unit_norms: UnitNorms | None = None,
-    compact: Takeable | None = None,
 ) -> Solution:
-    """Iterate `solver` on `f` from `z0` until `stopping` says so; the solution's value is flat.
-
-    Args:
-        f: the map.
-        z0: starting point.
-        solver: the method.
-        stopping: the rule.
-        state: of an earlier solve, to go on with what it learnt.
-        unit_norms: norms to judge a sample by; default one, over all of its numbers.
-        compact: `f` again if finished samples are to leave the batch that it sees.
-
-    Raises:
-        ValueError: the map of some samples alone is not that of the whole batch, see `compact`.
-    """
-    return approach(f, z0, solver, stopping, state=state, unit_norms=unit_norms, compact=compact).settled()
+    """What `approach` finds, settled at the cost of an evaluation where that is open."""
+    return approach(f, z0, solver, stopping, unit_norms=unit_norms).settled()
 
 
 def approach(
@@ -65,7 +50,22 @@ def approach(
     unit_norms: UnitNorms | None = None,
     compact: Takeable | None = None,
 ) -> Claim:
-    """As `iterate`, for a caller who evaluates `f` at the value anyway and settles by that what was found."""
+    """Iterate `solver` on `f` from `z0` until `stopping` says so; the solution's value is flat.
+
+    Args:
+        f: the map.
+        z0: starting point.
+        solver: the method.
+        stopping: the rule.
+        state: of an earlier solve, to go on with what it learnt.
+        unit_norms: norms to judge a sample by; default one, over all of its numbers.
+        compact: `f` again if finished samples are to leave the batch that it sees.
+
+    Returns:
+        What was found, to be settled: by an evaluation of `f` at the value that the caller makes anyway, or
+        by one more. That raises `ValueError` where the map of some samples alone is not that of the whole
+        batch, see `compact`.
+    """
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
         found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)

@@ -211,21 +211,19 @@ def _refuse_transforms() -> None:
         )
 
 
-def _without_graph(rule: GradientRule) -> GradientRule:
-    """What does the same as `rule` where the graph behind what is saved is gone already.
+def _of_compiled_autograd(rule: GradientRule, g: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """What `_WithGradient.backward` finds where compiled autograd calls it, with a context of its own.
 
-    Compiled autograd has taken it apart when it calls a backward pass, with a context of its own.
+    That has taken apart the graph behind what is saved, so only a start of the tape works there. No gradient
+    that is wanted may be left out: it is zero, and of what has the shape of the state.
     """
-    if rule is _no_gradient:
-        return rule
-    found: GradientRule | None = getattr(rule, "without_graph", None)
-    if found is None:
+    if rule is not _no_gradient:
         raise RuntimeError(
             "compiled autograd (torch._dynamo.config.compiled_autograd) takes the graph of the cell apart "
             "before this backward mode uses it; call backward() without it, or use "
             "backward=ImplicitDifferentiation(), JFB() or Unroll()"
         )
-    return found
+    return [torch.zeros_like(g) if want else None for want in wanted]
 
 
 def _no_gradient(*_: Any) -> list[Tensor | None]:
@@ -255,13 +253,11 @@ class _WithGradient(torch.autograd.Function):
         # Taken once: under activation checkpointing a second time is an error.
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3:]
-        in_full = not isinstance(ctx, BackwardCFunction)
-        found = (_without_graph(ctx.rule) if in_full else ctx.rule)(g, wanted, *saved)
-        found = [*found, *(None for _ in wanted[len(found) :])]
-        if in_full:  # none may be left out there: those that are belong to what has the shape of the state
-            pairs = zip(found, wanted, strict=True)
-            found = [torch.zeros_like(g) if part is None and want else part for part, want in pairs]
-        return None, None, None, *found
+        is_taken_apart = not isinstance(ctx, BackwardCFunction)
+        if is_taken_apart:
+            return None, None, None, *_of_compiled_autograd(ctx.rule, g, wanted)
+        found = ctx.rule(g, wanted, *saved)
+        return None, None, None, *found, *(None for _ in wanted[len(found) :])
 
 
 def _passing(output: Tensor, value: Tensor, order: int = 1) -> Tensor:

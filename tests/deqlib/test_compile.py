@@ -31,7 +31,7 @@ from deqlib import (
     Unroll,
     fixed_point,
 )
-from deqlib.driver import iterate
+from deqlib.driver import approach, iterate
 from deqlib.solvers.base import can_look
 from deqlib.state import flatten
 
@@ -248,7 +248,7 @@ def test_finished_samples_leave_the_batch_at_checks_alone(solver: Solver, check_
 
         f, z0 = flatten(cell, base.z0, (base.inputs[0], speed))
         stopping = Stopping(rtol=1e-9, max_steps=400, check_every=check_every, patience=None)
-        found = iterate(f, z0, solver, stopping, compact=f)
+        found = approach(f, z0, solver, stopping, compact=f).settled()
     assert found.converged.all()
     left = 0
     for step, ((batch, before), (smaller, after)) in enumerate(itertools.pairwise(seen)):

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import importlib
 import inspect
-import io
 import pickle
 import pkgutil
 import warnings
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pickles import restored
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -155,16 +155,6 @@ def reversed_once(layer: nn.Module) -> None:
 
 
 HAPPENINGS = (off_the_tape, run, backward, step, failed, penalised, reversed_once)
-
-
-def restored(layer: nn.Module, protocol: int | None) -> nn.Module:
-    """Out of a pickle of that protocol, or of `torch.save`."""
-    if protocol is not None:
-        return pickle.loads(pickle.dumps(layer, protocol))
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def storages(layer: nn.Module) -> set[int]:

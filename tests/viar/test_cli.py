@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from test_broken_pictures import call as command
 
 import viar.commands.cli
 import viar.commands.evaluate
@@ -29,16 +27,10 @@ TINY_MODEL = ("--model.width", "16", "--model.num-heads", "2")
 
 def call(*arguments: object) -> tuple[int, str, str]:
     """The command in this process: exit code, output, and errors on one line."""
-    output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
-        patch.setattr(sys, "argv", ["viar", *map(str, arguments)])
-        code = 0
-        try:
-            viar.commands.cli.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, output.getvalue(), " ".join(errors.getvalue().split())
+        code, output, errors = command(*arguments)
+    return code, output, " ".join(errors.split())
 
 
 @pytest.fixture(scope="module")

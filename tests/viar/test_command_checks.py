@@ -14,6 +14,7 @@ from command_lines import make_world, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import call
+from test_train import Disk
 from tiny_models import tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor
 
@@ -23,7 +24,7 @@ import viar.training.loop
 from viar import NextScaleTransformer, Tokenizer
 from viar.commands.cli import one_line
 from viar.commands.demo import check_demo
-from viar.data import Batch, ImageFolder, TensorImages, load_data, write_shards
+from viar.data import ImageFolder, TensorImages, load_data, write_shards
 from viar.files import check_writable
 from viar.training import TrainConfig, train_transformer
 
@@ -89,19 +90,6 @@ def test_classes_that_were_given_and_are_not_those_of_the_folder_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-class Served:
-    """Pictures of a kind that training does not know."""
-
-    def __init__(self, data: TensorImages) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        return self.data.__getitems__(indices)
-
-
 @pytest.mark.parametrize("kind", ["memory", "folder", "served"])
 def test_a_label_that_is_the_null_class_is_no_class_to_train_on(kind: str, tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 4, side=6)
@@ -109,7 +97,7 @@ def test_a_label_that_is_the_null_class_is_no_class_to_train_on(kind: str, tmp_p
     files = [(path, int(path.parent.name[-1])) for path in sorted((tmp_path / "pictures").glob("*/*.png"))]
     data: Any = {
         "memory": images,
-        "served": Served(images),
+        "served": Disk(images),
         "folder": ImageFolder(files, 6, train=False),
     }[kind]
     config = TrainConfig(steps=4, batch_size=8)

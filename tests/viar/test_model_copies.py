@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import pickle
 import pkgutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pickles import restored
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -88,16 +88,6 @@ def frozen(model: nn.Module) -> None:
 
 
 HAPPENINGS = (run, generation, training_step, prepared, frozen)
-
-
-def restored(model: nn.Module, protocol: int | None) -> nn.Module:
-    """Out of a pickle of that protocol, or of `torch.save`."""
-    if protocol is not None:
-        return pickle.loads(pickle.dumps(model, protocol))
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def check_twin(model: nn.Module, twin: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,9 +33,7 @@ def check_run(out: Path) -> None:
     check_writable(out, "--out", folder=True)
     if (out / "model.safetensors").exists():
         raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
-    for name, kind in OTHER_WORK.items():
-        if (out / name).exists():
-            raise ValueError(f"--out: {out} holds {kind} ({name}); give another folder")
+    _check_no_work(out, OTHER_WORK)
 
 
 def check_beside_data(out: Path, data: str) -> None:
@@ -48,8 +46,14 @@ def check_series(out: Path) -> None:
     """Raise `ValueError` unless a series of images may live in `out`: a folder without other work."""
     check_writable(out, "--out", folder=True)
     others = {"config.json": "a model", "run.json": "a training run", **OTHER_WORK}
-    for name, kind in others.items():
-        if name != "series.json" and (out / name).exists():
+    del others["series.json"]  # which goes on
+    _check_no_work(out, others)
+
+
+def _check_no_work(out: Path, kinds: Mapping[str, str]) -> None:
+    """Raise `ValueError` where `out` holds one of these files."""
+    for name, kind in kinds.items():
+        if (out / name).exists():
             raise ValueError(f"--out: {shown(out)} holds {kind} ({name}); give another folder")
 
 
