@@ -95,7 +95,9 @@ def misfit(error: Exception, state: Any, inputs: Any) -> str | None:
         state: that it was given.
         inputs: whatever else it was given.
     """
-    if type(error) not in (RuntimeError, IndexError) or not _MISFIT.search(str(error)):
+    # One with a cause is told already: by a layer inside the cell.
+    is_of_pytorch = type(error) in (RuntimeError, IndexError) and error.__cause__ is None
+    if not (is_of_pytorch and _MISFIT.search(str(error))):
         return None
     given = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     others = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]

@@ -46,7 +46,7 @@ def watched(f: Map, z: Tensor) -> tuple[Tensor, Watch]:
     if is_cell_compiled() or (isinstance(f, FlatMap) and is_compiled_callable(f.cell)):
         # A compiler would break its graph at every operation that is watched.
         if isinstance(f, FlatMap):
-            watch.note(f.inputs)
+            watch.note((f.inputs, f.keywords))
         with quiet_about_states():
             return f(z), watch
     with watch:
@@ -183,8 +183,8 @@ class ExplicitMap:
         found, seen, constants = dict(watch.found), dict(watch.seen), set(watch.parameters)
         places: list[Place] = []
         if isinstance(f, FlatMap):
-            places = places_of((f.cell, f.inputs))
-            given = list(_tensors([f.inputs, [value for _, _, value in places]]))
+            places = places_of((f.cell, f.inputs, f.keywords))
+            given = list(_tensors([f.inputs, f.keywords, [value for _, _, value in places]]))
             for tensor in given:
                 meant = _resolved(tensor)
                 if id(tensor) not in found and _is_alive(meant) and _needs_derivative(meant):
@@ -224,11 +224,15 @@ def _resolved(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class UnseenTensorError(RuntimeError):
+    """A cell used a tensor in a way that its derivative cannot be known by."""
+
+
 class _Substituted(TorchFunctionMode):
     """Within it, PyTorch functions see `new[id(old)]` wherever they are given `old`.
 
     Raises:
-        RuntimeError: a function is given a parameter that is neither in `new` nor in `constants`, or a
+        UnseenTensorError: a function is given a parameter that is neither in `new` nor in `constants`, or a
             derivative with respect to an old tensor is taken inside the cell.
     """
 
@@ -262,7 +266,7 @@ class _Substituted(TorchFunctionMode):
         if is_wrapped(value) and level_of(value) > self.level:
             return self._wrapped_meant(value)
         if type(value) is nn.Parameter and key not in self.constants and key not in self.given:
-            raise RuntimeError(
+            raise UnseenTensorError(
                 f"the cell used a parameter of shape {tuple(value.shape)} that it had not used before, "
                 "so its derivative is not known: either its parameters were swapped around a solve whose "
                 "cell hides the module they belong to, or it does not use the same ones every time; give "
@@ -277,7 +281,7 @@ class _Substituted(TorchFunctionMode):
         if meant is inner:
             return value
         if value.requires_grad:
-            raise RuntimeError(
+            raise UnseenTensorError(
                 "the cell differentiates by torch.func with respect to a tensor that it captured, of shape "
                 f"{tuple(value.shape)}; pass it as an input of the layer, or in args of fixed_point"
             )

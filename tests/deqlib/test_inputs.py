@@ -102,6 +102,58 @@ def test_transforms_go_through_inputs_by_name() -> None:
     torch.testing.assert_close(twice, hessian, rtol=1e-6, atol=1e-8)
 
 
+def test_parameters_of_a_module_given_by_name_may_be_swapped() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(0.1, 0.5, DIM, dtype=torch.float64))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = Scale()
+            stopping = Stopping(rtol=1e-10, max_steps=200)
+            self.layer = ImplicitLayer(
+                lambda z, x, scale: torch.tanh(scale.weight * z + x), stopping=stopping
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, scale=self.scale).square().sum()
+
+    net, x = Net(), torch.randn(3, DIM, dtype=torch.float64)
+    net(x).backward()
+    expected = net.scale.weight.grad
+    weight = net.scale.weight.detach().clone()
+    call = lambda w: torch.func.functional_call(net, {"scale.weight": w}, (x,))  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(call)(weight), expected)
+    many = torch.vmap(torch.func.grad(call))(weight.expand(2, DIM))
+    torch.testing.assert_close(many, expected.expand(2, DIM))
+
+
+# The compiler warns of states that are recorded, and of what stands in for tensors on the way back.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:Dynamo does not know")
+def test_a_tensor_by_name_that_was_computed_reaches_a_compiled_cell_that_is_walked_back() -> None:
+    def cell(z: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+        return torch.tanh(0.4 * z.roll(1, 1) + x + shift)
+
+    x, found = torch.randn(3, DIM, dtype=torch.float64), []
+    for run in (cell, torch.compile(cell, backend="eager")):
+        leaf = torch.ones(DIM, dtype=torch.float64).requires_grad_()
+        stopping = Stopping(rtol=1e-9, max_steps=100)
+        layer = ImplicitLayer(run, solver=ReversiblePicard(), backward=Reversible(), stopping=stopping)
+        layer(x, shift=leaf.sin() * 2).square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_what_does_not_fit_in_a_layer_inside_a_cell_is_told_once() -> None:
+    inner = ImplicitLayer(lambda z, x: torch.tanh(z @ torch.eye(DIM + 1) + x), stopping=TIGHT)
+    outer = ImplicitLayer(lambda z, x: inner(z) + x, stopping=TIGHT)
+    with pytest.raises(RuntimeError, match=r"^init: the state does not go with the cell") as caught:
+        outer(torch.randn(3, DIM))
+    assert str(caught.value).count("the cell failed with") == 1
+
+
 def test_parameters_swapped_around_a_call_reach_a_cell_with_inputs_by_name() -> None:
     layer, x = ImplicitLayer(Masked(), stopping=TIGHT), torch.randn(3, DIM)
     params = {name: tensor.detach() for name, tensor in layer.named_parameters()}
