@@ -29,7 +29,7 @@ from deqlib import (
     Stopping,
     fixed_point,
 )
-from deqlib.driver import iterate
+from deqlib.driver import approach, iterate
 from deqlib.solvers.base import Seen
 from deqlib.testing import (
     Problem,
@@ -715,8 +715,8 @@ def test_a_resumed_solve_of_a_fixed_number_of_steps_goes_on_with_every_history(c
     hard = sample(base, 3)
     alone = solve(hard, Auto(), compact=compact).state
     rule = Stopping.steps(4)
-    found = iterate(base.f, base.z0, Auto(), rule, state=state).value
-    expected = iterate(hard.f, hard.z0, Auto(), rule, state=alone).value
+    found = approach(base.f, base.z0, Auto(), rule, state=state).settled().value
+    expected = approach(hard.f, hard.z0, Auto(), rule, state=alone).settled().value
     torch.testing.assert_close(found[3], expected[0], rtol=1e-9, atol=1e-9)
 
 
@@ -733,7 +733,7 @@ def test_a_resumed_method_is_left_as_one_that_began_the_solve() -> None:
         log: list[list[int]] = []
         auto = watched(Auto(methods=(slow, HALVES), patience=4), log)
         rule = Stopping(rtol=0, atol=1e-6, max_steps=200, patience=None)
-        solution = iterate(mirror(2.0), first.value, auto, rule, state=first.state)
+        solution = approach(mirror(2.0), first.value, auto, rule, state=first.state).settled()
         assert turns(log) == turn
         assert solution.converged.all()
 
