@@ -45,7 +45,7 @@ class TokenNoise:
             np.random.Philox(key=[seed, first_index + i]).random_raw(1).astype(np.int64)[0]
             for i in range(num_images)
         ]
-        return cls(torch.tensor(keys, dtype=torch.int64, device=device))
+        return cls(torch.tensor(keys, dtype=torch.int64).to(device, non_blocking=True))
 
     def gumbel(
         self,

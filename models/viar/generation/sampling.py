@@ -203,8 +203,10 @@ def sample_tokens(
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     device, sides, quantizer = model.pos_embed.device, model.config.sides, tokenizer.quantizer
-    labels = torch.as_tensor(labels, device=device)
-    model.check_labels(labels)
+    labels = torch.as_tensor(labels)
+    model.check_labels(labels)  # before they are on the device, where reading them would have to wait
+    # Ordinary memory is put aside before the call returns; pinned memory the caller might write to too soon.
+    labels = labels.to(device, non_blocking=not labels.is_pinned())
     predictor = _Predictor(model, sampling, labels, measure)
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
     certain = torch.full((len(labels),), not sampling.more_smooth, device=device)

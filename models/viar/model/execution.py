@@ -46,6 +46,15 @@ def _call_with(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: obj
     return output
 
 
+def fails_on_device(index: Tensor) -> bool:
+    """Whether a lookup of what is out of range fails without the host reading the indices.
+
+    CUDA's kernels check them; that the process ends with a device-side assertion shows at the next operation
+    that waits for the device. Tensors on the meta device have no numbers.
+    """
+    return index.is_cuda or index.is_meta
+
+
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device has instructions for matrix products in `dtype`.
 

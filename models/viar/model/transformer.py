@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
-from .execution import in_type_of
+from .execution import fails_on_device, in_type_of
 from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import block_causal_mask, scale_ids, scale_slices
@@ -131,7 +131,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         In training mode each label becomes the null class with probability `label_dropout`.
 
         Args:
-            labels: class of each sample.
+            labels: class of each sample; see `check_labels`.
             inputs: what each scale after the first is predicted from.
             iterations: of the implicit block, outside gradient recording; default the config's.
             generator: draws the number of iterations while gradients are recorded, on the CPU; default
@@ -141,7 +141,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
                 without `ImplicitTrunkConfig.residual_weight` or outside gradient recording.
 
         Raises:
-            ValueError: labels out of range, inputs of another shape, `iterations` where they do not apply.
+            ValueError: labels out of range, see `check_labels`; inputs of another shape, `iterations` where
+                they do not apply.
             TypeError: `iterations` that are not those of a single solve.
         """
         self.check_labels(labels)
@@ -237,12 +238,19 @@ class NextScaleTransformer(nn.Module, Pretrained):
         return torch.addcmul(shift, norm(x_BLC.to(self.wide_type)), scale)
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise unless `labels` is (B,) of classes in [0, N]."""
+        """Raise `ValueError` unless `labels` is (B,) of classes in [0, N].
+
+        Labels on a CUDA device are not read, for which the host would have to wait: others than these end
+        with a device-side assertion when their embeddings are looked up.
+
+        Args:
+            labels: to check; where it can be chosen, before they are moved to the device.
+        """
         if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"labels: expected integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}"
             )
-        if labels.numel() and not labels.is_meta:
+        if labels.numel() and not fails_on_device(labels):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high > self.null_class:
                 raise ValueError(
