@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..model.config import TokenizerConfig
 from ..model.execution import fails_on_device, in_type_of
+from ..precision import full_float32
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
 IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use
@@ -57,21 +58,16 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
 
 @contextmanager
 def _full_precision(like: Tensor) -> Iterator[None]:
-    """Inside of this, float32 is float32: no autocast, and no TensorFloat32 in the convolutions of a GPU.
+    """Inside of this, float32 is float32: no autocast, and on a GPU no TensorFloat32.
 
     The residuals of late scales are small, so that lower precision would pick other codes.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
     with torch.autocast(device_type=like.device.type, enabled=False):
-        if not like.is_cuda:
+        if not like.is_cuda:  # a compiler of code for CPUs could not look into what follows
             yield
             return
-        try:
-            cudnn.allow_tf32 = False
+        with full_float32("cuda", "conv", "matmul"):
             yield
-        finally:
-            cudnn.allow_tf32 = before
 
 
 class MultiScaleQuantizer(nn.Module):

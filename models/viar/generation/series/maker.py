@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...precision import full_float32
 from ...tokenizer import Tokenizer
 from ..sampling import Sample
 from .folder import SeriesFolder
@@ -20,18 +21,22 @@ Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
 
 
 @contextmanager
-def deterministic_convolutions() -> Iterator[None]:
-    """Convolutions on a GPU computed in float32, and by the same algorithm each time.
+def deterministic_convolutions(device_type: str) -> Iterator[None]:
+    """Convolutions computed in float32, and on a GPU by the same algorithm each time.
 
-    PyTorch's default is TensorFloat32 and the algorithm that a trial finds fastest. The settings before are
-    put back at the end.
+    PyTorch's default on a GPU is TensorFloat32, and the algorithm may be what a trial finds fastest. The
+    settings before are put back at the end.
+
+    Args:
+        device_type: that they are computed on.
     """
-    wanted = {"allow_tf32": False, "benchmark": False, "deterministic": True}
+    wanted = {"benchmark": False, "deterministic": True}
     before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
     try:
         for name, value in wanted.items():
             setattr(torch.backends.cudnn, name, value)
-        yield
+        with full_float32(device_type, "conv"):
+            yield
     finally:
         for name, value in before.items():
             setattr(torch.backends.cudnn, name, value)

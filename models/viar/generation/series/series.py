@@ -113,7 +113,7 @@ def generate_series(
     draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
     maker = Maker(draw, tokenizer, classes, target, inexact is None, sampling.more_smooth)
     progress = SeriesProgress(target, num, len(missing), console, shown=together.is_main)
-    with maker, deterministic_convolutions(), progress:
+    with maker, deterministic_convolutions(model.pos_embed.device.type), progress:
         for indices, wanted in parts[together.index :: together.count]:
             maker.make(indices, wanted)
             progress.look()
