@@ -26,13 +26,18 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     look_at_nothing(patch)
     replace_everywhere(patch, fails_on_device, lambda index: True)
     patch.setattr(StochasticJFB, "_draw", lambda self, bounds: bounds[1])
-    patch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # tiny models are drawn once more
 
 
 @cache
-def pair(device: str, kind: str, **changes: Any) -> tuple[NextScaleTransformer, Tokenizer]:
-    with torch.device(device):
-        return tiny_transformer(kind, **changes), tiny_tokenizer()
+def pair(
+    device: str, kind: str, *, low: bool = False, **changes: Any
+) -> tuple[NextScaleTransformer, Tokenizer]:
+    """In evaluation mode, in bfloat16 where `low`."""
+    with torch.device(device), pytest.MonkeyPatch.context() as patch:
+        # It reads numbers, and tiny models are drawn once more.
+        patch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+        model, tokenizer = tiny_transformer(kind, **changes), tiny_tokenizer()
+        return (narrowed(model), narrowed(tokenizer)) if low else (model, tokenizer)
 
 
 def generation(
@@ -43,10 +48,7 @@ def generation(
     low: bool = False,
     **settings: Any,
 ) -> None:
-    model, tokenizer = pair(device, kind)
-    if low:
-        model, tokenizer = narrowed(model), narrowed(tokenizer)
-    generate(model, tokenizer, labels(device), seed=5, first_index=7, **settings)
+    generate(*pair(device, kind, low=low), labels(device), seed=5, first_index=7, **settings)
 
 
 def narrowed(module: Any) -> Any:
