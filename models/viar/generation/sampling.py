@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import TokenizerConfig, TransformerConfig
+from ..model.execution import sent
 from ..model.scales import scale_slices
 from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
@@ -205,8 +206,7 @@ def sample_tokens(
     device, sides, quantizer = model.pos_embed.device, model.config.sides, tokenizer.quantizer
     labels = torch.as_tensor(labels)
     model.check_labels(labels)  # before they are on the device, where reading them would have to wait
-    # Ordinary memory is put aside before the call returns; pinned memory the caller might write to too soon.
-    labels = labels.to(device, non_blocking=not labels.is_pinned())
+    labels = sent(labels, device)
     predictor = _Predictor(model, sampling, labels, measure)
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
     certain = torch.full((len(labels),), not sampling.more_smooth, device=device)

@@ -55,6 +55,16 @@ def fails_on_device(index: Tensor) -> bool:
     return index.is_cuda or index.is_meta
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers, on the device, without waiting for it where they come from the host.
+
+    CUDA puts ordinary memory aside before the call returns. Pinned memory it would read later, when its owner
+    may have written to it, and so would MPS read any. To the host they come only once it has waited.
+    """
+    waits = device.type in ("cpu", "mps") or numbers.is_pinned()
+    return numbers.to(device, non_blocking=not waits)
+
+
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device has instructions for matrix products in `dtype`.
 

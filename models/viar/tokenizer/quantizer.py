@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TokenizerConfig
-from ..model.execution import fails_on_device, in_type_of
+from ..model.execution import fails_on_device, in_type_of, sent
 from ..precision import full_float32
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
@@ -394,4 +394,4 @@ def _fraction_in_use(usage_V: Tensor) -> float:
 def _draw(vectors_NZ: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different rows."""
     order = torch.randperm(len(vectors_NZ), generator=generator, device=generator.device)
-    return vectors_NZ[order[:count].to(vectors_NZ.device, non_blocking=True)]
+    return vectors_NZ[sent(order[:count], vectors_NZ.device)]
