@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig
@@ -22,9 +23,10 @@ from viar.model.config import SIDES_256, SIDES_512, TrunkConfig
 from viar.model.scales import BlockCausal, block_causal, block_causal_mask
 from viar.model.transformer import build_trunk
 
-from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, product, worst_of
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product, worst_of
 from ...measure import interleaved, milliseconds, peak_bytes, ratio
 from ...rows import by_contender, grouped
+from ...show import COLORS
 from .models import DTYPES
 
 LIMITS = {"time": 0.85, "deviation": 1e-6, "step": 1.0, "peak": 1.0}
@@ -133,11 +135,11 @@ def bars(rows: list[Row]) -> list[Bar]:
     for point in grouped(rows, *POINT):
         found, row = by_contender(point), point[0]
         ours, masked = found["by scales"], found["masked"]
-        name = f"{row['what']}, L = {length(row)}, batch {row['batch']}, {row['dtype']}"
+        name = described(row)
         if ours["groups"] > 1:
             kind = "attention" if row["what"] == "attention" else "trunk"
             times[kind][name] = ratio(ours["seconds"], masked["seconds"])
-        peaks[name] = ours["peak_bytes"] / masked["peak_bytes"]
+        peaks[name] = peak_ratio(found)
         if row["dtype"] == "float32" and row["what"] == "attention":
             deviations[name] = ours["deviation"]
     return [
@@ -151,6 +153,17 @@ def bars(rows: list[Row]) -> list[Bar]:
 def length(row: Row) -> int:
     """L."""
     return sum(side * side for side in row["sides"])
+
+
+def described(row: Row) -> str:
+    """A point in words."""
+    return f"{row['what']}, L = {length(row)}, batch {row['batch']}, {row['dtype']}"
+
+
+def peak_ratio(found: dict[str, Row]) -> float:
+    """Of a point's rows by contender."""
+    peak: float = found["by scales"]["peak_bytes"] / found["masked"]["peak_bytes"]
+    return peak
 
 
 def table(rows: list[Row]) -> Table:
@@ -174,13 +187,28 @@ def table(rows: list[Row]) -> Table:
         settings = (row["what"], str(length(row)), str(row["batch"]), str(row["width"]), row["dtype"])
         figures = (
             f"{ratio(ours['seconds'], masked['seconds']):.2f}",
-            f"{ours['peak_bytes'] / masked['peak_bytes']:.2f}",
+            f"{peak_ratio(found):.2f}",
             f"{ours['deviation']:.0e}",
         )
         lines.append(
             (*settings, *(milliseconds(found[name]["seconds"]) for name in ("masked", "by scales")), *figures)
         )
     return Table("all scales at once, forward and backward", head, lines)
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    labels = []
+    for position, point in enumerate(grouped(rows, *POINT)):
+        found, row = by_contender(point), point[0]
+        labels.append(described(row))
+        figures = (ratio(found["by scales"]["seconds"], found["masked"]["seconds"]), peak_ratio(found))
+        for axis, figure in zip(axes, figures, strict=True):
+            axis.barh(position, figure, 0.6, color=COLORS[0])
+    for axis in axes:
+        axis.axvline(1, color=COLORS[1], linestyle="--")
+        axis.set(xlabel="by scales / masked")
+        axis.set_yticks(range(len(labels)), labels, fontsize=7)
+        axis.invert_yaxis()
 
 
 CASE = Case(
@@ -207,4 +235,5 @@ CASE = Case(
     },
     table=table,
     bars=bars,
+    picture=Picture(_paint, lambda rows: ("time", "peak memory"), size=(5.2, 3.6)),
 )
