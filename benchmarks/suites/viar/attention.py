@@ -90,8 +90,10 @@ def attention(what: str, sides: list[int], batch: int, width: int) -> Task:
         parts = []
         for queries, keys, values, mask in query_groups(leaves[0], leaves[1], leaves[2], causal):
             parts.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=1.0))
-        image = torch.cat(parts, 2)
-        return [image.detach(), *torch.autograd.grad(image, leaves, weight.to(image.dtype))]
+        # Not joined: in a model each group is projected by itself.
+        weights = weight.to(parts[0].dtype).split_with_sizes(causal.sizes, 2)
+        gradients = torch.autograd.grad(parts, leaves, weights)
+        return [torch.cat([part.detach() for part in parts], 2), *gradients]
 
     return compute
 
@@ -129,7 +131,7 @@ def deviation(actual: Tensor, expected: Tensor) -> float:
 
 
 def bars(rows: list[Row]) -> list[Bar]:
-    """Time of attention, and of trunks where there is more than one group; else both do the same."""
+    """Time where there is more than one group (else both do the same), peaks of trunks, and rounding."""
     times: dict[str, dict[str, float]] = {"attention": {}, "trunk": {}}
     peaks, deviations = {}, {}
     for point in grouped(rows, *POINT):
@@ -139,13 +141,14 @@ def bars(rows: list[Row]) -> list[Bar]:
         if ours["groups"] > 1:
             kind = "attention" if row["what"] == "attention" else "trunk"
             times[kind][name] = ratio(ours["seconds"], masked["seconds"])
-        peaks[name] = peak_ratio(found)
-        if row["dtype"] == "float32" and row["what"] == "attention":
+        if row["what"] != "attention":  # which is no place where a model's memory is at its peak
+            peaks[name] = peak_ratio(found)
+        elif row["dtype"] == "float32":
             deviations[name] = ours["deviation"]
     return [
         worst_of("attention by scales / masked, time", times["attention"], LIMITS["time"]),
         worst_of("trunk by scales / masked, time", times["trunk"], LIMITS["step"]),
-        worst_of("by scales / masked, peak memory", peaks, LIMITS["peak"]),
+        worst_of("trunk by scales / masked, peak memory", peaks, LIMITS["peak"]),
         worst_of("attention by scales, gradients off by", deviations, LIMITS["deviation"]),
     ]
 
