@@ -1,4 +1,4 @@
-"""The ladder of token maps: where each scale sits in a sequence, computed in one place.
+"""The ladder of token maps: where each scale sits in a sequence and what it sees, computed in one place.
 
 Shape letters used in this package: B batch, K scales of side p_1 < ... < p_K, L = sum of p_k squared
 (tokens of all scales), C width, H heads, V codebook size, Z code channels.
@@ -27,8 +27,8 @@ class BlockCausal(NamedTuple):
 
     The sequence is cut into groups, and the queries of a group meet keys and values up to its end. Within a
     group of one scale everything is seen, so it needs no mask. Nothing is computed to be thrown away then, as
-    about half of everything is under a mask (L, L), and kernels that take no mask can be used, such as flash
-    attention on GPUs. The small scales at the beginning are one group under a small mask.
+    a third of everything is under a mask (L, L) at 256 and 512 pixels, and kernels that take no mask can be
+    used, such as flash attention on GPUs. The small scales at the beginning are one group under a small mask.
 
     Attributes:
         sizes: tokens of each group, L in all.
