@@ -16,6 +16,7 @@ from benchmarks.case import Case, Row, Run
 from benchmarks.show import draw as draw_picture
 from benchmarks.suites import viar as suite
 from benchmarks.suites.viar import (
+    attention,
     cache,
     digits,
     fidelity,
@@ -309,6 +310,28 @@ def test_the_bars_of_trunks_are_time_peak_and_on_a_gpu_the_peak_itself() -> None
     assert absolute.value == pytest.approx(4.6)
     assert absolute.verdict == "pass"
     assert verdicts(trunks.bars(others)) == ["not measured"] * 3
+
+
+def test_attention_compares_the_same_numbers_and_leaves_bfloat16_to_a_gpu() -> None:
+    point = attention.CASE.quick[0]
+    for what in ("attention", "VAR", "VIAR"):
+        rows = rows_of(attention.CASE, {**point, "what": what})
+        assert [(row["contender"], row["groups"]) for row in rows] == [("masked", 1), ("by scales", 2)]
+        assert rows[0]["deviation"] == 0
+        assert rows[1]["deviation"] < 1e-3
+    assert list(attention.build(QUICK, **{**point, "dtype": "bfloat16"})) == []
+
+
+def test_the_bars_of_attention_judge_time_where_there_are_groups() -> None:
+    def rows(what: str, groups: int, seconds: float) -> list[Any]:
+        same = {**attention.CASE.quick[0], "what": what, "deviation": 0.0}
+        masked = {**same, "contender": "masked", "groups": 1, "seconds": [2.0], "peak_bytes": 8}
+        ours = {"contender": "by scales", "groups": groups, "seconds": [seconds], "peak_bytes": 6}
+        return [masked, {**same, **ours}]
+
+    several = [*rows("attention", 3, 1.5), *rows("VAR", 2, 2.1), *rows("VIAR", 1, 3.0)]
+    assert [bar.value for bar in attention.bars(several)] == [0.75, 1.05, 0.75, 0.0]
+    assert verdicts(attention.bars(several)) == ["pass", "FAIL", "pass", "pass"]
 
 
 # Trained models

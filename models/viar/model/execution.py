@@ -21,9 +21,9 @@ def row_chunks(x_BLC: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(x_BLC)))
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """The chunks of samples as one batch; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def joined(parts: list[Tensor], axis: int = 0) -> Tensor:
+    """The parts as one tensor, by default chunks of samples as one batch; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:

@@ -24,7 +24,7 @@ from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig,
 from .execution import fails_on_device, in_type_of
 from .implicit import ImplicitTrunk
 from .init import init_weights
-from .scales import block_causal_mask, scale_ids, scale_slices
+from .scales import BlockCausal, block_causal, scale_ids, scale_slices
 from .schedule import Adaptive
 from .trunk import ExplicitTrunk, Trunk
 
@@ -44,7 +44,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
 
     telling = "trunk"
     scale_ids: Tensor  # (L,) int64, the scale of every token
-    mask_LL: Tensor  # block-causal
+    first_mask: Tensor | None  # of the first group of scales, see `BlockCausal.mask_ll`
 
     def __init__(self, config: TransformerConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -64,7 +64,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.trunk = build_trunk(config)
         self.head_modulation = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.codebook_size)
-        self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
+        self.group_sizes, first_mask = block_causal(sides)
+        self.register_buffer("first_mask", first_mask, persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
         self.register_load_state_dict_post_hook(_derive)  # type: ignore[no-untyped-call]
         init_weights(
@@ -170,7 +171,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         output = self.trunk(
             x_BLC.to(self.trunk.weight_type),
             self.trunk.modulate(cond.to(self.trunk.weight_type)),
-            mask_LL=self.mask_LL,
+            causal=BlockCausal(self.group_sizes, self.first_mask),
             iterations=iterations,
             generator=generator,
         )
@@ -277,7 +278,8 @@ def _derive(model: NextScaleTransformer, _: object = None) -> None:
     or any.
     """
     with torch.device(model.pos_embed.device):  # whatever the default device is
-        model.mask_LL, model.scale_ids = block_causal_mask(model.config.sides), scale_ids(model.config.sides)
+        model.first_mask = block_causal(model.config.sides).mask_ll
+        model.scale_ids = scale_ids(model.config.sides)
 
 
 TRUNKS: dict[type[TrunkConfig], type[Trunk]] = {
