@@ -22,6 +22,7 @@ from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
 from .execution import in_type_of
+from .graphs import Graphs
 from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import block_causal_mask, scale_ids, scale_slices
@@ -43,6 +44,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
     """
 
     telling = "trunk"
+    graphs: Graphs | None  # generations captured; None: they run eagerly. See `viar.prepare_inference`
     scale_ids: Tensor  # (L,) int64, the scale of every token
     mask_LL: Tensor  # block-causal
 
@@ -50,7 +52,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
             config = TransformerConfig.from_dict(config)
-        self.config = config
+        self.config, self.graphs = config, None
         # What the mixin writes to config.json; left alone it would flatten the dataclass itself.
         self._hub_mixin_config = config.to_dict()
         C, sides = filled(config.width), config.sides

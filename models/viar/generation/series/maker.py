@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...tokenizer import Tokenizer
-from ..sampling import Sample
+from ..scalewise import Sample
 from .folder import SeriesFolder
 
 Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
