@@ -84,7 +84,7 @@ class Device:
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            # A failure leaves PyTorch's context half way, on its stream; the outer one puts back the caller's.
+            # A failure leaves PyTorch's context on its stream; the outer one puts the caller's back.
             # Other threads may go on: one that asks for memory would be an error in the default mode.
             with (
                 self._one_at_a_time,
@@ -201,9 +201,9 @@ class Graphs:
 
 def _captured(device: Device, inputs: tuple[Tensor, ...], work: Work) -> Capture:
     kept = tuple(given.clone() for given in inputs)
-    # Kernels are loaded and chosen, and handles of libraries made, at their first use, which must not be in a
-    # capture. All that belongs to the thread, so the caller's stream will do. That of captures would not: graphs
-    # write to its workspaces, which are to come from the pool.
+    # Kernels are loaded and chosen, and handles of libraries made, at their first use: not in a capture. That
+    # is a matter of the thread, so the caller's stream will do. The stream of captures would not: workspaces
+    # are a stream's, graphs write to them, and they are to come from the pool.
     num_steps = sum(1 for _ in work(*kept))
     steps: list[Replayable] = []
     running, results = work(*kept), ()

@@ -44,7 +44,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
     """
 
     telling = "trunk"
-    graphs: Graphs | None  # generations captured; None: they run eagerly. See `viar.prepare_inference`
+    graphs: Graphs | None = None  # of generations, see `viar.prepare_inference`; None: they run eagerly
     scale_ids: Tensor  # (L,) int64, the scale of every token
     mask_LL: Tensor  # block-causal
 
@@ -52,7 +52,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
             config = TransformerConfig.from_dict(config)
-        self.config, self.graphs = config, None
+        self.config = config
         # What the mixin writes to config.json; left alone it would flatten the dataclass itself.
         self._hub_mixin_config = config.to_dict()
         C, sides = filled(config.width), config.sides

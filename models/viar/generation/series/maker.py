@@ -56,7 +56,9 @@ def runs(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[
 
 
 def whole_batches(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
-    """What to sample together where rounding may decide: full batches that begin at multiples of their size.
+    """What to sample together where the batch counts: full ones that begin at multiples of their size.
+
+    That is where rounding may decide, and where a capture is for one size.
 
     Args:
         missing: indices of images, rising.
