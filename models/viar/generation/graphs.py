@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlib._torch import has_hooks
+from deqlib._torch import has_hooks, namespaces
 
 from ..model.graphs import Graphs, addresses
 from ..model.schedule import Adaptive
@@ -36,9 +37,22 @@ def captured_batch(num_images: int) -> int:
     return next((size for size in BATCHES if size >= num_images), num_images)
 
 
+class Parts(NamedTuple):
+    """What a generation runs through; listed once, as that is most of what a replay costs the host."""
+
+    modules: list[nn.Module]
+    weights: list[Tensor]  # of the model, of any shapes; buffers too
+    codes: list[Tensor]  # the same of the quantizer
+
+    @classmethod
+    def of(cls, model: NextScaleTransformer, tokenizer: Tokenizer) -> Self:
+        """All of them, as they are now."""
+        own, others = [*model.modules()], [*tokenizer.quantizer.modules()]
+        return cls(own + others, _weights(own), _weights(others))
+
+
 def why_eager(
-    model: NextScaleTransformer,
-    tokenizer: Tokenizer,
+    parts: Parts,
     schedule: Sequence[int | Adaptive | None],
     *,
     measure: bool = False,
@@ -47,8 +61,7 @@ def why_eager(
     """What keeps a generation from being captured, in words; `None` where it can be.
 
     Args:
-        model: its weights' place, its hooks.
-        tokenizer: the same of its quantizer.
+        parts: their hooks, and where their weights are.
         schedule: iterations of each scale.
         measure: whether scales are measured.
         edits: whether the caller changes what scales leave.
@@ -59,12 +72,12 @@ def why_eager(
         return "editing works on every scale"
     if any(isinstance(count, Adaptive) for count in schedule):
         return "adaptive iterations depend on what is computed"
-    device, modules = model.pos_embed.device, (model, tokenizer.quantizer)
+    device = parts.weights[0].device
     if not can_capture(device):
         return f"a model on {device} has none, they are CUDA's"
-    if any(type(t) not in (Tensor, nn.Parameter) or t.device != device for m in modules for t in _weights(m)):
+    if any(type(t) not in (Tensor, nn.Parameter) or t.device != device for t in parts.weights + parts.codes):
         return f"the weights are not all plain tensors on {device}, but sharded, quantised or offloaded"
-    if any(has_hooks(part) for module in modules for part in module.modules()):
+    if any(map(has_hooks, parts.modules)):
         return "hooks of modules would not be called in a replay"
     if is_captured(device):
         return "the caller captures a graph of its own"
@@ -75,6 +88,7 @@ def replayed(
     graphs: Graphs,
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
+    parts: Parts,
     sampling: Sampling,
     schedule: Sequence[int | Adaptive | None],
     labels: Tensor,
@@ -86,6 +100,7 @@ def replayed(
         graphs: those of the model.
         model: VAR or VIAR, in evaluation mode, with nothing in the way of a capture, see `why_eager`.
         tokenizer: whose quantizer sums the scales up.
+        parts: of the two.
         sampling: how to sample.
         schedule: its iterations of each scale, fixed.
         labels: (B,) classes, on the model's device.
@@ -105,7 +120,7 @@ def replayed(
         replace(sampling, seed=0, iterations=None),  # the schedule is that
         tuple(schedule),
         tokenizer.config,
-        addresses(_weights(tokenizer.quantizer)),
+        addresses(parts.codes),
         autocast,
         _arithmetic(),
     )
@@ -113,7 +128,7 @@ def replayed(
     inputs = F.pad(labels.long(), filled, value=model.null_class), F.pad(noise.keys_B, filled)
     # What autocast keeps of a weight would be freed while a graph still reads it.
     with torch.autocast(kind, enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
-        cache_bytes, *tensors = graphs.run(key, _weights(model), inputs, work)
+        cache_bytes, *tensors = graphs.run(key, parts.weights, inputs, work)
     f_hat, certain, *tokens = (tensor[: len(labels)] for tensor in tensors)
     return Sample(tokens, f_hat, certain, cache_bytes)
 
@@ -128,9 +143,9 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _weights(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _weights(modules: list[nn.Module]) -> list[Tensor]:
+    held = (own.values() for module in modules for own in namespaces(module)[:2])
+    return [tensor for tensors in held for tensor in tensors if tensor is not None]
 
 
 def _arithmetic() -> Hashable:

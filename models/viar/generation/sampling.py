@@ -17,7 +17,7 @@ from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .choice import TokenNoise
-from .graphs import replayed, why_eager
+from .graphs import Parts, replayed, why_eager
 from .report import GenerationReport
 from .scalewise import Generation, Hold, Replace, Sample, seconds_since
 from .settings import Sampling, as_sampling, check_index
@@ -179,9 +179,10 @@ def sample_tokens(
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
     schedule = sampling.schedule(model.trunk)
     if model.graphs is not None:
-        in_the_way = why_eager(model, tokenizer, schedule, measure=measure, edits=bool(replace or hold))
+        parts = Parts.of(model, tokenizer)
+        in_the_way = why_eager(parts, schedule, measure=measure, edits=bool(replace or hold))
         if in_the_way is None:
-            return replayed(model.graphs, model, tokenizer, sampling, schedule, labels, noise)
+            return replayed(model.graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
         model.graphs.tell(in_the_way)
     generation = Generation(model, tokenizer, sampling, schedule, labels, noise, measure=measure)
     for scale in range(len(model.config.sides)):

@@ -167,7 +167,7 @@ class Graphs:
                 self._places = places
             device = self._device = self._device or Device(inputs[0].device)
             with device.turn():
-                capture = self._captures.pop(key, None) or _captured(device, inputs, work)
+                capture = self._captures.pop(key, None) or self._capture(device, inputs, work)
                 self._captures[key] = capture
                 for kept, given in zip(capture.inputs, inputs, strict=True):
                     kept.copy_(given)
@@ -191,6 +191,13 @@ class Graphs:
         if reason not in self._told:
             self._told.add(reason)
             logging.getLogger("viar").warning("CUDA graphs: %s; runs eagerly", reason)
+
+    def _capture(self, device: Device, inputs: tuple[Tensor, ...], work: Work) -> Capture:
+        try:
+            return _captured(device, inputs, work)
+        except BaseException:
+            self._release()  # a pool that a capture failed in takes no other
+            raise
 
     def _release(self) -> None:
         if self._device is not None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
-from ..graphs import why_eager
+from ..graphs import Parts, why_eager
 from ..sampling import check_pair, sample_tokens
 from ..settings import Sampling, as_sampling
 from .folder import SeriesFolder
@@ -106,7 +106,7 @@ def generate_series(
     schedule = sampling.schedule(model.trunk)
     inexact = why_inexact(model, tokenizer, sampling, schedule)
     batches = f"{batch_size}, because of {inexact}" if inexact else "any"
-    graphs = model.graphs is not None and why_eager(model, tokenizer, schedule) is None
+    graphs = model.graphs is not None and why_eager(Parts.of(model, tokenizer), schedule) is None
     settings = provenance(
         model, tokenizer, sampling, schedule, classes, batches, graphs=graphs and inexact is not None
     )
