@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import viar.generation.graphs
 import viar.model.graphs
+from deqlib import record
 from viar import (
     Adaptive,
     NextScaleTransformer,
@@ -396,12 +397,19 @@ EAGER: dict[str, tuple[Callable[[Pair], object], str]] = {
     "features": (lambda p: edit(*p, pictures(), torch.eye(6), [0]), "editing works on every scale"),
     "codes": (lambda p: edit(*p, pictures(), torch.eye(6), [0], keep="codes"), "editing works on"),
     "hooks": (lambda p: generate(hooked(p[0]), p[1], [0]), "hooks of modules would not be called"),
+    "recording": (lambda p: recorded_generation(*p), "deqlib.record would see no solves in a replay"),
     "parts elsewhere": (lambda p: generate(*apart(p), [0]), "the weights are not all plain tensors"),
 }
 
 
 def pictures() -> Tensor:
     return uniform(1, 3, 6, 6).to(DEVICE)
+
+
+def recorded_generation(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
+    with record() as solves:
+        generate(model, tokenizer, [0])
+    assert len(solves) == len(SIDES)
 
 
 def hooked(model: NextScaleTransformer) -> NextScaleTransformer:

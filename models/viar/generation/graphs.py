@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqlib._torch import has_hooks, namespaces
+from deqlib.recording import is_recording
 
 from ..model.graphs import Graphs, addresses
 from ..model.schedule import Adaptive
@@ -79,6 +80,8 @@ def why_eager(
         return f"the weights are not all plain tensors on {device}, but sharded, quantised or offloaded"
     if any(map(has_hooks, parts.modules)):
         return "hooks of modules would not be called in a replay"
+    if is_recording():
+        return "deqlib.record would see no solves in a replay"
     if is_captured(device):
         return "the caller captures a graph of its own"
     return None
