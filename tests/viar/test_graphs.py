@@ -504,6 +504,47 @@ def test_where_rounding_may_decide_graphs_are_a_setting_of_the_series(tmp_path: 
         made_series(models(graphs=False), tmp_path, 6, batch_size=2, sampling=sampling)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_replay_waits_for_nothing_and_takes_no_more_memory() -> None:
+    pair = models()
+    labels = torch.tensor([0, 1, 2])
+    for _ in range(2):
+        sample_tokens(*pair, labels)
+    allocated, pool = torch.cuda.memory_allocated(), graphs_of(pair[0]).num_bytes
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for seed in range(10):
+            sample_tokens(*pair, labels, Sampling(seed=seed))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (torch.cuda.memory_allocated(), graphs_of(pair[0]).num_bytes) == (allocated, pool)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_streams_take_turns() -> None:
+    pair = models()
+    wanted = [([0, 1, 2], 0), ([3, 0, 1], 1), ([2, 2, 2], 2)]
+    expected = [eager(pair, labels, Sampling(seed=seed)) for labels, seed in wanted]
+    found: list[Sample] = []
+    for labels, seed in wanted:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(sample_tokens(*pair, labels, Sampling(seed=seed)))
+    torch.cuda.synchronize()
+    for actual, other in zip(found, expected, strict=True):
+        check_same(actual, other)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="tapes keep a compiler out")
+def test_compiled_blocks_are_captured() -> None:
+    model, tokenizer = models()
+    expected = eager((model, tokenizer), [0, 1, 2], Sampling())
+    prepare_inference(model, tokenizer, compile="aot_eager", graphs=True)
+    for _ in range(2):
+        check_same(sample_tokens(model, tokenizer, [0, 1, 2]), expected)
+    assert graphs_of(model).num_captures == 1
+    torch._dynamo.reset()
+
+
 def on_fake_cuda(module: nn.Module) -> nn.Module:
     """The module with parameters that have no numbers, on a GPU that need not be there."""
     for part in module.modules():

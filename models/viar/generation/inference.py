@@ -73,4 +73,6 @@ def prepare_inference(
             module.compile(dynamic=True, backend="inductor" if compile is True else compile)
     if model.graphs is not None:
         model.graphs.release()
-    model.graphs = Graphs() if graphs else None
+        model.graphs = None
+    if graphs:
+        model.graphs = Graphs()
