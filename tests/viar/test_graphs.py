@@ -221,24 +221,25 @@ def test_weights_that_are_replaced_are_captured_anew(
     assert graphs_of(pair[0]).num_captures == 1  # nothing of the old weights is left
 
 
+class Samples(nn.Module):
+    """Sampling as a module, whose weights can be lent."""
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__()
+        self.model, self.tokenizer = pair
+
+    def forward(self) -> Sample:
+        return sample_tokens(self.model, self.tokenizer, [0, 1, 2])
+
+
 def test_weights_that_a_functional_call_lends_are_not_mixed_up() -> None:
     model, tokenizer = models()
-    other = dict(tiny_transformer(seed=1, sides=SIDES).to(DEVICE).named_parameters())
-    expected = {name: eager((m, tokenizer), [0, 1, 2], Sampling()) for name, m in {
-        "own": model, "other": tiny_transformer(seed=1, sides=SIDES).to(DEVICE)}.items()}  # fmt: skip
-
-    class Samples(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self) -> Sample:
-            return sample_tokens(self.model, tokenizer, [0, 1, 2])
-
-    lent = {f"model.{name}": value for name, value in other.items()}
+    other = tiny_transformer(seed=1, sides=SIDES).to(DEVICE)
+    own, lent = (eager((m, tokenizer), [0, 1, 2], Sampling()) for m in (model, other))
+    weights = {f"model.{name}": value for name, value in other.named_parameters()}
     for _ in range(2):
-        check_same(functional_call(Samples(), lent), expected["other"])
-        check_same(sample_tokens(model, tokenizer, [0, 1, 2]), expected["own"])
+        check_same(functional_call(Samples((model, tokenizer)), weights, ()), lent)
+        check_same(sample_tokens(model, tokenizer, [0, 1, 2]), own)
 
 
 def test_two_tokenizers_of_a_model_are_not_mixed_up(devices: list[Any]) -> None:
@@ -386,9 +387,9 @@ def test_copies_and_pickles_carry_no_graphs_and_capture_their_own(tmp_path: Path
     check_same(sample_tokens(loaded, tokenizer, [0, 1, 2]), expected)
 
 
-def called(reasons: list[str]) -> str:
-    assert len(reasons) == 1, reasons
-    return reasons[0]
+def only(messages: list[str]) -> str:
+    assert len(messages) == 1, messages
+    return messages[0]
 
 
 EAGER: dict[str, tuple[Callable[[Pair], object], str]] = {
@@ -435,7 +436,7 @@ def test_what_cannot_be_captured_says_why_once_and_runs_eagerly(
     with caplog.at_level(logging.WARNING, "viar"):
         for _ in range(2):
             call(pair)
-    told = called([r.getMessage() for r in caplog.records if r.name == "viar"])
+    told = only([r.getMessage() for r in caplog.records if r.name == "viar"])
     assert told.startswith(f"CUDA graphs: {reason}")
     assert told.endswith("; runs eagerly")
     assert graphs_of(pair[0]).num_captures == 0
@@ -451,7 +452,7 @@ def test_a_model_on_another_device_says_that_graphs_are_of_cuda(
     with caplog.at_level(logging.WARNING, "viar"):
         assert sample_tokens(model, tokenizer, [0, 1, 2]).f_hat.equal(expected.f_hat)
         sample_tokens(model, tokenizer, [0])
-    assert called([record.getMessage() for record in caplog.records]) == (
+    assert only([record.getMessage() for record in caplog.records]) == (
         "CUDA graphs: a model on cpu has none, they are CUDA's; runs eagerly"
     )
 
