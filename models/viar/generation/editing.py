@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from .sampling import Hold, Replace, decode_images, sample_tokens
+from .sampling import decode_images, sample_tokens
+from .scalewise import Hold, Replace
 from .settings import Sampling
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published

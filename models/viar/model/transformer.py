@@ -22,6 +22,7 @@ from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
 from .execution import fails_on_device, in_type_of
+from .graphs import Graphs
 from .implicit import ImplicitTrunk
 from .init import init_weights
 from .scales import BlockCausal, block_causal, scale_ids, scale_slices
@@ -43,6 +44,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
     """
 
     telling = "trunk"
+    graphs: Graphs | None = None  # of generations, see `viar.prepare_inference`; None: they run eagerly
     scale_ids: Tensor  # (L,) int64, the scale of every token
     first_mask: Tensor | None  # of the first group of scales, see `BlockCausal.mask_ll`
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...precision import full_float32
 from ...tokenizer import Tokenizer
-from ..sampling import Sample
+from ..scalewise import Sample
 from .folder import SeriesFolder
 
 Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
@@ -61,7 +61,9 @@ def runs(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[
 
 
 def whole_batches(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
-    """What to sample together where rounding may decide: full batches that begin at multiples of their size.
+    """What to sample together where the batch counts: full ones that begin at multiples of their size.
+
+    That is where rounding may decide, and where a capture is for one size.
 
     Args:
         missing: indices of images, rising.

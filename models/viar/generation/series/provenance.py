@@ -26,6 +26,8 @@ def provenance(
     schedule: Sequence[int | Adaptive | None],
     classes: list[int],
     batch_size: str,
+    *,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """All that decides the images of a series, in plain values, as series.json holds it.
 
@@ -38,6 +40,7 @@ def provenance(
         schedule: its iterations of each scale, so that one schedule in other words is the same.
         classes: labels that the images get in turn.
         batch_size: in words, see `why_inexact`.
+        graphs: whether a batch is sampled by CUDA graphs and rounding may decide: the batch may be filled up.
     """
     return {
         "cfg": sampling.cfg,
@@ -52,6 +55,7 @@ def provenance(
         "batch_size": batch_size,
         # Only where it is asked for: series that were begun before there was this setting go on.
         **({"more_smooth": True} if sampling.more_smooth else {}),
+        **({"graphs": True} if graphs else {}),
         "compiled": _is_compiled(model),
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer),
