@@ -53,8 +53,8 @@ def give_up(error: Exception) -> None:
     """Start no kernel any more in this process, since one failed to compile or to start, and say so once."""
     if not _failures:
         logging.getLogger("deqlib").warning(
-            "the fused kernels of solvers failed (%s: %s); plain operations of PyTorch do their work from now "
-            "on, with the same results",
+            "the fused kernels of solvers failed (%s: %s); operations of PyTorch do their work from now on, "
+            "with the same results",
             type(error).__name__,
             (str(error).strip().splitlines() or [""])[0],
         )
