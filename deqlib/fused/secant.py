@@ -25,7 +25,8 @@ from torch import Tensor
 from ..solvers.base import Seen
 from ..solvers.history import History
 from ..solvers.safeguards import Judged, Safeguards, SecantState
-from . import give_up, is_available, kernels, on_device_of
+from . import give_up, is_available, on_device_of
+from . import secant_kernels as kernels
 
 MOST_COLUMNS = 32
 MOST_BLOCKS = 65535  # of a sample: a limit of the devices
@@ -153,7 +154,7 @@ def products(
     refused: Tensor | None,  # (B,), bool, samples whose products are not wanted; None: all are
     history: History,
 ) -> Tensor:
-    """All inner products of the step, as shares of blocks of D, see `kernels.products_kernel`."""
+    """All inner products of the step, as shares of blocks of D, see `products_kernel`."""
     batch, slots, width = history.df.shape
     columns, equations = num_columns(history), history.system.equations
     block = block_of(width, BLOCK, z.dtype)
@@ -232,7 +233,6 @@ def advance(
             known=0 if system.rhs is None else system.rhs.shape[1],
             splits=sums.shape[1],
             RESIDUALS=equations.uses_residuals,
-            SUBTRACTS=equations.subtracts,
             RIDGE=equations.ridge,
             LIMIT=equations.largest_coefficient(z.dtype),
             REST=1 - damping,

@@ -14,60 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def flag(mask, row):
-    """1 if a mask (B,) holds for a sample, else 0; no mask holds for nobody."""
-    if mask is None:
-        found = 0
-    else:
-        found = tl.load(mask + row).to(tl.int32)
-    return found
-
-
-@triton.jit
-def total(sums, row, splits, COLUMNS: tl.constexpr, which: tl.constexpr):
-    """One of the three numbers behind the columns, of all blocks of a sample, float64."""
-    shares = tl.arange(0, 16)
-    found = tl.zeros([16], tl.float64)
-    for first in range(0, splits, 16):
-        share = first + shares
-        place = (row * splits + share) * (2 * COLUMNS + 3) + 2 * COLUMNS + which
-        found += tl.load(sums + place, share < splits, 0).to(tl.float64)
-    return tl.sum(found, 0)
-
-
-@triton.jit
-def totals(sums, row, splits, start: tl.constexpr, COLUMNS: tl.constexpr):
-    """A number of each column, of all blocks of a sample, float64, (COLUMNS,)."""
-    shares, columns = tl.arange(0, 16), tl.arange(0, COLUMNS)
-    found = tl.zeros([16, COLUMNS], tl.float64)
-    for first in range(0, splits, 16):
-        share = first + shares
-        place = ((row * splits + share) * (2 * COLUMNS + 3) + start)[:, None] + columns[None, :]
-        found += tl.load(sums + place, (share < splits)[:, None], 0).to(tl.float64)
-    return tl.sum(found, 0)
-
-
-@triton.jit
-def add(counts, row, happened):
-    """Count an event of a sample; no counts, no counting."""
-    if counts is not None:
-        tl.store(counts + row, tl.load(counts + row) + happened.to(tl.int64))
-
-
-@triton.jit
-def begin_anew(lost, row, valid, matrix, rhs, slots, known):
-    """Drop all columns of a sample if it lost them: the identity in the matrix, zero on the right side."""
-    columns = tl.arange(0, 32)
-    for first in range(0, tl.where(lost, slots, 0), 32):
-        slot = first + columns
-        tl.store(valid + row * slots + slot, slot < 0, slot < slots)
-        if rhs is not None:
-            tl.store(rhs + row * known + slot, tl.zeros([32], rhs.dtype.element_ty), slot < known)
-        for i in range(slots):
-            one = tl.where(slot == i, tl.full([32], 1, tl.float64), 0)
-            tl.store(matrix + (row * slots + i) * slots + slot, one, slot < slots)
+from .small_systems import add, begin_anew, bordered, coefficients, flag, newest, total
 
 
 @triton.jit(do_not_specialize=["slots", "known", "count", "splits", "all_improved", "window_ends"])
@@ -195,105 +142,11 @@ def products_kernel(
 
 
 @triton.jit
-def solution(matrix, rhs, size, COLUMNS: tl.constexpr):
-    """The solution of a small system by Gauss and Jordan with pivots; not finite where there is none.
-
-    Rows stay where they are: `owner` says which unknown each row was the pivot of.
-    """
-    index = tl.arange(0, COLUMNS)
-    owner, pivots = tl.full([COLUMNS], -1, tl.int32), tl.full([COLUMNS], 1, tl.float64)
-    for k in range(size):
-        column = tl.sum(tl.where((index == k)[None, :], matrix, 0.0), 1)
-        # A number that is not finite becomes the pivot, so that it shows in the solution.
-        height = tl.where(column == column, tl.abs(column), float("inf"))
-        is_pivot = index == tl.argmax(tl.where(owner < 0, height, -1.0), 0)
-        line = tl.sum(tl.where(is_pivot[:, None], matrix, 0.0), 0)
-        pivot, value = tl.sum(tl.where(is_pivot, column, 0.0), 0), tl.sum(tl.where(is_pivot, rhs, 0.0), 0)
-        factor = column / pivot
-        matrix = tl.where(is_pivot[:, None], matrix, matrix - factor[:, None] * line[None, :])
-        rhs = tl.where(is_pivot, rhs, rhs - factor * value)
-        owner, pivots = tl.where(is_pivot, k, owner), tl.where(is_pivot, pivot, pivots)
-    found = tl.where(owner < 0, 0.0, rhs / pivots)
-    return tl.sum(tl.where(owner[:, None] == index[None, :], found[:, None], 0.0), 0)
-
-
-@triton.jit
-def bordered(
-    old, line, column, slot, size, RESIDUALS: tl.constexpr, RIDGE: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The matrix with the row and the column of the newest column of the history, as `SmallSystem.write`."""
-    index = tl.arange(0, COLUMNS)
-    if RESIDUALS:
-        column = tl.where(index == slot, column * tl.full([], 1 + RIDGE, tl.float64), column)
-    # Away from zero, for samples at rest: the smallest normal number.
-    column = tl.where(index == slot, column - tl.full([], 2.2250738585072014e-308, tl.float64), column)
-    within = index < size
-    new = tl.where((index == slot)[:, None] & within[None, :], line[None, :], old)
-    return tl.where((index == slot)[None, :] & within[:, None], column[:, None], new)
-
-
-@triton.jit
-def coefficients(
-    matrix,
-    matrix_out,
-    row,
-    slots,
-    slot,
-    size,
-    line,
-    column,
-    rhs,
-    is_refused,
-    is_first,
-    RESIDUALS: tl.constexpr,
-    RIDGE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """gamma (COLUMNS,) of a sample, zero where its system is singular, and whether it is not.
-
-    The matrix gets `line` and `column` at `slot` first, unless that is COLUMNS, and goes to `matrix_out`.
-    """
-    index = tl.arange(0, COLUMNS)
-    identity = tl.where(index[:, None] == index[None, :], tl.full([], 1, tl.float64), 0)
-    place = (row * slots + index[:, None]) * slots + index[None, :]
-    exists = (index < slots)[:, None] & (index < slots)[None, :]
-    old = tl.load(matrix + place, exists, 0)
-    new = bordered(old, line, column, slot, size, RESIDUALS, RIDGE, COLUMNS)
-    new = tl.where(is_refused != 0, identity, new)
-    written = tl.where(is_first, slots, 0)
-    tl.store(matrix_out + place, new, (index < written)[:, None] & (index < written)[None, :])
-    within = (index < size)[:, None] & (index < size)[None, :]
-    gamma = solution(tl.where(within, new, identity), rhs, size, COLUMNS)
-    is_small = tl.abs(gamma) < tl.full([], LIMIT, tl.float64)  # false for NaN
-    solved = tl.sum(is_small.to(tl.int32), 0) == COLUMNS
-    return tl.where(solved, gamma, 0.0), solved
-
-
-@triton.jit
-def move(
-    z,
-    fz,
-    difference,
-    df,
-    left,
-    z_next,
-    row,
-    offsets,
-    width,
-    slots,
-    slot,
-    next_slot,
-    size,
-    has,
-    gamma,
-    is_finished,
-    is_refused,
-    RESIDUALS: tl.constexpr,
-    REST: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def move(states, where, fate, gamma, RESIDUALS: tl.constexpr, REST: tl.constexpr, COLUMNS: tl.constexpr):
     """The step on one block of a sample: the next iterate, the newest column, and what is pending then."""
+    z, fz, difference, df, left, z_next = states
+    row, offsets, width, slots, slot, next_slot, size = where
+    used, is_finished, is_refused = fate
     index, inside = tl.arange(0, COLUMNS), offsets < width
     here = row * width + offsets
     pending = (row * slots + slot) * width + offsets
@@ -310,7 +163,7 @@ def move(
     old_df, old_left = tl.load(df + pending, inside, 0), tl.load(left + pending, inside, 0)
     new_df, new_left = old_df - image, old_left - source
     place = ((row * slots + index) * width)[:, None] + offsets[None, :]
-    mask, is_new = (has & (index != slot))[:, None] & inside[None, :], (has & (index == slot))[:, None]
+    mask, is_new = (used & (index != slot))[:, None] & inside[None, :], (used & (index == slot))[:, None]
     columns = tl.where(is_new, new_df[None, :], tl.load(df + place, mask, 0))
     moved = image - tl.sum(gamma[:, None] * columns, 0)
     if REST != 0:
@@ -365,7 +218,6 @@ def advance_kernel(
     known,
     splits,
     RESIDUALS: tl.constexpr,
-    SUBTRACTS: tl.constexpr,
     RIDGE: tl.constexpr,
     LIMIT: tl.constexpr,  # on coefficients, of a system that is not singular
     REST: tl.constexpr,  # 1 - damping
@@ -384,64 +236,26 @@ def advance_kernel(
     has = tl.load(valid + row * slots + index, index < tl.where(is_refused != 0, 0, slots), 0) != 0
     has = has | (index == made)
     at_work = has & (index < tl.where(is_made, size, 0))
-    kind = z_next.dtype.element_ty
-    r = tl.where(at_work, totals(sums, row, splits, 0, COLUMNS).to(kind), 0)
-    entry = total(sums, row, splits, COLUMNS, 0).to(kind)
-    if RIDGE != 0 and not RESIDUALS:
-        entry -= tl.full([], RIDGE, kind) * total(sums, row, splits, COLUMNS, 1).to(kind)
-    column = -r
-    if rhs is not None:
-        column += tl.load(rhs + row * known + index, index < known, 0)
-    column = tl.where(index == slot, entry, column)
-    line = column
-    if not RESIDUALS:
-        line = tl.where(has, totals(sums, row, splits, COLUMNS, COLUMNS).to(kind), 0)
-    gamma, solved = coefficients(
-        matrix,
-        matrix_out,
-        row,
-        slots,
-        made,
-        size,
-        line.to(tl.float64),
-        column.to(tl.float64),
-        r.to(tl.float64),
-        is_refused,
-        is_first,
-        RESIDUALS,
-        RIDGE,
-        LIMIT,
-        COLUMNS,
-    )
-    num_columns = tl.sum((has & (index < size)).to(tl.int32), 0)
-    tl.store(plain_out + row, (num_columns == 0) | (solved == 0), is_first)
-    is_singular = (solved == 0) & ((is_finished | flag(watched, row)) == 0)
-    tl.store(singular_out + row, is_singular, is_first)
+    r, line, column = newest(sums, rhs, row, splits, known, slot, has, at_work, RESIDUALS, RIDGE, COLUMNS)
+    place = (row * slots + index[:, None]) * slots + index[None, :]
+    old = tl.load(matrix + place, (index < slots)[:, None] & (index < slots)[None, :], 0)
+    new = bordered(old, line, column, made, size, is_refused, RESIDUALS, RIDGE, COLUMNS)
+    gamma, solved = coefficients(new, r, size, LIMIT, COLUMNS)
+    # What is written by the first program alone has no place in the others.
+    slots_out, size_out = tl.where(is_first, slots, 0), tl.where(is_first, size, 0)
+    tl.store(matrix_out + place, new, (index < slots_out)[:, None] & (index < slots_out)[None, :])
+    tl.store(rhs_out + row * size + index, r, index < size_out)
     # The oldest column gives its slot away, but that of a finished sample does not.
     given = tl.where(is_finished != 0, COLUMNS, next_slot)
-    tl.store(valid_out + row * slots + index, has & (index != given), index < tl.where(is_first, slots, 0))
-    tl.store(rhs_out + row * size + index, r, index < tl.where(is_first, size, 0))
-    used = at_work & (index < tl.where(solved, size, 0))
+    tl.store(valid_out + row * slots + index, has & (index != given), index < slots_out)
+    has_none = tl.sum((has & (index < size)).to(tl.int32), 0) == 0
+    tl.store(plain_out + row, has_none | (solved == 0), is_first)
+    is_singular = (solved == 0) & ((is_finished | flag(watched, row)) == 0)
+    tl.store(singular_out + row, is_singular, is_first)
+    states = (z, fz, difference, df, left, z_next)
+    fate = (at_work & (index < tl.where(solved, size, 0)), is_finished, is_refused)
+    gamma = gamma.to(z_next.dtype.element_ty)
     for block in range(tl.program_id(1), tl.cdiv(width, BLOCK), tl.num_programs(1)):
-        move(
-            z,
-            fz,
-            difference,
-            df,
-            left,
-            z_next,
-            row,
-            block * BLOCK + tl.arange(0, BLOCK),
-            width,
-            slots,
-            slot,
-            next_slot,
-            size,
-            used,
-            gamma.to(kind),
-            is_finished,
-            is_refused,
-            RESIDUALS,
-            REST,
-            COLUMNS,
-        )
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        where = (row, offsets, width, slots, slot, next_slot, size)
+        move(states, where, fate, gamma, RESIDUALS, REST, COLUMNS)
