@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..solvers.base import Seen
 from ..solvers.history import History
-from ..solvers.safeguards import Judged, Safeguards, SecantState
+from ..solvers.safeguards import Safeguards
+from ..solvers.secant_state import Judged, SecantState
 from . import give_up, is_available, on_device_of
 from . import secant_kernels as kernels
 
@@ -37,11 +38,13 @@ NUM_PROGRAMS = 512  # that the third kernel has at least, if there is work for t
 def observed(seen: Seen, state: SecantState) -> bool:
     """`SecantSolver.observe` by a kernel; returns whether it was done."""
     history, safeguards = state.history, state.safeguards
-    if not (is_available(seen.residual, seen.before, safeguards.best, history.df) and fits(history)):
+    tensors = (seen.residual, seen.before, safeguards.best, history.df, history.system.matrix)
+    if not (is_available(*tensors) and fits(history)):
         return False
     counts = seen.counts("growth", "singular", "stagnation")
     if counts is None:
         return False
+    before = history.finished, history.moving
     history.finished, history.moving = seen.finished, None
     if seen.finished is not None and history.ended is None:
         history.ended = torch.zeros_like(counts[0])
@@ -51,6 +54,7 @@ def observed(seen: Seen, state: SecantState) -> bool:
         raise
     except Exception as error:
         give_up(error)
+        history.finished, history.moving = before
         return False
     state.judged = Judged(seen.difference, refused)
     return True
@@ -67,8 +71,9 @@ def stepped(z: Tensor, fz: Tensor, damping: float, state: SecantState) -> Tensor
     """
     history, safeguards, judged = state.history, state.safeguards, state.judged
     difference = None if judged is None else judged.difference
-    tensors = (z, fz, history.df, history.left, *([] if difference is None else [difference]))
-    if not (is_available(*tensors) and fits(history)) or history.df.requires_grad:
+    kept = (history.df, history.left, history.system.matrix)  # written to
+    tensors = (z, fz, *kept, *([] if difference is None else [difference]))
+    if not (is_available(*tensors) and fits(history)) or any(tensor.requires_grad for tensor in kept):
         return None
     history.provide((history.count + 1) % history.memory)
     if history.df.shape[1] > MOST_COLUMNS:

@@ -17,7 +17,10 @@ import triton.language as tl
 from .small_systems import add, begin_anew, bordered, coefficients, flag, newest, total
 
 
-@triton.jit(do_not_specialize=["slots", "known", "count", "splits", "all_improved", "window_ends"])
+@triton.jit(
+    do_not_specialize=["slots", "known", "count", "splits", "all_improved", "window_ends"],
+    do_not_specialize_on_alignment=["residual", "before", "finished"],  # these may be parts of a tensor
+)
 def judge_kernel(
     residual,  # (B,), its norm now, or None: it is in `sums`
     sums,  # (B, splits, 2 * COLUMNS + 3), see `products_kernel`, or None
@@ -78,7 +81,7 @@ def judge_kernel(
     begin_anew(was_singular | stagnated, row, valid, matrix, rhs, slots, known)
 
 
-@triton.jit(do_not_specialize=["slots", "slot", "size"])
+@triton.jit(do_not_specialize=["slots", "slot", "size"], do_not_specialize_on_alignment=["finished"])
 def products_kernel(
     z,  # (B, D)
     fz,  # (B, D)
@@ -190,7 +193,10 @@ def move(states, where, fate, gamma, RESIDUALS: tl.constexpr, REST: tl.constexpr
     tl.store(z_next + here, moved, inside)
 
 
-@triton.jit(do_not_specialize=["slots", "slot", "next_slot", "size", "known", "splits"])
+@triton.jit(
+    do_not_specialize=["slots", "slot", "next_slot", "size", "known", "splits"],
+    do_not_specialize_on_alignment=["finished"],
+)
 def advance_kernel(
     z,  # (B, D)
     fz,  # (B, D)

@@ -105,7 +105,8 @@ def newest(
 
     The column is the change of left^T r, as in `SmallSystem.column`, but for its entry on the diagonal.
     """
-    index, kind = tl.arange(0, COLUMNS), sums.dtype.element_ty
+    index = tl.arange(0, COLUMNS)
+    kind = sums.dtype.element_ty
     r = tl.where(at_work, totals(sums, row, splits, 0, COLUMNS).to(kind), 0)
     entry = total(sums, row, splits, COLUMNS, 0).to(kind)
     if RIDGE != 0 and not RESIDUALS:

@@ -20,7 +20,9 @@ from ..fused import is_available
 from ..solution import Solution
 from .base import Seen, Solver, is_recorded, norm, within
 from .history import History
-from .safeguards import Judged, Safeguards, SecantState
+from .safeguards import Safeguards
+from .secant_state import Judged
+from .secant_state import SecantState as SecantState
 from .system import Equations
 
 
