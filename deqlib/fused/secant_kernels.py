@@ -68,12 +68,12 @@ def judge_kernel(
     window = tl.load(window_best + row)
     stagnated = (window_ends != 0) & (count > 0) & (spared == 0)
     stagnated = stagnated & (smallest >= window) & (smallest < float("inf"))
-    was_singular = flag(singular, row) > is_finished
+    was_singular = flag(singular, row) != 0
     tl.store(best_out + row, smallest)
     tl.store(window_best_out + row, tl.where(window_ends != 0, smallest, window))
     tl.store(refused_out + row, refused)
     add(growth_count, row, refused)
-    add(singular_count, row, was_singular)
+    add(singular_count, row, was_singular & (is_finished == 0))
     add(stagnation_count, row, stagnated)
     if ended is not None:
         since = tl.load(ended + row)

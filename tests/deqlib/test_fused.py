@@ -264,9 +264,44 @@ def test_each_step_is_the_plain_one(walk: Walk) -> None:
         assert bool((apart[sure] <= room[sure]).all()), (step, apart, room)
         # A Picard step is one in the fused step alone where the history holds NaN: 0 times NaN is NaN.
         assert bool((got.isfinite() | ~expected.isfinite())[at_work].all())
-    for cause in plain.tally.keys() | mixed.tally.keys():
-        counts = [run.tally.get(cause, torch.zeros(len(lowest), dtype=torch.int64)) for run in (plain, mixed)]
-        assert torch.equal(*counts), cause
+    assert torch.equal(counted(mixed), counted(plain))
+
+
+@interpreted
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("kind", ["II", "I"])
+def test_what_becomes_of_a_sample_is_that_of_the_plain_step(kind: str, told: bool) -> None:
+    """The first goes on, two meet numbers that are not finite, the last finishes when the memory is full."""
+    generator = torch.Generator().manual_seed(8)
+    points = torch.randn(6, 2, 4, 20, generator=generator, dtype=torch.float64)
+    points[0 if kind == "I" else 3, 1, 1], points[4, 1, 2] = torch.nan, torch.inf
+    solver = SOLVERS[kind](2, ridge=0.3 if kind == "II" else 0.001, growth=2.0, restart=4)
+    walk = Walk(solver, points, told, (99, 99, 99, 4), ())
+    plain, steps = (Steps(solver, points[0, 0]) for _ in range(2))
+    lowest = torch.full((4,), torch.inf, dtype=torch.float64)
+    for step, (z, fz) in enumerate(points):
+        facts = walk.facts(step, lowest)
+        expected = plainly(lambda z=z, fz=fz, facts=facts: plain.take(z, fz, facts))
+        got = steps.take(z, fz, facts)
+        lowest = torch.fmin(lowest, (fz - z).norm(dim=1))
+        at_work = ~mask(None if facts is None else facts["finished"], 4)
+        assert_same(plain.state, steps.state, at_work)
+        sure = at_work & expected.isfinite().all(1)
+        torch.testing.assert_close(got[sure], expected[sure])
+        assert bool(sure[0])
+    ours, theirs = steps.state.history, plain.state.history
+    valid = theirs.own_columns()[3:]
+    assert torch.equal(ours.own_columns()[3:], valid)
+    assert not told or bool(valid.any())
+    assert torch.equal(ours.df[3:][valid], theirs.df[3:][valid])
+    assert torch.equal(ours.left[3:][valid], theirs.left[3:][valid])
+    if told:
+        assert torch.equal(counted(steps), counted(plain))
+
+
+def counted(steps: Steps) -> Tensor:
+    zeros = torch.zeros(len(steps.like), dtype=torch.int64)
+    return torch.stack([steps.tally.get(cause, zeros) for cause in ("growth", "singular", "stagnation")])
 
 
 @interpreted
