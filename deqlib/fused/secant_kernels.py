@@ -262,6 +262,5 @@ def advance_kernel(
     fate = (at_work & (index < tl.where(solved, size, 0)), is_finished, is_refused)
     gamma = gamma.to(z_next.dtype.element_ty)
     for block in range(tl.program_id(1), tl.cdiv(width, BLOCK), tl.num_programs(1)):
-        offsets = block * BLOCK + tl.arange(0, BLOCK)
-        where = (row, offsets, width, slots, slot, next_slot, size)
+        where = (row, block * BLOCK + tl.arange(0, BLOCK), width, slots, slot, next_slot, size)
         move(states, where, fate, gamma, RESIDUALS, REST, COLUMNS)
