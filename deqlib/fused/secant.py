@@ -205,7 +205,8 @@ def advance(
     valid, system = history.own_columns(), history.system
     batch, slots, width = history.df.shape
     columns, equations = num_columns(history), system.equations
-    block = block_of(width, BLOCK // 4, z.dtype)
+    # Of many columns of both sets, which damping reads, fewer numbers fit into registers.
+    block = block_of(width, BLOCK // 8 if damping != 1 and columns > 16 else BLOCK // 4, z.dtype)
     programs = min(-(-width // block), max(NUM_PROGRAMS // batch, 1))
     z_next, matrix = torch.empty_like(z), torch.empty_like(system.matrix)
     rhs, valid_next = z.new_empty(batch, size), torch.empty_like(valid)
