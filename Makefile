@@ -84,10 +84,10 @@ $(VENV)/.viar $(VENV)/.dev $(VENV)/.docs $(VENV)/.release: pyproject.toml constr
 	$(VENV)/$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-# Everything as pinned, but for PyTorch.
+# Everything as pinned, but for PyTorch and Triton, which each PyTorch pins itself.
 $(VENVS)/torch-%/.tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENVS)/torch-$*
-	sed 's/^torch==.*/torch==$*/' constraints.txt > $(VENVS)/torch-$*/constraints.txt
+	sed 's/^torch==.*/torch==$*/; /^triton==/d' constraints.txt > $(VENVS)/torch-$*/constraints.txt
 	@echo "Installing PyTorch $* with the test tools into $(VENVS)/torch-$* (minutes, and up to 6 GB)"
 	$(VENVS)/torch-$*/$(PIP) -c $(VENVS)/torch-$*/constraints.txt -e '.[dev,bench]'
 	@touch $@
