@@ -47,6 +47,21 @@ def measure(
     tl.store(sums + 1, tl.sum(scale))
 
 
+@triton.jit
+def root(
+    sums,  # (parts, 2), float64
+    num_parts,
+    NUM_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The square root of a sample's squares, out of the sums over its parts."""
+    squares = tl.zeros([TILE], tl.float64)
+    for tile in range(NUM_TILES):
+        places = tile * TILE + tl.arange(0, TILE)
+        squares += tl.load(sums + 2 * places, mask=places < num_parts, other=0)
+    return tl.sqrt(tl.sum(squares))
+
+
 @triton.jit(do_not_specialize=["num_parts", "step", "oldest"])
 def judge(
     sums,  # (B, parts, 2), float64
@@ -74,15 +89,10 @@ def judge(
 ):
     """What is known of every sample after an evaluation. A program is a sample."""
     sample, batch = tl.program_id(0), tl.num_programs(0)
-    squares, image_squares = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
     own = sums + sample.to(tl.int64) * num_parts * 2
-    for tile in range(NUM_TILES):
-        places = tile * TILE + tl.arange(0, TILE)
-        squares += tl.load(own + 2 * places, mask=places < num_parts, other=0)
-        image_squares += tl.load(own + 2 * places + 1, mask=places < num_parts, other=0)
     before, least = tl.load(lowest + sample), tl.load(floor + sample)
-    residual = tl.sqrt(tl.sum(squares)).to(before.dtype)
-    scale = tl.sqrt(tl.sum(image_squares)).to(before.dtype)
+    residual = root(own, num_parts, NUM_TILES, TILE).to(before.dtype)
+    scale = root(own + 1, num_parts, NUM_TILES, TILE).to(before.dtype)
     tl.store(residual_out + sample, residual)
     tl.store(scale_out + sample, scale)
 
@@ -96,7 +106,7 @@ def judge(
     lost = is_broken
     if MAY_RECOVER:
         lost = is_broken & (is_first | tl.load(broken + sample).to(tl.int1))
-        tl.store(broken + sample, is_broken & ~is_first)
+        tl.store(broken + sample, is_broken)
     kept = improved | (is_first & at_work)
     latest = tl.where(improved, step, tl.load(best_step + sample))
     is_stalled = at_work & (tl.maximum(latest, tl.load(begun + sample)) <= oldest)
@@ -118,7 +128,7 @@ def judge(
     tl.store(flags + 3 * batch + sample, ended | ~at_work)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["improved", "active"])  # which are parts of a tensor
 def keep(
     z,  # (B, D), the last iterate
     z_next,  # (B, D), what the solver proposes

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -250,8 +250,19 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+# Meets the tolerance, which grows with the image, though its residual does not improve; and is not lost by
+# one evaluation alone where the solver may take it back.
+MET = Case(
+    torch.tensor([[4.0, 0.5, 2.0, 2.0, 0.5, 2.0, 0.5, 0.25], [4.0, 1e9, 1.0, 1e9, 1e9, 1.0, 1.0, 1.0]]),
+    *(5, Stopping(rtol=0.125, max_steps=7, check_every=3)),
+    **{"watches": True, "asks": 2, "compacts": False, "fuses": (True,)},
+)
+
+
 @interpreted
 @pytest.mark.usefixtures("small_parts")
+@example(case=MET)
+@example(case=replace(MET, fuses=(True, True, False)))
 @given(case=cases())
 def test_all_that_is_known_of_every_sample_is_what_the_plain_record_knows(case: Case) -> None:
     (expected, told), (found, told_too) = plainly(case.run), case.run()
