@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # The PyTorch that `make test-versions` tests beside the pinned one: the oldest that pyproject.toml promises,
 # and the newest.
-TORCH_OLDEST ?= 2.12.1
+TORCH_OLDEST ?= 2.11.0
 TORCH_NEWEST ?= 2.14.1
 
 VENV := .venv

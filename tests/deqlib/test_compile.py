@@ -240,7 +240,7 @@ from deqlib import ImplicitLayer, Picard, Stopping
 
 with torch.no_grad():
     for rate in (0.5, 0.25):
-        cell = lambda z, x, rate=rate: rate * z + x
+        cell = lambda z, x, *, rate=rate: rate * z + x
         layer = ImplicitLayer(cell, solver=Picard(), stopping=Stopping.steps(2))
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         print(float(compiled(torch.ones(1, 1))))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_broken_pictures import call as command
 
+import viar
 import viar.commands.cli
 import viar.commands.evaluate
 import viar.commands.generate
@@ -52,6 +53,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_is_installed_under_its_name() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="viar")
     assert script.load() is viar.commands.cli.main
+
+
+def test_the_parser_of_the_command_line_is_needed_by_the_commands_alone() -> None:
+    root = Path(viar.__file__).parent
+    users = {p.relative_to(root).parts[0] for p in root.rglob("*.py") if "tyro" in p.read_text()}
+    assert users == {"commands"}
 
 
 # Help
