@@ -162,6 +162,9 @@ def test_scipy_is_left_out_where_the_state_is_large_and_the_row_says_so(
     assert not set(solves.factors(rows, "time")) & set(left_out)
     assert not {row["contender"] for row in figures(traces.CASE, rtol=1e-3, **EASY)} & set(left_out)
     show.draw(solves.CASE, rows, tmp_path / "solves.png")
+    on_gpu: Any = SimpleNamespace(z0=SimpleNamespace(is_cuda=True, numel=lambda: 2))
+    assert contenders.not_run("scipy Broyden", on_gpu) == "not run: scipy computes on a CPU"
+    assert contenders.not_run("deqlib Broyden", on_gpu) is None
 
 
 def test_without_torchdeq_the_others_are_measured_and_its_rows_say_why(

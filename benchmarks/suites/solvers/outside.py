@@ -143,7 +143,7 @@ def _row(name: str, problem: Problem, rtol: float, max_evaluations: int) -> Row:
     try:
         value = CONTENDERS[name](replace(problem, cell=cell), rtol, max_evaluations)
     except Exception as error:  # this contender fails; the others are still measured
-        return {**row, "error": f"{type(error).__name__}: {error}"}
+        return {**row, "evaluations": cell.evaluations, "error": f"{type(error).__name__}: {error}"}
     worst = float(problem.residuals(value)[1].max())
     return {
         **row,
@@ -218,6 +218,8 @@ def table(rows: list[Row]) -> Table:
         return f"{1e6 * share * statistics.median(cell_seconds(point)):,.0f} ({share:.0%})"
 
     def evaluations(row: Row) -> str:
+        if row["evaluations"] is None:
+            return "-"
         shown = "raised" if row["error"] else str(row["evaluations"])
         return f"({shown})" if row["reached"] is False else shown
 
