@@ -34,7 +34,7 @@ from .contenders import ROUNDING, not_run, stopping
 BARE = "bare loop"
 MEMORY = 5  # columns of everybody's history
 FASTEST, SLOWEST = 0.0, 0.97  # rates: Picard needs hundreds of steps to 1e-5, the others some thirty
-STEPS = 8  # that kernels are counted over; before every solver has arrived
+STEPS = 8  # that kernels are counted over, twice; later some solver would have arrived, and do other things
 SHARE, PEER, KERNELS = 0.15, 0.5, 6  # bars: time outside / in the cell, time / torchdeq's, kernels a step
 POINT = ("cell_ms", "batch", "tokens", "width", "rtol")
 
