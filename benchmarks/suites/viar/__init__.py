@@ -5,7 +5,20 @@ them there, which takes minutes, if they are missing. With --quick untrained mod
 hangs on training (differences between caches, classes) is of no meaning and may fail its bar.
 """
 
-from . import attention, cache, digits, fidelity, identity, inpainting, knob, paper, speed, trunks
+from . import (
+    attention,
+    cache,
+    digits,
+    executions,
+    fidelity,
+    identity,
+    inpainting,
+    knob,
+    paper,
+    speed,
+    training,
+    trunks,
+)
 
 CASES = (
     fidelity.CASE,
@@ -13,6 +26,8 @@ CASES = (
     speed.CASE,
     trunks.CASE,
     attention.CASE,
+    executions.CASE,
+    training.CASE,
     digits.CASE,
     identity.CASE,
     inpainting.CASE,
