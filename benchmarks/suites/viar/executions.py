@@ -85,7 +85,7 @@ def _task(
 
 def _pool_bytes(model: viar.NextScaleTransformer) -> int | None:
     """What captured graphs hold between generations; None if there are none."""
-    graphs = getattr(model, "graphs", None)
+    graphs = model.graphs
     return None if graphs is None else int(graphs.num_bytes)
 
 
