@@ -190,7 +190,7 @@ def walks(draw: st.DrawFn) -> Walk:
     }
     if draw(st.booleans()):
         settings["restart"] = None
-    batch, steps = draw(st.integers(1, 3)), draw(st.integers(2, 5))
+    batch, steps = draw(st.integers(1, 2)), draw(st.integers(2, 5))
     width = draw(st.one_of(st.integers(1, 9), st.integers(10, 150)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
