@@ -367,7 +367,9 @@ PROBLEMS = {
         *(("explosion", name) for name in ("Broyden", "NewtonKrylov", "Auto")),
     ],
 )
-def test_solves_end_alike(difficulty: str, name: str) -> None:
+def test_solves_end_alike(difficulty: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Interpreted steps are tried elsewhere, and would take most of the time.
+    monkeypatch.setattr("deqlib.solvers.secant.is_available", lambda *_: False, raising=False)
     problem = PROBLEMS[difficulty]()
     stopping = Stopping(rtol=1e-6, max_steps=30, check_every=3, patience=8)
     compact = difficulty == "mixed difficulty"
