@@ -13,7 +13,7 @@ import torch
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The type that autocast computes in there now; `None` where it is off, or where there is none."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
@@ -26,6 +26,13 @@ def coarsest_dtype(dtypes: tuple[torch.dtype, ...], device_type: str) -> torch.d
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A block in which autocast is off there."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not _has_autocast(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def _has_autocast(device_type: str) -> bool:
+    # PyTorch 2.11 cannot trace its own question.
+    if torch.compiler.is_compiling():
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)

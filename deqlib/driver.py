@@ -257,6 +257,15 @@ class _View:
         which = (which & self._cut(self.record.samples.active)).to(counts.dtype)
         refused[cause] = counts + which if self.rows is None else counts.index_add(0, self.rows, which)
 
+    def counts(self, *causes: str) -> tuple[Tensor, ...] | None:
+        if self.rows is not None:
+            return None
+        refused, like = self.record.samples.refused, self.record.samples.num_steps
+        for cause in causes:
+            if cause not in refused:
+                refused[cause] = torch.zeros_like(like)
+        return tuple(refused[cause] for cause in causes)
+
     def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:
         now = self.record.samples
         self.record.methods, now.method = methods, method

@@ -100,6 +100,10 @@ class Seen(Protocol):
     def note(self, cause: str, which: Tensor) -> None:
         """Count a refused step of the samples in `which`, bool, (B,), by cause in `Solution.rejections`."""
 
+    def counts(self, *causes: str) -> tuple[Tensor, ...] | None:
+        """What `note` has counted for these causes, int64, (B,) each, to be added to in place by what notes
+        without it; `None` where this is of some samples alone."""
+
     def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:
         """Say which of several methods works on each sample of the batch.
 

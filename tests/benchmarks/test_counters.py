@@ -60,9 +60,9 @@ from deqlib.testing import (
 )
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path += [str(TESTS / "deqlib"), str(TESTS / "viar")]
-from test_compile import Waits  # noqa: E402
+sys.path += [str(TESTS / "viar")]
 from tiny_models import tiny_tokenizer, tiny_transformer  # noqa: E402
+from waits import Waits  # noqa: E402
 
 from viar import Sampling, sample_tokens  # noqa: E402
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import Waits
 from torch import Tensor
+from waits import Waits
 
 from deqlib import (
     GMRES,

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from problems import SOLVERS, problem
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits, look_at_nothing
 
 from deqlib import (
     GMRES,
@@ -32,7 +30,6 @@ from deqlib import (
     fixed_point,
 )
 from deqlib.driver import approach, iterate
-from deqlib.solvers.base import can_look
 from deqlib.state import flatten
 
 COMPILED: dict[str, Solver] = {
@@ -94,60 +91,6 @@ def test_the_cell_may_be_compiled() -> None:
         plain, compiled = (fixed_point(f, base.z0, stopping=Stopping(rtol=1e-8)) for f in (base.f, cell))
     assert torch.equal(plain.value, compiled.value)
     assert plain.nfe == compiled.nfe
-
-
-class Lists(TorchFunctionMode):
-    """Counts the tensors that are read as lists, which on a CPU is no operation that is dispatched."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist:
-            self.counts["tolist"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the host waits for the device."""
-
-    names = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.lists = Lists(self.counts)
-
-    def __enter__(self) -> Waits:
-        self.lists.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.lists.__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.names or (name.startswith("index") and _has_mask(args)):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _has_mask(args: Any) -> bool:
-    """Whether an index is a mask: how many numbers it takes, only the device knows."""
-    indices = [index for arg in args if isinstance(arg, list | tuple) for index in arg]
-    return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-
-
-def look_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device: reading a number costs, so nothing must be read that need not be."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("deqlib.")]
-    using = [module for module in modules if getattr(module, "can_look", None) is can_look]
-    assert len(using) > 1  # those that import it by name, besides its own
-    for module in using:
-        monkeypatch.setattr(module, "can_look", lambda z: False)
 
 
 @pytest.fixture
@@ -297,7 +240,7 @@ from deqlib import ImplicitLayer, Picard, Stopping
 
 with torch.no_grad():
     for rate in (0.5, 0.25):
-        cell = lambda z, x, rate=rate: rate * z + x
+        cell = lambda z, x, *, rate=rate: rate * z + x
         layer = ImplicitLayer(cell, solver=Picard(), stopping=Stopping.steps(2))
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         print(float(compiled(torch.ones(1, 1))))

@@ -11,9 +11,9 @@ import os
 
 import pytest
 import torch
-from test_compile import look_at_nothing
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from waits import look_at_nothing
 
 from deqlib import (
     GMRES,

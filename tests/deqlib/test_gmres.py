@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import TIGHT, Problem, dense_gradients, problem, problems
-from test_compile import Waits, look_at_nothing
 from torch import Tensor
+from waits import Waits, look_at_nothing
 
 from deqlib import (
     ImplicitDifferentiation,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_broken_pictures import call as command
 
+import viar
 import viar.commands.cli
 import viar.commands.evaluate
 import viar.commands.generate
@@ -52,6 +53,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_is_installed_under_its_name() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="viar")
     assert script.load() is viar.commands.cli.main
+
+
+def test_the_parser_of_the_command_line_is_needed_by_the_commands_alone() -> None:
+    root = Path(viar.__file__).parent
+    users = {p.relative_to(root).parts[0] for p in root.rglob("*.py") if "tyro" in p.read_text()}
+    assert users == {"commands"}
 
 
 # Help
@@ -108,6 +115,7 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
         "--device STR cpu, cuda, or cuda:1",
         "--dtype {None,float32,bfloat16,float16} of the blocks' weights",
         "--no-compile compile the blocks",
+        "--no-graphs replay batches as CUDA graphs",
     ]
     places = [text.find(line) for line in explained]
     assert -1 not in places, explained[places.index(-1)]
@@ -282,9 +290,12 @@ def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch
         viar.commands.loading, "prepare_inference", lambda *a, **settings: prepared.append(settings)
     )
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
-    for flags in ((), ("--dtype", "bfloat16", "--compile")):
+    for flags in ((), ("--dtype", "bfloat16", "--compile", "--graphs")):
         call("generate", *models, "--out", tmp_path / "a.png", *flags)
-    assert prepared == [{"dtype": None, "compile": False}, {"dtype": torch.bfloat16, "compile": True}]
+    assert prepared == [
+        {"dtype": None, "compile": False, "graphs": False},
+        {"dtype": torch.bfloat16, "compile": True, "graphs": True},
+    ]
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -44,10 +44,18 @@ class ExecutionFlags:
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
     compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
+    graphs: bool = False  # replay batches as CUDA graphs: the first costs three, for many on a GPU
 
     def __post_init__(self) -> None:
         """Validate."""
         check_at_least("ExecutionFlags", 1, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings(Sampling):
+    __doc__ = Sampling.__doc__
+
+    iterations: Annotated[Iterations | None, tyro.conf.Suppress] = None  # there are three flags for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class SamplingFlags:
     iterations: tuple[int, ...] = ()  # one for all scales, two for first and last, or one a scale
     adaptive: float | None = None  # instead: iterate until the relative residual is below this
     budget: int | None = None  # instead: evaluations in all, falling from the first scale to the last
-    settings: Annotated[Sampling, no_prefix] = field(default_factory=Sampling)
+    settings: Annotated[_Settings, no_prefix] = field(default_factory=_Settings)
     execution: Annotated[ExecutionFlags, no_prefix] = ExecutionFlags()
 
     @property
@@ -72,7 +80,7 @@ class SamplingFlags:
             ValueError: two flags that exclude each other, or `--iterations` without a number.
         """
         check_not_empty(iterations=self.iterations)
-        return replace(self.settings, iterations=self._iterations())
+        return Sampling(**{**vars(self.settings), "iterations": self._iterations()})
 
     def _iterations(self) -> Iterations | None:
         given = (bool(self.iterations), self.adaptive is not None, self.budget is not None)

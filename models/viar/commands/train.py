@@ -40,7 +40,9 @@ TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
 ]
 TransformerChoice = Annotated[
-    TransformerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS))
+    TransformerPreset,
+    tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS)),
+    tyro.conf.AvoidSubcommands,  # the preset decides the kind of trunk
 ]
 From = Annotated[str | None, tyro.conf.arg(name="from")]
 CLASSES_NAMED = 20  # in a line of text

@@ -6,9 +6,7 @@ import math
 import operator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, SupportsFloat, SupportsIndex
-
-import tyro
+from typing import Literal, SupportsFloat, SupportsIndex
 
 from ..model.cache import check_cache_name
 from ..model.schedule import Adaptive, Iterations, checked_iterations
@@ -35,7 +33,7 @@ class Sampling:
         ValueError: a setting out of range; `seed` below 0; `cache` neither "equilibrium" nor "iterate".
     """
 
-    iterations: Annotated[Iterations | None, tyro.conf.Suppress] = None  # the command line has three flags
+    iterations: Iterations | None = None
     warm_start: bool = False
     guidance_reuse: int = 0
     cfg: float = 1.5

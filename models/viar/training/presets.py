@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import tyro
-
 from ..model.config import (
     SIDES_512,
     ExplicitTrunkConfig,
@@ -33,7 +31,7 @@ class TransformerPreset:
     """A transformer, whose `model` holds sizes and trunk, and its training."""
 
     data: str  # source of images, see `viar.data.load_data`
-    model: tyro.conf.AvoidSubcommands[TransformerConfig]
+    model: TransformerConfig
     train: TrainConfig
     augment: int = 0  # changed versions added of each training image of an embedded source
 
