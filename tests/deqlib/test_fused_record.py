@@ -369,7 +369,7 @@ PROBLEMS = {
 )
 def test_solves_end_alike(difficulty: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Interpreted steps are tried elsewhere, and would take most of the time.
-    monkeypatch.setattr("deqlib.solvers.secant.is_available", lambda *_: False, raising=False)
+    monkeypatch.setattr("deqlib.solvers.secant.is_available", lambda *_: False)
     problem = PROBLEMS[difficulty]()
     stopping = Stopping(rtol=1e-6, max_steps=30, check_every=3, patience=8)
     compact = difficulty == "mixed difficulty"
@@ -521,7 +521,6 @@ def test_an_evaluation_starts_three_kernels_at_most(
 @interpreted
 @pytest.mark.parametrize("name", ["Anderson", "Broyden", "Auto"])
 def test_a_step_to_a_tolerance_starts_six_kernels_at_most(name: str, kernels: Kernels) -> None:
-    pytest.importorskip("deqlib.fused.secant", reason="the other three are the step's")
     solvers = {
         "Anderson": Anderson(memory=3),
         "Broyden": Broyden(memory=3),
