@@ -150,10 +150,12 @@ class Script:
     """
 
     table: Tensor  # (B, steps + 1)
+    points: list[Tensor] = field(default_factory=list)  # where it was evaluated
     guess: str | None = None
     resolution: torch.dtype = torch.float64
 
     def __call__(self, z: Tensor) -> Tensor:
+        self.points.append(z.clone())
         image = z.clone()
         image[:, -1] += self.table.gather(1, z[:, :1].long()).squeeze(1)
         return image
@@ -208,7 +210,8 @@ class Case:
     compacts: bool
     fuses: tuple[bool, ...] | None  # in turn, whether a kernel may be started; None: where it can be
 
-    def run(self) -> tuple[Solution, list[dict[str, Any]]]:
+    def run(self) -> tuple[Solution, list[dict[str, Any]], list[Tensor]]:
+        """The solution, what a solver was told, and where the map was evaluated."""
         solver = Watching(asks=self.asks) if self.watches else Numbered()
         f = Script(self.table)
         z0 = torch.zeros(len(self.table), self.width, dtype=self.table.dtype)
@@ -217,7 +220,9 @@ class Case:
                 turns = itertools.cycle(self.fuses)
                 patch.setattr(record, "is_available", lambda *_: next(turns))
             found = approach(f, z0, solver, self.stopping, compact=f if self.compacts else None)
-        return found.settled(), solver.told if isinstance(solver, Watching) else []
+            settled = found.settled()
+        assert not z0.any()  # the caller's own
+        return settled, solver.told if isinstance(solver, Watching) else [], f.points
 
 
 @st.composite
@@ -250,24 +255,36 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+def example_of(*rows: list[float], check_every: int, asks: int = 0, fuses: tuple[bool, ...] = (True,)) -> Any:
+    stopping = Stopping(rtol=0.125, max_steps=len(rows[0]) - 1, check_every=check_every)
+    return example(case=Case(torch.tensor(rows), 5, stopping, asks > 0, asks, False, fuses))
+
+
 # Meets the tolerance, which grows with the image, though its residual does not improve; and is not lost by
 # one evaluation alone where the solver may take it back.
-MET = Case(
-    torch.tensor([[4.0, 0.5, 2.0, 2.0, 0.5, 2.0, 0.5, 0.25], [4.0, 1e9, 1.0, 1e9, 1e9, 1.0, 1.0, 1.0]]),
-    *(5, Stopping(rtol=0.125, max_steps=7, check_every=3)),
-    **{"watches": True, "asks": 2, "compacts": False, "fuses": (True,)},
-)
+MET = [4.0, 0.5, 2.0, 2.0, 0.5, 2.0, 0.5, 0.25], [4.0, 1e9, 1.0, 1e9, 1e9, 1.0, 1.0, 1.0]
+FALLING, RISING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0], [8.0, 4.0, 2.0, 3.0, 9.0, 9.0, 9.0]
+LATER = [8.0, 7.0, 6.0, 5.0, 9.0, 9.0, 9.0]
+ENDED = [8.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @interpreted
 @pytest.mark.usefixtures("small_parts")
-@example(case=MET)
-@example(case=replace(MET, fuses=(True, True, False)))
+@example_of(*MET, check_every=3, asks=2)
+@example_of(*MET, check_every=3, asks=2, fuses=(True, True, False))
+@example_of(FALLING, RISING, check_every=9, asks=2)  # what was told is not overwritten by what is better
+@example_of(FALLING, RISING, check_every=9)  # nor is where the solve began
+@example_of(FALLING, ENDED, check_every=9)  # a finished sample is held while another moves
+@example_of(
+    LATER, RISING, check_every=1, fuses=(False, True)
+)  # the plain record writes late when all were best
 @given(case=cases())
 def test_all_that_is_known_of_every_sample_is_what_the_plain_record_knows(case: Case) -> None:
-    (expected, told), (found, told_too) = plainly(case.run), case.run()
+    (expected, told, points), (found, told_too, points_too) = plainly(case.run), case.run()
     assert_same_solution(expected, found)
     assert len(told) == len(told_too)
+    for one, other in zip(points, points_too, strict=True):
+        assert_same(one, other)
     for one, other in zip(told, told_too, strict=True):
         for name in one["then"]:
             assert_same(*(torch.as_tensor(facts["then"][name]) for facts in (one, other)))
@@ -281,7 +298,7 @@ def test_states_too_small_to_be_traced_are_at_the_same_distance(monkeypatch: pyt
     table = torch.tensor([[4.0, 2.0, 1.0, 0.1], [4.0, 8.0, 2.0, 3.0], [NAN] * 4, [4.0, 1e9, 1.0, 1.0]])
     stopping = Stopping(rtol=0.1, max_steps=3, check_every=2)
     case = Case(table, 2, stopping, watches=False, asks=1, compacts=False, fuses=(True,))
-    (expected, _), (found, _) = plainly(case.run), case.run()
+    expected, found = plainly(case.run)[0], case.run()[0]
     assert expected.trace is None is found.trace
     assert_same(expected.relative_residual, found.relative_residual)
 
@@ -350,7 +367,9 @@ PROBLEMS = {
         *(("explosion", name) for name in ("Broyden", "NewtonKrylov", "Auto")),
     ],
 )
-def test_solves_end_alike(difficulty: str, name: str) -> None:
+def test_solves_end_alike(difficulty: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Interpreted steps are tried elsewhere, and would take most of the time.
+    monkeypatch.setattr("deqlib.solvers.secant.is_available", lambda *_: False)
     problem = PROBLEMS[difficulty]()
     stopping = Stopping(rtol=1e-6, max_steps=30, check_every=3, patience=8)
     compact = difficulty == "mixed difficulty"
@@ -502,7 +521,6 @@ def test_an_evaluation_starts_three_kernels_at_most(
 @interpreted
 @pytest.mark.parametrize("name", ["Anderson", "Broyden", "Auto"])
 def test_a_step_to_a_tolerance_starts_six_kernels_at_most(name: str, kernels: Kernels) -> None:
-    pytest.importorskip("deqlib.fused.secant", reason="the other three are the step's")
     solvers = {
         "Anderson": Anderson(memory=3),
         "Broyden": Broyden(memory=3),
@@ -536,13 +554,12 @@ def test_where_a_kernel_fails_the_plain_record_goes_on_and_it_is_said_once(
     table = torch.tensor([[8.0, 4.0, 4.0, 2.0, 1.0, 0.1], [8.0, 0.2, 0.2, 0.2, 0.2, 0.2]])
     stopping = Stopping(rtol=0.0, atol=0.5, max_steps=5, check_every=9)
     case = Case(table, 3, stopping, watches=True, asks=2, compacts=False, fuses=(True,))
-    expected, told = plainly(case.run)
+    expected = plainly(case.run)[0]
     monkeypatch.setattr(record_kernels, kernel, Failing())
     with caplog.at_level(logging.WARNING, "deqlib"):
-        found, told_too = replace(case, fuses=None).run()
+        found = replace(case, fuses=None).run()[0]
         fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3))
     assert_same_solution(expected, found)
-    assert len(told) == len(told_too)
     (said,) = (entry.getMessage() for entry in caplog.records)
     assert "RuntimeError: no compiler)" in said
     fused._failures.clear()
