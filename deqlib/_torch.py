@@ -156,6 +156,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work. In PyTorch 2.11 its own question is true of all that is compiled."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether `tensor` has a shape and no numbers, as where a compiler tries a function out."""
     # The class is private, and importing it takes a while: its name is enough.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._autocast import coarsest_dtype
 from ._checks import check_instance, plain
 from ._compiler import run_eagerly
-from ._torch import compiler_in_force, is_transformed, tree_leaves, tree_map
+from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
@@ -314,7 +314,7 @@ def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
             traceable = backward.is_traceable or not torch.is_grad_enabled()
         if traceable:
             return True
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(
             "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "
             "cannot be exported; use stopping=Stopping.steps(n) and export under torch.no_grad()"
