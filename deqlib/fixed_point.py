@@ -27,6 +27,9 @@ from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
 
+# Made once: the compiler of PyTorch 2.11 fails where it traces how the last one is made.
+_SOLVER, _STOPPING, _BACKWARD = Auto(), Stopping(), ImplicitDifferentiation()
+
 
 def fixed_point(
     f: Callable[..., Any],
@@ -77,9 +80,9 @@ def fixed_point(
             dtype or device of the state, or a `compact` that does not fit the inputs.
         NonConvergenceError: see `on_failure`.
     """
-    solver = Auto() if solver is None else solver
-    stopping = Stopping() if stopping is None else stopping
-    backward = ImplicitDifferentiation() if backward is None else backward
+    solver = _SOLVER if solver is None else solver
+    stopping = _STOPPING if stopping is None else stopping
+    backward = _BACKWARD if backward is None else backward
     return solve_for(
         None,
         f,

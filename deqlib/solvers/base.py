@@ -251,7 +251,8 @@ def norms(
         return found
     # Always exact where the host cannot tell; there the memory is the limit, not the arithmetic.
     if can_look(first):
-        low, high = (torch.stack(found) if len(found) > 1 else found[0]).aminmax()
+        # Without tangents, which it does not take in PyTorch 2.11.
+        low, high = (torch.stack(found) if len(found) > 1 else found[0]).detach().aminmax()
         if float(low) > SAFE[0] and float(high) < SAFE[1]:  # false for NaN
             return found
     return tuple(norm(v, exact=True) for v in vectors)
