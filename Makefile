@@ -4,16 +4,21 @@ PYTHON ?= python3
 # and the newest.
 TORCH_OLDEST ?= 2.11.0
 TORCH_NEWEST ?= 2.14.1
+# The Python for which `make wheels` fetches what `make gpu` would otherwise do without.
+PYTHON_VERSION ?= 3.12
 
 VENV := .venv
 VENVS := .venvs
 BIN := $(VENV)/bin
+# With all that they need and PyTorch, numpy and scikit-learn do not bring.
+WHEELS := jsonschema attrs jsonschema-specifications referencing rpds-py tyro docstring_parser typeguard \
+	torchdeq mlxtend
 # Of any of the environments.
 PIP := bin/pip --quiet --disable-pip-version-check install
 PYTEST := bin/python -m pytest -n auto --dist loadfile
 
 .PRECIOUS: $(VENVS)/torch-%/.tests
-.PHONY: help demo test test-slow test-all test-versions lint format types check docs dist release clean
+.PHONY: help demo test test-slow test-all test-versions lint format types check gpu wheels docs dist release clean
 
 help:
 	@echo "make demo           train tokenizer, VIAR and VAR on digits; pictures and table in runs/demo"
@@ -24,6 +29,8 @@ help:
 	@echo "make lint           look for what ruff finds; make format mends what it can"
 	@echo "make types          check types"
 	@echo "make check          quick tests, lint and types"
+	@echo "make gpu            measure on a GPU for 8 minutes, with \$$(PYTHON) as it is; ARGS= as --help tells"
+	@echo "make wheels         fetch what a machine with a GPU may lack into wheels/, for make gpu there"
 	@echo "make docs           build the documentation into site/"
 	@echo "make dist           build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make release        the same, then tag the version"
@@ -58,6 +65,21 @@ types: $(VENV)/.dev
 
 check: test lint types
 
+# The machine is somebody's, and may reach no network: nothing is installed but wheels/, into a folder that goes.
+gpu:
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
+	if ls wheels/*.whl > /dev/null 2>&1; then $(PYTHON) -m pip --quiet --disable-pip-version-check install \
+		--no-index --no-deps --no-compile --target "$$site" wheels/*.whl \
+		|| echo "wheels/ is left out: it is not for this Python; make wheels PYTHON_VERSION= fetches others" >&2; \
+	fi && \
+	PYTHONPATH=.:models:$$site $(PYTHON) -m benchmarks gpu $(ARGS)
+
+wheels:
+	rm -rf wheels
+	$(PYTHON) -m pip --quiet --disable-pip-version-check download -d wheels -c constraints.txt --no-deps \
+		--only-binary=:all: --python-version $(PYTHON_VERSION) --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(WHEELS)
+
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
@@ -68,7 +90,7 @@ release: $(VENV)/.release
 	.ci/release tag
 
 clean:
-	rm -rf $(VENV) $(VENVS) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENVS) site dist wheels .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp a set of extras; each is redone only when what it depends on changed.
 $(VENV)/bin/python:
@@ -84,10 +106,10 @@ $(VENV)/.viar $(VENV)/.dev $(VENV)/.docs $(VENV)/.release: pyproject.toml constr
 	$(VENV)/$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-# Everything as pinned, but for PyTorch.
+# Everything as pinned, but for PyTorch and Triton, which each PyTorch pins itself.
 $(VENVS)/torch-%/.tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENVS)/torch-$*
-	sed 's/^torch==.*/torch==$*/' constraints.txt > $(VENVS)/torch-$*/constraints.txt
+	sed 's/^torch==.*/torch==$*/; /^triton==/d' constraints.txt > $(VENVS)/torch-$*/constraints.txt
 	@echo "Installing PyTorch $* with the test tools into $(VENVS)/torch-$* (minutes, and up to 6 GB)"
 	$(VENVS)/torch-$*/$(PIP) -c $(VENVS)/torch-$*/constraints.txt -e '.[dev,bench]'
 	@touch $@

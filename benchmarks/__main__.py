@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +14,10 @@ from types import ModuleType
 import torch
 from rich.console import Console
 
+from . import gpu
 from .case import Run
 from .measure import profiled
-from .results import Results
+from .results import Results, unused
 from .runner import about, begin, measure, points
 from .show import compare, documents
 from .show.pictures import draw_all
@@ -42,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, suite in SUITES.items():
         _add_suite(commands, name, suite)
+    _add_gpu(commands)
     plot = commands.add_parser("plot", help="draw the pictures of files of figures")
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE")
     plot.add_argument("--out", type=Path, help="folder; default: that of each file")
@@ -81,9 +86,10 @@ def _add_suite(
         nargs="+",
         default=[],
         metavar="SETTING=VALUE",
-        help="only points of the grid with these settings, such as problem=mixer",
+        help="only points of the grid with these settings, such as problem=mixer; of one named twice, either",
     )
     parser.add_argument("--rounds", type=int, help="times that everybody is timed (5, with --quick 2)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no point after so many")
     parser.add_argument("--device", default="cpu", help="where tensors live, such as cuda (%(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch; default: its own choice")
     parser.add_argument(
@@ -93,11 +99,43 @@ def _add_suite(
         "--resume", type=Path, metavar="FILE", help="measure what this file of figures lacks, and add it"
     )
     parser.add_argument(
+        "--keep-going", action="store_true", help="leave out a point that raises, tell why, and go on"
+    )
+    parser.add_argument("--no-pictures", action="store_true", help="draw none; `plot` does it later")
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="measure nothing; profile a solve of each point: a trace, and where time goes outside the cell",
     )
     parser.set_defaults(act=_run, name=name, suite=suite)
+
+
+def _add_gpu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    names = list(gpu.NAMED)
+    text = (gpu.__doc__ or "").strip()
+    parser = commands.add_parser("gpu", help=text.splitlines()[0], description=text)
+    parser.add_argument("--quick", action="store_true", help="small and few: shows that all runs")
+    parser.add_argument("--device", default="cuda", help="where tensors live (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="that all may take (%(default)s)")
+    parser.add_argument("--part", nargs="+", choices=names, default=names, metavar="PART", help=f"of {names}")
+    parser.add_argument(
+        "--out", type=Path, help="new or empty folder of all files; default: one under runs/gpu"
+    )
+    parser.set_defaults(act=_gpu)
+
+
+def _gpu(options: argparse.Namespace, console: Console) -> None:
+    deadline = time.monotonic() + 60 * options.minutes
+    if (reason := gpu.refusal(torch.device(options.device), quick=options.quick)) is not None:
+        print(reason, file=sys.stderr)
+        raise SystemExit(2)
+    out = unused(Path("runs/gpu/run")) if options.out is None else options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: expected a new or empty folder, {out} holds something")
+    names = [name for name in gpu.NAMED if name in options.part]
+    run = Run(torch.device(options.device), gpu.ROUNDS, options.quick)
+    if not gpu.ran(run, names, out.resolve(), deadline, console):
+        raise SystemExit(1)
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
@@ -106,35 +144,52 @@ def _run(options: argparse.Namespace, console: Console) -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32 everywhere
     rounds = options.rounds if options.rounds is not None else (2 if options.quick else 5)
     run = Run(torch.device(options.device), rounds, options.quick)
-    where = dict(_setting(text) for text in options.where)
+    where = _settings(options.where)
     if options.profile:
         _profile(options, run, where, console)
         return
     results, path = begin(options.name, run, options.resume, options.out)
     try:
-        measure(options.suite.CASES, options.case, where, run, results, path, console)
+        whole = measure(
+            options.suite.CASES,
+            options.case,
+            where,
+            run,
+            results,
+            path,
+            console,
+            seconds=60 * options.minutes,
+            keep_going=options.keep_going,
+        )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; go on with --resume {path}" if path.exists() else "stopped") from None
     console.print(f"figures: {path}")
-    for picture in draw_all(options.suite.CASES, results, path.parent, path.stem):
-        console.print(f"picture: {picture}")
+    if not options.no_pictures:
+        for picture in draw_all(options.suite.CASES, results, path.parent, path.stem):
+            console.print(f"picture: {picture}")
+    if not whole:
+        raise SystemExit("points were left out because they raised")
 
 
-def _setting(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ValueError(f"--where: expected SETTING=VALUE, got {text!r}")
-    return name, value
+def _settings(texts: Sequence[str]) -> dict[str, list[str]]:
+    """The values of every setting."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--where: expected SETTING=VALUE, got {text!r}")
+        found.setdefault(name, []).append(value)
+    return found
 
 
-def _profile(options: argparse.Namespace, run: Run, where: dict[str, str], console: Console) -> None:
+def _profile(options: argparse.Namespace, run: Run, where: dict[str, list[str]], console: Console) -> None:
     cases = [case for case in options.suite.CASES if case.name in options.case and case.solve is not None]
     if not cases:
         able = [case.name for case in options.suite.CASES if case.solve is not None]
         raise ValueError(f"--profile: nothing to profile here; cases of {options.name} that can be: {able}")
     for case, settings in points(cases, run, where):
         label = re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, settings.values())).lower()).strip("-")
-        trace = options.out / f"{options.name}_{case.name}_{label}_trace.json"
+        trace = options.out / f"{options.name}_{case.name}_{label}_trace.json.gz"
         assert case.solve is not None
         table = profiled(case.solve(run, **settings), trace)
         console.print(f"{case.name}: {settings}")
@@ -142,13 +197,18 @@ def _profile(options: argparse.Namespace, run: Run, where: dict[str, str], conso
         console.print(f"trace: {trace}")
 
 
+def known() -> dict[str, ModuleType]:
+    """By name, whatever there may be files of: the suites, and what runs them on a GPU."""
+    return {**SUITES, "gpu": gpu}
+
+
 def _suite_of(path: Path) -> tuple[Results, ModuleType]:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     results = Results.load(path)
-    if results.suite not in SUITES:
-        raise ValueError(f"{path}: of suite {results.suite!r}, expected one of {list(SUITES)}")
-    return results, SUITES[results.suite]
+    if results.suite not in known():
+        raise ValueError(f"{path}: of suite {results.suite!r}, expected one of {list(known())}")
+    return results, known()[results.suite]
 
 
 def _plot(options: argparse.Namespace, console: Console) -> None:
@@ -172,14 +232,14 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
 
 def _docs(options: argparse.Namespace, console: Console) -> None:
     before = documents.PAGE.read_text()
-    after = documents.written(before, SUITES)
+    after = documents.written(before, known())
     if options.check:
         if before != after:
             raise SystemExit(f"{documents.PAGE} is not up to date: run `python -m benchmarks docs`")
         return
     documents.PAGE.write_text(after)
     console.print(f"written: {documents.PAGE}")
-    for picture in documents.draw(SUITES):
+    for picture in documents.draw(known()):
         console.print(f"picture: {picture}")
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("deqlib", "torch", "torchdeq", "numpy", "scipy")
+import deqlib
+
+PACKAGES = ("deqlib", "torch", "torchdeq", "numpy", "scipy", "triton", "jsonschema")
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,6 +56,8 @@ def _git(*arguments: str) -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "deqlib":  # which need not be installed to be run
+        return deqlib.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

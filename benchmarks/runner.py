@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .case import Bar, Case, Run, Settings
@@ -41,41 +43,62 @@ def begin(suite: str, run: Run, resume: Path | None, out: Path) -> tuple[Results
 def measure(
     cases: Sequence[Case],
     names: Sequence[str],
-    where: Mapping[str, str],
+    where: Mapping[str, Collection[str]],
     run: Run,
     results: Results,
     path: Path,
     console: Console,
-) -> None:
+    *,
+    seconds: float = math.inf,
+    keep_going: bool = False,
+) -> bool:
     """Measure the points that `results` lacks, save after each, print tables and bars.
 
     Args:
         cases: of the suite.
         names: of the cases to measure.
-        where: settings that points must have, as text.
+        where: settings that points must have, as texts of which one must fit.
         run: how.
         results: to add to.
         path: their file.
         console: to print to.
+        seconds: after which no point is begun; those that are left out are listed.
+        keep_going: leave out points that raise, and tell why; else the first one ends all.
+
+    Returns:
+        Whether no point was left out because it raised.
 
     Raises:
         ValueError: no point has these settings.
     """
     chosen = [case for case in cases if case.name in names]
-    todo = points(chosen, run, where)
+    todo, begin = points(chosen, run, where), time.perf_counter()
+    left, whole = [], True
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
         for case, settings in todo:
             shown = ", ".join(f"{value}" for value in settings.values())
             progress.update(task, description=f"{case.name} {shown}"[:60])
-            if not results.has(case.name, settings):
-                start = time.perf_counter()
-                rows = list(case.build(run, **settings))
+            start = time.perf_counter()
+            if not results.has(case.name, settings) and start - begin > seconds:
+                left.append(f"{case.name} {shown}")
+            elif not results.has(case.name, settings):
+                try:
+                    rows = list(case.build(run, **settings))
+                except Exception:
+                    if not keep_going:
+                        raise
+                    console.print(f"[red]raised, not measured:[/] {escape(f'{case.name} {shown}')}")
+                    console.print_exception()
+                    whole = False
+                    continue
                 results.add(case.name, settings, time.perf_counter() - start, rows)
                 results.judge(judged(cases, results))
                 results.save(path)
             progress.advance(task)
+    for point in left:
+        console.print(f"[yellow]time is up, not measured:[/] {escape(point)}")
     for case in chosen:
         results.arrange(case.name, case.quick if run.quick else case.grid)
         if rows := results.rows(case.name):
@@ -84,9 +107,12 @@ def measure(
         console.print(bars_table(found))
     results.judge(judged(cases, results))
     results.save(path)
+    return whole
 
 
-def points(cases: Sequence[Case], run: Run, where: Mapping[str, str]) -> list[tuple[Case, Settings]]:
+def points(
+    cases: Sequence[Case], run: Run, where: Mapping[str, Collection[str]]
+) -> list[tuple[Case, Settings]]:
     """What there is to measure: points whose settings read as `where` says.
 
     Raises:
@@ -95,11 +121,10 @@ def points(cases: Sequence[Case], run: Run, where: Mapping[str, str]) -> list[tu
     found = []
     for case in cases:
         for settings in case.quick if run.quick else case.grid:
-            texts = {name: str(value) for name, value in settings.items()}
-            if where.items() <= texts.items():
+            if all(name in settings and str(settings[name]) in texts for name, texts in where.items()):
                 found.append((case, settings))
     if not found:
-        asked = " ".join(f"{name}={value}" for name, value in where.items())
+        asked = " ".join(f"{name}={value}" for name, texts in where.items() for value in texts)
         raise ValueError(f"--where: no point of {', '.join(case.name for case in cases)} has {asked}")
     return found
 

@@ -161,6 +161,11 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to be called before or after the forward pass of `module` itself."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether `tensor` has a shape and no numbers, as where a compiler tries a function out."""
     # The class is private, and importing it takes a while: its name is enough.

@@ -68,11 +68,8 @@ class Batch:
 
     def hold(self, z: Tensor) -> Tensor:
         """The next points, with finished samples at their best iterate."""
-        record = self.record
-        if record.is_known and record.num_active == len(z):
-            return z
-        self._holds = True
-        return torch.where(record.samples.active.unsqueeze(1), z, record.samples.best)
+        self._holds = self._holds or not self.record.is_everyone_at_work
+        return self.record.hold(z)
 
     def drop_finished(self, state: Any, z: Tensor, image: Tensor) -> tuple[Any, Tensor, Tensor]:
         """Let finished samples leave the batch, if asked and if it pays.

@@ -20,6 +20,8 @@ from torch import Tensor
 from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
+from .fused import is_available
+from .fused.record import FusedRecord
 from .progress import Record, UnitNorms, measure, relative
 from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
@@ -70,8 +72,16 @@ def approach(
     if stopping.is_fixed:
         found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
         return Claim(found, f, stopping, unit_norms, is_open=False)
-    record = Record(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
+    record = _record(z0, solver, stopping, unit_norms)
     return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state)
+
+
+def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
+    """What keeps the books, with kernels of its own where there are any."""
+    # No numbers of it: how a starting point lies in memory says nothing about the iterates.
+    is_fused = unit_norms is None and z0.numel() > 0 and is_available(z0[:0])
+    kind = FusedRecord if is_fused else Record
+    return kind(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
 
 
 def _iterate_fixed(
@@ -219,7 +229,7 @@ class _View:
 
     @property
     def best(self) -> Tensor:
-        return self._cut(self.record.samples.best)
+        return self._cut(self.record.best())
 
     @property
     def improved(self) -> Tensor:
@@ -246,6 +256,15 @@ class _View:
         counts = refused.get(cause, torch.zeros_like(self.record.samples.num_steps))
         which = (which & self._cut(self.record.samples.active)).to(counts.dtype)
         refused[cause] = counts + which if self.rows is None else counts.index_add(0, self.rows, which)
+
+    def counts(self, *causes: str) -> tuple[Tensor, ...] | None:
+        if self.rows is not None:
+            return None
+        refused, like = self.record.samples.refused, self.record.samples.num_steps
+        for cause in causes:
+            if cause not in refused:
+                refused[cause] = torch.zeros_like(like)
+        return tuple(refused[cause] for cause in causes)
 
     def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:
         now = self.record.samples

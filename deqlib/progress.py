@@ -52,6 +52,13 @@ def relative(residual: Tensor, scale: Tensor) -> Tensor:
     return found.amax(1) if found.dim() == 2 else found
 
 
+def _constants(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """Numbers of the type and on the device of a tensor, which the host does not wait for."""
+    if can_look(like):
+        return like.new_tensor(numbers)
+    return torch.cat([like.new_full((1,), number) for number in numbers])  # what is copied is waited for
+
+
 @dataclass
 class Samples:
     """Tensors of the samples in the batch, each with the batch as its first axis."""
@@ -115,14 +122,15 @@ class Record:
         self.nfe = 0  # evaluations so far, this one included
         self._counted = 0  # those that are in `samples.sample_nfe` already
         self.looks = True  # whether the host reads from the device at this step
-        # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
         eps = torch.finfo(z0.dtype).eps
-        self.factors = z0.new_tensor([[1 - eps], [rule.blowup]])
-        self.range = z0.new_tensor(SAFE).unsqueeze(1).expand(2, z0.shape[0])
+        self.constants = _constants((1 - eps, rule.blowup, rule.rtol or 0), z0)
+        # Factors that give, of the smallest residual, what improves on it and what is a blow-up.
+        self.factors = self.constants[:2].unsqueeze(1)
         # The trace of a large batch of small states would be many times what the states are.
         self.keeps_trace = z0.shape[1] >= _SMALL or len(z0) * (rule.max_steps + 1) <= _LARGE
         # Whether norms are taken in float32 first, and in float64 where one is beyond `SAFE`.
         self.guards = z0.dtype == torch.float32 and unit_norms is None and can_look(z0)
+        self.range = z0.new_tensor(SAFE if self.guards else ()).unsqueeze(1).expand(-1, len(z0))
         self.is_small = can_look(z0) and len(z0) <= FEW and unit_norms is None
         self.factor = 1 - eps
         self._limits: list[tuple[float, float]] | None = None  # `lowest` and `floor` of a few samples
@@ -148,6 +156,11 @@ class Record:
         return self.num_active
 
     @property
+    def is_everyone_at_work(self) -> bool:
+        """Whether the host knows that nobody is finished."""
+        return self.is_known and self.num_active == len(self.samples.active)
+
+    @property
     def goal(self) -> Tensor:
         """The residual that meets the tolerance, (B,)."""
         if self._goal is None:
@@ -157,7 +170,7 @@ class Record:
     @property
     def finished(self) -> Tensor | None:
         """The samples that are finished, bool, (B,), the same tensor until more are; `None`: nobody."""
-        if self.is_known and self.num_active == len(self.samples.active):
+        if self.is_everyone_at_work:
             return None
         if self._finished is None:
             self._finished = ~self.samples.active
@@ -219,6 +232,16 @@ class Record:
         self._limits = None
         self._update(z, met, better, sound, counts)
         return self.residual, self.scale
+
+    def best(self) -> Tensor:
+        """The best iterate of every sample, (B, D), which stays as it is."""
+        return self.samples.best
+
+    def hold(self, z: Tensor) -> Tensor:
+        """The next points, (B, D), with finished samples at their best iterate."""
+        if self.is_everyone_at_work:
+            return z
+        return torch.where(self.samples.active.unsqueeze(1), z, self.best())
 
     def settled(self) -> Samples:
         """What is known of the samples in the batch, all of it brought up to date."""
@@ -322,7 +345,7 @@ class Record:
         now.best, self.improved_at = z, self.step
         if not self.keeps_trace:
             now.best_scale = torch.where(now.active, self.scale, now.best_scale)
-        everyone = self.is_known and self.num_active == len(z)
+        everyone = self.is_everyone_at_work
         now.lowest = self.residual if everyone else torch.where(now.active, self.residual, now.lowest)
 
     def _keep(self, z: Tensor, better: Tensor) -> None:

@@ -103,7 +103,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     pins = dict(line.replace("_", "-").split("==") for line in lines if "==" in line)
     extras = PROJECT["project"]["optional-dependencies"]
     for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras.values()):
-        name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:[>=]=([\d.]+))?", requirement).groups()
+        name, lowest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(?:[>=]=([\d.]+))?(?:;.*)?", requirement).groups()
         if name != "deqlib":
             assert numbers(pins[name.replace("_", "-")]) >= numbers(lowest), name
 

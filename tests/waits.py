@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,8 +113,18 @@ class Copies(TorchDispatchMode):
 
 
 STAND_IN = "stand_in"
-# Builds of PyTorch for CPUs alone refuse to index fake tensors on CUDA.
-DEVICES = (STAND_IN, "cuda") if torch.backends.cuda.is_built() else (STAND_IN,)
+without_numbers = pytest.mark.parametrize(
+    "device",
+    [
+        STAND_IN,
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not torch.backends.cuda.is_built(), reason="PyTorch for CPUs does not index fake CUDA tensors"
+            ),
+        ),
+    ],
+)
 
 
 @contextmanager
@@ -121,7 +132,7 @@ def device_without_numbers(device: str) -> Iterator[Copies]:
     """A device on which tensors have shapes alone: any read of a number raises. It need not be there.
 
     Args:
-        device: one of `DEVICES`. `STAND_IN` is made up for this process, which then has it for good.
+        device: "cuda", or `STAND_IN`, which is made up for this process, and which it then has for good.
 
     Yields:
         The copies for which the host would wait.
@@ -133,16 +144,18 @@ def device_without_numbers(device: str) -> Iterator[Copies]:
 
 
 def runs_backward(device: str) -> bool:
-    """Whether backward passes run there: autograd wants to know how many GPUs there are, even of fake tensors."""
+    """Whether backward passes run there: autograd asks for a GPU, of fake tensors too."""
     return device != "cuda" or torch.cuda.is_available()
 
 
-def waiting_on(device: str, module: str, folder: Path) -> dict[str, str | None]:
-    """What the `CASES` of a module wait for on a device without numbers, which a program of its own finds out."""
-    program = Path(__file__).with_name("no_numbers.py")
-    done = subprocess.run([sys.executable, program, device, module, folder], capture_output=True, text=True)
+def waiting_on(device: str, cases: ModuleType) -> dict[str, str]:
+    """What `CASES` of a module wait for on a device without numbers, found out by a program of its own."""
+    assert cases.__file__ is not None
+    file, program = Path(cases.__file__), Path(__file__).with_name("no_numbers.py")
+    arguments = [sys.executable, program, device, file.stem, file.parent]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, str | None] = json.loads(done.stdout)
+    found: dict[str, str] = json.loads(done.stdout)
     return found
 
 

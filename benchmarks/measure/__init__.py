@@ -1,6 +1,7 @@
 """What measures: clocks, memory, evaluations, profiles."""
 
 from .cells import Watched, worst_residual
+from .kernels import num_kernels
 from .marks import marked, marked_both_ways
 from .peak import peak_bytes, peak_rss
 from .profiling import profiled
@@ -13,6 +14,7 @@ __all__ = [
     "marked",
     "marked_both_ways",
     "milliseconds",
+    "num_kernels",
     "peak_bytes",
     "peak_rss",
     "profiled",

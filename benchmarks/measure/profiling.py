@@ -19,6 +19,8 @@ SHOWN = 12  # operations
 def profiled(solve: Callable[[], object], trace: Path) -> Table:
     """Run twice, the second time under PyTorch's profiler; write the trace for Perfetto or chrome://tracing.
 
+    The trace is compressed if its name ends in .gz; both read it so.
+
     The table has the CPU time of operations outside the cell, their own time without that of what they call.
     On a GPU that is the time of launching; the trace shows the kernels.
     """

@@ -17,12 +17,16 @@ DOCS = ROOT / "docs"
 PAGE, ASSETS = DOCS / "benchmarks.md", DOCS / "assets" / "benchmarks"
 
 # <!-- figures: SUITE/CASE --> ... <!-- end --> holds the table of a case; SUITE/bars the bars, SUITE/source
-# where it was measured. With "gpu" behind it, from the figures of a GPU.
+# where it was measured. With "gpu" behind it, from the figures of a GPU, of which there may be none yet.
+OPEN = "*Open: no figures of a GPU are committed.*"
+LEFT_OUT = "*Open: the committed run on a GPU did not get so far.*"
 _BLOCK = re.compile(r"(<!-- figures: (\w+)/([\w-]+)( gpu)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(text: str, suites: Mapping[str, ModuleType]) -> str:
     """The page with its blocks written anew.
+
+    What waits for a GPU says so.
 
     Raises:
         ValueError: a block names a suite, a case or figures that do not exist.
@@ -33,9 +37,10 @@ def written(text: str, suites: Mapping[str, ModuleType]) -> str:
         if suite not in suites:
             raise ValueError(f"{head.strip()}: no such suite, expected one of {sorted(suites)}")
         found = committed(suite, gpu=bool(gpu))
-        if found is None:
+        if found is None and not gpu:
             raise ValueError(f"{head.strip()}: benchmarks/results holds no figures of it")
-        return f"{head}\n{_content(what, suites[suite].CASES, *found)}\n\n{end}"
+        text = OPEN if found is None else _content(what, suites[suite].CASES, *found)
+        return f"{head}\n{text}\n\n{end}"
 
     return _BLOCK.sub(block, text)
 
@@ -46,7 +51,10 @@ def _content(what: str, cases: tuple[Case, ...], path: Path, results: Results) -
     if what == "source":
         return _source(path, results)
     named = {case.name: case for case in cases}
-    if what not in named or not (rows := results.rows(what)):
+    rows = results.rows(what)
+    if what in named and not rows and results.environments[0]["gpu"]:
+        return LEFT_OUT
+    if what not in named or not rows:
         raise ValueError(f"{path.name} has no figures of {what!r}, expected bars, source or a case it holds")
     return markdown_table(named[what].table(rows))
 

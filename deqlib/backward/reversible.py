@@ -82,7 +82,8 @@ class Reversible(Backward):
         rtol: largest estimate of the relative error of a sample's gradient that passes without a report,
             at least 0.
         on_drift: beyond it "raise" throws `ReconstructionError`, "warn" warns `ReconstructionWarning`,
-            "ignore" does neither and saves a device synchronisation.
+            "ignore" does neither and saves a device synchronisation; of which there is one a step in any
+            case, to see whether a sample is to be dropped.
 
     Raises:
         TypeError, ValueError: a setting out of range.

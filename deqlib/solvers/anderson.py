@@ -31,6 +31,7 @@ class TypeI(Equations):
     """dZ^T dR gamma = dZ^T r."""
 
     uses_residuals: ClassVar[bool] = False
+    subtracts: ClassVar[bool] = True
 
     def row(self, left: Tensor, df: Tensor, newest: int, column: Tensor) -> Tensor:
         """Of dZ^T dR = dZ^T dF - dZ^T dZ."""

@@ -100,6 +100,10 @@ class Seen(Protocol):
     def note(self, cause: str, which: Tensor) -> None:
         """Count a refused step of the samples in `which`, bool, (B,), by cause in `Solution.rejections`."""
 
+    def counts(self, *causes: str) -> tuple[Tensor, ...] | None:
+        """What `note` has counted for these causes, int64, (B,) each, to be added to in place by what notes
+        without it; `None` where this is of some samples alone."""
+
     def assign(self, methods: tuple[str, ...], method: Tensor, new: Tensor | None = None) -> None:
         """Say which of several methods works on each sample of the batch.
 
@@ -246,16 +250,17 @@ def norms(
 ) -> tuple[Tensor, ...]:
     """Euclidean norms of each sample, (B,) each, off the tape, right at every scale that the type holds."""
     first = vectors[0]
-    found = tuple(norm(v) for v in vectors)
-    if first.dtype != torch.float32 or small_dtype(first) != torch.float64 or not first.numel():
-        return found
+    may_lose = first.dtype == torch.float32 and small_dtype(first) == torch.float64 and first.numel() > 0
     # Always exact where the host cannot tell; there the memory is the limit, not the arithmetic.
-    if can_look(first):
+    if may_lose and not can_look(first):
+        return tuple(norm(v, exact=True) for v in vectors)
+    found = tuple(norm(v) for v in vectors)
+    if may_lose:
         # Without tangents, which it does not take in PyTorch 2.11.
         low, high = (torch.stack(found) if len(found) > 1 else found[0]).detach().aminmax()
-        if float(low) > SAFE[0] and float(high) < SAFE[1]:  # false for NaN
-            return found
-    return tuple(norm(v, exact=True) for v in vectors)
+        if not (float(low) > SAFE[0] and float(high) < SAFE[1]):  # true for NaN
+            return tuple(norm(v, exact=True) for v in vectors)
+    return found
 
 
 def dot(

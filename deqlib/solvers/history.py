@@ -87,6 +87,12 @@ class History:
             found[:, self.slot] = False
         return found
 
+    def own_columns(self) -> Tensor:
+        """The same, bool, (B, slots), kept for each sample from now on."""
+        if self.valid is None:
+            self.valid = self._padded(self.columns())
+        return self.valid
+
     def oldest_first(self) -> Tensor:
         """Slots of each sample's columns by age, int64, (B, `num_columns`).
 
@@ -118,8 +124,7 @@ class History:
         ended = torch.zeros_like(finished, dtype=torch.int64) if self.ended is None else self.ended
         self.ended = torch.where(finished & (ended == 0), self.count + 1, ended)
         self.moving = (~finished).to(self.df.dtype).unsqueeze(1)
-        if self.valid is None:
-            self.valid = self._padded(self.columns())
+        self.own_columns()
 
     def drop(
         self,
@@ -209,6 +214,12 @@ class History:
                 else:
                     valid[:, slot].logical_and_(self.finished)
                 self.valid = valid
+            return
+        self.provide(slot)
+
+    def provide(self, slot: int) -> None:
+        """Make more slots, at least up to this one, unless it is there."""
+        if slot < self.df.shape[1]:
             return
         self.df = with_room(self.df, slot, self.memory)
         self.left = with_room(self.left, slot, self.memory)

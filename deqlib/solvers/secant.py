@@ -16,35 +16,14 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
+from ..fused import is_available
 from ..solution import Solution
 from .base import Seen, Solver, is_recorded, norm, within
 from .history import History
 from .safeguards import Safeguards
+from .secant_state import Judged
+from .secant_state import SecantState as SecantState
 from .system import Equations
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What `observe` found out for the step that follows."""
-
-    difference: Tensor | None  # (B, D), f(z) - z; None: it is to be computed
-    refused: Tensor | None  # (B,), bool, samples that must undo their last step; None: nobody
-
-
-@dataclass(eq=False)
-class SecantState:
-    """What a secant method keeps of a batch. A step changes it in place."""
-
-    history: History
-    safeguards: Safeguards
-    judged: Judged | None = None  # between `observe` and `step`
-
-    def watch(
-        self,
-        which: Tensor,  # (B,), bool
-    ) -> None:
-        """Another method moves these samples from now on; the history goes on learning from what they do."""
-        self.safeguards.watch(which)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +80,11 @@ class SecantSolver(Solver):
 
     def observe(self, seen: Seen, state: SecantState) -> SecantState:
         """The last step is judged by what the driver measured; finished samples keep their history."""
+        if is_available(state.history.df):
+            from ..fused import secant as fused  # it needs Triton
+
+            if fused.observed(seen, state):
+                return state
         history, safeguards = state.history, state.safeguards
         history.freeze(seen.finished)
         if safeguards.singular is not None:
@@ -116,6 +100,12 @@ class SecantSolver(Solver):
     def step(self, z: Tensor, fz: Tensor, state: SecantState) -> tuple[Tensor, SecantState]:
         """One evaluation is one step; the first is a Picard step."""
         history = state.history
+        if is_available(history.df):
+            from ..fused import secant as fused  # it needs Triton
+
+            moved = fused.stepped(z, fz, self.damping, state)
+            if moved is not None:
+                return moved, state
         residual, refused = _judged(z, fz, state)
         source = residual if history.uses_residuals else z
         history.close(fz, source, residual, refused)

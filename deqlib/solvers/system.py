@@ -30,10 +30,13 @@ class Equations(ABC):
             positive, and the ridge is relative to it. Elsewhere dZ^T dR may be zero where the column is not,
             and the ridge is relative to the squared length of dZ.
         uses_residuals: whether `left` holds differences of residuals; else it holds those of iterates.
+        subtracts: where it holds those of iterates, whether a new row is that of dZ^T dR = dZ^T (dF - dZ),
+            else that of dZ^T dF.
     """
 
     ridge: float = 0.0
     uses_residuals: ClassVar[bool]
+    subtracts: ClassVar[bool] = False
 
     @abstractmethod
     def row(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..samples import Part, Parts, take_samples
-from .base import Query, Seen, Solver, anyone, overrides
+from .base import Query, Seen, Solver, anyone, can_look, overrides
 from .secant import SecantState
 
 
@@ -66,6 +66,8 @@ class Lead:
         self._look()
 
     def _look(self) -> None:
+        if not can_look(self.led):
+            return
         at_work = self.led if self.finished is None else self.led & ~self.finished
         self.is_over = not anyone(at_work)
 

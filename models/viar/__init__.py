@@ -9,7 +9,8 @@ from .checkpoints.convert import export_official, load_official
 from .generation.editing import box_mask, edit
 from .generation.inference import prepare_inference
 from .generation.report import GenerationReport, ScaleReport
-from .generation.sampling import Sample, generate, sample_tokens
+from .generation.sampling import generate, sample_tokens
+from .generation.scalewise import Sample
 from .generation.series.series import SeriesReport, generate_series
 from .generation.settings import Sampling
 from .model.cache import EquilibriumCache, IterateCache

@@ -71,7 +71,8 @@ def console() -> Console:
 
 def measured(path: Path, console: Console, *cases: Case, run: Run = RUN, **where: str) -> Results:
     results, file = runner.begin("made-up", run, None, path)
-    runner.measure(cases, [c.name for c in cases], where, run, results, file, console)
+    texts = {name: [value] for name, value in where.items()}
+    runner.measure(cases, [c.name for c in cases], texts, run, results, file, console)
     return Results.load(file)
 
 
@@ -96,6 +97,42 @@ def test_settings_pick_points_and_unknown_ones_are_refused(tmp_path: Path, conso
             measured(tmp_path, console, case(), **wrong)
     quick = measured(tmp_path, console, case(), run=replace(RUN, quick=True))
     assert [point["settings"] for point in quick.points["doubling"]] == [{"size": 1, "kind": "a"}]
+
+
+def test_a_setting_that_is_named_twice_may_have_either_value(tmp_path: Path, console: Console) -> None:
+    found = runner.points([case()], RUN, {"size": ["2", "1"], "kind": ["b"]})
+    assert [settings for _, settings in found] == [{"size": size, "kind": "b"} for size in (1, 2)]
+    assert command._settings(["a=1", "b=[10, 2]", "a=x=y"]) == {"a": ["1", "x=y"], "b": ["[10, 2]"]}
+
+
+def test_no_point_is_begun_when_time_is_up_and_those_left_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))  # a second passes whenever somebody looks
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
+    console = Console(file=io.StringIO(), width=200)
+    results, file = runner.begin("made-up", RUN, None, tmp_path)
+    assert runner.measure([case()], ["doubling"], {}, RUN, results, file, console, seconds=4)
+    assert 0 < len(Results.load(file).points["doubling"]) < 4
+    assert "time is up, not measured: doubling 2, b" in console.file.getvalue()
+
+
+def test_a_point_that_raises_is_left_out_and_told_where_that_is_asked_for(tmp_path: Path) -> None:
+    def broken(run: Run, size: int, kind: str) -> Iterator[Row]:
+        if size == 1 and kind == "a":
+            raise RuntimeError("no such kernel")
+        return build(run, size, kind)
+
+    console = Console(file=io.StringIO(), width=200)
+    results, file = runner.begin("made-up", RUN, None, tmp_path)
+    arguments = ([case(build=broken)], ["doubling"], {}, RUN, results, file, console)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        runner.measure(*arguments)
+    assert not runner.measure(*arguments, keep_going=True)
+    assert len(Results.load(file).points["doubling"]) == 3
+    assert "raised, not measured: doubling 1, a" in console.file.getvalue()
+    assert "no such kernel" in console.file.getvalue()
+    assert runner.measure([case()], *arguments[1:], keep_going=True)
 
 
 def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path, console: Console) -> None:
@@ -208,6 +245,19 @@ def results_of(*rows: Row, **environment_changes: Any) -> Results:
     return results
 
 
+def test_figures_can_be_read_where_their_form_cannot_be_checked(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(tmp_path, console, case())
+    (file,) = tmp_path.iterdir()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(Results.load(file).points["doubling"]) == 4
+    for text in ('{"format": 2}', "[]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="in format 1: at format"):
+            Results.load(file)
+
+
 def test_regressions_are_exact_for_counts_and_beyond_noise_for_times() -> None:
     metrics = {"count": Metric(), "seconds": SECONDS, "score": Metric("higher"), "width": Metric(None)}
     cases = [case(metrics=metrics)]
@@ -264,8 +314,16 @@ def test_tables_of_the_documentation_are_written_from_figures(
     for wrong, told in (("other/bars", "no such suite"), ("made/other", "no figures of 'other'")):
         with pytest.raises(ValueError, match=told):
             documents.written(f"<!-- figures: {wrong} -->\n<!-- end -->", suites)
-    with pytest.raises(ValueError, match="holds no figures"):
-        documents.written("<!-- figures: made/bars gpu -->\n<!-- end -->", suites)
+    on_gpu = "<!-- figures: made/{} gpu -->\n<!-- end -->"
+    assert documents.OPEN in documents.written(on_gpu.format("bars"), suites)
+    results.environments[0] |= {"gpu": "Voodoo 2"}
+    results.save(tmp_path / results.file_name)
+    assert "| 1 | 8 |" in documents.written(on_gpu.format("doubling"), suites)
+    results.points.clear()
+    results.save(tmp_path / results.file_name)
+    assert documents.LEFT_OUT in documents.written(on_gpu.format("doubling"), suites)
+    with pytest.raises(ValueError, match="no figures of 'other'"):
+        documents.written(on_gpu.format("other"), suites)
 
 
 def test_a_missed_bar_says_by_how_much_and_long_notes_are_cut() -> None:
@@ -279,14 +337,14 @@ def test_a_missed_bar_says_by_how_much_and_long_notes_are_cut() -> None:
 
 def test_the_documentation_shows_the_committed_figures() -> None:
     text = documents.PAGE.read_text()
-    assert documents.written(text, command.SUITES) == text, "run `python -m benchmarks docs`"
+    assert documents.written(text, command.known()) == text, "run `python -m benchmarks docs`"
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.glob("*_*.json")), ids=lambda path: path.stem)
 def test_committed_figures_can_be_read_and_shown(path: Path) -> None:
     results = Results.load(path)
     assert path.name == results.file_name
-    cases = {case.name: case for case in command.SUITES[results.suite].CASES}
+    cases = {case.name: case for case in command.known()[results.suite].CASES}
     for name in results.points:
         rows = results.rows(name)
         assert cases[name].table(rows).lines

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import maps, show
+from benchmarks.baselines import torchdeq
 from benchmarks.case import Bar, Case, Row, Run
 from benchmarks.measure import (
     Watched,
     cells,
     geometric_mean,
     interleaved,
+    num_kernels,
     peak_bytes,
     profiled,
     ratio,
@@ -31,6 +33,7 @@ from benchmarks.suites.solvers import (
     contenders,
     faults,
     memory,
+    outside,
     overhead,
     random_solves,
     robustness,
@@ -159,6 +162,88 @@ def test_scipy_is_left_out_where_the_state_is_large_and_the_row_says_so(
     assert not set(solves.factors(rows, "time")) & set(left_out)
     assert not {row["contender"] for row in figures(traces.CASE, rtol=1e-3, **EASY)} & set(left_out)
     show.draw(solves.CASE, rows, tmp_path / "solves.png")
+    on_gpu: Any = SimpleNamespace(z0=SimpleNamespace(is_cuda=True, numel=lambda: 2))
+    assert contenders.not_run("scipy Broyden", on_gpu) == "not run: scipy computes on a CPU"
+    assert contenders.not_run("deqlib Broyden", on_gpu) is None
+
+
+def test_without_torchdeq_the_others_are_measured_and_its_rows_say_why(
+    use: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torchdeq, "torchdeq")
+    assert not torchdeq.is_installed()
+    use(linear([0.5, 0.1], batch=2))
+    rows = figures(solves.CASE, rtol=1e-3, **EASY)
+    left_out = {row["contender"]: row for row in rows if row["evaluations"] is None}
+    assert set(left_out) == {name for name in CONTENDERS if name.startswith("torchdeq")}
+    assert {row["error"] for row in left_out.values()} == {"not run: torchdeq is not installed"}
+    assert not [bar for bar in solves.bars(rows) if "torchdeq" in bar.name and bar.verdict == "FAIL"]
+    assert solves.table(rows).lines
+    assert not {row["contender"] for row in figures(traces.CASE, rtol=1e-3, **EASY)} & set(left_out)
+    rows = figures(outside.CASE, **SMALL["outside"])
+    assert [row["contender"] for row in rows if row["error"]] == ["torchdeq Anderson", "torchdeq Broyden"]
+    assert {row["error"] for row in rows} == {None, "not run: torchdeq is not installed"}
+    assert [bar.verdict for bar in outside.bars(rows)] == ["not measured"] * 6
+    with pytest.raises(ModuleNotFoundError, match="pip install torchdeq"):
+        torchdeq.solve("Picard", linear([0.5], batch=1), 1e-3, 5)
+
+
+# Outside of the cell
+
+
+def test_turns_take_time_and_change_nothing_of_the_map() -> None:
+    plain, turned = (outside.turning(CPU, cell_ms, 2, 1, 8) for cell_ms in (0.0, 0.05))
+    assert turned.cell.num_turns >= 1
+    for problem in (plain, turned):
+        jacobian = torch.func.jacrev(problem.f)(problem.z0).view(16, 16).double()
+        found = torch.linalg.eigvalsh((jacobian + jacobian.T) / 2)
+        rates = torch.linspace(outside.FASTEST, outside.SLOWEST, 8).double().repeat_interleave(2)
+        torch.testing.assert_close(found, rates, atol=1e-5, rtol=0)
+
+
+def test_kernels_are_operations_that_make_values_and_the_cells_own_are_taken_off() -> None:
+    x = torch.randn(4, 3)
+    assert num_kernels(lambda: (x.t() @ x).view(9)[:2].exp(), CPU) == 2
+    rows = {row["contender"]: row for row in figures(outside.CASE, **SMALL["outside"])}
+    assert rows[outside.BARE]["kernels"] == 1
+    with_turns = figures(outside.CASE, **{**SMALL["outside"], "cell_ms": 0.05})
+    for row in with_turns[1:]:
+        assert row["kernels"] == rows[row["contender"]]["kernels"]  # whatever the cell does
+    assert with_turns[0]["kernels"] > 1
+
+
+def made_up_outside(**changes: dict[str, Any]) -> list[Row]:
+    """Rows of full size: cells of 1 ms, and solves of ten that take a tenth longer."""
+    usual = {"relative_residual": 1e-6, "reached": True, "error": None, "evaluations": 10, "kernels": 5}
+    times = {outside.BARE: 0.01, "deqlib Anderson": 0.011, "torchdeq Anderson": 0.03}
+    return [
+        {
+            **outside.FULL,
+            "rtol": 1e-5,
+            "contender": name,
+            **usual,
+            "seconds": [seconds] * 2,
+            **changes.get(name, {}),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def test_time_outside_is_that_of_a_solve_less_its_evaluations() -> None:
+    share, peer, kernels, *broyden = outside.bars(made_up_outside())
+    assert share.value == pytest.approx(0.1)
+    assert peer.value == pytest.approx(11 / 30)
+    assert kernels.value == 5
+    assert [bar.verdict for bar in (share, peer, kernels)] == ["pass"] * 3
+    assert [bar.verdict for bar in broyden] == ["not measured"] * 3
+    late = {"torchdeq Anderson": {"reached": False}}
+    assert outside.bars(made_up_outside(**late))[1].note == "torchdeq does not arrive: a bound"
+    missed = {"deqlib Anderson": {"reached": False}}
+    assert outside.bars(made_up_outside(**missed))[1].verdict == "not measured"
+    small_cell = [{**row, "cell_ms": 0.0} for row in made_up_outside()]
+    assert [bar.verdict for bar in outside.bars(small_cell)] == ["not measured"] * 6
+    line = outside.table(made_up_outside()).lines[1]
+    assert line[3] == "100 (10%)"
 
 
 def test_bars_of_counts_break_where_deqlib_does_worse(use: Callable[..., None]) -> None:
@@ -516,6 +601,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "solves": {"rtol": 1e-3, **EASY},
     "traces": {"rtol": 1e-3, **EASY},
     "overhead": {"problem": "linear", "max_steps": 3},
+    "outside": {
+        "cell_ms": 0.0,
+        "batch": 2,
+        "tokens": 1,
+        "width": 64,  # of as many rates, so that nobody arrives while kernels are counted
+        "rtol": 1e-3,
+        "max_evaluations": 41,
+    },
     "small": {"what": "layer", "batch": 4, "width": 3},
     "memory": {"memory": 2, "batch": 2, "width": 16},
     "robustness": {"seed_from": 0, "seeds": 5, "largest_exponent": 0},
@@ -526,7 +619,8 @@ SMALL: dict[str, dict[str, Any]] = {
 def test_every_case_shows_a_table_and_a_picture_of_rows_with_all_metrics(
     case: Case, use: Callable[..., None], tmp_path: Path
 ) -> None:
-    use(linear([0.5, 0.1], batch=2))
+    if case is not outside.CASE:
+        use(linear([0.5, 0.1], batch=2))
     rows = figures(case, **SMALL[case.name])
     for point in (*case.grid, *case.quick):
         assert set(point) == set(SMALL[case.name])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import viar
 from benchmarks.baselines.viar import Baseline, draw, sample_tokens
 from benchmarks.case import Case, Row, Run
+from benchmarks.measure import profiled
 from benchmarks.show import draw as draw_picture
 from benchmarks.suites import viar as suite
 from benchmarks.suites.viar import (
+    attention,
     cache,
     digits,
+    executions,
     fidelity,
     identity,
     inpainting,
@@ -25,10 +28,10 @@ from benchmarks.suites.viar import (
     models,
     paper,
     speed,
+    training,
     trunks,
 )
 from benchmarks.suites.viar.models import Shape, implicit, random_tokenizer, random_transformer
-from viar.commands.demo import DemoConfig
 from viar.model.execution import computes_in
 
 CPU = torch.device("cpu")
@@ -266,8 +269,11 @@ def test_trunks_compares_models_of_one_shape(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(viar, "prepare_inference", lambda *_, dtype: prepared.append(dtype))
     config = viar.TransformerConfig(**{**SMALL, "depth": 12, "trunk": implicit(2, 2)})
     shape = Shape.of(config, 2, (10, 2), real_coder=False)
-    found = list(trunks.measured(shape, QUICK, torch.float32, decode=False))
-    rows = {row["contender"]: row for row in found}
+    rows = {row["contender"]: row for row in trunks.measured(shape, QUICK, torch.float32, decode=False)}
+    assert list(rows) == ["VAR", "VIAR", "VAR, baseline", "VIAR, baseline"]
+    for name in ("VAR", "VIAR"):
+        assert rows[f"{name}, baseline"]["parameters"] == pytest.approx(rows[name]["parameters"], rel=0.01)
+    found = [rows["VAR"], rows["VIAR"]]
     assert prepared == []
     assert rows["VAR"]["parameters"] > 1.8 * rows["VIAR"]["parameters"]
     for row in found:
@@ -285,7 +291,12 @@ def test_trunks_compares_models_of_one_shape(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_trunks_leaves_what_is_for_a_gpu_to_a_gpu() -> None:
     on_cpu = {**trunks.ON_CPU, "depth": 11}
+    full = Run(CPU, 1, False)
+    assert list(trunks.build(full, **trunks.ON_GPU)) == []
+    assert list(training.build(full, **training.CASE.grid[0])) == []
+    assert list(executions.build(full, **executions.CASE.grid[0])) == []
     rows = rows_of(trunks.CASE, on_cpu, {**on_cpu, "decode": True}, {**trunks.ON_GPU, "depth": 11})
+    rows = [row for row in rows if "baseline" not in row["contender"]]
     assert [(row["contender"], row["batch"], row["decode"]) for row in rows] == [
         *(("VAR", 1, False), ("VIAR", 1, False)),
         *(("VAR", 1, True), ("VIAR", 1, True)),
@@ -309,6 +320,92 @@ def test_the_bars_of_trunks_are_time_peak_and_on_a_gpu_the_peak_itself() -> None
     assert absolute.value == pytest.approx(4.6)
     assert absolute.verdict == "pass"
     assert verdicts(trunks.bars(others)) == ["not measured"] * 3
+    plain = [{**row, "contender": row["contender"] + ", baseline", "seconds": [1.6, 1.6]} for row in on_gpu]
+    assert trunks.bars([*on_gpu, *plain])[-1].value == pytest.approx(1 / 1.6)
+    assert verdicts(trunks.bars([*on_gpu, *plain]))[-1] == "pass"
+
+
+def test_the_profile_of_a_generation_tells_the_cell(tmp_path: Path) -> None:
+    settings = {**trunks.ON_CPU, "depth": 4, "dtype": "bfloat16", "decode": True}
+    shown = {
+        line[0]: line for line in profiled(trunks.profiled(QUICK, **settings), tmp_path / "t.json.gz").lines
+    }
+    assert shown["the cell"][1] == str(10 + 6 + 2)  # 10 to 2 over three scales
+    with gzip.open(tmp_path / "t.json.gz") as file:
+        assert "cell" in {event.get("name") for event in json.load(file)["traceEvents"]}
+
+
+def test_executions_of_a_generation_are_beside_eager_and_one_that_raises_loses_itself_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def prepare(model: Any, tokenizer: Any, **settings: Any) -> None:
+        asked.append(settings)
+        if settings.get("graphs"):
+            raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(viar, "prepare_inference", prepare)
+    rows = rows_of(executions.CASE, *executions.CASE.quick)
+    assert [(row["execution"], row["contender"]) for row in rows] == [
+        *(("graphs", "eager"), ("graphs", "graphs"), ("compile", "eager"), ("compile", "compile"))
+    ]
+    assert [row["error"] for row in rows] == [None, "RuntimeError: cannot be captured", None, None]
+    assert [len(row["seconds"]) for row in rows] == [1, 0, 1, 1]
+    half = {"dtype": torch.bfloat16}
+    assert asked == [half, {**half, "graphs": True}, half, {**half, "compile": "eager"}]
+
+
+def test_the_bar_of_executions_is_the_latency_with_graphs() -> None:
+    point = {**executions.JUDGED, "iterations": [10, 2], "images": 1}
+    rows = [
+        {**point, "contender": name, "seconds": seconds, "peak_bytes": 1, "pool_bytes": None}
+        for name, seconds in (("eager", [3.0, 4.0]), ("graphs", [1.0, 1.0]))
+    ]
+    (bar,) = executions.bars(rows)
+    assert bar.value == pytest.approx((1 / 3 + 1 / 4) / 2)
+    assert verdicts(executions.bars([{**rows[0]}, {**rows[1], "seconds": []}])) == ["not measured"]
+    assert verdicts(executions.bars([{**row, "batch": 25} for row in rows])) == ["not measured"]
+
+
+def test_memory_of_a_training_step_grows_with_iterations_on_the_tape_alone() -> None:
+    settings = {"model": "VIAR", "depth": 4, "batch": 2}
+    counts = ((0, 1), (7, 1), (0, 7))
+    rows = rows_of(
+        training.CASE, *({**settings, "no_grad": no_grad, "grad": grad} for no_grad, grad in counts)
+    )
+    beside = [row["peak_bytes"] - row["state_bytes"] for row in rows]
+    assert beside[1] == pytest.approx(beside[0], rel=0.02)
+    assert beside[2] > 1.2 * beside[0]
+    (bar,) = training.bars(rows)
+    assert bar.value == pytest.approx(1, abs=0.02)
+    assert bar.verdict == "pass"
+    assert verdicts(training.bars([{**rows[0]}, {**rows[1], "peak_bytes": 2 * rows[0]["peak_bytes"]}])) == [
+        "FAIL"
+    ]
+    assert verdicts(training.bars(rows[:1])) == ["not measured"]
+
+
+def test_attention_compares_the_same_numbers_and_leaves_bfloat16_to_a_gpu() -> None:
+    point = attention.CASE.quick[0]
+    for what in ("attention", "VAR", "VIAR"):
+        rows = rows_of(attention.CASE, {**point, "what": what})
+        assert [(row["contender"], row["groups"]) for row in rows] == [("masked", 1), ("by scales", 2)]
+        assert rows[0]["deviation"] == 0
+        assert rows[1]["deviation"] < 1e-3
+    assert list(attention.build(QUICK, **{**point, "dtype": "bfloat16"})) == []
+
+
+def test_the_bars_of_attention_judge_time_where_there_are_groups() -> None:
+    def rows(what: str, groups: int, seconds: float) -> list[Any]:
+        same = {**attention.CASE.quick[0], "what": what, "deviation": 0.0}
+        masked = {**same, "contender": "masked", "groups": 1, "seconds": [2.0], "peak_bytes": 8}
+        ours = {"contender": "by scales", "groups": groups, "seconds": [seconds], "peak_bytes": 6}
+        return [masked, {**same, **ours}]
+
+    several = [*rows("attention", 3, 1.5), *rows("VAR", 2, 2.1), *rows("VIAR", 1, 3.0)]
+    assert [bar.value for bar in attention.bars(several)] == [0.75, 1.05, 0.75, 0.0]
+    assert verdicts(attention.bars(several)) == ["pass", "FAIL", "pass", "pass"]
 
 
 # Trained models
@@ -317,25 +414,25 @@ def test_the_bars_of_trunks_are_time_peak_and_on_a_gpu_the_peak_itself() -> None
 def test_the_demo_runs_only_where_there_are_no_trained_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[DemoConfig] = []
+    asked: list[Path] = []
     made = models.digits_folder(QUICK)
 
-    def demo(config: DemoConfig, console: Console) -> None:
-        asked.append(config)
+    def demo(folder: Path) -> None:
+        asked.append(folder)
         for part in made.iterdir():
-            (config.out / part.name).parent.mkdir(exist_ok=True)
-            (config.out / part.name).symlink_to(part)
+            (folder / part.name).parent.mkdir(exist_ok=True)
+            (folder / part.name).symlink_to(part)
 
     monkeypatch.setattr(models, "run_demo", demo)
     monkeypatch.setattr(models, "DEMO", tmp_path / "demo")
     full = Run(CPU, 1, False)
     found = models.trained_digits(full)
-    assert [config.out for config in asked] == [tmp_path / "demo"]
+    assert asked == [tmp_path / "demo"]
     assert models.trained_digits(full) is found  # for every point the same
     assert len(asked) == 1
     assert not found.viar.training
     (tmp_path / "demo" / "var").unlink()
-    monkeypatch.setattr(models, "run_demo", lambda config, console: asked.append(config))
+    monkeypatch.setattr(models, "run_demo", asked.append)
     models.digits_folder(full)
     assert len(asked) == 2
 

@@ -243,6 +243,15 @@ def compiled_modules_are_told() -> bool:
     return ours().is_compiled(compiled) and not ours().is_compiled(plain)
 
 
+def hooks_are_told() -> bool:
+    plain, before, after = (nn.Linear(2, 2) for _ in range(3))
+    before.register_forward_pre_hook(lambda *_: None)
+    handle = after.register_forward_hook(lambda *_: None)
+    told = [ours().has_hooks(module) for module in (plain, before, after)]
+    handle.remove()
+    return told == [False, True, True] and not ours().has_hooks(after)
+
+
 def compiled_functions_are_told() -> bool:
     in_place = nn.Linear(2, 2)
     in_place.compile(backend="eager")
@@ -420,6 +429,11 @@ CANARIES = (
         ("module._compiled_call_impl",),
         compiled_modules_are_told,
         "the word of a series of images that they can be repeated to the last bit",
+    ),
+    Canary(
+        ("module._forward_pre_hooks", "module._forward_hooks"),
+        hooks_are_told,
+        "hooks of a model that generates by CUDA graphs: without it they are not called in replays",
     ),
     Canary(
         ("torch.nn.Module._call_impl.__code__",),

@@ -115,6 +115,7 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
         "--device STR cpu, cuda, or cuda:1",
         "--dtype {None,float32,bfloat16,float16} of the blocks' weights",
         "--no-compile compile the blocks",
+        "--no-graphs replay batches as CUDA graphs",
     ]
     places = [text.find(line) for line in explained]
     assert -1 not in places, explained[places.index(-1)]
@@ -289,9 +290,12 @@ def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch
         viar.commands.loading, "prepare_inference", lambda *a, **settings: prepared.append(settings)
     )
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer", "--per-class", 1)
-    for flags in ((), ("--dtype", "bfloat16", "--compile")):
+    for flags in ((), ("--dtype", "bfloat16", "--compile", "--graphs")):
         call("generate", *models, "--out", tmp_path / "a.png", *flags)
-    assert prepared == [{"dtype": None, "compile": False}, {"dtype": torch.bfloat16, "compile": True}]
+    assert prepared == [
+        {"dtype": None, "compile": False, "graphs": False},
+        {"dtype": torch.bfloat16, "compile": True, "graphs": True},
+    ]
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

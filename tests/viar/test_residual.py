@@ -18,7 +18,7 @@ from torch import Tensor
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig, NextScaleTransformer, TransformerConfig
 from viar.data import TensorImages
 from viar.model.implicit import ImplicitTrunk, squared_residual
-from viar.model.scales import block_causal_mask
+from viar.model.scales import block_causal
 from viar.model.trunk import TrunkOutput
 from viar.training import TRANSFORMERS, TrainConfig, train_transformer
 
@@ -41,7 +41,7 @@ def an_input() -> tuple[Tensor, Tensor]:
 def run(trunk: ImplicitTrunk) -> TrunkOutput:
     x, cond = an_input()
     generator = torch.Generator().manual_seed(0)
-    return trunk(x, trunk.modulate(cond), mask_LL=block_causal_mask(SIDES), generator=generator)
+    return trunk(x, trunk.modulate(cond), causal=block_causal(SIDES), generator=generator)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def test_the_penalty_is_the_weighted_change_of_one_more_evaluation(weight: float
     z = z.detach()
     with torch.no_grad():
         (x, cond), cell = an_input(), trunk.layer.cell
-        image = cell(z, cell.inject(x), cell.block.modulate(cond), block_causal_mask(SIDES))
+        image = cell(z, cell.inject(x), cell.block.modulate(cond), block_causal(SIDES))
     changes = relative_change(image.view(-1, 1, 16), z.view(-1, 1, 16))  # of each token
     expected = weight * changes.square().mean()
     assert penalty is not None

@@ -435,6 +435,18 @@ def test_reduced_matmul_precision_counts_as_below_float32(tmp_path: Path) -> Non
     assert "matmul precision high" in json.loads((tmp_path / "series.json").read_text())["batch_size"]
 
 
+def test_a_series_whose_batches_are_the_same_for_one_reason_is_refused_where_there_is_another(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path, 1, more_smooth=True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match=r"batch_size: .*mixtures of codes.* there"):
+            make(tmp_path, 2, more_smooth=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_backend_settings_are_put_back(tmp_path: Path) -> None:
     cudnn = torch.backends.cudnn
     before = (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)

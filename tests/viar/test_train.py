@@ -377,6 +377,15 @@ def test_bfloat16_training_moves_the_weights_of_the_implicit_block(tmp_path: Pat
         assert all(not a.equal(b) and b.dtype == torch.float32 for (_, a), b in moved)
 
 
+@pytest.mark.parametrize("source", [Disk, lambda data: data], ids=["from disk", "in memory"])
+def test_labels_that_are_no_classes_are_refused_before_they_are_on_the_device(
+    source: Callable[[TensorImages], Any], tmp_path: Path
+) -> None:
+    data = source(TensorImages(pictures().images, torch.full((len(pictures()),), 3)))
+    with pytest.raises(ValueError, match="the model's classes, 0 to 2, got values from 3 to 3"):
+        train_transformer(fresh_transformer(), tiny_tokenizer(), data, tmp_path, settings())
+
+
 def test_tokens_are_those_of_full_precision_whatever_the_training_runs_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

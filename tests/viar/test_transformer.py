@@ -26,7 +26,7 @@ from viar import Adaptive, ImplicitTrunkConfig, NextScaleTransformer, Transforme
 from viar.checkpoints.official import official_names
 from viar.model.attention import Attention
 from viar.model.blocks import Block, DropPath
-from viar.model.scales import block_causal_mask, scale_ids, scale_slices
+from viar.model.scales import BlockCausal, block_causal_mask, scale_ids, scale_slices
 from viar.model.trunk import drop_path_rates
 
 KINDS = list(TRUNKS)
@@ -228,25 +228,31 @@ def test_attention_is_that_of_its_definition(qk_norm: bool) -> None:
     x, past = torch.randn(2, 5, 12).double(), [torch.randn(2, 3, 2, 4).double() for _ in range(2)]
     w_q, w_k, w_v = attention.qkv.weight.chunk(3)
     q, k, v = x @ w_q.T + attention.q_bias, x @ w_k.T, x @ w_v.T + attention.v_bias
-    mask = torch.rand(5, 7) > 0.3
-    mask[:, 0] = True
-    expected = []
+    mask_LL = torch.rand(5, 5) > 0.3
+    mask_LL[:, 0] = True
+    expected, expected_masked = [], []
     for head in range(3):
         part = slice(4 * head, 4 * head + 4)
         keys = torch.cat([past[0][:, head], normed(k[..., part], qk_norm)], 1)
         values = torch.cat([past[1][:, head], v[..., part]], 1)
         scale = [1, math.e, 100][head] if qk_norm else 0.25 / 2
         weights = normed(q[..., part], qk_norm) * scale @ keys.mT
-        expected.append(weights.masked_fill(~mask, -torch.inf).softmax(-1) @ values)
-    expected = torch.cat(expected, -1) @ attention.out.weight.T + attention.out.bias
+        expected.append(weights.softmax(-1) @ values)
+        own = weights[..., 2:].masked_fill(~mask_LL, -torch.inf)
+        expected_masked.append(own.softmax(-1) @ v[..., part])
+    expected, expected_masked = (
+        torch.cat(parts, -1) @ attention.out.weight.T + attention.out.bias
+        for parts in (expected, expected_masked)
+    )
     slot = tuple(torch.cat([t, torch.full((2, 3, 5, 4), torch.nan).double()], 2) for t in past)
     with torch.no_grad():
-        torch.testing.assert_close(attention(x, mask, slot), expected)
+        torch.testing.assert_close(attention(x, None, slot), expected)
     torch.testing.assert_close(slot[1][:, :, 2:].transpose(1, 2).flatten(2), v)
     assert slot[0][:, :, :2].equal(past[0])
     assert slot[1][:, :, :2].equal(past[1])
-    own = attention(x, mask[:, 2:].clone().fill_(True))
-    torch.testing.assert_close(own, attention(x))
+    torch.testing.assert_close(attention(x, BlockCausal((5,), mask_LL)), expected_masked)
+    everywhere = BlockCausal((5,), torch.ones_like(mask_LL))
+    torch.testing.assert_close(attention(x, everywhere), attention(x))
 
 
 def normed(x: Tensor, wanted: bool) -> Tensor:

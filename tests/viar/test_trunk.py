@@ -16,7 +16,7 @@ import viar.model.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
 from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
 from viar.model.execution import CPU_CHUNK, row_chunks
-from viar.model.scales import block_causal_mask, scale_slices
+from viar.model.scales import block_causal, scale_slices
 from viar.model.transformer import build_trunk
 from viar.model.trunk import ExplicitTrunk, Trunk, TrunkOutput
 
@@ -55,7 +55,7 @@ def call(trunk: Trunk, x: Tensor, cond: Tensor, **settings: Any) -> TrunkOutput:
 
 @torch.no_grad()
 def jointly(trunk: Trunk, x: Tensor, cond: Tensor, iterations: Any) -> Tensor:
-    return call(trunk, x, cond, mask_LL=block_causal_mask(trunk.sides), iterations=iterations).x_BLC
+    return call(trunk, x, cond, causal=block_causal(trunk.sides), iterations=iterations).x_BLC
 
 
 @torch.no_grad()
@@ -167,13 +167,13 @@ def test_the_solver_asked_for_is_the_one_that_runs(solver: Solver) -> None:
 def test_the_layer_starts_from_what_the_blocks_before_it_put_out() -> None:
     trunk, x, cond = a_case(trunk=ImplicitTrunkConfig(num_pre=0, num_post=0))
     cell = trunk.layer.cell
-    modulation, mask = cell.block.modulate(cond), block_causal_mask(SIDES)
+    modulation, causal = cell.block.modulate(cond), block_causal(SIDES)
     z = x
     with torch.no_grad():
         for _ in range(3):
             both = torch.cat([z, x], -1)  # as published: the state first
             hidden = nn.functional.gelu(cell.projection_in(both), approximate="tanh")
-            z = cell.block(cell.projection_out(hidden), modulation, mask)
+            z = cell.block(cell.projection_out(hidden), modulation, causal)
     close(jointly(trunk, x, cond, 3), z)
 
 
@@ -197,7 +197,7 @@ def draws_of(
     trunk: ImplicitTrunk, calls: int, generator: torch.Generator | None = None
 ) -> list[tuple[int, int]]:
     """Evaluations without and with gradient of each of so many training calls."""
-    x, cond, mask = torch.randn(1, 14, 16), torch.randn(1, 16), block_causal_mask(SIDES)
+    x, cond, causal = torch.randn(1, 14, 16), torch.randn(1, 16), block_causal(SIDES)
     draws: list[tuple[int, int]] = []
 
     def counted(*_: Any) -> None:
@@ -207,7 +207,7 @@ def draws_of(
     handle = trunk.layer.cell.register_forward_pre_hook(counted)
     for _ in range(calls):
         draws.append((0, 0))
-        call(trunk, x, cond, mask_LL=mask, generator=generator)
+        call(trunk, x, cond, causal=causal, generator=generator)
     handle.remove()
     return draws
 
@@ -257,7 +257,7 @@ def test_counts_reach_both_ends_of_their_ranges() -> None:
 def test_training_draws_leave_the_global_generator_alone() -> None:
     trunk = training_trunk()
     before = torch.get_rng_state()
-    settings = {"mask_LL": block_causal_mask(SIDES), "generator": torch.Generator()}
+    settings = {"causal": block_causal(SIDES), "generator": torch.Generator()}
     call(trunk, torch.zeros(1, 14, 16), torch.zeros(1, 16), **settings)
     assert torch.get_rng_state().equal(before)
 
@@ -275,7 +275,7 @@ def saved_bytes(no_grad: int, grad: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        call(trunk, x, cond, mask_LL=block_causal_mask(SIDES))
+        call(trunk, x, cond, causal=block_causal(SIDES))
     return total
 
 
@@ -366,11 +366,11 @@ def test_a_cache_is_refused_where_gradients_are_recorded(kind: str) -> None:
         call(trunk, torch.randn(2, 1, 16), torch.randn(2, 16), cache=memory)
 
 
-def test_a_cache_together_with_a_mask_is_refused() -> None:
+def test_a_cache_together_with_a_choice_of_what_is_seen_is_refused() -> None:
     trunk, x, cond = a_case()
     memory = trunk.new_cache("equilibrium", trunk.schedule(None))
-    with torch.no_grad(), pytest.raises(ValueError, match=r"mask_LL: .* give one of the two"):
-        call(trunk, x[:, :1], cond, mask_LL=block_causal_mask((1,)), cache=memory)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"causal: .* give one of the two"):
+        call(trunk, x[:, :1], cond, causal=block_causal((1,)), cache=memory)
 
 
 @pytest.mark.parametrize("iterations", [3, Adaptive(rtol=1e-4, max_steps=30)])

@@ -55,7 +55,7 @@ def _theirs(solver: str, hook: bool, problem: Problem, rtol: float, products: in
         "hook_ift": hook,
         "b_solver": THEIR_SOLVERS[solver],
         "b_tol": rtol,
-        "b_max_iter": products - torchdeq.SOLVERS[solver][1],
+        "b_max_iter": products - torchdeq.SOLVERS[solver][2],
     }
     return torchdeq.layer(settings, problem)
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from matplotlib.axes import Axes
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +24,8 @@ NAMES = tuple(name for name in CONTENDERS if "checkpointed" not in name)
 
 def data() -> tuple[Batch, Batch]:
     """To train on and to test: rows of pixels in [-1, 1], (samples, 8, 8), and the digits (samples,)."""
+    from sklearn.datasets import load_digits  # takes as long to import as all the rest together
+
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32) / 8 - 1
     digits = torch.tensor(found.target)

@@ -6,6 +6,6 @@ largest relative residual of the batch, computed anew at the value returned, is 
 
 from __future__ import annotations
 
-from . import memory, overhead, robustness, small, solves, traces
+from . import memory, outside, overhead, robustness, small, solves, traces
 
-CASES = (solves.CASE, traces.CASE, overhead.CASE, small.CASE, memory.CASE, robustness.CASE)
+CASES = (solves.CASE, traces.CASE, overhead.CASE, outside.CASE, small.CASE, memory.CASE, robustness.CASE)

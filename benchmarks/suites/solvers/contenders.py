@@ -48,6 +48,10 @@ CONTENDERS: dict[str, Contender] = {
 
 def not_run(name: str, problem: Problem) -> str | None:
     """Why a contender is left out of a problem, if it is."""
+    if name.startswith("torchdeq") and not torchdeq.is_installed():
+        return "not run: torchdeq is not installed"
+    if name.startswith("scipy") and problem.z0.is_cuda:
+        return "not run: scipy computes on a CPU"
     numbers = problem.z0.numel()
     if name.startswith("scipy") and numbers > SCIPY_LARGEST:
         return f"not run: {numbers:,} numbers are more than {SCIPY_LARGEST:,}"

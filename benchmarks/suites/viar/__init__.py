@@ -5,13 +5,29 @@ them there, which takes minutes, if they are missing. With --quick untrained mod
 hangs on training (differences between caches, classes) is of no meaning and may fail its bar.
 """
 
-from . import cache, digits, fidelity, identity, inpainting, knob, paper, speed, trunks
+from . import (
+    attention,
+    cache,
+    digits,
+    executions,
+    fidelity,
+    identity,
+    inpainting,
+    knob,
+    paper,
+    speed,
+    training,
+    trunks,
+)
 
 CASES = (
     fidelity.CASE,
     cache.CASE,
     speed.CASE,
     trunks.CASE,
+    attention.CASE,
+    executions.CASE,
+    training.CASE,
     digits.CASE,
     identity.CASE,
     inpainting.CASE,

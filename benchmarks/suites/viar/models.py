@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from viar import (
+    ExplicitTrunkConfig,
     ImplicitTrunkConfig,
     NextScaleTransformer,
     Sample,
@@ -24,19 +25,20 @@ from viar import (
     TransformerConfig,
     sample_tokens,
 )
-from viar.commands.demo import DemoConfig, run_demo
 from viar.data import ImageData, load_data
 from viar.evaluation import Classifier
 from viar.generation.sampling import decode_images
 from viar.training import TOKENIZERS, TRANSFORMERS
 
 from ...case import Run
+from ...measure import marked
 
 DEMO = Path("runs/demo")
 AT_ONCE = 250  # images of digits that are made at a time; has no influence
 DIGITS_SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": None, "top_p": 0.96}  # of the demo
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# A shape that takes next to no time.
+# A shape that takes next to no time, and what it has for an implicit trunk.
+QUICK_BLOCKS = {"num_pre": 1, "num_post": 1}
 QUICK: dict[str, Any] = {
     "width": 32,
     "num_heads": 2,
@@ -71,9 +73,10 @@ def random_transformer(
 def random_tokenizer(config: TokenizerConfig, device: torch.device, seed: int = 0) -> Tokenizer:
     """In evaluation mode, with codes as large as features are."""
     torch.manual_seed(seed)
-    tokenizer = Tokenizer(config)
+    with device:
+        tokenizer = Tokenizer(config)
     nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
-    return tokenizer.to(device).eval().requires_grad_(False)
+    return tokenizer.eval().requires_grad_(False)
 
 
 def num_bytes(module: nn.Module) -> int:
@@ -113,8 +116,16 @@ def digits_folder(run: Run) -> Path:
         (DEMO / name / "model.safetensors").exists() for name in ("tokenizer", "viar", "var")
     ):
         print(f"{DEMO} holds no trained models: the demo trains them, which takes minutes")
-        run_demo(DemoConfig(out=DEMO), Console(quiet=True))
+        run_demo(DEMO)
     return DEMO
+
+
+def run_demo(folder: Path) -> None:
+    """Train the models of the demo there."""
+    # It needs the command line's package, which what is measured elsewhere does not.
+    from viar.commands.demo import DemoConfig, run_demo
+
+    run_demo(DemoConfig(out=folder), Console(quiet=True))
 
 
 @cache
@@ -191,9 +202,36 @@ class Shape:
         return torch.arange(self.batch, device=device) % self.transformer.num_classes
 
 
+def gigabytes(size: int | None) -> str:
+    """Bytes in words; "-" where nothing was measured."""
+    return "-" if size is None else f"{size / 1e9:.2f}"
+
+
+def mark_cell(model: NextScaleTransformer) -> None:
+    """Have every evaluation of the implicit block's cell marked for a profile, in place."""
+    trunk: Any = model.trunk
+    cell = trunk.layer.cell
+    cell.forward = marked(cell.forward)
+
+
 def written(iterations: int | str | list[int]) -> str:
     """A schedule in words."""
     return " to ".join(map(str, iterations)) if isinstance(iterations, list) else str(iterations)
+
+
+def published(model: str, depth: int, run: Run, **trunk: Any) -> TransformerConfig:
+    """The published shape of a model, which a quick run has next to nothing of.
+
+    Args:
+        model: VAR or VIAR.
+        depth: D; the model is 64 D wide.
+        run: whether it is quick.
+        **trunk: of `ImplicitTrunkConfig`, where the model is VIAR.
+    """
+    changes, blocks = (QUICK, QUICK_BLOCKS) if run.quick else ({}, {})
+    explicit = ExplicitTrunkConfig()
+    chosen = ImplicitTrunkConfig(**{**blocks, **trunk}) if model == "VIAR" else explicit
+    return TransformerConfig(depth=depth, trunk=chosen, **changes)
 
 
 def implicit(num_pre: int, num_post: int) -> ImplicitTrunkConfig:

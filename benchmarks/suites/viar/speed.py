@@ -24,10 +24,10 @@ from viar.model.execution import computes_in
 from ...baselines.viar import Baseline
 from ...baselines.viar import sample_tokens as baseline_tokens
 from ...case import SECONDS, Bar, Case, Picture, Row, Run, Settings, Table, product
-from ...measure import interleaved, marked, ratio, with_spread
+from ...measure import interleaved, ratio, with_spread
 from ...rows import by_contender, grouped, having
 from ...show import COLORS
-from .models import QUICK, Shape, implicit, random_tokenizer, random_transformer
+from .models import QUICK, Shape, implicit, mark_cell, random_tokenizer, random_transformer
 
 BASELINE, HALF_BASELINE = "baseline, float32", "baseline, bfloat16 autocast"
 OURS, HALF_OURS = "ours, float32", "ours, bfloat16"
@@ -134,9 +134,7 @@ def profiled(run: Run, batch: int, decode: bool, compile: bool) -> Callable[[], 
     """Ours in float32; the cell is that of the implicit block."""
     shape = _shape(run, batch, decode)
     model = random_transformer(shape.transformer, run.device)
-    trunk: Any = model.trunk
-    cell = trunk.layer.cell
-    cell.forward = marked(cell.forward)
+    mark_cell(model)
     return partial(_ours, model, random_tokenizer(shape.tokenizer, run.device), shape)
 
 

@@ -5,7 +5,8 @@ beyond what was there before the generation, in a run of its own.
 
 Points of more than one image are for a GPU and empty elsewhere. A generation that takes longer than a minute
 runs once, for both figures: its operations take so long that recording what they allocate does not show. At
-depth 30 two CPU cores take VAR from one minute to eight.
+depth 30 two CPU cores take VAR from one minute to eight. On a GPU the straightforward baseline is beside, its
+weights in float32 under autocast, as the published program runs.
 """
 
 from __future__ import annotations
@@ -15,24 +16,37 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 
 import viar
 
-from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table, product
+from ...baselines.viar import Baseline
+from ...baselines.viar import sample_tokens as baseline_tokens
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Table
 from ...measure import interleaved, peak_bytes, ratio, seconds, with_spread
 from ...rows import by_contender, grouped, having
 from ...show import COLORS
-from .models import DTYPES, QUICK, Shape, implicit, num_bytes, random_tokenizer, random_transformer, written
+from .models import (
+    DTYPES,
+    Shape,
+    mark_cell,
+    num_bytes,
+    published,
+    random_tokenizer,
+    random_transformer,
+    written,
+)
 
-LIMITS = {"time": 1 / 2, "peak": 0.45}
+LIMITS = {"time": 1 / 2, "peak": 0.45, "baseline": 1 / 1.5}
 GPU_PEAK = 6e9  # bytes, of VIAR in the judged point of a GPU
 FASTEST = [10, 2]  # iterations of the first scale and of the last, of the paper's fastest setting
 ON_CPU: Settings = {"depth": 30, "batch": 1, "dtype": "float32", "iterations": FASTEST, "decode": False}
 ON_GPU: Settings = {"depth": 30, "batch": 25, "dtype": "bfloat16", "iterations": FASTEST, "decode": False}
 SLOW = 60  # seconds
+BASELINE = ", baseline"  # behind the name of a model
 POINT = tuple(ON_CPU)
 
 
@@ -49,19 +63,26 @@ def build(run: Run, depth: int, batch: int, dtype: str, iterations: list[int], d
     """
     if batch > 1 and run.device.type != "cuda":
         return
-    changes = QUICK if run.quick else {}
-    config = viar.TransformerConfig(depth=depth, trunk=implicit(5, 5), **changes)
-    first, last = iterations
-    shape = Shape.of(config, batch, (first, last), real_coder=decode and not run.quick)
+    shape = _shape(run, depth, batch, iterations, decode=decode)
     yield from measured(shape, run, DTYPES[dtype], decode=decode)
+
+
+def _shape(run: Run, depth: int, batch: int, iterations: list[int], *, decode: bool) -> Shape:
+    first, last = iterations
+    config = published("VIAR", depth, run)
+    return Shape.of(config, batch, (first, last), real_coder=decode and not run.quick)
 
 
 def measured(shape: Shape, run: Run, dtype: torch.dtype, *, decode: bool) -> Iterator[Row]:
     """One row a model."""
     tasks: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
-    for name in ("VAR", "VIAR"):
-        tasks[name], weights, parameters = _task(name, shape, run.device, dtype, decode=decode)
+    names = ["VAR", "VIAR"]
+    if run.device.type == "cuda" or run.quick:  # two CPU cores have enough to do
+        names += [name + BASELINE for name in names]
+    for name in names:
+        make = _baseline if name.endswith(BASELINE) else _task
+        tasks[name], weights, parameters = make(name, shape, run.device, dtype, decode=decode)
         rows[name] = {"contender": name, "parameters": parameters, "images": shape.batch}
         rows[name]["weight_bytes"] = weights
     first: dict[str, float] = {}
@@ -82,10 +103,7 @@ def _task(
     name: str, shape: Shape, device: torch.device, dtype: torch.dtype, *, decode: bool
 ) -> tuple[Callable[[], object], int, int]:
     """A generation, bytes of the weights, parameters of the transformer."""
-    config, sampling = shape.transformer, shape.sampling
-    if name == "VAR":
-        config = replace(config, trunk=viar.ExplicitTrunkConfig())
-        sampling["iterations"] = None
+    config, sampling = _of(name, shape)
     model, tokenizer = random_transformer(config, device), random_tokenizer(shape.tokenizer, device)
     parameters = sum(p.numel() for p in model.parameters())
     if dtype != torch.float32:
@@ -97,6 +115,52 @@ def _task(
         else partial(viar.sample_tokens, *inputs, viar.Sampling(**sampling))
     )
     return task, num_bytes(model) + num_bytes(tokenizer), parameters
+
+
+def _of(name: str, shape: Shape) -> tuple[viar.TransformerConfig, dict[str, Any]]:
+    """The model's config, and how it samples."""
+    config, sampling = shape.transformer, shape.sampling
+    if name.startswith("VAR"):
+        config = replace(config, trunk=viar.ExplicitTrunkConfig())
+        sampling["iterations"] = None
+    return config, sampling
+
+
+def _baseline(
+    name: str, shape: Shape, device: torch.device, dtype: torch.dtype, *, decode: bool
+) -> tuple[Callable[[], object], int, int]:
+    """The same of the straightforward baseline."""
+    config, sampling = _of(name, shape)
+    baseline = Baseline.of(random_transformer(config, device))
+    tokenizer, labels = random_tokenizer(shape.tokenizer, device), shape.labels(device)
+
+    @torch.no_grad()
+    def task() -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            f_hat = baseline_tokens(baseline, tokenizer, labels, **sampling, generator=generator)[1]
+            baseline.forget()  # its keys and values, which are of the peak of each run anew
+            if decode:
+                tokenizer.decode_f_hat(f_hat)
+
+    return task, num_bytes(baseline) + num_bytes(tokenizer), sum(p.numel() for p in baseline.parameters())
+
+
+def profiled(
+    run: Run, depth: int, batch: int, dtype: str, iterations: list[int], decode: bool
+) -> Callable[[], object]:
+    """VIAR's generation; the cell is that of the implicit block."""
+    shape = _shape(run, depth, batch, iterations, decode=decode)
+    model, tokenizer = (
+        random_transformer(shape.transformer, run.device),
+        random_tokenizer(shape.tokenizer, run.device),
+    )
+    viar.prepare_inference(model, tokenizer, dtype=DTYPES[dtype])
+    mark_cell(model)
+    labels, sampling = shape.labels(run.device), shape.sampling
+    if decode:
+        return partial(viar.generate, model, tokenizer, labels, **sampling)
+    return partial(viar.sample_tokens, model, tokenizer, labels, viar.Sampling(**sampling))
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -111,12 +175,18 @@ def bars(rows: list[Row]) -> list[Bar]:
         share = viar_["peak_bytes"] / var["peak_bytes"]
         speed = f"{1 / time:.2f} times as many images a second"
         peaks = f"VIAR {viar_['peak_bytes'] / 1e9:.2f} GB, VAR {var['peak_bytes'] / 1e9:.2f} GB"
+    against = []
     if on_gpu:
         absolute = on_gpu["VIAR"]["peak_bytes"]
+    if "VIAR" + BASELINE in on_gpu:
+        plain = ratio(on_gpu["VIAR"]["seconds"], on_gpu["VIAR" + BASELINE]["seconds"])
+        note = f"{1 / plain:.2f} times as many images a second"
+        against = [Bar("time VIAR / its straightforward baseline on a GPU", plain, LIMITS["baseline"], note)]
     return [
         Bar("time VIAR / VAR, depth 30", time, LIMITS["time"], speed),
         Bar("peak memory VIAR / VAR, depth 30", share, LIMITS["peak"], peaks),
         Bar("peak memory VIAR on a GPU, GB, depth 30, batch 25", absolute / 1e9, GPU_PEAK / 1e9),
+        *against,
     ]
 
 
@@ -135,7 +205,7 @@ def table(rows: list[Row]) -> Table:
             lines.append(
                 (
                     what + ", with images" * row["decode"],
-                    written(row["iterations"]) if row["contender"] == "VIAR" else "",
+                    written(row["iterations"]) if row["contender"].startswith("VIAR") else "",
                     f"{row['parameters'] / 1e6:,.1f}",
                     with_spread(rates),
                     f"{row['weight_bytes'] / 1e9:.2f}",
@@ -171,12 +241,16 @@ CASE = Case(
     grid=[
         {**ON_CPU, "depth": 16},
         ON_CPU,
-        {**ON_GPU, "depth": 16},
         ON_GPU,
-        {**ON_GPU, "iterations": [10, 10]},
         {**ON_GPU, "decode": True},
+        *({**ON_GPU, "iterations": [count, count]} for count in (10, 5, 2)),
+        *({**ON_GPU, "iterations": [count, count], "decode": True} for count in (10, 5, 2)),
+        {**ON_GPU, "depth": 16},
     ],
-    quick=product(depth=[30], batch=[1], dtype=["float32"], iterations=[FASTEST], decode=[False, True]),
+    quick=[
+        {"depth": 4, "batch": 1, "dtype": dtype, "iterations": FASTEST, "decode": decode}
+        for dtype, decode in (("float32", False), ("bfloat16", True))
+    ],
     metrics={
         "parameters": Metric(None),
         "weight_bytes": Metric(),
@@ -186,4 +260,5 @@ CASE = Case(
     table=table,
     bars=bars,
     picture=Picture(_paint, lambda rows: ("speed", "peak memory"), size=(5.2, 3.6)),
+    solve=profiled,
 )

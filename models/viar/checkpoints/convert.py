@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..files import replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from ..model.scales import block_causal_mask, scale_ids
+from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
 from ..tokenizer import Tokenizer
@@ -285,14 +285,14 @@ def _check_out(out: Path, endings: tuple[str, ...] | None, overwrite: bool) -> N
 def _on_meta(config: TokenizerConfig | TransformerConfig) -> Model:
     """The model of `config` with weights that have shapes and no memory (device "meta").
 
-    Scales and mask, which no state dict of this package holds, have their values, on the CPU.
+    Scales of tokens, which no state dict of this package holds, have their values, on the CPU.
     """
     with torch.device("meta"):
         if isinstance(config, TokenizerConfig):
             return Tokenizer(config)
         model = NextScaleTransformer(config)
     with torch.device("cpu"):
-        model.mask_LL, model.scale_ids = block_causal_mask(config.sides), scale_ids(config.sides)
+        model.scale_ids = scale_ids(config.sides)
     return model
 
 

@@ -25,7 +25,7 @@ from ..model.config import (
     TokenizerConfig,
     TransformerConfig,
 )
-from ..model.scales import scale_ids
+from ..model.scales import block_causal_mask, scale_ids
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 
@@ -198,10 +198,12 @@ def _derived(name: str, model: Model) -> Tensor:
     if name == "lvl_1L":
         return model.scale_ids[None]
     if name == "attn_bias_for_masking":
-        zero = torch.zeros((), dtype=model.pos_embed.dtype, device=model.mask_LL.device)
-        return zero.where(model.mask_LL, -torch.inf)[None, None]
+        with torch.device(model.scale_ids.device):  # whatever the default device is
+            mask_LL = block_causal_mask(model.config.sides)
+        zero = torch.zeros((), dtype=model.pos_embed.dtype, device=mask_LL.device)
+        return zero.where(mask_LL, -torch.inf)[None, None]
     width = model.pos_embed.shape[-1]
-    return torch.zeros(width, dtype=model.pos_embed.dtype, device=model.mask_LL.device)
+    return torch.zeros(width, dtype=model.pos_embed.dtype, device=model.scale_ids.device)
 
 
 def _tokenizer_config(state: dict[str, Tensor], sides: tuple[int, ...] | None) -> TokenizerConfig:

@@ -44,6 +44,7 @@ class ExecutionFlags:
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
     compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
+    graphs: bool = False  # replay batches as CUDA graphs: the first costs three, for many on a GPU
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -38,7 +38,7 @@ def load_pair(model: str, tokenizer: str, flags: ExecutionFlags) -> tuple[NextSc
     Args:
         model: folder, hub id or published checkpoint file.
         tokenizer: the same.
-        flags: device, type of the weights and whether to compile.
+        flags: device, type of the weights, whether to compile and to capture.
 
     Raises:
         ValueError: no such device; one of the two cannot be read or is the other, or their sizes differ.
@@ -49,7 +49,7 @@ def load_pair(model: str, tokenizer: str, flags: ExecutionFlags) -> tuple[NextSc
     check_pair(transformer, codec)
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
     transformer, codec = transformer.to(where), codec.to(where)
-    prepare_inference(transformer, codec, dtype=dtype, compile=flags.compile)
+    prepare_inference(transformer, codec, dtype=dtype, compile=flags.compile, graphs=flags.graphs)
     return transformer, codec
 
 

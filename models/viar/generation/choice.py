@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.execution import sent
+
 ROUNDING = 1e-4  # logits; far above what float32 sums in another order differ by, far below what matters
 
 # SplitMix64 (Steele, Lea, Flood 2014, figure 15), as the signed integers that torch has.
@@ -45,7 +47,7 @@ class TokenNoise:
             np.random.Philox(key=[seed, first_index + i]).random_raw(1).astype(np.int64)[0]
             for i in range(num_images)
         ]
-        return cls(torch.tensor(keys, dtype=torch.int64, device=device))
+        return cls(sent(torch.tensor(keys, dtype=torch.int64), device))
 
     def gumbel(
         self,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
-from .sampling import Hold, Replace, decode_images, sample_tokens
+from .sampling import decode_images, sample_tokens
+from .scalewise import Hold, Replace
 from .settings import Sampling
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
@@ -44,7 +45,8 @@ def edit(
     With `keep="features"` the result does not depend on the regenerated pixels of `images`; pixels further
     than `border` from them come back as they were, bit by bit; those nearer pass smoothly into the
     regenerated part, which itself holds nothing of the old pixels. A mask of zeros is `generate`. Each scale
-    costs a call of the tokenizer's decoder and one of its encoder.
+    costs a call of the tokenizer's decoder and one of its encoder. The host waits for the device before the
+    first scale, to look at picture and mask, and not again.
 
     With `keep="codes"`, VAR's zero-shot editing (arXiv 2404.02905): at each scale the mask is resized
     bilinearly and where it is above a half the image's own codes replace the sampled ones; scales of at
@@ -76,6 +78,7 @@ def edit(
     border = _check_keep(keep, border, default=max(1, token // 2))
     mask_B1hw = _check_mask(mask, len(images)).to(images.device, torch.float32)
     kept_B1HW = F.interpolate(mask_B1hw, size=images.shape[-2:], mode="area") > 0.5
+    holds = keep == "features" and bool(kept_B1HW.any())
     own = images.to(tokenizer.quantizer.codebook.weight.dtype)
     sample = sample_tokens(
         model,
@@ -84,7 +87,7 @@ def edit(
         sampling,
         first_index=first_index,
         replace=_own_codes(tokenizer, own, mask_B1hw) if keep == "codes" else None,
-        hold=_own_features(tokenizer, own, kept_B1HW) if keep == "features" else None,
+        hold=_own_features(tokenizer, own, kept_B1HW) if holds else None,
     )
     made = decode_images(tokenizer, sample).to(images.dtype)
     if keep == "codes":
@@ -147,8 +150,6 @@ def _own_features(tokenizer: Tokenizer, images: Tensor, kept_B1HW: Tensor) -> Ho
     share_B1PP = F.interpolate(kept_B1HW.float(), size=(sides[-1], sides[-1]), mode="area")
 
     def hold(scale: int, f_hat: Tensor) -> Tensor:
-        if not kept_B1HW.any():
-            return f_hat
         # The encoder sees the whole picture from every position. Put into what was made so far, the kept
         # pixels have features that fit their new surroundings; beside a plain colour in the hole, they
         # would tell the model that the hole is plain.
@@ -167,10 +168,8 @@ def _check_images(images: Tensor, labels: Tensor, side: int) -> None:
             f"images must be floating point of shape (B, 3, {side}, {side}), "
             f"got {images.dtype} {tuple(images.shape)}"
         )
-    if images.numel() and not 0 <= images.min() <= images.max() <= 1:
-        raise ValueError(
-            f"images: expected values in [0, 1], got {float(images.min()):.3g} to {float(images.max()):.3g}"
-        )
+    if images.numel():
+        _check_values("images", images)
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected shape ({len(images)},), one an image, got {tuple(labels.shape)}")
 
@@ -192,8 +191,11 @@ def _check_mask(mask: Tensor, batch: int) -> Tensor:
         mask = mask.unsqueeze(0)
     if mask.dim() != 3 or mask.shape[0] not in (1, batch) or not mask.numel():
         raise ValueError(f"mask: expected shape (h, w) or ({batch}, h, w), got {tuple(mask.shape)}")
-    if not 0 <= mask.min() <= mask.max() <= 1:
-        raise ValueError(
-            f"mask: expected values in [0, 1], got {float(mask.min()):.3g} to {float(mask.max()):.3g}"
-        )
+    _check_values("mask", mask)
     return mask.unsqueeze(1)
+
+
+def _check_values(name: str, values: Tensor) -> None:
+    low, high = torch.stack(values.aminmax()).tolist()  # both by one wait for the device
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"{name}: expected values in [0, 1], got {low:.3g} to {high:.3g}")

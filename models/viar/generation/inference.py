@@ -1,10 +1,11 @@
-"""Getting a model ready to generate: memory layout, lower precision, compilation."""
+"""Getting a model ready to generate: memory layout, lower precision, compilation, CUDA graphs."""
 
 from __future__ import annotations
 
 import torch
 
 from ..model.execution import computes_in
+from ..model.graphs import Graphs
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ def prepare_inference(
     *,
     dtype: torch.dtype | None = None,
     compile: bool | str = False,
+    graphs: bool = False,
 ) -> None:
     """Put model and tokenizer into evaluation mode and, if asked, lower precision; in place.
 
@@ -33,10 +35,23 @@ def prepare_inference(
         dtype: of the weights; default as they are.
         compile: compile the blocks with `torch.compile`, which takes minutes at the first image; a name is
             that of its backend.
+        graphs: replay generations as CUDA graphs, see above; goes together with `compile`.
+
+    With `graphs`, generation of fixed schedules on a CUDA device is captured as CUDA graphs when a batch size
+    or a setting (labels and seed are none) is met first, at the cost of two generations more, and replayed
+    from then on. Weights may change in place; replaced ones cost new captures. What cannot be captured
+    (`Adaptive`, a report, `edit`, hooks, another device) runs as ever, and the logger `viar` says why, once.
+    `model.graphs` tells how many captures there are and how many bytes they hold. Calling this again without
+    `graphs` drops them; copies of the model capture their own.
 
     Raises:
-        ValueError: another `dtype`.
+        ValueError: another `dtype`; a backend of `compile` that captures graphs itself, with `graphs`.
     """
+    if graphs and compile == "cudagraphs":
+        raise ValueError(
+            "graphs: compile='cudagraphs' captures the blocks by itself, and a capture cannot hold another; "
+            "give one of the two, or compile=True"
+        )
     model.eval()
     if tokenizer is not None:
         tokenizer.eval()
@@ -56,3 +71,8 @@ def prepare_inference(
         for module in model.trunk.compiled_parts():
             # One compilation for all scales: sizes differ, the code does not.
             module.compile(dynamic=True, backend="inductor" if compile is True else compile)
+    if model.graphs is not None:
+        model.graphs.release()
+        model.graphs = None
+    if graphs:
+        model.graphs = Graphs()

@@ -6,55 +6,27 @@ Shape letters: B images, K scales of side p_k, L = sum p_k^2 tokens, V codebook,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..model.config import TokenizerConfig, TransformerConfig
-from ..model.scales import scale_slices
+from ..model.execution import sent
 from ..model.schedule import Iterations
 from ..model.transformer import NextScaleTransformer
-from ..model.trunk import ScaleSolve
 from ..tokenizer import Tokenizer
-from .choice import TokenNoise, choose, mix
-from .guidance import Guidance, guidance_ramp
-from .report import GenerationReport, ScaleReport
+from .choice import TokenNoise
+from .graphs import Parts, replayed, why_eager
+from .report import GenerationReport
+from .scalewise import Generation, Hold, Replace, Sample, seconds_since
 from .settings import Sampling, as_sampling, check_index
 
 # Pixels decoded at a time: enough to keep a device busy.
 DECODED_PIXELS = {"cpu": 2**16, "cuda": 2**19}
 
 CacheName = Literal["equilibrium", "iterate"]
-
-# (scale, sampled embeddings (B, Z, p_k, p_k)) -> embeddings to go on with
-Replace = Callable[[int, Tensor], Tensor]
-# (scale, f_hat (B, Z, p_K, p_K) with that scale added) -> f_hat to go on with
-Hold = Callable[[int, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the sampler made.
-
-    Attributes:
-        tokens: sampled tokens, K tensors (B, p_k^2); with `more_smooth` those of most weight in each mixture.
-        f_hat: sum of all scales, (B, Z, p_K, p_K): what the image is decoded from. With `more_smooth` it is
-            not that of the tokens, and there is no other trace of the mixtures.
-        certain: (B,) bool, whether no token of an image hangs on rounding, see `viar.generation.choice`:
-            computed in float32 in a batch of another size, it gets the same tokens. Nowhere with
-            `more_smooth`, where an image is the same up to rounding.
-        cache_bytes: keys and values held at the end, which is their peak.
-        scales: what each scale took, if it was measured.
-    """
-
-    tokens: list[Tensor]
-    f_hat: Tensor
-    certain: Tensor
-    cache_bytes: int
-    scales: tuple[ScaleReport, ...] = ()
 
 
 @overload
@@ -156,7 +128,7 @@ def generate(
     images = decode_images(tokenizer, sample)
     if not return_report:
         return images
-    return images, GenerationReport(sample.scales, _since(start, images.device))
+    return images, GenerationReport(sample.scales, seconds_since(start, images.device))
 
 
 @torch.no_grad()
@@ -202,87 +174,28 @@ def sample_tokens(
     check_index("first_index", first_index)
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
-    device, sides, quantizer = model.pos_embed.device, model.config.sides, tokenizer.quantizer
-    labels = torch.as_tensor(labels, device=device)
-    model.check_labels(labels)
-    predictor = _Predictor(model, sampling, labels, measure)
+    device = model.pos_embed.device
+    labels = torch.as_tensor(labels)
+    model.check_labels(labels)  # before they are on the device, where reading them would have to wait
+    labels = sent(labels, device)
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
-    certain = torch.full((len(labels),), not sampling.more_smooth, device=device)
-    f_hat = torch.zeros(len(labels), model.config.code_channels, sides[-1], sides[-1], device=device)
-    next_input: Tensor | None = None
-    tokens, scales = [], []
-    for scale, where in enumerate(scale_slices(sides)):
-        start = time.perf_counter()
-        logits_BlV = predictor.predict(scale, next_input)
-        candidates = (logits_BlV, noise, where.start, sampling.top_k, sampling.top_p)
-        if sampling.more_smooth:
-            mixture = mix(*candidates, progress=guidance_ramp(scale, len(sides)))
-            tokens.append(mixture.tokens)
-            embeddings = quantizer.embed_mixture(mixture.weights_BlV)
-        else:
-            choice = choose(*candidates)
-            tokens.append(choice.tokens)
-            certain &= choice.certain
-            embeddings = quantizer.embed(choice.tokens)
-        f_hat = quantizer.accumulate(f_hat, replace(scale, embeddings) if replace else embeddings, scale)
-        f_hat = hold(scale, f_hat) if hold else f_hat
-        if scale < len(sides) - 1:
-            next_input = quantizer.next_input(f_hat, scale)
-        if measure:
-            scales.append(predictor.report(scale, _since(start, device)))
-    return Sample(tokens, f_hat, certain, predictor.cache.num_bytes, tuple(scales))
-
-
-class _Predictor:
-    """What the model says of one scale after another: owns the cache and all that scales have in common."""
-
-    def __init__(
-        self, model: NextScaleTransformer, sampling: Sampling, labels: Tensor, measure: bool
-    ) -> None:
-        self.model, self.warm_start, self.measure = model, sampling.warm_start, measure
-        self.schedule = sampling.schedule(model.trunk)
-        self.cache = model.trunk.new_cache(sampling.cache, self.schedule)
-        self.guidance = Guidance(sampling.cfg, model.config.sides, len(labels), reuse=sampling.guidance_reuse)
-        self.embedding_BC, cond = model.condition(self.guidance.labels(labels, model.null_class))
-        self.modulations = model.trunk.modulate(cond.to(model.trunk.weight_type))
-        self.head_modulation = model.modulate_head(self.embedding_BC)
-        self.solve: ScaleSolve | None = None  # of the last scale
-
-    def predict(self, scale: int, next_input: Tensor | None) -> Tensor:
-        """Logits (B, l, V) of a scale from `MultiScaleQuantizer.next_input` of the one before."""
-        model, samples = self.model, slice(self.guidance.num_samples(scale))
-        if next_input is not None and self.guidance.num_samples(scale) > len(next_input):
-            next_input = next_input.repeat(2, 1, 1, 1)
-        x_BlC = model.embed_scale(scale, self.embedding_BC[samples], next_input)
-        output = model.trunk(
-            x_BlC,
-            {name: modulation[:, samples] for name, modulation in self.modulations.items()},
-            cache=self.cache,
-            iterations=self.schedule[scale],
-            displacement=self.solve.displacement if self.solve and self.warm_start else None,
-            measure=self.measure,
-        )
-        self.solve = output.solve
-        hidden_BlC = model.head_input(output.x_BLC, self.head_modulation[:, samples])
-        return model.classify(self.guidance.guide(scale, hidden_BlC))
-
-    def report(self, scale: int, seconds: float) -> ScaleReport:
-        """What the last scale took."""
-        solve = self.solve
-        return ScaleReport(
-            side=self.model.config.sides[scale],
-            evaluations=None if solve is None else float(solve.evaluations.double().mean()),
-            residual=None if solve is None or solve.residual is None else float(solve.residual.max()),
-            seconds=seconds,
-            cache_bytes=self.cache.used_bytes,
-        )
-
-
-def _since(start: float, device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    schedule = sampling.schedule(model.trunk)
+    if model.graphs is not None:
+        parts = Parts.of(model, tokenizer)
+        in_the_way = why_eager(parts, schedule, measure=measure, edits=bool(replace or hold))
+        if in_the_way is None:
+            return replayed(model.graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
+        model.graphs.tell(in_the_way)
+    generation = Generation(model, tokenizer, sampling, schedule, labels, noise, measure=measure)
+    for scale in range(len(model.config.sides)):
+        generation.run(scale, replace, hold)
+    return Sample(
+        generation.tokens,
+        generation.f_hat,
+        generation.certain,
+        generation.cache_bytes,
+        tuple(generation.reports),
+    )
 
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .execution import joined
+from .scales import BlockCausal
+
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each (B, H, tokens, C / H)
 
 
@@ -34,7 +37,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BLC: Tensor,
-        mask_LL: Tensor | None = None,  # true where row may attend to column; None: everywhere
+        causal: BlockCausal | None = None,  # which tokens see which; None: all see all. Not with a slot
         slot: KeyValue | None = None,  # keys and values of earlier tokens, and room for those of `x_BLC`
     ) -> Tensor:
         """Attended tokens (B, L, C).
@@ -57,6 +60,28 @@ class Attention(nn.Module):
             slot[0][:, :, -L:] = k
             slot[1][:, :, -L:] = v
             k, v = slot
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=self.scale)
-        attended: Tensor = self.out(x.transpose(1, 2).reshape(B, L, C))
-        return attended
+        groups = [(q, k, v, None)] if causal is None else query_groups(q, k, v, causal)
+        # Projected group by group: what the projection keeps for its backward pass is then what attention
+        # keeps for its own, and not a copy.
+        parts = []
+        for q, k, v, mask in groups:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            parts.append(self.out(x.transpose(1, 2).flatten(2)))
+        return joined(parts, 1)
+
+
+def query_groups(
+    q: Tensor,  # (B, H, L, C / H), as the others
+    k: Tensor,
+    v: Tensor,
+    causal: BlockCausal,
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Queries of each group, the keys and values that they meet, and the mask between them, in order."""
+    first, *others = q.split_with_sizes(causal.sizes, 2)
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+    # From the last group to the first, each one's keys and values cut off those of the next: autograd pads
+    # their gradients to the length of the next group alone then, not to that of the sequence.
+    for queries in reversed(others):
+        groups.append((queries, k, v, None))
+        k, v = (t[:, :, : -queries.shape[2]] for t in (k, v))
+    return [(first, k, v, causal.mask_ll), *reversed(groups)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, KeyValue
 from .config import TransformerConfig, filled
+from .scales import BlockCausal
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 
@@ -70,12 +71,12 @@ class Block(nn.Module):
         self,
         x_BLC: Tensor,
         modulation: Tensor,  # (6, B, 1, C), from `modulate`
-        mask_LL: Tensor | None = None,
-        slot: KeyValue | None = None,  # see `Attention.forward`
+        causal: BlockCausal | None = None,  # see `Attention.forward`
+        slot: KeyValue | None = None,  # likewise
     ) -> Tensor:
         """Tokens (B, L, C)."""
         g1, g2, s1, s2, b1, b2 = modulation.unbind(0)
-        attended = self.attention(torch.addcmul(b1, norm(x_BLC), s1), mask_LL, slot)
+        attended = self.attention(torch.addcmul(b1, norm(x_BLC), s1), causal, slot)
         x_BLC = self._add(x_BLC, g1, attended)
         hidden = gelu(self.fc1(torch.addcmul(b2, norm(x_BLC), s2)))
         return self._add(x_BLC, g2, self.fc2(hidden))

@@ -21,9 +21,9 @@ def row_chunks(x_BLC: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(x_BLC)))
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    """The chunks of samples as one batch; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def joined(parts: list[Tensor], axis: int = 0) -> Tensor:
+    """The parts as one tensor, by default chunks of samples as one batch; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:
@@ -44,6 +44,25 @@ def in_type_of(x_BLC: Tensor, module: nn.Module) -> Callable[..., Tensor]:
 def _call_with(module: nn.Module, parameters: Mapping[str, Tensor], *inputs: object) -> Tensor:
     output: Tensor = torch.func.functional_call(module, dict(parameters), inputs)
     return output
+
+
+def fails_on_device(index: Tensor) -> bool:
+    """Whether a lookup of what is out of range fails without the host reading the indices.
+
+    CUDA's kernels check them; that the process ends with a device-side assertion shows at the next operation
+    that waits for the device. Tensors on the meta device have no numbers.
+    """
+    return index.is_cuda or index.is_meta
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers, on the device, without waiting for it where they come from the host.
+
+    CUDA puts ordinary memory aside before the call returns. Pinned memory it would read later, when its owner
+    may have written to it, and so would MPS read any. To the host they come only once it has waited.
+    """
+    waits = device.type in ("cpu", "mps") or numbers.is_pinned()
+    return numbers.to(device, non_blocking=not waits)
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:

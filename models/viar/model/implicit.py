@@ -25,7 +25,7 @@ from .blocks import Block, gelu
 from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name, check_iterate_schedule
 from .config import ImplicitTrunkConfig, TransformerConfig, filled
 from .execution import in_type_of, joined, row_chunks
-from .scales import resize_tokens
+from .scales import BlockCausal, resize_tokens
 from .schedule import Adaptive, Iterations, iteration_schedule, solve
 from .trunk import Call, ScaleSolve, Trunk, TrunkOutput, drop_path_rates, named
 
@@ -61,14 +61,14 @@ class ImplicitCell(nn.Module):
         z_BLC: Tensor,
         injection: Tensor,  # (B, L, 2C), from `inject`
         modulation: Tensor,  # (6, B, 1, C), from the block
-        mask_LL: Tensor | None = None,
-        slot: KeyValue | None = None,  # see `Attention.forward`
+        causal: BlockCausal | None = None,  # see `Attention.forward`
+        slot: KeyValue | None = None,  # likewise
     ) -> Tensor:
         """f(z, u), (B, L, C); leaves the block's keys and values at z in the slot."""
         weight = self.projection_in.weight[:, : self.width]
         hidden = torch.addmm(injection.flatten(0, 1), z_BLC.flatten(0, 1), weight.t())
         x_BLC = self.projection_out(gelu(hidden)).view_as(z_BLC)
-        output: Tensor = self.block(x_BLC, modulation, mask_LL, slot)
+        output: Tensor = self.block(x_BLC, modulation, causal, slot)
         return output
 
 
@@ -219,7 +219,7 @@ class ImplicitTrunk(Trunk):
 
     def _all_scales(self, u_BLC: Tensor, call: Call) -> TrunkOutput:
         """At the depth drawn where gradients are recorded, else as the call says."""
-        inputs = (self._cell.inject(u_BLC), call.modulations[LAYER], call.mask_LL)
+        inputs = (self._cell.inject(u_BLC), call.modulations[LAYER], call.causal)
         if call.iterations is None:
             depth = replace(self.random_depth, generator=call.generator)
             z_BLC: Tensor = self.layer.solve(*inputs, z0=u_BLC, backward=depth).value

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
-from .execution import in_type_of
+from .execution import fails_on_device, in_type_of
+from .graphs import Graphs
 from .implicit import ImplicitTrunk
 from .init import init_weights
-from .scales import block_causal_mask, scale_ids, scale_slices
+from .scales import BlockCausal, block_causal, scale_ids, scale_slices
 from .schedule import Adaptive
 from .trunk import ExplicitTrunk, Trunk
 
@@ -43,8 +44,9 @@ class NextScaleTransformer(nn.Module, Pretrained):
     """
 
     telling = "trunk"
+    graphs: Graphs | None = None  # of generations, see `viar.prepare_inference`; None: they run eagerly
     scale_ids: Tensor  # (L,) int64, the scale of every token
-    mask_LL: Tensor  # block-causal
+    first_mask: Tensor | None  # of the first group of scales, see `BlockCausal.mask_ll`
 
     def __init__(self, config: TransformerConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -64,7 +66,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self.trunk = build_trunk(config)
         self.head_modulation = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.codebook_size)
-        self.register_buffer("mask_LL", block_causal_mask(sides), persistent=False)
+        self.group_sizes, first_mask = block_causal(sides)
+        self.register_buffer("first_mask", first_mask, persistent=False)
         self.register_buffer("scale_ids", scale_ids(sides), persistent=False)
         self.register_load_state_dict_post_hook(_derive)  # type: ignore[no-untyped-call]
         init_weights(
@@ -131,7 +134,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         In training mode each label becomes the null class with probability `label_dropout`.
 
         Args:
-            labels: class of each sample.
+            labels: class of each sample; see `check_labels`.
             inputs: what each scale after the first is predicted from.
             iterations: of the implicit block, outside gradient recording; default the config's.
             generator: draws the number of iterations while gradients are recorded, on the CPU; default
@@ -141,7 +144,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
                 without `ImplicitTrunkConfig.residual_weight` or outside gradient recording.
 
         Raises:
-            ValueError: labels out of range, inputs of another shape, `iterations` where they do not apply.
+            ValueError: labels out of range, see `check_labels`; inputs of another shape, `iterations` where
+                they do not apply.
             TypeError: `iterations` that are not those of a single solve.
         """
         self.check_labels(labels)
@@ -169,7 +173,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
         output = self.trunk(
             x_BLC.to(self.trunk.weight_type),
             self.trunk.modulate(cond.to(self.trunk.weight_type)),
-            mask_LL=self.mask_LL,
+            causal=BlockCausal(self.group_sizes, self.first_mask),
             iterations=iterations,
             generator=generator,
         )
@@ -237,12 +241,19 @@ class NextScaleTransformer(nn.Module, Pretrained):
         return torch.addcmul(shift, norm(x_BLC.to(self.wide_type)), scale)
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise unless `labels` is (B,) of classes in [0, N]."""
+        """Raise `ValueError` unless `labels` is (B,) of classes in [0, N].
+
+        Labels on a CUDA device are not read, for which the host would have to wait: others than these end
+        with a device-side assertion when their embeddings are looked up.
+
+        Args:
+            labels: to check; where it can be chosen, before they are moved to the device.
+        """
         if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"labels: expected integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}"
             )
-        if labels.numel() and not labels.is_meta:
+        if labels.numel() and not fails_on_device(labels):
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high > self.null_class:
                 raise ValueError(
@@ -269,7 +280,8 @@ def _derive(model: NextScaleTransformer, _: object = None) -> None:
     or any.
     """
     with torch.device(model.pos_embed.device):  # whatever the default device is
-        model.mask_LL, model.scale_ids = block_causal_mask(model.config.sides), scale_ids(model.config.sides)
+        model.first_mask = block_causal(model.config.sides).mask_ll
+        model.scale_ids = scale_ids(model.config.sides)
 
 
 TRUNKS: dict[type[TrunkConfig], type[Trunk]] = {

@@ -1,11 +1,11 @@
 """The contract of the transformer's middle, and the explicit trunk of VAR.
 
     modulations = trunk.modulate(cond)
-    output = trunk(x_BLC, modulations, mask_LL=None, cache=None, iterations=None, ...)
+    output = trunk(x_BLC, modulations, causal=None, cache=None, iterations=None, ...)
 
 Explicit blocks, a middle, explicit blocks: in VAR the middle does nothing, in VIAR it is solved for.
 
-Without a cache all scales go through at once under the block-causal mask (teacher forcing). With one,
+Without a cache all scales go through at once block-causally (teacher forcing). With one,
 `x_BLC` is the next scale alone: keys and values of the past are read from the cache, its own are left there.
 A trunk keeps nothing of a call: whatever it computes is in its `TrunkOutput`.
 """
@@ -23,6 +23,7 @@ from .blocks import Block
 from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name
 from .config import TransformerConfig, filled
 from .execution import computes_in, in_type_of, joined, row_chunks
+from .scales import BlockCausal
 from .schedule import Adaptive, Iterations
 
 Modulations = Mapping[str, Tensor]  # of every block by its name, (6, B, 1, C), see `Block.modulate`
@@ -55,7 +56,7 @@ class Call(NamedTuple):
     """What a forward of a trunk is asked for; see `Trunk.forward`."""
 
     modulations: Modulations
-    mask_LL: Tensor | None
+    causal: BlockCausal | None
     cache: KeyValueCache | None
     iterations: int | Adaptive | None
     generator: torch.Generator | None
@@ -147,7 +148,7 @@ class Trunk(nn.Module, ABC):
         x_BLC: Tensor,
         modulations: Modulations,
         *,
-        mask_LL: Tensor | None = None,
+        causal: BlockCausal | None = None,
         cache: KeyValueCache | None = None,
         iterations: int | Adaptive | None = None,
         generator: torch.Generator | None = None,
@@ -159,7 +160,8 @@ class Trunk(nn.Module, ABC):
         Args:
             x_BLC: tokens of all scales, or with a cache of the next one.
             modulations: from `modulate`.
-            mask_LL: true where row may attend to column; not with a cache.
+            causal: which tokens see which, from `viar.model.scales.block_causal`; default: all see all. Not
+                with a cache.
             cache: from `new_cache`.
             iterations: of the implicit block, one entry of `schedule`; default that of the config.
             generator: draws the random depth of an implicit block in training, on the CPU; default PyTorch's
@@ -171,8 +173,9 @@ class Trunk(nn.Module, ABC):
 
         Raises:
             TypeError: `iterations` that are no entry of a schedule.
-            ValueError: `iterations` where they do not apply; a cache together with a mask, or while gradients
-                are recorded; `displacement` or `measure` without a cache.
+            ValueError: `iterations` where they do not apply; `causal` for another number of tokens; a cache
+                together with `causal`, or while gradients are recorded; `displacement` or `measure` without a
+                cache.
         """
         if not (iterations is None or isinstance(iterations, int | Adaptive)):
             raise TypeError(f"iterations: expected one entry of `schedule`, got {iterations!r}")
@@ -184,12 +187,16 @@ class Trunk(nn.Module, ABC):
                 raise ValueError("displacement, measure: they are of a single scale; give its cache too")
         elif torch.is_grad_enabled():
             raise ValueError("cache: it is overwritten as scales go on, so call under torch.no_grad()")
-        elif mask_LL is not None:
-            raise ValueError("mask_LL: a scale attends to all that its cache holds; give one of the two")
+        elif causal is not None:
+            raise ValueError("causal: a scale attends to all that its cache holds; give one of the two")
         else:
             x_BLC = x_BLC.to(self.compute_type)
             cache.open_scale(x_BLC.shape[1], self._like(x_BLC))
-        call = Call(modulations, mask_LL, cache, iterations, generator, displacement, measure)
+        if causal is not None and sum(causal.sizes) != x_BLC.shape[1]:
+            raise ValueError(
+                f"causal: expected groups of {x_BLC.shape[1]} tokens in all, as x_BLC has, got {causal.sizes}"
+            )
+        call = Call(modulations, causal, cache, iterations, generator, displacement, measure)
         output = self._middle(run_blocks(self.blocks_before(), x_BLC, call), call)
         return output._replace(x_BLC=run_blocks(self.blocks_after(), output.x_BLC, call))
 
@@ -273,7 +280,7 @@ def run_blocks(blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, call: Call) -
     for name, block in blocks:
         modulation = call.modulations[name]
         if call.cache is None:
-            x_BLC = block(x_BLC, modulation, call.mask_LL)
+            x_BLC = block(x_BLC, modulation, call.causal)
             continue
         run, modulation = in_type_of(x_BLC, block), modulation.to(x_BLC.dtype)
         x_BLC = joined(

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TokenizerConfig
-from ..model.execution import in_type_of
+from ..model.execution import fails_on_device, in_type_of, sent
+from ..precision import full_float32
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
 IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use
@@ -57,21 +58,16 @@ def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
 
 @contextmanager
 def _full_precision(like: Tensor) -> Iterator[None]:
-    """Inside of this, float32 is float32: no autocast, and no TensorFloat32 in the convolutions of a GPU.
+    """Inside of this, float32 is float32: no autocast, and on a GPU no TensorFloat32.
 
     The residuals of late scales are small, so that lower precision would pick other codes.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
     with torch.autocast(device_type=like.device.type, enabled=False):
-        if not like.is_cuda:
+        if not like.is_cuda:  # a compiler of code for CPUs could not look into what follows
             yield
             return
-        try:
-            cudnn.allow_tf32 = False
+        with full_float32("cuda", "conv", "matmul"):
             yield
-        finally:
-            cudnn.allow_tf32 = before
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -254,7 +250,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def revive_dead_codes(
         self, vectors_NZ: Tensor, *, threshold: float = IN_USE_SHARE, generator: torch.Generator
-    ) -> int:
+    ) -> Tensor:
         """Replace codes that are hardly ever chosen by vectors that the codebook should represent.
 
         A code is dead where its hits, over all scales, are below `threshold` times a uniform share. It
@@ -271,17 +267,23 @@ class MultiScaleQuantizer(nn.Module):
             generator: source of the draw.
 
         Returns:
-            Number of codes replaced.
+            Number of codes replaced, int64 scalar on the codebook's device.
 
         Raises:
             ValueError: no vectors or not Z channels.
         """
         self._check_vectors(vectors_NZ, least=1)
         hits_V = self.usage.sum(0)
-        dead = (hits_V < threshold * hits_V.mean()).nonzero().squeeze(1)[: len(vectors_NZ)]
-        self.codebook.weight[dead] = _draw(vectors_NZ, len(dead), generator).to(self.codebook.weight)
-        self.usage[:, dead] = self.usage.mean(1, keepdim=True)
-        return len(dead)
+        dead_V = hits_V < threshold * hits_V.mean()
+        # The first dead code gets the first of the drawn vectors, and so on, until there are none left. How
+        # many are dead the host would have to wait for.
+        place_V = dead_V.cumsum(0) - 1
+        dead_V = dead_V & (place_V < len(vectors_NZ))
+        drawn_NZ = _draw(vectors_NZ, len(vectors_NZ), generator).to(self.codebook.weight)
+        new_VZ = drawn_NZ[place_V.clamp(0, len(vectors_NZ) - 1)]
+        self.codebook.weight.copy_(torch.where(dead_V.unsqueeze(1), new_VZ, self.codebook.weight))
+        self.usage.copy_(torch.where(dead_V, self.usage.mean(1, keepdim=True), self.usage))
+        return dead_V.sum()
 
     def check_feature_map(self, name: str, value: Tensor) -> None:
         """Raise `ValueError` unless `value`, called `name`, is (B, Z, p_K, p_K) floating point."""
@@ -295,7 +297,9 @@ class MultiScaleQuantizer(nn.Module):
     def check_tokens(self, tokens: Sequence[Tensor], *, all_scales: bool = False) -> None:
         """Raise `ValueError` unless `tokens` holds one (B, p_k * p_k) tensor of codes a scale.
 
-        From one to K scales, or exactly K where `all_scales`; int64 or int32; values in [0, V).
+        From one to K scales, or exactly K where `all_scales`; int64 or int32; values in [0, V). Values on a
+        CUDA device are not read, for which the host would have to wait: wrong ones end with a device-side
+        assertion when their codes are looked up.
         """
         most = len(self.sides)
         least = most if all_scales else 1
@@ -312,11 +316,10 @@ class MultiScaleQuantizer(nn.Module):
                 raise ValueError(
                     f"tokens[{scale}] must have shape {(batch, side * side)}, got {tuple(tokens_Bl.shape)}"
                 )
-            if tokens_Bl.numel() and not 0 <= int(tokens_Bl.min()) <= int(tokens_Bl.max()) < size:
-                raise ValueError(
-                    f"tokens[{scale}] must be codes in [0, {size}), "
-                    f"got {int(tokens_Bl.min())} to {int(tokens_Bl.max())}"
-                )
+            if tokens_Bl.numel() and not fails_on_device(tokens_Bl):
+                low, high = int(tokens_Bl.min()), int(tokens_Bl.max())
+                if low < 0 or high >= size:
+                    raise ValueError(f"tokens[{scale}] must be codes in [0, {size}), got {low} to {high}")
 
     def _residual_steps(self, f_BZhw: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield tokens, the vectors they stand for and f_hat, scale by scale."""
@@ -391,4 +394,4 @@ def _fraction_in_use(usage_V: Tensor) -> float:
 def _draw(vectors_NZ: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different rows."""
     order = torch.randperm(len(vectors_NZ), generator=generator, device=generator.device)
-    return vectors_NZ[order[:count].to(vectors_NZ.device)]
+    return vectors_NZ[sent(order[:count], vectors_NZ.device)]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, is_bf16_available, parse_flag_from_env, set_seed
+from accelerate.utils import is_bf16_available, parse_flag_from_env, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -77,6 +78,7 @@ def fit(
     if is_main:
         keep_settings(folder, settings)
     log = RunLog(folder / "metrics.jsonl", settings["kind"], state.step, is_main=is_main, console=console)
+    together = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     samples = RunSamples(folder / "samples", draw if is_main else None, config.sample_every, state.step)
     batches = _batches(data, config, accelerator, state.step)
     wrapped.train()
@@ -85,7 +87,7 @@ def fit(
     with log.bar:
         while True:
             progress = config.progress(state.step, state.seconds)
-            progress, save_is_due = _agreed(accelerator, progress, checkpoint.is_due())
+            progress, save_is_due = _agreed(together, progress, checkpoint.is_due())
             if progress >= 1 or save_is_due:
                 _check_finite(float(numbers["loss"]), state.step)
             if progress >= 1:
@@ -108,6 +110,8 @@ def fit(
         checkpoint.remove()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+    if together is not None:
+        dist.destroy_process_group(together)
     return metrics | {"steps": state.step, "seconds": round(state.seconds, 2)}
 
 
@@ -209,12 +213,16 @@ def _already_collated(batch: Any) -> Any:
     return batch
 
 
-def _agreed(accelerator: Accelerator, progress: float, save_is_due: bool) -> tuple[float, bool]:
-    """What the main process's clock says: others would end the run or save at another step."""
-    if accelerator.num_processes == 1:
+def _agreed(together: dist.ProcessGroup | None, progress: float, save_is_due: bool) -> tuple[float, bool]:
+    """What the main process's clock says: others would end the run or save at another step.
+
+    From host to host: what a device is told is read from it only after all else that it was asked to do.
+    """
+    if together is None:
         return progress, save_is_due
-    ours = torch.tensor([progress, save_is_due], device=accelerator.device, dtype=torch.float64)
-    progress, save_is_due = broadcast(ours).tolist()
+    told = torch.tensor([progress, save_is_due], dtype=torch.float64)
+    dist.broadcast(told, src=0, group=together)
+    progress, save_is_due = told.tolist()
     return progress, bool(save_is_due)
 
 

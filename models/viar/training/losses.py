@@ -73,12 +73,11 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, num_classes: int, seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
-        num_classes: N, of the model; labels are 0 to N - 1.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -86,7 +85,6 @@ def transformer_loss(to_tokens: ToTokens | None, *, num_classes: int, seed: int)
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
         depth.manual_seed(seed_at(seed, step))
         if to_tokens is not None:
-            check_classes(batch[1], num_classes)
             batch = to_tokens(*batch)
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
@@ -102,7 +100,7 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
     """Raise `ValueError` unless labels are classes: the model would take N for no class at all.
 
     Args:
-        labels: (B,) int64.
+        labels: (B,) int64, on the CPU: they are read.
         num_classes: N, of the model.
     """
     if not len(labels):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..data import (
     Batch,
@@ -126,11 +127,13 @@ def train_transformer(
     tokenizer.eval().requires_grad_(False)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
-    samples: BatchedDataset[Any] = data
+    samples: BatchedDataset[Any]
     to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
     if isinstance(data, TensorImages):
         samples, to_tokens = TokenizedImages(tokenizer, data), None
-    step_loss = transformer_loss(to_tokens, num_classes=model.config.num_classes, seed=config.seed)
+    else:
+        samples = _OfClasses(data, model.config.num_classes)
+    step_loss = transformer_loss(to_tokens, seed=config.seed)
     draw = generated(tokenizer)
     return fit(model, step_loss, samples, folder, config, settings=settings, draw=draw, console=console)
 
@@ -141,8 +144,23 @@ def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatc
     return make(tokenizer.to(batch.device), batch, labels)
 
 
+class _OfClasses(Dataset[Any]):
+    """`data`, its labels checked as they are read: on the device the host would have to wait for them."""
+
+    def __init__(self, data: BatchedDataset[Any], num_classes: int) -> None:
+        self.data, self.num_classes = data, num_classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        samples, labels = self.data.__getitems__(indices)
+        check_classes(labels, self.num_classes)
+        return samples, labels
+
+
 def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
-    """Raise unless labels are classes, where the data set tells them; others are looked at in each step."""
+    """Raise unless labels are classes, where the data set tells them at once."""
     if isinstance(data, TensorImages):
         check_classes(data.labels, num_classes)
     elif isinstance(data, ImageFolder):

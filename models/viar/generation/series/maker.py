@@ -12,26 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...precision import full_float32
 from ...tokenizer import Tokenizer
-from ..sampling import Sample
+from ..scalewise import Sample
 from .folder import SeriesFolder
 
 Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
 
 
 @contextmanager
-def deterministic_convolutions() -> Iterator[None]:
-    """Convolutions on a GPU computed in float32, and by the same algorithm each time.
+def deterministic_convolutions(device_type: str) -> Iterator[None]:
+    """Convolutions computed in float32, and on a GPU by the same algorithm each time.
 
-    PyTorch's default is TensorFloat32 and the algorithm that a trial finds fastest. The settings before are
-    put back at the end.
+    PyTorch's default on a GPU is TensorFloat32, and the algorithm may be what a trial finds fastest. The
+    settings before are put back at the end.
+
+    Args:
+        device_type: that they are computed on.
     """
-    wanted = {"allow_tf32": False, "benchmark": False, "deterministic": True}
+    wanted = {"benchmark": False, "deterministic": True}
     before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
     try:
         for name, value in wanted.items():
             setattr(torch.backends.cudnn, name, value)
-        yield
+        with full_float32(device_type, "conv"):
+            yield
     finally:
         for name, value in before.items():
             setattr(torch.backends.cudnn, name, value)
@@ -56,7 +61,9 @@ def runs(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[
 
 
 def whole_batches(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:
-    """What to sample together where rounding may decide: full batches that begin at multiples of their size.
+    """What to sample together where the batch counts: full ones that begin at multiples of their size.
+
+    That is where rounding may decide, and where a capture is for one size.
 
     Args:
         missing: indices of images, rising.

@@ -11,9 +11,12 @@ from deqlib._torch import is_compiled
 
 from ...model.schedule import Adaptive
 from ...model.transformer import NextScaleTransformer
+from ...precision import below_float32
 from ...pretrained import fingerprint
 from ...tokenizer import Tokenizer
 from ..settings import Sampling
+
+_MATMUL = {"tf32": "high", "bf16": "medium"}  # in the words of `torch.set_float32_matmul_precision`
 
 
 def provenance(
@@ -23,6 +26,8 @@ def provenance(
     schedule: Sequence[int | Adaptive | None],
     classes: list[int],
     batch_size: str,
+    *,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """All that decides the images of a series, in plain values, as series.json holds it.
 
@@ -35,6 +40,7 @@ def provenance(
         schedule: its iterations of each scale, so that one schedule in other words is the same.
         classes: labels that the images get in turn.
         batch_size: in words, see `why_inexact`.
+        graphs: whether a batch is sampled by CUDA graphs and rounding may decide: the batch may be filled up.
     """
     return {
         "cfg": sampling.cfg,
@@ -49,6 +55,7 @@ def provenance(
         "batch_size": batch_size,
         # Only where it is asked for: series that were begun before there was this setting go on.
         **({"more_smooth": True} if sampling.more_smooth else {}),
+        **({"graphs": True} if graphs else {}),
         "compiled": _is_compiled(model),
         "model": fingerprint(model),
         "tokenizer": fingerprint(tokenizer),
@@ -63,20 +70,21 @@ def why_inexact(
     sampling: Sampling,
     schedule: Sequence[int | Adaptive | None],
 ) -> str | None:
-    """What keeps `Sample.certain` from holding, in words; `None` where it holds."""
+    """What keeps `Sample.certain` from holding, all of it in words; `None` where it holds."""
+    reasons = []
     if sampling.more_smooth:
-        return "mixtures of codes"
+        reasons.append("mixtures of codes")
     if any(isinstance(part, Adaptive) for part in schedule):
-        return "adaptive iterations"
+        reasons.append("adaptive iterations")
     dtypes = {p.dtype for module in (model, tokenizer) for p in module.parameters()}
     if low := sorted(str(dtype) for dtype in dtypes - {torch.float32, torch.float64}):
-        return f"weights in {', '.join(low)}"
+        reasons.append(f"weights in {', '.join(low)}")
     kind = model.pos_embed.device.type
     if torch.is_autocast_enabled(kind):
-        return f"autocast to {torch.get_autocast_dtype(kind)}"
-    if torch.get_float32_matmul_precision() != "highest":
-        return f"float32 matmul precision {torch.get_float32_matmul_precision()}"
-    return None
+        reasons.append(f"autocast to {torch.get_autocast_dtype(kind)}")
+    if lower := below_float32(kind, "matmul"):
+        reasons.append(f"float32 matmul precision {_MATMUL[lower]}")
+    return " and ".join(reasons) or None
 
 
 def _is_compiled(model: NextScaleTransformer) -> bool:

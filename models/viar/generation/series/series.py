@@ -28,6 +28,7 @@ from rich.console import Console
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
+from ..graphs import Parts, why_eager
 from ..sampling import check_pair, sample_tokens
 from ..settings import Sampling, as_sampling
 from .folder import SeriesFolder
@@ -105,15 +106,20 @@ def generate_series(
     schedule = sampling.schedule(model.trunk)
     inexact = why_inexact(model, tokenizer, sampling, schedule)
     batches = f"{batch_size}, because of {inexact}" if inexact else "any"
-    settings = provenance(model, tokenizer, sampling, schedule, classes, batches)
+    graphs = model.graphs is not None and why_eager(Parts.of(model, tokenizer), schedule) is None
+    settings = provenance(
+        model, tokenizer, sampling, schedule, classes, batches, graphs=graphs and inexact is not None
+    )
     target = SeriesFolder(Path(folder), tokenizer.config.image_side)
     together = Processes(model.pos_embed.device)
     missing = together.agree(settings, lambda: target.prepare(settings, num, formats))
-    parts = list(whole_batches(missing, batch_size) if inexact else runs(missing, batch_size))
+    # A batch of another size would be captured for once.
+    whole = graphs or inexact is not None
+    parts = list(whole_batches(missing, batch_size) if whole else runs(missing, batch_size))
     draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
     maker = Maker(draw, tokenizer, classes, target, inexact is None, sampling.more_smooth)
     progress = SeriesProgress(target, num, len(missing), console, shown=together.is_main)
-    with maker, deterministic_convolutions(), progress:
+    with maker, deterministic_convolutions(model.pos_embed.device.type), progress:
         for indices, wanted in parts[together.index :: together.count]:
             maker.make(indices, wanted)
             progress.look()

@@ -1,0 +1,235 @@
+"""Running the parts one after another, and what came of them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import shorten
+from xml.etree import ElementTree
+
+import torch
+from rich.console import Console
+
+from ..case import Bar, Case, Metric, Row, Run, Table, none_of, product
+from ..environment import ROOT
+from ..results import Results
+from ..runner import begin, measure
+from ..runner import judged as bars_of
+from ..show import listing
+from ..show.tables import bars_table
+from ..suites import SUITES
+from .parts import NAMED, PARTS, command, tests_command, wanted
+
+ENDED, FAILED, LATE, NOT_RUN = "ended", "failed", "out of time", "not run"
+LEAST = 5.0  # seconds below which no part is begun
+SHOWN = 25  # last lines of a part that failed
+NOTE = 2000  # characters
+# What the lack of a package leaves out.
+OPTIONAL = {
+    "torchdeq": "nothing of it is beside ours",
+    "jsonschema": "the form of files of figures is not checked",
+    "triton": "no steps are fused, and nothing can be compiled",
+}
+
+
+@dataclass
+class Session:
+    """One run of parts.
+
+    Attributes:
+        run: how.
+        names: of the parts, in their order.
+        out: folder of all files.
+        log: where the processes print.
+        deadline: of the last part, `time.monotonic()`.
+    """
+
+    run: Run
+    names: list[str]
+    out: Path
+    log: Path
+    deadline: float
+
+    def build(self, run: Run, part: str) -> Iterator[Row]:
+        """Run a part within its share of the time that is left."""
+        chosen, rest = NAMED[part], self.names[self.names.index(part) :]
+        start = time.monotonic()
+        seconds = (self.deadline - start) * chosen.share / sum(NAMED[name].share for name in rest)
+        if seconds < LEAST:
+            status, note = NOT_RUN, ""
+        elif not chosen.suite:
+            status, note = self._test(seconds)
+        else:
+            words = command(chosen, run, self.out, self.figures(chosen.suite), seconds)
+            status = self._process(words, seconds)
+            if not chosen.profile:
+                status, note = self.judged(part, status)
+            else:
+                note = ""
+        took = time.monotonic() - start
+        print(f"{part}: {status} after {took:.0f} s of {seconds:.0f}. {note}", flush=True)
+        yield {"contender": part, "status": status, "seconds": [took], "limit": seconds, "note": note}
+
+    def figures(self, suite: str) -> Path | None:
+        """The file of a suite, if a part made it."""
+        return next(iter(sorted(self.out.glob(f"{suite}_*.json"))), None)
+
+    def judged(self, part: str, status: str) -> tuple[str, str]:
+        """The status, "out of time" if points are missing, and what is missing or was raised."""
+        chosen = NAMED[part]
+        path = self.figures(chosen.suite)
+        results = None if path is None else Results.load(path)
+        missing: list[str] = []
+        raised: dict[str, dict[str, None]] = {}  # contenders, each once, by what they say
+        for case, settings in wanted(chosen, self.run):
+            if results is None or not results.has(case.name, settings):
+                missing.append(f"{case.name} {' '.join(map(str, settings.values()))}")
+                continue
+            for row in results.rows(case.name):
+                if settings.items() <= row.items() and row.get("error"):
+                    raised.setdefault(row["error"], {})[row["contender"]] = None
+        notes = [f"not measured: {'; '.join(missing)}"] * bool(missing)
+        notes += [f"no figures of {', '.join(names)}: {error}" for error, names in raised.items()]
+        return LATE if missing and status == ENDED else status, shorten(". ".join(notes), NOTE)
+
+    def _test(self, seconds: float) -> tuple[str, str]:
+        """Status of the tests, and how many passed, which failed."""
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            status = self._process(tests_command(report), seconds)
+            return status, told(report.read_text()) if report.exists() else ""
+
+    def _process(self, words: list[str], seconds: float) -> str:
+        """Run a command into the log; what it started ends with it, at the latest when its time is up."""
+        path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONIOENCODING": "utf-8",
+            "PYTHONUNBUFFERED": "1",
+            "DEQLIB_TEST_DEVICE": str(self.run.device),
+        }
+        with self.log.open("a", encoding="utf-8") as log:
+            print(f"\n$ {' '.join(words)}", file=log, flush=True)
+            start = log.tell()
+            process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return LATE
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # nothing is left of it
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code:
+            printed = self.log.read_bytes()[start:].decode(errors="replace")
+            print(*printed.splitlines()[-SHOWN:], sep="\n")
+        return FAILED if code else ENDED
+
+
+def ran(run: Run, names: list[str], out: Path, deadline: float, console: Console) -> bool:
+    """Run parts and print what came of them; whether all ended.
+
+    Args:
+        run: how.
+        names: of the parts, in their order.
+        out: folder of all files.
+        deadline: of the last part, `time.monotonic()`.
+        console: to print to.
+    """
+    for line in missing_packages():
+        console.print(line)
+    results, path = begin("gpu", run, None, out)
+    session = Session(run, names, out, path.with_name(f"{path.stem}_log.txt"), deadline)
+    out.mkdir(parents=True, exist_ok=True)
+    grid = product(part=names)
+    case = replace(CASE, build=session.build, grid=grid, quick=grid)
+    measure([case], [case.name], {}, run, results, path, console)
+    for name, suite in SUITES.items():
+        if (figures := session.figures(name)) is not None:
+            console.print(f"{name}:")
+            console.print(bars_table(bars_of(suite.CASES, Results.load(figures))))
+    console.print(f"in {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
+    return all(row["status"] == ENDED for row in results.rows(case.name))
+
+
+def told(report: str) -> str:
+    """What pytest's report in XML says, in words."""
+    (suite,) = ElementTree.fromstring(report).iter("testsuite")
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    names = [
+        f"{test.get('classname')}::{test.get('name')}"
+        for test in suite.iter("testcase")
+        if test.find("failure") is not None or test.find("error") is not None
+    ]
+    text = f"{passed} passed, {failed} failed, {counts['skipped']} skipped"
+    return shorten(f"{text}: {'; '.join(names)}", NOTE) if names else text
+
+
+def refusal(device: torch.device, *, quick: bool) -> str | None:
+    """Why there is nothing to measure here, if so."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "gpu: PyTorch sees no CUDA device here; --device cpu --quick shows that all runs"
+    if device.type == "cpu" and not quick:
+        return "gpu: the points of full size are for a GPU; --device cpu needs --quick"
+    return None
+
+
+def missing_packages() -> list[str]:
+    """What is not installed and what that leaves out, a line each."""
+    return [
+        f"{name} is not installed: {lack}"
+        for name, lack in OPTIONAL.items()
+        if importlib.util.find_spec(name) is None
+    ]
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """Every part ended."""
+    return [none_of("parts that did not end", [row["part"] for row in rows if row["status"] != ENDED])]
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a part."""
+    columns = {
+        "part": lambda row: row["part"],
+        "status": lambda row: row["status"],
+        "s": lambda row: f"{row['seconds'][0]:.0f}",
+        "of": lambda row: f"{row['limit']:.0f}",
+        "": lambda row: shorten(row["note"], 160, placeholder=" ..."),
+    }
+    return listing("parts", rows, columns)
+
+
+def _unbound(run: Run, part: str) -> Iterator[Row]:
+    raise ValueError("parts are measured by `python -m benchmarks gpu`")
+
+
+CASE = Case(
+    "parts",
+    "what ran, and what came of it",
+    _unbound,
+    grid=product(part=[part.name for part in PARTS]),
+    quick=product(part=[part.name for part in PARTS]),
+    metrics={"status": Metric(None), "limit": Metric(None), "note": Metric(None), "seconds": Metric(None)},
+    table=table,
+    bars=bars,
+)
