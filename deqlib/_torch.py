@@ -156,6 +156,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work. In PyTorch 2.11 its own question is true of all that is compiled."""
+    return torch.compiler._is_exporting_flag
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to be called before or after the forward pass of `module` itself."""
     return bool(module._forward_pre_hooks or module._forward_hooks)

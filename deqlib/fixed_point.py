@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._autocast import coarsest_dtype
 from ._checks import check_instance, plain
 from ._compiler import run_eagerly
-from ._torch import compiler_in_force, is_transformed, tree_leaves, tree_map
+from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
@@ -26,6 +26,9 @@ from .state import FlatMap, Layout, Map, flatten
 from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
+
+# Made once: the compiler of PyTorch 2.11 fails where it traces how the last one is made.
+_SOLVER, _STOPPING, _BACKWARD = Auto(), Stopping(), ImplicitDifferentiation()
 
 
 def fixed_point(
@@ -77,9 +80,9 @@ def fixed_point(
             dtype or device of the state, or a `compact` that does not fit the inputs.
         NonConvergenceError: see `on_failure`.
     """
-    solver = Auto() if solver is None else solver
-    stopping = Stopping() if stopping is None else stopping
-    backward = ImplicitDifferentiation() if backward is None else backward
+    solver = _SOLVER if solver is None else solver
+    stopping = _STOPPING if stopping is None else stopping
+    backward = _BACKWARD if backward is None else backward
     return solve_for(
         None,
         f,
@@ -314,7 +317,7 @@ def _is_traceable(stopping: Stopping, backward: Backward) -> bool:
             traceable = backward.is_traceable or not torch.is_grad_enabled()
         if traceable:
             return True
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise RuntimeError(
             "torch.export: a solve to a tolerance depends on the data, and an implicit backward pass "
             "cannot be exported; use stopping=Stopping.steps(n) and export under torch.no_grad()"

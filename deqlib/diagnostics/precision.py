@@ -106,6 +106,8 @@ def _shares(exact: ExactGradient, point: Linearization, u: Tensor, found: Gradie
 def _along(point: Linearization, leaves: Sequence[Tensor], u: Tensor, direction: Sequence[Tensor]) -> Tensor:
     """<gradient_i, direction> of every sample, (B,), the gradient being that of <u, output>."""
     u = u.detach().requires_grad_()
+    if not leaves:  # PyTorch 2.11 refuses to differentiate by nothing
+        return torch.zeros(len(u), dtype=torch.float64, device=u.device)
     found = torch.autograd.grad(point.output, leaves, u, create_graph=True, allow_unused=True)
     total = sum((g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None)
     if not isinstance(total, Tensor):  # the output depends on none of them

@@ -256,7 +256,8 @@ def norms(
         return tuple(norm(v, exact=True) for v in vectors)
     found = tuple(norm(v) for v in vectors)
     if may_lose:
-        low, high = (torch.stack(found) if len(found) > 1 else found[0]).aminmax()
+        # Without tangents, which it does not take in PyTorch 2.11.
+        low, high = (torch.stack(found) if len(found) > 1 else found[0]).detach().aminmax()
         if not (float(low) > SAFE[0] and float(high) < SAFE[1]):  # true for NaN
             return tuple(norm(v, exact=True) for v in vectors)
     return found

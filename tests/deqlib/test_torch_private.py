@@ -261,6 +261,22 @@ def compiled_functions_are_told() -> bool:
     return told and not any(ours().is_compiled_callable(function) for function in others)
 
 
+class AddsWhereExported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_exporting = ours().is_exporting
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (1 if self.is_exporting() else 0)
+
+
+def an_export_is_told_from_a_compilation() -> bool:
+    module, x = AddsWhereExported(), torch.zeros(1)
+    exported = torch.export.export(module, (x,)).module()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    return [float(run(x)) for run in (module, exported, compiled)] == [0, 1, 0]
+
+
 def compilers_go_out_of_force_and_back() -> bool:
     seen: list[Any] = []
 
@@ -428,6 +444,11 @@ CANARIES = (
         ("…._torchdynamo_orig_callable", "…._torchdynamo_disable"),
         compiled_functions_are_told,
         "compiled cells: without it they run as they are on the tape",
+    ),
+    Canary(
+        ("torch.compiler._is_exporting_flag",),
+        an_export_is_told_from_a_compilation,
+        "solves inside torch.compile: they are refused there as in torch.export",
     ),
     Canary(
         ("torch._C._dynamo.eval_frame", *(f"torch._C._dynamo.eval_frame.{name}" for name in FRAMES)),
