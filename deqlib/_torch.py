@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.nn.utils import parametrize
 
+# Sees every operation before it runs: there is no public name for it.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 # Nests of tuples, lists, dicts and registered classes, taken apart and put together as `torch.export` and
 # `torch.func` do it: there is no public module for them in the oldest versions supported.
 from torch.utils._pytree import TreeSpec as TreeSpec

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from deqlib._torch import TorchDispatchMode
 
 
 def num_kernels(compute: Callable[[], object], device: torch.device) -> int:

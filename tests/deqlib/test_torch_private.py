@@ -52,6 +52,19 @@ def trees_are_taken_apart_and_put_together() -> bool:
     )
 
 
+def operations_are_seen() -> bool:
+    names = []
+
+    class Noting(ours().TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append((str(func), func.is_view))
+            return func(*args, **(kwargs or {}))
+
+    with Noting():
+        torch.ones(2, 2).mT.add(1)
+    return names == [("aten.ones.default", False), ("aten.transpose.int", True), ("aten.add.Tensor", False)]
+
+
 def leaves_of_trees_have_readable_paths() -> bool:
     paths = [path for path, _ in ours().tree_flatten_with_path({"a": [1, 2]})[0]]
     return [ours().keystr(path) for path in paths] == ["['a'][0]", "['a'][1]"]
@@ -418,6 +431,11 @@ CANARIES = (
         ("module._parameters", "module._buffers"),
         attributes_of_modules_are_set,
         "torch.func transforms of a layer whose parameters are swapped",
+    ),
+    Canary(
+        ("torch.utils._python_dispatch.TorchDispatchMode",),
+        operations_are_seen,
+        "operations that benchmarks count on a CPU",
     ),
     Canary(("tensor._version",), writing_is_counted, "the error for cells that write to their argument"),
     Canary(
