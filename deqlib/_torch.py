@@ -50,7 +50,8 @@ def is_transformed() -> bool:
 def is_traced() -> bool:
     """Whether operations of PyTorch are written down, to be done again: `torch.jit.trace`, `torch.fx`."""
     proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
-    return torch.jit.is_tracing() or proxies is not None
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_tracing or proxies is not None
 
 
 def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
