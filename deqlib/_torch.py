@@ -50,6 +50,13 @@ def is_transformed() -> bool:
     return is_func_active() or is_forward_mode_active()
 
 
+def is_traced() -> bool:
+    """Whether operations of PyTorch are written down, to be done again: `torch.jit.trace`, `torch.fx`."""
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    is_tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_tracing or proxies is not None
+
+
 def forward_mode(enabled: bool) -> AbstractContextManager[Any]:
     """A block in which tensors show their tangents and pass them on, or hide them.
 

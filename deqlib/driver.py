@@ -21,7 +21,7 @@ from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
 from .fused import is_available
-from .fused.record import FusedRecord
+from .fused.record import MOST_NUMBERS, FusedRecord
 from .progress import Record, UnitNorms, measure, relative
 from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
@@ -78,8 +78,9 @@ def approach(
 
 def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
     """What keeps the books, with kernels of its own where there are any."""
+    fits = unit_norms is None and z0.numel() > 0 and z0.shape[1] <= MOST_NUMBERS
     # No numbers of it: how a starting point lies in memory says nothing about the iterates.
-    is_fused = unit_norms is None and z0.numel() > 0 and is_available(z0[:0])
+    is_fused = fits and is_available(z0[:0])
     kind = FusedRecord if is_fused else Record
     return kind(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .._torch import is_transformed
+from .._torch import is_traced, is_transformed
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,7 +31,7 @@ def is_available(*tensors: Tensor) -> bool:
         return False
     if not _HAS_TRITON or torch.version.hip is not None or _failures:
         return False
-    if torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return False
     # A subclass may be a stand-in without numbers, or one that lies on several devices.
     return all(
@@ -39,6 +39,7 @@ def is_available(*tensors: Tensor) -> bool:
         and tensor.device == first.device
         and tensor.dtype in (torch.float32, torch.float64)
         and tensor.is_contiguous()
+        and not tensor.is_neg()  # whose numbers lie in memory with the other sign
         and not (tensor.requires_grad and torch.is_grad_enabled())
         for tensor in tensors
     )

@@ -22,6 +22,7 @@ from ..solvers.base import can_look
 from ..stopping import Stopping
 from . import give_up, is_available, on_device_of
 
+MOST_NUMBERS = 2**31 - 1  # of a sample: its places are counted in 32 bits
 _BLOCK = 1024  # numbers that a program goes through at a time
 _MOST_PARTS = 1024  # of a sample: more than a device has use for, if there is no other sample
 _TILE = 128  # parts whose sums are added up at a time

@@ -27,7 +27,6 @@ from ..solvers.history import History
 from ..solvers.safeguards import Safeguards
 from ..solvers.secant_state import Judged, SecantState
 from . import give_up, is_available, on_device_of
-from . import secant_kernels as kernels
 
 MOST_COLUMNS = 32
 MOST_BLOCKS = 65535  # of a sample: a limit of the devices
@@ -110,6 +109,8 @@ def judge(
     all_improved: bool = False,
 ) -> Tensor:
     """`Safeguards.judge`, and counts of what it finds: the samples that must undo their step, bool (B,)."""
+    from . import secant_kernels as kernels  # loads Triton
+
     batch, slots, _ = history.df.shape
     valid, matrix, rhs = history.own_columns(), history.system.matrix, history.system.rhs
     best, window_best = (torch.empty_like(safeguards.best) for _ in range(2))
@@ -160,6 +161,8 @@ def products(
     history: History,
 ) -> Tensor:
     """All inner products of the step, as shares of blocks of D, see `products_kernel`."""
+    from . import secant_kernels as kernels  # loads Triton
+
     batch, slots, width = history.df.shape
     columns, equations = num_columns(history), history.system.equations
     block = block_of(width, BLOCK, z.dtype)
@@ -200,6 +203,8 @@ def advance(
     safeguards: Safeguards,
 ) -> Tensor:
     """The next iterates (B, D); the history has the newest column then, and the values here are pending."""
+    from . import secant_kernels as kernels  # loads Triton
+
     count = history.count + 1
     next_slot, size = count % history.memory, min(count, history.memory)
     valid, system = history.own_columns(), history.system

@@ -81,7 +81,7 @@ class SecantSolver(Solver):
     def observe(self, seen: Seen, state: SecantState) -> SecantState:
         """The last step is judged by what the driver measured; finished samples keep their history."""
         if is_available(state.history.df):
-            from ..fused import secant as fused  # it needs Triton
+            from ..fused import secant as fused  # it is made of this package
 
             if fused.observed(seen, state):
                 return state
@@ -101,7 +101,7 @@ class SecantSolver(Solver):
         """One evaluation is one step; the first is a Picard step."""
         history = state.history
         if is_available(history.df):
-            from ..fused import secant as fused  # it needs Triton
+            from ..fused import secant as fused  # it is made of this package
 
             moved = fused.stepped(z, fz, self.damping, state)
             if moved is not None:

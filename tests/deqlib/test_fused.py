@@ -517,6 +517,48 @@ def test_kernels_are_not_for_what_autograd_or_a_transform_must_see() -> None:
     assert asked == [False]
 
 
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_kernels_are_not_for_what_is_traced() -> None:
+    """A graph of operations would lack what they do, and one that fails there would not be tried any more."""
+    asked = []
+
+    def ask(z: Tensor) -> Tensor:
+        asked.append(fused.is_available(z))
+        return z + 1
+
+    torch.fx.experimental.proxy_tensor.make_fx(ask)(torch.zeros(2, 3))
+    torch.jit.trace(ask, torch.zeros(2, 3), check_trace=False)
+    assert asked == [False, False]
+
+
+@interpreted
+def test_kernels_are_not_for_numbers_that_lie_in_memory_with_the_other_sign() -> None:
+    number = torch.complex(torch.ones(1, 1), torch.ones(1, 1)).conj().imag
+    assert number.is_contiguous()
+    assert not fused.is_available(number)
+    assert fused.is_available(number.clone())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes another Triton")
+@pytest.mark.parametrize("stopping", ["Stopping.steps(4)", "Stopping(rtol=1e-3, norm_axes=(1,))"])
+def test_where_triton_cannot_be_loaded_the_plain_step_goes_on(stopping: str, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('is broken')")
+    code = f"""
+import torch
+from deqlib import Anderson, Stopping, fixed_point
+with torch.no_grad():
+    fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Anderson(), stopping={stopping})
+"""
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ImportError: is broken") == 1
+
+
 # On devices that are not there -----------------------------------------------------------------------------
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*i1", torch.int64: "*i64"}

@@ -419,6 +419,9 @@ def test_the_fused_record_is_for_states_of_numbers_that_it_holds_the_squares_of(
     assert kind_of(torch.zeros(2, 3), unit_norms=lambda z: z.abs()) is Record
     for other in (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(0, 3), torch.zeros(2, 0)):
         assert kind_of(other) is Record
+    wide = torch.zeros(1, 1).expand(1, 2**31)  # whose last place is beyond 32 bits
+    assert kind_of(wide) is Record
+    assert kind_of(wide[:, 1:]) is FusedRecord
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is about a process without the interpreter")

@@ -84,6 +84,17 @@ def transforms_are_noticed() -> bool:
     return seen == [True] * 3 and not ours().is_func_active() and not ours().is_transformed()
 
 
+def traces_are_noticed() -> bool:
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(ours().is_traced())
+        return x + 1
+
+    torch.fx.experimental.proxy_tensor.make_fx(look)(torch.ones(2))
+    return seen == [True] and not ours().is_traced()
+
+
 def levels_of_forward_mode_are_noticed() -> bool:
     before = ours().is_forward_mode_active()
     with forward_ad.dual_level():
@@ -375,6 +386,11 @@ CANARIES = (
         ("torch._C._are_functorch_transforms_active",),
         transforms_are_noticed,
         "solves under torch.func transforms: without it their derivatives are wrong and not refused",
+    ),
+    Canary(
+        ("torch._C._get_dispatch_mode", "torch._C._TorchDispatchModeKey.PROXY"),
+        traces_are_noticed,
+        "solves on a GPU that torch.fx traces: without it the graph lacks what kernels do",
     ),
     Canary(
         ("torch.autograd.forward_ad._current_level",),
