@@ -128,7 +128,7 @@ def replayed(
         _arithmetic(),
     )
     filled = (0, batch - len(labels))
-    inputs = F.pad(labels.long(), filled, value=model.null_class), F.pad(noise.keys_B, filled)
+    inputs = F.pad(labels, filled, value=model.null_class), F.pad(noise.keys_B, filled)
     # What autocast keeps of a weight would be freed while a graph still reads it.
     with torch.autocast(kind, enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
         cache_bytes, *tensors = graphs.run(key, parts.weights, inputs, work)
