@@ -80,7 +80,7 @@ def _take_back(place: _Place) -> None:
         if _num_asking[place] or place not in _before:
             return
         backend, precision = _backend(place), _before.pop(place)
-        # That of all operations, where it says the same: set by its own name, it would stay when that changes.
+        # Where that of all operations is the same, it is that: else this one would stay when that changes.
         backend.fp32_precision = "none"
         if backend.fp32_precision != precision:
             backend.fp32_precision = precision
