@@ -29,6 +29,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import viar.generation.graphs
+import viar.generation.sampling
 import viar.model.graphs
 from deqlib import record
 from viar import (
@@ -376,6 +377,20 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert not failed, failed
+
+
+def test_graphs_that_another_thread_takes_off_serve_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = models()
+    expected = eager(pair, [0, 1, 2], Sampling())
+    original = viar.generation.sampling.why_eager
+
+    def interrupted(*args: Any, **kwargs: Any) -> str | None:
+        prepare_inference(*pair)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(viar.generation.sampling, "why_eager", interrupted)
+    check_same(sample_tokens(*pair, [0, 1, 2]), expected)
+    assert pair[0].graphs is None
 
 
 def test_memory_is_told_shared_and_released() -> None:

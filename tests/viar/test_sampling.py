@@ -486,6 +486,24 @@ def test_labels_of_any_integer_type_mean_the_same(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_the_default_device_plays_no_part(kind: str, tmp_path: Path) -> None:
+    pair, picture = (tiny_transformer(kind), tiny_tokenizer()), torch.full((2, 3, 6, 6), 0.5)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: generate(*pair, [0, 2]),
+        lambda: generate(*pair, [0, 2], more_smooth=True, return_report=True)[0],
+        lambda: generate(*pair, [0, 2], top_k=None, top_p=None, cfg=0),
+        lambda: edit(*pair, picture, torch.eye(6, device="cpu"), [0, 2]),
+        lambda: edit(*pair, picture, torch.eye(6, device="cpu"), [0, 2], keep="codes"),
+    ]
+    expected = [call() for call in calls]
+    with torch.device("meta"):  # nothing has numbers there
+        assert all(call().equal(before) for call, before in zip(calls, expected, strict=True))
+        assert generate_series(*pair, tmp_path, 3, batch_size=2).made == 3
+        with pytest.raises(ValueError, match="labels: expected classes"):
+            generate(*pair, [9])
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
 def test_no_images_at_all_are_made_by_every_way_in(kind: str) -> None:
     pair, none = (tiny_transformer(kind), tiny_tokenizer()), torch.zeros(0, dtype=torch.int64)
     images, report = generate(*pair, none, return_report=True)

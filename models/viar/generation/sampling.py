@@ -180,12 +180,13 @@ def sample_tokens(
     labels = sent(labels, device).long()  # narrower ones cannot be looked up
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
     schedule = sampling.schedule(model.trunk)
-    if model.graphs is not None:
+    graphs = model.graphs  # another thread may take them off
+    if graphs is not None:
         parts = Parts.of(model, tokenizer)
         in_the_way = why_eager(parts, schedule, measure=measure, edits=bool(replace or hold))
         if in_the_way is None:
-            return replayed(model.graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
-        model.graphs.tell(in_the_way)
+            return replayed(graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
+        graphs.tell(in_the_way)
     generation = Generation(model, tokenizer, sampling, schedule, labels, noise, measure=measure)
     for scale in range(len(model.config.sides)):
         generation.run(scale, replace, hold)

@@ -102,11 +102,15 @@ def as_sampling(sampling: Sampling | None) -> Sampling:
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
     """`labels` as a tensor; what they may be only a model knows, see `NextScaleTransformer.check_labels`.
 
+    Those that are none are on the CPU, whatever the default device is: there they are checked without waiting.
+
     Raises:
         TypeError: no numbers, or too large for a tensor.
     """
+    if isinstance(labels, Tensor):
+        return labels
     try:
-        return torch.as_tensor(labels)
+        return torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"labels: expected integers, one an image, got {labels!r}") from error
 
