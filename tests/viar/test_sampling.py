@@ -504,6 +504,40 @@ def test_the_default_device_plays_no_part(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["explicit", "implicit"])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_the_head_computes_in_float32_under_autocast(
+    kind: str, cfg: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, found = (tiny_transformer(kind), tiny_tokenizer()), []
+    original = NextScaleTransformer.classify
+
+    def seen(self: NextScaleTransformer, hidden_BLC: Tensor) -> Tensor:
+        logits = original(self, hidden_BLC)
+        found.append((hidden_BLC, logits))
+        return logits
+
+    monkeypatch.setattr(NextScaleTransformer, "classify", seen)
+    for settings in ({}, {"more_smooth": True}):
+        with torch.autocast("cpu", torch.bfloat16):
+            images = generate(*pair, [0, 2], cfg=cfg, **settings)
+        assert images.shape == (2, 3, 6, 6)
+    assert len(found) == 6
+    assert all(logits.equal(pair[0].head(hidden)) for hidden, logits in found)
+    with torch.autocast("cpu", torch.bfloat16):
+        modulation = pair[0].modulate_head(torch.ones(1, 16))
+    assert modulation.equal(pair[0].modulate_head(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_autocast_leaves_float64_alone(kind: str) -> None:
+    pair = tiny_transformer(kind).double(), tiny_tokenizer()
+    for sampling in (Sampling(), Sampling(more_smooth=True)):
+        expected = sample_tokens(*pair, [0, 2], sampling).f_hat
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sample_tokens(*pair, [0, 2], sampling).f_hat.equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
 def test_no_images_at_all_are_made_by_every_way_in(kind: str) -> None:
     pair, none = (tiny_transformer(kind), tiny_tokenizer()), torch.zeros(0, dtype=torch.int64)
     images, report = generate(*pair, none, return_report=True)

@@ -102,7 +102,7 @@ def as_sampling(sampling: Sampling | None) -> Sampling:
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
     """`labels` as a tensor; what they may be only a model knows, see `NextScaleTransformer.check_labels`.
 
-    Those that are none are on the CPU, whatever the default device is: there they are checked without waiting.
+    Those that are none are on the CPU, whatever the default device: there they are read without waiting.
 
     Raises:
         TypeError: no numbers, or too large for a tensor.

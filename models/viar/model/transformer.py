@@ -222,15 +222,17 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self,
         hidden_BLC: Tensor,  # from `head_input`
     ) -> Tensor:
-        """The last linear layer, (B, L, V), in the type of its input."""
-        return in_type_of(hidden_BLC, self.head)(hidden_BLC)
+        """The last linear layer, (B, L, V), in the type of its input, under autocast too."""
+        with torch.autocast(hidden_BLC.device.type, enabled=False):
+            return in_type_of(hidden_BLC, self.head)(hidden_BLC)
 
     def modulate_head(self, embedding_BC: Tensor) -> Tensor:
         """1 + scale and shift of the head, (2, B, 1, C); the same for all scales."""
         embedding_BC = embedding_BC.to(self.wide_type)
         modulate = in_type_of(embedding_BC, self.head_modulation)
-        scale, shift = modulate(F.silu(embedding_BC)).unsqueeze(1).chunk(2, 2)
-        return torch.stack([1 + scale, shift])
+        with torch.autocast(embedding_BC.device.type, enabled=False):
+            scale, shift = modulate(F.silu(embedding_BC)).unsqueeze(1).chunk(2, 2)
+            return torch.stack([1 + scale, shift])
 
     def head_input(
         self,
