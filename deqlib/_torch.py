@@ -176,6 +176,18 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody wants to be called before or after the forward pass of every module there is."""
+    return bool(
+        torch.nn.modules.module._global_forward_pre_hooks or torch.nn.modules.module._global_forward_hooks
+    )
+
+
+def is_caching_parametrizations() -> bool:
+    """Whether `torch.nn.utils.parametrize.cached()` is in force."""
+    return parametrize._cache_enabled > 0
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether `tensor` has a shape and no numbers, as where a compiler tries a function out."""
     # The class is private, and importing it takes a while: its name is enough.

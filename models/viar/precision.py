@@ -8,6 +8,7 @@ read whichever way was taken, and is the only one here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,6 +22,12 @@ _BACKENDS: dict[str, dict[Operation, Any]] = {  # by type of device: what PyTorc
     "cuda": {"conv": torch.backends.cudnn.conv, "matmul": torch.backends.cuda.matmul},  # type: ignore[attr-defined]
     "cpu": {"conv": torch.backends.mkldnn.conv, "matmul": torch.backends.mkldnn.matmul},  # type: ignore[attr-defined]
 }
+
+# Where float32 is asked for at present: how many times, by any thread, and what was in force before.
+_Place = tuple[str, Operation]
+_lock = threading.Lock()
+_num_asking: dict[_Place, int] = {}
+_before: dict[_Place, str] = {}
 
 
 def below_float32(device_type: str, operation: Operation) -> str | None:
@@ -40,18 +47,44 @@ def below_float32(device_type: str, operation: Operation) -> str | None:
 def full_float32(device_type: str, *operations: Operation) -> Iterator[None]:
     """Inside of this, these operations are computed in float32; the settings before are put back at the end.
 
-    They are those of the process: other threads see them meanwhile.
+    They are those of the process: other threads see them meanwhile. Where several are inside at a time, the
+    last one to leave puts them back.
 
     Args:
         device_type: see `below_float32`.
         operations: "conv", "matmul".
     """
-    lower = [(operation, below_float32(device_type, operation)) for operation in operations]
-    before = [(_BACKENDS[device_type][operation], found) for operation, found in lower if found is not None]
+    asked: list[_Place] = []
     try:
-        for backend, _ in before:
-            backend.fp32_precision = "ieee"
+        for operation in operations if device_type in _BACKENDS else ():
+            asked.append((device_type, operation))
+            _ask((device_type, operation))
         yield
     finally:
-        for backend, precision in before:
+        for place in asked:
+            _take_back(place)
+
+
+def _ask(place: _Place) -> None:
+    with _lock:
+        _num_asking[place] = _num_asking.get(place, 0) + 1
+        found = below_float32(*place)
+        if found is not None:
+            _before.setdefault(place, found)
+            _backend(place).fp32_precision = "ieee"
+
+
+def _take_back(place: _Place) -> None:
+    with _lock:
+        _num_asking[place] -= 1
+        if _num_asking[place] or place not in _before:
+            return
+        backend, precision = _backend(place), _before.pop(place)
+        # Where that of all operations is the same, it is that: else this one would stay when that changes.
+        backend.fp32_precision = "none"
+        if backend.fp32_precision != precision:
             backend.fp32_precision = precision
+
+
+def _backend(place: _Place) -> Any:
+    return _BACKENDS[place[0]][place[1]]

@@ -276,6 +276,25 @@ def hooks_are_told() -> bool:
     return told == [False, True, True] and not ours().has_hooks(after)
 
 
+def hooks_of_all_modules_are_told() -> bool:
+    register = (
+        torch.nn.modules.module.register_module_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    )
+    told = [ours().has_global_hooks()]
+    for add in register:
+        handle = add(lambda *_: None)
+        told.append(ours().has_global_hooks())
+        handle.remove()
+    return told == [False, True, True] and not ours().has_global_hooks()
+
+
+def cached_weights_are_told() -> bool:
+    with torch.nn.utils.parametrize.cached():
+        inside = ours().is_caching_parametrizations()
+    return inside and not ours().is_caching_parametrizations()
+
+
 def compiled_functions_are_told() -> bool:
     in_place = nn.Linear(2, 2)
     in_place.compile(backend="eager")
@@ -468,6 +487,19 @@ CANARIES = (
         ("module._forward_pre_hooks", "module._forward_hooks"),
         hooks_are_told,
         "hooks of a model that generates by CUDA graphs: without it they are not called in replays",
+    ),
+    Canary(
+        (
+            "torch.nn.modules.module._global_forward_pre_hooks",
+            "torch.nn.modules.module._global_forward_hooks",
+        ),
+        hooks_of_all_modules_are_told,
+        "hooks of all modules where one generates by CUDA graphs: without it they are not called in replays",
+    ),
+    Canary(
+        ("torch.nn.utils.parametrize._cache_enabled",),
+        cached_weights_are_told,
+        "CUDA graphs in a block of parametrize.cached(): without it they read weights that were freed",
     ),
     Canary(
         ("torch.nn.Module._call_impl.__code__",),

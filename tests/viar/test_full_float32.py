@@ -88,6 +88,45 @@ def test_operations_are_in_float32_inside_and_as_they_were_afterwards(way: str, 
 
 
 @by_way
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_while_one_thread_is_inside_another_that_leaves_changes_nothing(way: str, kind: str) -> None:
+    WAYS[way]()
+    before = state()
+    first, second = (full_float32(kind, "conv", "matmul") for _ in range(2))
+    with first:
+        second.__enter__()
+    assert below_float32(kind, "conv") is below_float32(kind, "matmul") is None
+    second.__exit__(None, None, None)
+    assert state() == before
+
+
+def low() -> set[tuple[str, str]]:
+    return {at for at in OPERATIONS if below_float32(*at) is not None}
+
+
+@by_way
+def test_what_is_said_of_all_operations_afterwards_is_heard(way: str) -> None:
+    found = []
+    for enters in (False, True):
+        for owner in (
+            backends.cudnn.conv,
+            backends.cuda.matmul,
+            backends.mkldnn.conv,
+            backends.mkldnn.matmul,
+        ):
+            owner.fp32_precision = "none"
+        WAYS[way]()
+        if enters:
+            for kind in ("cuda", "cpu"):
+                with full_float32(kind, "conv", "matmul"):
+                    pass
+        backends.fp32_precision = "ieee"
+        found.append(low())
+        backends.fp32_precision = "none"
+    assert found[1] <= found[0]
+
+
+@by_way
 def test_the_quantizer_computes_in_float32_on_a_gpu(way: str) -> None:
     WAYS[way]()
     before = state()

@@ -25,9 +25,11 @@ from tiny_models import tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import viar.generation.graphs
+import viar.generation.sampling
 import viar.model.graphs
 from deqlib import record
 from viar import (
@@ -266,7 +268,28 @@ def test_settings_of_the_process_that_choose_kernels_have_captures_of_their_own(
     for name, value in (("allow_tf32", False), ("deterministic", True), ("allow_tf32", True)):
         monkeypatch.setattr(torch.backends.cudnn, name, value)
         sample_tokens(*pair, [0])
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_accumulation = True  # which monkeypatch would put back as an attribute
+    try:
+        sample_tokens(*pair, [0])
+    finally:
+        matmul.allow_fp16_accumulation = False
     monkeypatch.undo()
+    assert graphs_of(pair[0]).num_captures == 4
+
+
+def test_parts_that_are_in_training_mode_have_captures_of_their_own() -> None:
+    pair = models("explicit")
+    check(pair, [0, 1])
+    pair[0].trunk.train()
+    check(pair, [0, 1])
+    assert graphs_of(pair[0]).num_captures == 2
+    block = pair[0].trunk.blocks[1]  # type: ignore[index, union-attr]
+    block.drop_path.rate = 1.0  # type: ignore[union-attr]
+    block.eval()  # type: ignore[union-attr, operator]
+    check(pair, [0, 1])
+    pair[0].eval()
+    check(pair, [0, 1])
     assert graphs_of(pair[0]).num_captures == 3
 
 
@@ -356,6 +379,20 @@ def test_threads_take_turns() -> None:
     assert not failed, failed
 
 
+def test_graphs_that_another_thread_takes_off_serve_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = models()
+    expected = eager(pair, [0, 1, 2], Sampling())
+    original = viar.generation.sampling.why_eager
+
+    def interrupted(*args: Any, **kwargs: Any) -> str | None:
+        prepare_inference(*pair)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(viar.generation.sampling, "why_eager", interrupted)
+    check_same(sample_tokens(*pair, [0, 1, 2]), expected)
+    assert pair[0].graphs is None
+
+
 def test_memory_is_told_shared_and_released() -> None:
     model, tokenizer = models()
     graphs = graphs_of(model)
@@ -398,6 +435,8 @@ EAGER: dict[str, tuple[Callable[[Pair], object], str]] = {
     "features": (lambda p: edit(*p, pictures(), torch.eye(6), [0]), "editing works on every scale"),
     "codes": (lambda p: edit(*p, pictures(), torch.eye(6), [0], keep="codes"), "editing works on"),
     "hooks": (lambda p: generate(hooked(p[0]), p[1], [0]), "hooks of modules would not be called"),
+    "hooks of all modules": (lambda p: hooked_generation(*p), "hooks of modules would not be called"),
+    "cached weights": (lambda p: cached_generation(*p), "weights that parametrize.cached() keeps would be"),
     "recording": (lambda p: recorded_generation(*p), "deqlib.record would see no solves in a replay"),
     "parts elsewhere": (lambda p: generate(*apart(p), [0]), "the weights are not all plain tensors"),
 }
@@ -405,6 +444,23 @@ EAGER: dict[str, tuple[Callable[[Pair], object], str]] = {
 
 def pictures() -> Tensor:
     return uniform(1, 3, 6, 6).to(DEVICE)
+
+
+def hooked_generation(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
+    called: list[object] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append(None))
+    try:
+        generate(model, tokenizer, [0])
+    finally:
+        handle.remove()
+    assert len(called) > len(SIDES) * 10
+
+
+def cached_generation(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
+    if not parametrize.is_parametrized(model.head):
+        parametrizations.weight_norm(model.head)
+    with parametrize.cached():
+        generate(model, tokenizer, [0])
 
 
 def recorded_generation(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:

@@ -177,6 +177,15 @@ def test_the_default_device_does_not_matter_to_a_state_dict() -> None:
     assert run(twin).equal(run(model))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_that_were_loaded_in_inference_mode_are_trained(kind: str) -> None:
+    model = KINDS[kind]()
+    with torch.inference_mode():
+        model.load_state_dict(KINDS[kind]().state_dict())
+    run(model.train()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_model_that_is_filled_by_hand_has_its_mask_too() -> None:
     model = tiny_transformer()
     with torch.device("meta"):

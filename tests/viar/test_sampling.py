@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,16 @@ from torch import Tensor
 
 import viar.generation.sampling
 from deqlib import Anderson
-from viar import Adaptive, NextScaleTransformer, Sampling, Tokenizer, generate, sample_tokens
+from viar import (
+    Adaptive,
+    NextScaleTransformer,
+    Sampling,
+    Tokenizer,
+    edit,
+    generate,
+    generate_series,
+    sample_tokens,
+)
 from viar.generation.choice import TokenNoise, choose
 from viar.generation.guidance import Guidance, guidance_ramp
 from viar.model.scales import resize_tokens, scale_slices
@@ -441,6 +452,101 @@ def test_what_is_no_sampling_is_refused(sampling: Any) -> None:
 def test_labels_that_are_no_classes_are_refused(labels: list[Any]) -> None:
     with pytest.raises(ValueError, match="labels: expected"):
         generate(tiny_transformer(), tiny_tokenizer(), labels)
+
+
+@pytest.mark.parametrize("labels", [None, "ab", ["a"], [2**70], [None], object()])
+def test_what_no_tensor_of_labels_can_be_made_of_is_named(labels: Any, tmp_path: Path) -> None:
+    pair, picture = (tiny_transformer(), tiny_tokenizer()), torch.zeros(1, 3, 6, 6)
+    calls: list[Callable[[], object]] = [
+        lambda: generate(*pair, labels),
+        lambda: edit(*pair, picture, torch.eye(6), labels),
+    ]
+    if labels is not None:  # of a series: all classes
+        calls.append(lambda: generate_series(*pair, tmp_path / "series", 2, labels=labels))
+    for call in calls:
+        with pytest.raises(TypeError, match="labels: expected integers"):
+            call()
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_labels_of_any_integer_type_mean_the_same(dtype: torch.dtype) -> None:
+    model, tokenizer = tiny_transformer(num_classes=200, label_dropout=0.5), tiny_tokenizer()
+    labels, inputs = torch.tensor([0, 3, 100]), torch.zeros(3, 13, 4)
+    narrow = labels.to(dtype)
+    assert generate(model, tokenizer, narrow).equal(generate(model, tokenizer, labels))
+    outputs = []
+    for given in (labels, narrow):
+        torch.manual_seed(0)
+        outputs.append(model.train()(given, inputs))
+        model.eval()
+    assert outputs[0].equal(outputs[1])
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_the_default_device_plays_no_part(kind: str, tmp_path: Path) -> None:
+    pair, picture = (tiny_transformer(kind), tiny_tokenizer()), torch.full((2, 3, 6, 6), 0.5)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: generate(*pair, [0, 2]),
+        lambda: generate(*pair, [0, 2], more_smooth=True, return_report=True)[0],
+        lambda: generate(*pair, [0, 2], top_k=None, top_p=None, cfg=0),
+        lambda: edit(*pair, picture, torch.eye(6, device="cpu"), [0, 2]),
+        lambda: edit(*pair, picture, torch.eye(6, device="cpu"), [0, 2], keep="codes"),
+    ]
+    expected = [call() for call in calls]
+    with torch.device("meta"):  # nothing has numbers there
+        assert all(call().equal(before) for call, before in zip(calls, expected, strict=True))
+        assert generate_series(*pair, tmp_path, 3, batch_size=2).made == 3
+        with pytest.raises(ValueError, match="labels: expected classes"):
+            generate(*pair, [9])
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_the_head_computes_in_float32_under_autocast(
+    kind: str, cfg: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, found = (tiny_transformer(kind), tiny_tokenizer()), []
+    original = NextScaleTransformer.classify
+
+    def seen(self: NextScaleTransformer, hidden_BLC: Tensor) -> Tensor:
+        logits = original(self, hidden_BLC)
+        found.append((hidden_BLC, logits))
+        return logits
+
+    monkeypatch.setattr(NextScaleTransformer, "classify", seen)
+    for settings in ({}, {"more_smooth": True}):
+        with torch.autocast("cpu", torch.bfloat16):
+            images = generate(*pair, [0, 2], cfg=cfg, **settings)
+        assert images.shape == (2, 3, 6, 6)
+    assert len(found) == 6
+    assert all(logits.equal(pair[0].head(hidden)) for hidden, logits in found)
+    with torch.autocast("cpu", torch.bfloat16):
+        modulation = pair[0].modulate_head(torch.ones(1, 16))
+    assert modulation.equal(pair[0].modulate_head(torch.ones(1, 16)))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_autocast_leaves_float64_alone(kind: str) -> None:
+    pair = tiny_transformer(kind).double(), tiny_tokenizer()
+    for sampling in (Sampling(), Sampling(more_smooth=True)):
+        expected = sample_tokens(*pair, [0, 2], sampling).f_hat
+        with torch.autocast("cpu", torch.bfloat16):
+            assert sample_tokens(*pair, [0, 2], sampling).f_hat.equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "implicit"])
+def test_no_images_at_all_are_made_by_every_way_in(kind: str) -> None:
+    pair, none = (tiny_transformer(kind), tiny_tokenizer()), torch.zeros(0, dtype=torch.int64)
+    images, report = generate(*pair, none, return_report=True)
+    assert images.shape == (0, 3, 6, 6)
+    assert report.evaluations is None
+    assert [scale.residual for scale in report.scales] == [None] * 3
+    assert str(report)
+    for keep in ("features", "codes"):
+        assert edit(*pair, images, torch.ones(6, 6), none, keep=keep).shape == (0, 3, 6, 6)
 
 
 def test_an_explicit_trunk_takes_neither_iterations_nor_their_cache() -> None:

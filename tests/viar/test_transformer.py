@@ -459,6 +459,8 @@ def test_a_config_survives_its_dictionary(kind: str, flag: bool, depth: int, sid
         (torch.tensor([-1, 0]), "got values from -1 to 0"),
         (torch.tensor([0.0, 1.0]), r"integers of shape \(B,\), got torch.float32"),
         (torch.tensor([True, False]), "got torch.bool"),
+        (torch.zeros(2, dtype=torch.complex64), "got torch.complex64"),
+        (torch.tensor([0, 4], dtype=torch.uint16), "got values from 0 to 4"),
         (torch.tensor([[0, 1]]), r"got torch.int64 \(1, 2\)"),
         (torch.tensor(1), r"got torch.int64 \(\)"),
     ],

@@ -47,7 +47,7 @@ class TokenNoise:
             np.random.Philox(key=[seed, first_index + i]).random_raw(1).astype(np.int64)[0]
             for i in range(num_images)
         ]
-        return cls(sent(torch.tensor(keys, dtype=torch.int64), device))
+        return cls(sent(torch.tensor(keys, dtype=torch.int64, device="cpu"), device))
 
     def gumbel(
         self,

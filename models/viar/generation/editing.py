@@ -21,7 +21,7 @@ from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .sampling import decode_images, sample_tokens
 from .scalewise import Hold, Replace
-from .settings import Sampling
+from .settings import Sampling, as_labels
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
 KEEPS = ("features", "codes")
@@ -72,7 +72,7 @@ def edit(
     Raises:
         ValueError: an argument of the wrong shape or out of range, or a border with `keep="codes"`.
     """
-    labels = torch.as_tensor(labels)
+    labels = as_labels(labels)
     _check_images(images, labels, tokenizer.config.image_side)
     token = images.shape[-1] // tokenizer.config.sides[-1]
     border = _check_keep(keep, border, default=max(1, token // 2))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlib._torch import has_hooks, namespaces
+from deqlib._torch import has_global_hooks, has_hooks, is_caching_parametrizations, namespaces
 from deqlib.recording import is_recording
 
 from ..model.graphs import Graphs, addresses
@@ -78,10 +78,12 @@ def why_eager(
         return f"a model on {device} has none, they are CUDA's"
     if any(type(t) not in (Tensor, nn.Parameter) or t.device != device for t in parts.weights + parts.codes):
         return f"the weights are not all plain tensors on {device}, but sharded, quantised or offloaded"
-    if any(map(has_hooks, parts.modules)):
+    if has_global_hooks() or any(map(has_hooks, parts.modules)):
         return "hooks of modules would not be called in a replay"
     if is_recording():
         return "deqlib.record would see no solves in a replay"
+    if is_caching_parametrizations():
+        return "weights that parametrize.cached() keeps would be freed while a graph still reads them"
     if is_captured(device):
         return "the caller captures a graph of its own"
     return None
@@ -124,11 +126,12 @@ def replayed(
         tuple(schedule),
         tokenizer.config,
         addresses(parts.codes),
+        tuple(part.training for part in parts.modules),  # those inside may differ from the model
         autocast,
         _arithmetic(),
     )
     filled = (0, batch - len(labels))
-    inputs = F.pad(labels.long(), filled, value=model.null_class), F.pad(noise.keys_B, filled)
+    inputs = F.pad(labels, filled, value=model.null_class), F.pad(noise.keys_B, filled)
     # What autocast keeps of a weight would be freed while a graph still reads it.
     with torch.autocast(kind, enabled=autocast[0], dtype=autocast[1], cache_enabled=False):
         cache_bytes, *tensors = graphs.run(key, parts.weights, inputs, work)
@@ -156,8 +159,10 @@ def _arithmetic() -> Hashable:
     backends = torch.backends
     return (
         backends.cuda.matmul.fp32_precision,
+        backends.cuda.matmul.allow_fp16_accumulation,
         backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cuda.preferred_blas_library(),
         backends.cudnn.enabled,
         backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         backends.cudnn.benchmark,
@@ -167,4 +172,5 @@ def _arithmetic() -> Hashable:
         backends.cuda.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
         backends.cuda.math_sdp_enabled(),  # type: ignore[no-untyped-call]
         backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+        backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),  # type: ignore[no-untyped-call]
     )

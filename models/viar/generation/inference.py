@@ -39,7 +39,8 @@ def prepare_inference(
 
     With `graphs`, generation of fixed schedules on a CUDA device is captured as CUDA graphs when a batch size
     or a setting (labels and seed are none) is met first, at the cost of two generations more, and replayed
-    from then on. Weights may change in place; replaced ones cost new captures. What cannot be captured
+    from then on. Weights may change in place; replaced ones cost new captures. Other attributes of modules
+    stay what they were at the capture: after changing one by hand call this again. What cannot be captured
     (`Adaptive`, a report, `edit`, hooks, another device) runs as ever, and the logger `viar` says why, once.
     `model.graphs` tells how many captures there are and how many bytes they hold. Calling this again without
     `graphs` drops them; copies of the model capture their own.

@@ -12,9 +12,9 @@ class ScaleReport:
     Attributes:
         side: of the token map.
         evaluations: of the implicit block, mean over the samples (with guidance an image is two samples);
-            `None` for an explicit trunk.
+            `None` for an explicit trunk, and without samples.
         residual: the largest relative residual of a sample at the last evaluation,
-            ||f(z) - z|| / ||f(z)||; `None` for an explicit trunk.
+            ||f(z) - z|| / ||f(z)||; `None` likewise.
         seconds: from the scale's input to its tokens.
         cache_bytes: keys and values held after it.
     """

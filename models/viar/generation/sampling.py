@@ -21,7 +21,7 @@ from .choice import TokenNoise
 from .graphs import Parts, replayed, why_eager
 from .report import GenerationReport
 from .scalewise import Generation, Hold, Replace, Sample, seconds_since
-from .settings import Sampling, as_sampling, check_index
+from .settings import Sampling, as_labels, as_sampling, check_index
 
 # Pixels decoded at a time: enough to keep a device busy.
 DECODED_PIXELS = {"cpu": 2**16, "cuda": 2**19}
@@ -175,17 +175,18 @@ def sample_tokens(
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call model.eval() first")
     device = model.pos_embed.device
-    labels = torch.as_tensor(labels)
+    labels = as_labels(labels)
     model.check_labels(labels)  # before they are on the device, where reading them would have to wait
-    labels = sent(labels, device)
+    labels = sent(labels, device).long()  # narrower ones cannot be looked up
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
     schedule = sampling.schedule(model.trunk)
-    if model.graphs is not None:
+    graphs = model.graphs  # another thread may take them off
+    if graphs is not None:
         parts = Parts.of(model, tokenizer)
         in_the_way = why_eager(parts, schedule, measure=measure, edits=bool(replace or hold))
         if in_the_way is None:
-            return replayed(model.graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
-        model.graphs.tell(in_the_way)
+            return replayed(graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
+        graphs.tell(in_the_way)
     generation = Generation(model, tokenizer, sampling, schedule, labels, noise, measure=measure)
     for scale in range(len(model.config.sides)):
         generation.run(scale, replace, hold)

@@ -168,7 +168,7 @@ class _Predictor:
 
     def report(self, scale: int, seconds: float) -> ScaleReport:
         """What the last scale took."""
-        solve = self.solve
+        solve = self.solve if self.solve and len(self.solve.evaluations) else None  # no samples: no mean
         return ScaleReport(
             side=self.model.config.sides[scale],
             evaluations=None if solve is None else float(solve.evaluations.double().mean()),

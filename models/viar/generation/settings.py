@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, SupportsFloat, SupportsIndex
+
+import torch
+from torch import Tensor
 
 from ..model.cache import check_cache_name
 from ..model.schedule import Adaptive, Iterations, checked_iterations
@@ -93,6 +97,22 @@ def as_sampling(sampling: Sampling | None) -> Sampling:
     if not (sampling is None or isinstance(sampling, Sampling)):
         raise TypeError(f"sampling: expected a viar.Sampling or None, got {sampling!r}")
     return Sampling() if sampling is None else sampling
+
+
+def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
+    """`labels` as a tensor; what they may be only a model knows, see `NextScaleTransformer.check_labels`.
+
+    Those that are none are on the CPU, whatever the default device: there they are read without waiting.
+
+    Raises:
+        TypeError: no numbers, or too large for a tensor.
+    """
+    if isinstance(labels, Tensor):
+        return labels
+    try:
+        return torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"labels: expected integers, one an image, got {labels!r}") from error
 
 
 def check_index(name: str, value: int) -> int:

@@ -142,7 +142,8 @@ class Graphs:
     @property
     def num_bytes(self) -> int:
         """Bytes of the device's memory in their pool. What the driver holds for the graphs is not counted."""
-        return 0 if self._device is None else self._device.num_bytes
+        device = self._device  # another thread may drop it
+        return 0 if device is None else device.num_bytes
 
     def run(
         self, key: Hashable, weights: Iterable[Tensor], inputs: tuple[Tensor, ...], work: Work

@@ -122,7 +122,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
     ) -> tuple[Tensor, Tensor | None]: ...
     def forward(
         self,
-        labels: Tensor,  # (B,) int64 in [0, N], N the null class
+        labels: Tensor,  # (B,) integers in [0, N], N the null class
         inputs: Tensor,  # (B, L - p_1^2, Z), from `Tokenizer.next_scale_inputs`
         iterations: int | Adaptive | None = None,
         *,
@@ -149,6 +149,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
             TypeError: `iterations` that are not those of a single solve.
         """
         self.check_labels(labels)
+        labels = labels.long()  # narrower ones cannot be looked up, nor hold every null class
         expected = (
             labels.shape[0],
             self.pos_embed.shape[1] - self.pos_start.shape[1],
@@ -221,15 +222,17 @@ class NextScaleTransformer(nn.Module, Pretrained):
         self,
         hidden_BLC: Tensor,  # from `head_input`
     ) -> Tensor:
-        """The last linear layer, (B, L, V), in the type of its input."""
-        return in_type_of(hidden_BLC, self.head)(hidden_BLC)
+        """The last linear layer, (B, L, V), in the type of its input, under autocast too."""
+        with torch.autocast(hidden_BLC.device.type, enabled=False):
+            return in_type_of(hidden_BLC, self.head)(hidden_BLC)
 
     def modulate_head(self, embedding_BC: Tensor) -> Tensor:
         """1 + scale and shift of the head, (2, B, 1, C); the same for all scales."""
         embedding_BC = embedding_BC.to(self.wide_type)
         modulate = in_type_of(embedding_BC, self.head_modulation)
-        scale, shift = modulate(F.silu(embedding_BC)).unsqueeze(1).chunk(2, 2)
-        return torch.stack([1 + scale, shift])
+        with torch.autocast(embedding_BC.device.type, enabled=False):
+            scale, shift = modulate(F.silu(embedding_BC)).unsqueeze(1).chunk(2, 2)
+            return torch.stack([1 + scale, shift])
 
     def head_input(
         self,
@@ -249,12 +252,13 @@ class NextScaleTransformer(nn.Module, Pretrained):
         Args:
             labels: to check; where it can be chosen, before they are moved to the device.
         """
-        if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.dim() != 1 or not is_integer:
             raise ValueError(
                 f"labels: expected integers of shape (B,), got {labels.dtype} {tuple(labels.shape)}"
             )
         if labels.numel() and not fails_on_device(labels):
-            low, high = int(labels.min()), int(labels.max())
+            low, high = int(labels.long().min()), int(labels.long().max())
             if low < 0 or high > self.null_class:
                 raise ValueError(
                     f"labels: expected classes 0 to {self.null_class - 1}, or {self.null_class} for none, "
@@ -279,7 +283,8 @@ def _derive(model: NextScaleTransformer, _: object = None) -> None:
     No state dict has it, so that a model made on the meta device and then filled would have no values there,
     or any.
     """
-    with torch.device(model.pos_embed.device):  # whatever the default device is
+    # Whatever the default device is, and for training too where weights were loaded in inference mode.
+    with torch.device(model.pos_embed.device), torch.inference_mode(False):
         model.first_mask = block_causal(model.config.sides).mask_ll
         model.scale_ids = scale_ids(model.config.sides)
 

@@ -203,7 +203,8 @@ class Trunk(nn.Module, ABC):
     def _like(self, x_BLC: Tensor) -> Tensor:
         """Batch, heads, head width, type and device of keys and values, (B, H, 0, C / H)."""
         kind = x_BLC.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BLC.dtype
+        casts = torch.is_autocast_enabled(kind) and x_BLC.dtype != torch.float64  # which it leaves alone
+        dtype = torch.get_autocast_dtype(kind) if casts else x_BLC.dtype
         heads, width = self.head_shape
         return x_BLC.new_empty(len(x_BLC), heads, 0, width, dtype=dtype)
 

@@ -327,7 +327,7 @@ class MultiScaleQuantizer(nn.Module):
         f_hat_BZhw = torch.zeros_like(rest_BZhw)
         for scale in range(len(self.sides)):
             vectors_NZ = self._shrink(rest_BZhw, scale).permute(0, 2, 3, 1).flatten(0, 2)
-            tokens_Bl = self._nearest(vectors_NZ).view(len(f_BZhw), -1)
+            tokens_Bl = self._nearest(vectors_NZ).view(len(f_BZhw), self.sides[scale] ** 2)
             h_BZhw = self._refine(self.embed(tokens_Bl), scale)
             f_hat_BZhw = f_hat_BZhw + h_BZhw
             rest_BZhw = rest_BZhw - h_BZhw.detach()

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ...model.config import check_at_least
@@ -30,7 +29,7 @@ from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
 from ..graphs import Parts, why_eager
 from ..sampling import check_pair, sample_tokens
-from ..settings import Sampling, as_sampling
+from ..settings import Sampling, as_labels, as_sampling
 from .folder import SeriesFolder
 from .maker import Maker, deterministic_convolutions, runs, whole_batches
 from .processes import Processes
@@ -153,10 +152,11 @@ def _check(
 def _classes(model: NextScaleTransformer, labels: Sequence[int] | None) -> list[int]:
     if labels is None:
         return list(range(model.config.num_classes))
-    if not len(labels):
+    given = as_labels(labels).cpu()  # on a GPU they would not be read, see `check_labels`
+    if not given.numel():
         raise ValueError("labels: expected at least one class, or None for all, got none")
-    model.check_labels(torch.as_tensor(labels))
-    return [int(label) for label in labels]
+    model.check_labels(given)
+    return [int(label) for label in given]
 
 
 def _archive(
