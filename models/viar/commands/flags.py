@@ -112,4 +112,6 @@ class EditingFlags(SamplingFlags):
 
 
 Flags = Annotated[SamplingFlags, no_prefix]
+FlagsOfEditing = Annotated[EditingFlags, no_prefix]
 DEFAULTS = SamplingFlags()
+DEFAULTS_OF_EDITING = EditingFlags()
