@@ -3,7 +3,7 @@
 The kernels are written in Triton, which comes with PyTorch's builds for NVIDIA devices. Nothing needs them:
 where Triton is missing, where tensors are on a CPU or autograd records, and where a kernel fails, the same is
 done by operations of PyTorch. With TRITON_INTERPRET=1 in the environment Triton runs kernels on a CPU, a
-number at a time, which is how they are tested.
+number at a time, which is how they are tested. With DEQLIB_FUSED=0 none is started.
 """
 
 from __future__ import annotations
@@ -18,6 +18,19 @@ from torch import Tensor
 
 from .._torch import is_traced, is_transformed
 
+
+def _are_wanted() -> bool:
+    """Whether the environment leaves kernels switched on."""
+    value = os.environ.get("DEQLIB_FUSED", "1")
+    if value not in ("0", "1"):
+        raise ValueError(
+            f"DEQLIB_FUSED: expected 0 (no fused kernels) or 1 (where they can run), got {value!r}; "
+            "set one of them in the environment, or unset it, which is 1"
+        )
+    return value == "1"
+
+
+_ARE_WANTED = _are_wanted()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _failures: list[Exception] = []  # of kernels in this process: after one, no other is tried
@@ -29,7 +42,7 @@ def is_available(*tensors: Tensor) -> bool:
     # What costs least and most often says no comes first: this is asked at every step.
     if first.device.type != "cuda" and not (_INTERPRETED and first.device.type == "cpu"):
         return False
-    if not _HAS_TRITON or torch.version.hip is not None or _failures:
+    if not (_ARE_WANTED and _HAS_TRITON) or torch.version.hip is not None or _failures:
         return False
     if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return False

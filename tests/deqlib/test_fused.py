@@ -665,3 +665,32 @@ assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.skipif(INTERPRETED or not INTERPRETS, reason="starts the interpreter of Triton")
+def test_kernels_can_be_switched_off_in_the_environment() -> None:
+    code = """
+import sys, torch, deqlib
+deqlib.fixed_point(lambda z: 0.5 * z.cos(), torch.zeros(2, 3), solver=deqlib.Anderson())
+print(sorted(name for name in sys.modules if name.startswith("deqlib.fused") and name.endswith("_kernels")))
+"""
+    loaded = ["deqlib.fused.record_kernels", "deqlib.fused.secant_kernels"]
+    for value, expected in (("0", []), (None, loaded)):
+        done = run_with(value, code)
+        assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+def test_a_switch_for_kernels_that_is_neither_on_nor_off_is_an_error_that_names_it() -> None:
+    for value in ("", "off"):
+        error = run_with(value, "import deqlib").stderr.splitlines()[-1]
+        assert error.startswith("ValueError: DEQLIB_FUSED: expected 0 (no fused kernels) or 1"), error
+        assert f"got {value!r}" in error
+
+
+def run_with(switch: str | None, code: str) -> subprocess.CompletedProcess[str]:
+    """A program in the interpreter of Triton, with DEQLIB_FUSED as given, or without."""
+    environment = {name: value for name, value in os.environ.items() if name != "DEQLIB_FUSED"}
+    environment |= {"TRITON_INTERPRET": "1"} | ({} if switch is None else {"DEQLIB_FUSED": switch})
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

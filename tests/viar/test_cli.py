@@ -115,7 +115,7 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
         "--device STR cpu, cuda, or cuda:1",
         "--dtype {None,float32,bfloat16,float16} of the blocks' weights",
         "--no-compile compile the blocks",
-        "--no-graphs replay batches as CUDA graphs",
+        "--no-graphs replay CUDA graphs: the first batch takes three times as long",
     ]
     places = [text.find(line) for line in explained]
     assert -1 not in places, explained[places.index(-1)]
@@ -296,6 +296,13 @@ def test_models_are_prepared_as_asked(trained: Path, tmp_path: Path, monkeypatch
         {"dtype": None, "compile": False, "graphs": False},
         {"dtype": torch.bfloat16, "compile": True, "graphs": True},
     ]
+
+
+def test_editing_has_no_graphs_to_be_asked_for(trained: Path, tmp_path: Path) -> None:
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    code, output, errors = call("edit", *models, "--image", tmp_path / "a.png", "--label", 1, "--graphs")
+    assert code == 2
+    assert "--graphs" in output + errors
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

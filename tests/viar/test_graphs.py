@@ -494,7 +494,7 @@ def test_what_cannot_be_captured_says_why_once_and_runs_eagerly(
             call(pair)
     told = only([r.getMessage() for r in caplog.records if r.name == "viar"])
     assert told.startswith(f"CUDA graphs: {reason}")
-    assert told.endswith("; runs eagerly")
+    assert told.endswith("; running without them")
     assert graphs_of(pair[0]).num_captures == 0
 
 
@@ -509,7 +509,7 @@ def test_a_model_on_another_device_says_that_graphs_are_of_cuda(
         assert sample_tokens(model, tokenizer, [0, 1, 2]).f_hat.equal(expected.f_hat)
         sample_tokens(model, tokenizer, [0])
     assert only([record.getMessage() for record in caplog.records]) == (
-        "CUDA graphs: a model on cpu has none, they are CUDA's; runs eagerly"
+        "CUDA graphs: the model is on cpu, and graphs need a CUDA device; running without them"
     )
 
 

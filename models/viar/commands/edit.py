@@ -17,7 +17,7 @@ from ..data.decoding import shown
 from ..generation.editing import box_mask, edit
 from ..model.config import check_at_least
 from .checks import check_picture, check_sampling
-from .flags import DEFAULTS, Flags
+from .flags import DEFAULTS_OF_EDITING, FlagsOfEditing
 from .loading import load_pair
 
 
@@ -33,7 +33,7 @@ def edit_command(
     border: int | None = None,
     num: int = 1,
     out: Path = Path("edited.png"),
-    flags: Flags = DEFAULTS,
+    flags: FlagsOfEditing = DEFAULTS_OF_EDITING,
 ) -> None:
     """Make a part of a picture anew: in-painting, out-painting with --invert, or into another class.
 

@@ -44,7 +44,7 @@ class ExecutionFlags:
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
     compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
-    graphs: bool = False  # replay batches as CUDA graphs: the first costs three, for many on a GPU
+    graphs: bool = False  # replay CUDA graphs: the first batch takes three times as long; for many on a GPU
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -97,5 +97,21 @@ class SamplingFlags:
         return self.iterations if len(self.iterations) == 2 else list(self.iterations)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EagerExecution(ExecutionFlags):
+    __doc__ = ExecutionFlags.__doc__
+
+    graphs: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False  # a replay could not be changed on its way
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingFlags(SamplingFlags):
+    """How to sample, where every scale is changed on its way."""
+
+    execution: Annotated[_EagerExecution, no_prefix] = _EagerExecution()
+
+
 Flags = Annotated[SamplingFlags, no_prefix]
+FlagsOfEditing = Annotated[EditingFlags, no_prefix]
 DEFAULTS = SamplingFlags()
+DEFAULTS_OF_EDITING = EditingFlags()

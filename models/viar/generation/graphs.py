@@ -75,7 +75,7 @@ def why_eager(
         return "adaptive iterations depend on what is computed"
     device = parts.weights[0].device
     if not can_capture(device):
-        return f"a model on {device} has none, they are CUDA's"
+        return f"the model is on {device}, and graphs need a CUDA device"
     if any(type(t) not in (Tensor, nn.Parameter) or t.device != device for t in parts.weights + parts.codes):
         return f"the weights are not all plain tensors on {device}, but sharded, quantised or offloaded"
     if has_global_hooks() or any(map(has_hooks, parts.modules)):

@@ -35,15 +35,15 @@ def prepare_inference(
         dtype: of the weights; default as they are.
         compile: compile the blocks with `torch.compile`, which takes minutes at the first image; a name is
             that of its backend.
-        graphs: replay generations as CUDA graphs, see above; goes together with `compile`.
+        graphs: replay generations as CUDA graphs, see below; can be combined with `compile`.
 
     With `graphs`, generation of fixed schedules on a CUDA device is captured as CUDA graphs when a batch size
     or a setting (labels and seed are none) is met first, at the cost of two generations more, and replayed
     from then on. Weights may change in place; replaced ones cost new captures. Other attributes of modules
     stay what they were at the capture: after changing one by hand call this again. What cannot be captured
-    (`Adaptive`, a report, `edit`, hooks, another device) runs as ever, and the logger `viar` says why, once.
-    `model.graphs` tells how many captures there are and how many bytes they hold. Calling this again without
-    `graphs` drops them; copies of the model capture their own.
+    (`Adaptive`, a report, `edit`, hooks, another device) runs as ever; the logger `viar` says why, once a
+    model and reason. `model.graphs` tells how many captures there are and how many bytes they hold. Calling
+    this again without `graphs` drops them; copies of the model capture their own.
 
     Raises:
         ValueError: another `dtype`; a backend of `compile` that captures graphs itself, with `graphs`.

@@ -191,7 +191,7 @@ class Graphs:
         """Say once, by the logger `viar`, why something runs without graphs."""
         if reason not in self._told:
             self._told.add(reason)
-            logging.getLogger("viar").warning("CUDA graphs: %s; runs eagerly", reason)
+            logging.getLogger("viar").warning("CUDA graphs: %s; running without them", reason)
 
     def _capture(self, device: Device, inputs: tuple[Tensor, ...], work: Work) -> Capture:
         try:
