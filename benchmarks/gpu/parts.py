@@ -21,7 +21,7 @@ class Part:
 
     Attributes:
         name: short.
-        share: of the time, relative to the others; about its minutes on an H100.
+        share: of the time, relative to the others.
         suite: whose cases are measured; "" for the tests.
         cases: of the suite.
         where: settings that points must have.
@@ -41,7 +41,7 @@ class Part:
 
 
 PARTS = (
-    Part("tests", 1.0),
+    Part("tests", 2.6),
     Part("trunks", 2.2, "viar", ("trunks",), full=("dtype=bfloat16",)),
     Part("graphs", 0.9, "viar", ("executions",), ("execution=graphs",)),
     Part("outside", 0.8, "solvers", ("outside",)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from .parts import NAMED, PARTS, command, tests_command, wanted
 
 ENDED, FAILED, LATE, NOT_RUN = "ended", "failed", "out of time", "not run"
 LEAST = 5.0  # seconds below which no part is begun
+QUICK = 20.0  # seconds that a quick part leaves to each after it, its share being less than the rest
 SHOWN = 25  # last lines of a part that failed
 NOTE = 2000  # characters
 # What the lack of a package leaves out.
@@ -61,23 +64,28 @@ class Session:
 
     def build(self, run: Run, part: str) -> Iterator[Row]:
         """Run a part within its share of the time that is left."""
-        chosen, rest = NAMED[part], self.names[self.names.index(part) :]
+        chosen = NAMED[part]
         start = time.monotonic()
-        seconds = (self.deadline - start) * chosen.share / sum(NAMED[name].share for name in rest)
-        if seconds < LEAST:
-            status, note = NOT_RUN, ""
-        elif not chosen.suite:
-            status, note = self._test(seconds)
-        else:
-            words = command(chosen, run, self.out, self.figures(chosen.suite), seconds)
-            status = self._process(words, seconds)
-            if not chosen.profile:
-                status, note = self.judged(part, status)
+        seconds = self.seconds(part, self.deadline - start)
+        status, note = NOT_RUN, ""
+        if seconds >= LEAST:
+            print(f"{part}: {seconds:.0f} s at most", flush=True)
+            if not chosen.suite:
+                status, note = self._test(seconds)
             else:
-                note = ""
+                words = command(chosen, run, self.out, self.figures(chosen.suite), seconds)
+                status, _ = self._process(words, seconds)
+                if not chosen.profile:
+                    status, note = self.judged(part, status)
         took = time.monotonic() - start
-        print(f"{part}: {status} after {took:.0f} s of {seconds:.0f}. {note}", flush=True)
+        print(f"{part}: {status} after {took:.0f} s{'; ' * bool(note)}{note}", flush=True)
         yield {"contender": part, "status": status, "seconds": [took], "limit": seconds, "note": note}
+
+    def seconds(self, part: str, left: float) -> float:
+        """What a part has of the seconds that are left: its share, or in a quick run more if there is enough."""
+        rest = self.names[self.names.index(part) :]
+        share = left * NAMED[part].share / sum(NAMED[name].share for name in rest)
+        return max(share, left - QUICK * (len(rest) - 1)) if self.run.quick else share
 
     def figures(self, suite: str) -> Path | None:
         """The file of a suite, if a part made it."""
@@ -105,11 +113,14 @@ class Session:
         """Status of the tests, and how many passed, which failed."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            status = self._process(tests_command(report), seconds)
-            return status, told(report.read_text()) if report.exists() else ""
+            status, printed = self._process(tests_command(report), seconds)
+            return status, told(report.read_text()) if report.exists() else cut(printed)
 
-    def _process(self, words: list[str], seconds: float) -> str:
-        """Run a command into the log; what it started ends with it, at the latest when its time is up."""
+    def _process(self, words: list[str], seconds: float) -> tuple[str, str]:
+        """Run a command into the log: its status, and what it printed.
+
+        What it started ends with it, at the latest when its time is up.
+        """
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         environment = {
             **os.environ,
@@ -119,7 +130,7 @@ class Session:
             "DEQLIB_TEST_DEVICE": str(self.run.device),
         }
         with self.log.open("a", encoding="utf-8") as log:
-            print(f"\n$ {' '.join(words)}", file=log, flush=True)
+            print(f"\n$ {shlex.join(words)}", file=log, flush=True)
             start = log.tell()
             process = subprocess.Popen(
                 words,
@@ -130,17 +141,17 @@ class Session:
                 start_new_session=True,
             )
             try:
-                code = process.wait(seconds)
+                status = FAILED if process.wait(seconds) else ENDED
             except subprocess.TimeoutExpired:
-                return LATE
+                status = LATE
             finally:
                 with contextlib.suppress(ProcessLookupError):  # nothing is left of it
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        if code:
-            printed = self.log.read_bytes()[start:].decode(errors="replace")
+        printed = self.log.read_bytes()[start:].decode(errors="replace")
+        if status == FAILED:
             print(*printed.splitlines()[-SHOWN:], sep="\n")
-        return FAILED if code else ENDED
+        return status, printed
 
 
 def ran(run: Run, names: list[str], out: Path, deadline: float, console: Console) -> bool:
@@ -182,6 +193,16 @@ def told(report: str) -> str:
     ]
     text = f"{passed} passed, {failed} failed, {counts['skipped']} skipped"
     return shorten(f"{text}: {'; '.join(names)}", NOTE) if names else text
+
+
+def cut(printed: str) -> str:
+    """How far pytest came before it was killed, in words, from the marks that it prints."""
+    lines = re.findall(r"^([.FEsxX]+)(?: *\[ *(\d+)%\])?$", printed, re.MULTILINE)
+    marks = "".join(line for line, _ in lines)
+    percent = [int(share) for _, share in lines if share]
+    failed = marks.count("F") + marks.count("E")
+    shares = f"at {percent[-1]} %" if percent else "early"
+    return f"cut {shares}: {marks.count('.')} passed, {failed} failed so far"
 
 
 def refusal(device: torch.device, *, quick: bool) -> str | None:

@@ -96,8 +96,8 @@ def test_all_parts_that_ended_are_a_success(run_parts: Callable[..., tuple[list[
     rows, printed, ended = run_parts(dict.fromkeys(PROFILES, ENDS), 60)
     assert ended
     assert [row["note"] for row in rows] == ["", ""]
-    # Each has a share of what is left, so that what one leaves goes to those after it.
-    assert rows[0]["limit"] == pytest.approx(30, abs=2)
+    # Each has what is left, so that what one leaves goes to those after it.
+    assert rows[0]["limit"] == pytest.approx(60 - session.QUICK, abs=2)
     assert rows[1]["limit"] == pytest.approx(60, abs=5)
     assert "_log.txt" in printed
 
@@ -182,6 +182,30 @@ def test_the_report_of_pytest_is_told_by_counts_and_names_of_failures(tmp_path: 
     assert session.told(report.read_text()) == (
         "1 passed, 2 failed, 1 skipped: test_few::test_bad; test_few::test_broken"
     )
+
+
+def test_tests_that_were_cut_tell_how_far_they_came(tmp_path: Path) -> None:
+    tests = tmp_path / "test_many.py"
+    tests.write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('i', range(200))\n"
+        "def test_one(i):\n"
+        "    if i == 150: os._exit(9)\n"
+        "    assert i != 7\n"
+    )
+    words = ["-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-c", os.devnull, "--capture=sys", str(tests)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert session.cut(done.stdout) == "cut at 72 %: 149 passed, 1 failed so far"
+    assert session.cut("") == "cut early: 0 passed, 0 failed so far"
+
+
+def test_the_tests_have_two_minutes_and_quick_parts_more_than_their_share_while_there_is_time() -> None:
+    def seconds(run: Run, left: float) -> float:
+        return session.Session(run, list(NAMED), Path(), Path(), 0.0).seconds("tests", left)
+
+    assert seconds(FULL, 480) == pytest.approx(120, abs=2)
+    assert seconds(QUICK, 480) == 480 - session.QUICK * (len(NAMED) - 1)
+    assert seconds(QUICK, 100) == pytest.approx(seconds(FULL, 100))
 
 
 def test_without_a_gpu_the_command_says_so_in_one_line_and_ends_with_2(
