@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -112,9 +111,10 @@ class Results:
 
 def _fault(record: Any) -> str | None:
     """Where a record breaks the schema; None if it does not."""
-    if importlib.util.find_spec("jsonschema") is None:  # a machine lent for minutes may lack it
+    try:
+        import jsonschema
+    except ModuleNotFoundError:  # a machine lent for minutes may lack it, or what it needs
         return None if isinstance(record, dict) and record.get("format") == FORMAT else "at format"
-    import jsonschema
 
     try:
         jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import re
 import shlex
@@ -40,7 +40,7 @@ NOTE = 2000  # characters
 OPTIONAL = {
     "torchdeq": "nothing of it is beside ours",
     "jsonschema": "the form of files of figures is not checked",
-    "triton": "no steps are fused, and nothing can be compiled",
+    "triton": "no steps are fused, and nothing can be compiled on a GPU",
 }
 
 
@@ -216,11 +216,13 @@ def refusal(device: torch.device, *, quick: bool) -> str | None:
 
 def missing_packages() -> list[str]:
     """What is not installed and what that leaves out, a line each."""
-    return [
-        f"{name} is not installed: {lack}"
-        for name, lack in OPTIONAL.items()
-        if importlib.util.find_spec(name) is None
-    ]
+    found = []
+    for name, lack in OPTIONAL.items():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # of it, or of what it needs
+            found.append(f"{error.name} is not installed: {lack}")
+    return found
 
 
 def bars(rows: list[Row]) -> list[Bar]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import __main__ as command
-from benchmarks import gpu
+from benchmarks import __main__ as start
+from benchmarks import command
+from benchmarks import gpu, packages
 from benchmarks.case import Run
 from benchmarks.environment import ROOT
 from benchmarks.gpu import parts, session
@@ -226,8 +229,33 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_ends_with_2(
 
 
 def test_what_is_not_installed_is_said_with_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchdeq" else object())
-    assert gpu.session.missing_packages() == ["torchdeq is not installed: nothing of it is beside ours"]
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    for name in ("torchdeq", "rpds"):  # the latter jsonschema needs
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("jsonschema", "referencing")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert gpu.session.missing_packages() == [
+        "torchdeq is not installed: nothing of it is beside ours",
+        "rpds is not installed: the form of files of figures is not checked",
+    ]
+
+
+def test_what_the_command_cannot_do_without_is_named_before_anything_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    lacking = ("accelerate", "sklearn")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in lacking else find_spec(name))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu"])
+    with pytest.raises(SystemExit) as ended:
+        start.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "gpu: not installed: accelerate, scikit-learn; install them or put their wheels into wheels/\n"
+    )
+    program = "import sys, benchmarks.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {*packages.REQUIRED, "deqlib", "viar"} & set(done.stdout.split())
 
 
 @pytest.mark.slow
