@@ -1,4 +1,4 @@
-"""`python -m benchmarks SUITE`: measurements of deqlib and viar; `plot`, `compare`, `docs`: what follows."""
+"""`python -m benchmarks SUITE`: measurements of deqlib and viar; pictures, comparisons and pages of their figures."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from .show import compare, documents
 from .show.pictures import draw_all
 from .show.tables import terminal, terminal_table
 from .suites import SUITES
+
+EXIT_CODES = "exit code: 0 if every part ended, 1 if not, 2 if nothing was run"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,12 +114,22 @@ def _add_suite(
 
 def _add_gpu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     names = list(gpu.NAMED)
-    text = (gpu.__doc__ or "").strip()
-    parser = commands.add_parser("gpu", help=text.splitlines()[0], description=text)
+    first, _, more = (gpu.__doc__ or "").strip().partition("\n\n")
+    width = max(map(len, names))
+    lines = "\n".join(f"  {part.name:{width}}  {part.about}" for part in gpu.NAMED.values())
+    parser = commands.add_parser(
+        "gpu",
+        help=first.rstrip("."),
+        description=f"{first}\n\n{more}\n\nparts:\n{lines}",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="small and few: shows that all runs")
     parser.add_argument("--device", default="cuda", help="where tensors live (%(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0, help="that all may take (%(default)s)")
-    parser.add_argument("--part", nargs="+", choices=names, default=names, metavar="PART", help=f"of {names}")
+    parser.add_argument(
+        "--part", nargs="+", choices=names, default=names, metavar="PART", help="default: all"
+    )
     parser.add_argument(
         "--out", type=Path, help="new or empty folder of all files; default: one under runs/gpu"
     )
@@ -126,12 +138,13 @@ def _add_gpu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _gpu(options: argparse.Namespace, console: Console) -> None:
     deadline = time.monotonic() + 60 * options.minutes
-    if (reason := gpu.refusal(torch.device(options.device), quick=options.quick)) is not None:
+    out = unused(Path("runs/gpu/run")) if options.out is None else options.out
+    reason = gpu.refusal(torch.device(options.device), quick=options.quick)
+    if reason is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        reason = f"--out: expected a new or empty folder, {out} holds something"
+    if reason is not None:
         print(reason, file=sys.stderr)
         raise SystemExit(2)
-    out = unused(Path("runs/gpu/run")) if options.out is None else options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: expected a new or empty folder, {out} holds something")
     names = [name for name in gpu.NAMED if name in options.part]
     run = Run(torch.device(options.device), gpu.ROUNDS, options.quick)
     if not gpu.ran(run, names, out.resolve(), deadline, console):

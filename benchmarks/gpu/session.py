@@ -96,18 +96,19 @@ class Session:
         chosen = NAMED[part]
         path = self.figures(chosen.suite)
         results = None if path is None else Results.load(path)
-        missing: list[str] = []
+        missing: list[tuple[Case, Settings]] = []
         raised: dict[str, dict[str, None]] = {}  # contenders, each once, by what they say
-        for case, settings in wanted(chosen, self.run):
+        points = wanted(chosen, self.run)
+        for case, settings in points:
             if results is None or not results.has(case.name, settings):
-                missing.append(f"{case.name} {' '.join(map(str, settings.values()))}")
+                missing.append((case, settings))
                 continue
             for row in results.rows(case.name):
                 if settings.items() <= row.items() and row.get("error"):
                     raised.setdefault(row["error"], {})[row["contender"]] = None
-        notes = [f"not measured: {'; '.join(missing)}"] * bool(missing)
+        notes = [f"not measured: {points_told(missing, points)}"] * bool(missing)
         notes += [f"no figures of {', '.join(names)}: {error}" for error, names in raised.items()]
-        return LATE if missing and status == ENDED else status, shorten(". ".join(notes), NOTE)
+        return LATE if missing and status == ENDED else status, shorten("; ".join(notes), NOTE)
 
     def _test(self, seconds: float) -> tuple[str, str]:
         """Status of the tests, and how many passed, which failed."""
@@ -164,20 +165,40 @@ def ran(run: Run, names: list[str], out: Path, deadline: float, console: Console
         deadline: of the last part, `time.monotonic()`.
         console: to print to.
     """
-    for line in missing_packages():
-        console.print(line)
     results, path = begin("gpu", run, None, out)
+    here = results.environments[0]
+    minutes = max(0.0, deadline - time.monotonic()) / 60
+    console.print(f"{here['gpu'] or here['cpu']}, PyTorch {here['packages']['torch']}", soft_wrap=True)
+    console.print(f"{minutes:.1f} minutes for {', '.join(names)}; files in {out}", soft_wrap=True)
+    for line in missing_packages():
+        console.print(line, soft_wrap=True)
     session = Session(run, names, out, path.with_name(f"{path.stem}_log.txt"), deadline)
     out.mkdir(parents=True, exist_ok=True)
     grid = product(part=names)
     case = replace(CASE, build=session.build, grid=grid, quick=grid)
     measure([case], [case.name], {}, run, results, path, console)
     for name, suite in SUITES.items():
-        if (figures := session.figures(name)) is not None:
+        figures = session.figures(name)
+        if not run.quick and figures is not None and (found := bars_of(suite.CASES, Results.load(figures))):
             console.print(f"{name}:")
-            console.print(bars_table(bars_of(suite.CASES, Results.load(figures))))
-    console.print(f"in {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
-    return all(row["status"] == ENDED for row in results.rows(case.name))
+            console.print(bars_table(found))
+    for file in sorted(out.iterdir()):
+        console.print(str(file), soft_wrap=True)
+    console.print(f"all tables: {session.log}", soft_wrap=True)
+    others = [row["part"] for row in results.rows(case.name) if row["status"] != ENDED]
+    parts = f"{len(others)} part{'s' * (len(others) != 1)} did not end: {', '.join(others)}"
+    console.print(parts if others else "every part ended", soft_wrap=True)
+    return not others
+
+
+def points_told(some: list[tuple[Case, Settings]], points: list[tuple[Case, Settings]]) -> str:
+    """Some of the points of a case by the settings in which points differ, or how many if they are all."""
+    if len(some) == len(points):
+        return f"{len(some)} of {len(points)} points"
+    names = [name for name in points[0][1] if len({str(settings[name]) for _, settings in points}) > 1]
+    return ", ".join(
+        f"{case.name}: {' '.join(f'{name}={settings[name]}' for name in names)}" for case, settings in some
+    )
 
 
 def told(report: str) -> str:
@@ -235,9 +256,9 @@ def table(rows: list[Row]) -> Table:
     columns = {
         "part": lambda row: row["part"],
         "status": lambda row: row["status"],
-        "s": lambda row: f"{row['seconds'][0]:.0f}",
-        "of": lambda row: f"{row['limit']:.0f}",
-        "": lambda row: shorten(row["note"], 160, placeholder=" ..."),
+        "seconds": lambda row: f"{row['seconds'][0]:.0f}",
+        "at most": lambda row: f"{row['limit']:.0f}",
+        "note": lambda row: shorten(row["note"], 160, placeholder=" ..."),
     }
     return listing("parts", rows, columns)
 

@@ -70,10 +70,9 @@ def _source(path: Path, results: Results) -> str:
 
 
 def draw(suites: Mapping[str, ModuleType]) -> list[Path]:
-    """Pictures of all committed figures, into the documentation."""
+    """Pictures of all committed figures of a CPU, into the documentation, which shows no others."""
     paths = []
     for name, suite in suites.items():
-        for gpu in (False, True):
-            if (found := committed(name, gpu=gpu)) is not None:
-                paths += draw_all(suite.CASES, found[1], ASSETS, name + "_gpu" * gpu)
+        if (found := committed(name)) is not None:
+            paths += draw_all(suite.CASES, found[1], ASSETS, name)
     return paths

@@ -70,7 +70,7 @@ def test_a_part_that_fails_or_hangs_loses_itself_alone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(session, "LEAST", 0.01)
-    monkeypatch.setitem(NAMED, "hangs", parts.Part("hangs", 0.3, "solvers", profile=True))
+    monkeypatch.setitem(NAMED, "hangs", parts.Part("hangs", "", 0.3, "solvers", profile=True))
     names = ["hangs", *PROFILES]
     rows, printed, ended = run_parts(dict(zip(names, (HANGS, FAILS, ENDS), strict=True)), 12)
     assert not ended
@@ -79,7 +79,8 @@ def test_a_part_that_fails_or_hangs_loses_itself_alone(
     )
     assert rows[0]["seconds"][0] < 20
     assert "no such kernel" in capfd.readouterr().out  # of a part that failed, its last lines
-    assert f"parts that did not end │     2 │     0 │ FAIL │ hangs; {PROFILES[0]}" in printed
+    assert printed.endswith(f"2 parts did not end: hangs, {PROFILES[0]}\n")
+    assert "FAIL" not in printed  # of a quick run no figure means anything
     (log,) = tmp_path.glob("*_log.txt")
     lines = log.read_text().splitlines()
     assert {"still here", "before", "all is well"} <= set(lines)
@@ -102,7 +103,8 @@ def test_all_parts_that_ended_are_a_success(run_parts: Callable[..., tuple[list[
     # Each has what is left, so that what one leaves goes to those after it.
     assert rows[0]["limit"] == pytest.approx(60 - session.QUICK, abs=2)
     assert rows[1]["limit"] == pytest.approx(60, abs=5)
-    assert "_log.txt" in printed
+    assert "1.0 minutes for profile-solve, profile-generation; files in" in printed
+    assert printed.endswith("_log.txt\nevery part ended\n")
 
 
 def test_a_part_without_all_of_its_points_is_out_of_time_and_says_what_was_raised(tmp_path: Path) -> None:
@@ -117,14 +119,15 @@ def test_a_part_without_all_of_its_points_is_out_of_time_and_says_what_was_raise
     status, note = here.judged("outside", "ended")
     assert status == "out of time"
     assert note == (
-        f"not measured: outside {' '.join(map(str, second.values()))}. "
+        f"not measured: outside: cell_ms={second['cell_ms']}; "
         "no figures of deqlib Anderson, deqlib Broyden: ValueError: too large"
     )
     results.add("outside", second, 1.0, [{"contender": "deqlib Anderson", "error": None}])
     results.save(path)
     assert here.judged("outside", "ended")[0] == "ended"
     assert here.judged("outside", "failed")[0] == "failed"
-    assert here.judged("trunks", "failed")[1].startswith("not measured: trunks")
+    num = len(parts.wanted(NAMED["trunks"], QUICK))
+    assert here.judged("trunks", "failed")[1] == f"not measured: {num} of {num} points"
 
 
 @pytest.mark.parametrize("run", [QUICK, FULL], ids=["quick", "full"])
@@ -196,7 +199,18 @@ def test_tests_that_were_cut_tell_how_far_they_came(tmp_path: Path) -> None:
         "    if i == 150: os._exit(9)\n"
         "    assert i != 7\n"
     )
-    words = ["-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "-c", os.devnull, "--capture=sys", str(tests)]
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-ra",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--capture=sys",
+        str(tests),
+    ]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert session.cut(done.stdout) == "cut at 72 %: 149 passed, 1 failed so far"
     assert session.cut("") == "cut early: 0 passed, 0 failed so far"
@@ -224,8 +238,10 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_ends_with_2(
         assert printed.err.count("\n") == 1
         assert printed.out == ""
     (tmp_path / "something").touch()
-    with pytest.raises(SystemExit, match="--out: expected a new or empty folder"):
+    with pytest.raises(SystemExit) as ended:
         command.main(["gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "--out: expected a new or empty folder" in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_said_with_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +299,7 @@ def test_the_whole_command_runs_on_a_cpu_and_writes_files_that_can_be_read_and_s
     committed = shutil.copytree(COMMITTED, tmp_path / "committed")
     for results in found.values():
         results.environments[0] |= {"gpu": "Voodoo 2"}
+        results.options["quick"] = False
         results.save(committed / results.file_name)
     monkeypatch.setattr("benchmarks.results.COMMITTED", committed)
     page = documents.written(documents.PAGE.read_text(), command.known())

@@ -315,6 +315,12 @@ def test_tables_of_the_documentation_are_written_from_figures(
     for wrong, told in (("other/bars", "no such suite"), ("made/other", "no figures of 'other'")):
         with pytest.raises(ValueError, match=told):
             documents.written(f"<!-- figures: {wrong} -->\n<!-- end -->", suites)
+    results.options["quick"] = True
+    results.save(tmp_path / results.file_name)
+    with pytest.raises(ValueError, match=r"_quick_.* is never shown: remove it from"):
+        documents.written(text, suites)
+    (tmp_path / results.file_name).unlink()
+    results.options["quick"] = False
     on_gpu = "<!-- figures: made/{} gpu -->\n<!-- end -->"
     assert documents.OPEN in documents.written(on_gpu.format("bars"), suites)
     results.environments[0] |= {"gpu": "Voodoo 2"}
