@@ -1,4 +1,4 @@
-"""`python -m benchmarks SUITE`: measurements of deqlib and viar; pictures, comparisons and pages of their figures."""
+"""Measures deqlib and viar; draws, compares and publishes the figures."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import torch
 from rich.console import Console
 
-from ..case import Bar, Case, Metric, Row, Run, Table, none_of, product
+from ..case import Bar, Case, Metric, Row, Run, Settings, Table, none_of, product
 from ..environment import ROOT
 from ..results import Results
 from ..runner import begin, measure
@@ -82,7 +82,7 @@ class Session:
         yield {"contender": part, "status": status, "seconds": [took], "limit": seconds, "note": note}
 
     def seconds(self, part: str, left: float) -> float:
-        """What a part has of the seconds that are left: its share, or in a quick run more if there is enough."""
+        """What a part has of the seconds left: its share, or in a quick run more if there is enough."""
         rest = self.names[self.names.index(part) :]
         share = left * NAMED[part].share / sum(NAMED[name].share for name in rest)
         return max(share, left - QUICK * (len(rest) - 1)) if self.run.quick else share

@@ -19,8 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as start
-from benchmarks import command
-from benchmarks import gpu, packages
+from benchmarks import command, gpu, packages
 from benchmarks.case import Run
 from benchmarks.environment import ROOT
 from benchmarks.gpu import parts, session
