@@ -204,7 +204,8 @@ def _profile(options: argparse.Namespace, run: Run, where: dict[str, list[str]],
         label = re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, settings.values())).lower()).strip("-")
         trace = options.out / f"{options.name}_{case.name}_{label}_trace.json.gz"
         assert case.solve is not None
-        table = profiled(case.solve(run, **settings), trace)
+        name = "generation" if options.name == "viar" else "solve"  # whose cells are its blocks
+        table = profiled(case.solve(run, **settings), trace, name)
         console.print(f"{case.name}: {settings}")
         console.print(terminal_table(table, console.width))
         console.print(f"trace: {trace}")

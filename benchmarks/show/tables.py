@@ -147,4 +147,4 @@ def bars_markdown(bars: Sequence[dict[str, Any]]) -> str:
         shown = "-" if value is None else f"{value:.4g}"
         note = shorten(bar["note"], NOTE, placeholder=" ...")
         lines.append((bar["name"], shown, f"{limit:.4g}", verdict, note))
-    return markdown_table(Table("bars", ("what", "measured", "at most", "", "note"), lines))
+    return markdown_table(Table("bars", ("what", "measured", "at most", "verdict", "note"), lines))
