@@ -15,6 +15,8 @@ WHEELS := jsonschema attrs jsonschema-specifications referencing rpds-py tyro do
 	torchdeq mlxtend
 # Of any of the environments.
 PIP := bin/pip --quiet --disable-pip-version-check install
+UNPACK := $(PYTHON) -m pip -qq --disable-pip-version-check install --no-index --no-deps --no-compile --target
+WHEEL_FILES = $(wildcard wheels/*.whl)
 PYTEST := bin/python -m pytest -n auto --dist loadfile
 
 .PRECIOUS: $(VENVS)/torch-%/.tests
@@ -66,12 +68,13 @@ types: $(VENV)/.dev
 check: test lint types
 
 # The machine is somebody's, and may reach no network: nothing is installed but wheels/, into a folder that goes.
+# One by one where not all are for this Python.
 gpu:
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && \
-	if ls wheels/*.whl > /dev/null 2>&1; then $(PYTHON) -m pip --quiet --disable-pip-version-check install \
-		--no-index --no-deps --no-compile --target "$$site" wheels/*.whl \
-		|| echo "wheels/ is left out: it is not for this Python; make wheels PYTHON_VERSION= fetches others" >&2; \
-	fi && \
+	if [ -n "$(WHEEL_FILES)" ]; then $(UNPACK) "$$site" $(WHEEL_FILES) 2> /dev/null \
+		|| for wheel in $(WHEEL_FILES); do $(UNPACK) "$$site" "$$wheel" \
+		|| echo "$$wheel is left out; make wheels PYTHON_VERSION= fetches for another Python" >&2; \
+	done; fi && \
 	PYTHONPATH=.:models:$$site $(PYTHON) -m benchmarks gpu $(ARGS)
 
 wheels:
@@ -79,6 +82,8 @@ wheels:
 	$(PYTHON) -m pip --quiet --disable-pip-version-check download -d wheels -c constraints.txt --no-deps \
 		--only-binary=:all: --python-version $(PYTHON_VERSION) --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(WHEELS)
+	@echo "$$(ls wheels | wc -l) wheels for Python $(PYTHON_VERSION), x86_64 Linux in wheels/: copy this folder with the" \
+		"checkout (git ignores it)"
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -112,9 +111,10 @@ class Results:
 
 def _fault(record: Any) -> str | None:
     """Where a record breaks the schema; None if it does not."""
-    if importlib.util.find_spec("jsonschema") is None:  # a machine lent for minutes may lack it
+    try:
+        import jsonschema
+    except ModuleNotFoundError:  # a machine lent for minutes may lack it, or what it needs
         return None if isinstance(record, dict) and record.get("format") == FORMAT else "at format"
-    import jsonschema
 
     try:
         jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
@@ -141,10 +141,17 @@ def _json(value: Any, depth: int = 0) -> str:
 
 
 def committed(suite: str, *, gpu: bool = False) -> tuple[Path, Results] | None:
-    """The newest committed figures of a suite, on a CPU or on a GPU; None if there are none."""
+    """The newest committed figures of a suite, on a CPU or on a GPU; None if there are none.
+
+    Raises:
+        ValueError: a file there was measured with --quick.
+    """
     found = []
     for path in COMMITTED.glob(f"{suite}_*.json"):
         results = Results.load(path)
+        if results.options["quick"]:
+            told = "was measured with --quick and is never shown: remove it from"
+            raise ValueError(f"{path.name} {told} {path.parent.name}/")
         if results.suite == suite and bool(results.environments[0]["gpu"]) == gpu:
             found.append((results.environments[0]["date"], path, results))
     return max(found)[1:] if found else None

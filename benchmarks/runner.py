@@ -103,7 +103,9 @@ def measure(
         results.arrange(case.name, case.quick if run.quick else case.grid)
         if rows := results.rows(case.name):
             console.print(terminal_table(case.table(rows), console.width))
-    if found := judged(chosen, results):
+    if run.quick:
+        console.print("--quick: figures mean nothing")
+    elif found := judged(chosen, results):
         console.print(bars_table(found))
     results.judge(judged(cases, results))
     results.save(path)

@@ -1,6 +1,6 @@
-"""What there is to know on a GPU, within minutes: `python -m benchmarks gpu`.
+"""Run the tests and benchmarks that need a GPU, within --minutes.
 
-Its parts are tests and cases of the suites, most valuable first. Each runs in a process of its own within its
+The parts are tests and cases of the suites, most valuable first. Each runs in a process of its own within its
 share of the time, so that one that hangs or crashes loses nothing but itself. Figures are on disk after every
 point.
 """

@@ -21,7 +21,8 @@ class Part:
 
     Attributes:
         name: short.
-        share: of the time, relative to the others; about its minutes on an H100.
+        about: what it measures.
+        share: of the time, relative to the others.
         suite: whose cases are measured; "" for the tests.
         cases: of the suite.
         where: settings that points must have.
@@ -31,6 +32,7 @@ class Part:
     """
 
     name: str
+    about: str
     share: float
     suite: str = ""
     cases: tuple[str, ...] = ()
@@ -41,13 +43,34 @@ class Part:
 
 
 PARTS = (
-    Part("tests", 1.0),
-    Part("trunks", 2.2, "viar", ("trunks",), full=("dtype=bfloat16",)),
-    Part("graphs", 0.9, "viar", ("executions",), ("execution=graphs",)),
-    Part("outside", 0.8, "solvers", ("outside",)),
-    Part("training", 0.7, "viar", ("training",)),
+    Part("tests", "tests of a GPU, beside the CPU in float64", 2.6),
+    Part(
+        "trunks",
+        "VIAR and VAR of depth 30 and plain implementations: images/s, memory",
+        2.2,
+        "viar",
+        ("trunks",),
+        full=("dtype=bfloat16",),
+    ),
+    Part(
+        "graphs",
+        "generations with CUDA graphs beside eager",
+        0.9,
+        "viar",
+        ("executions",),
+        ("execution=graphs",),
+    ),
+    Part(
+        "outside",
+        "time and kernels a step outside of the cell, torchdeq's beside",
+        0.8,
+        "solvers",
+        ("outside",),
+    ),
+    Part("training", "a training step, and memory against iterations", 0.7, "viar", ("training",)),
     Part(
         "solves",
+        "time to a tolerance, torchdeq's beside",
         0.5,
         "solvers",
         ("solves",),
@@ -56,6 +79,7 @@ PARTS = (
     ),
     Part(
         "backward",
+        "time of backward modes, torchdeq's beside",
         0.5,
         "backward",
         ("time",),
@@ -64,6 +88,7 @@ PARTS = (
     ),
     Part(
         "profile-solve",
+        "trace of a solve, and where its time goes",
         0.3,
         "solvers",
         ("outside",),
@@ -73,6 +98,7 @@ PARTS = (
     ),
     Part(
         "profile-generation",
+        "trace of a generation, and where its time goes",
         0.3,
         "viar",
         ("trunks",),
@@ -80,7 +106,9 @@ PARTS = (
         quick=("decode=True",),
         profile=True,
     ),
-    Part("compiled", 1.5, "viar", ("executions",), ("execution=compile",)),
+    Part(
+        "compiled", "compiled generations beside eager", 1.5, "viar", ("executions",), ("execution=compile",)
+    ),
 )
 NAMED = {part.name: part for part in PARTS}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from xml.etree import ElementTree
 import torch
 from rich.console import Console
 
-from ..case import Bar, Case, Metric, Row, Run, Table, none_of, product
+from ..case import Bar, Case, Metric, Row, Run, Settings, Table, none_of, product
 from ..environment import ROOT
 from ..results import Results
 from ..runner import begin, measure
@@ -31,13 +33,14 @@ from .parts import NAMED, PARTS, command, tests_command, wanted
 
 ENDED, FAILED, LATE, NOT_RUN = "ended", "failed", "out of time", "not run"
 LEAST = 5.0  # seconds below which no part is begun
+QUICK = 20.0  # seconds that a quick part leaves to each after it, its share being less than the rest
 SHOWN = 25  # last lines of a part that failed
 NOTE = 2000  # characters
 # What the lack of a package leaves out.
 OPTIONAL = {
     "torchdeq": "nothing of it is beside ours",
     "jsonschema": "the form of files of figures is not checked",
-    "triton": "no steps are fused, and nothing can be compiled",
+    "triton": "no steps are fused, and nothing can be compiled on a GPU",
 }
 
 
@@ -61,23 +64,28 @@ class Session:
 
     def build(self, run: Run, part: str) -> Iterator[Row]:
         """Run a part within its share of the time that is left."""
-        chosen, rest = NAMED[part], self.names[self.names.index(part) :]
+        chosen = NAMED[part]
         start = time.monotonic()
-        seconds = (self.deadline - start) * chosen.share / sum(NAMED[name].share for name in rest)
-        if seconds < LEAST:
-            status, note = NOT_RUN, ""
-        elif not chosen.suite:
-            status, note = self._test(seconds)
-        else:
-            words = command(chosen, run, self.out, self.figures(chosen.suite), seconds)
-            status = self._process(words, seconds)
-            if not chosen.profile:
-                status, note = self.judged(part, status)
+        seconds = self.seconds(part, self.deadline - start)
+        status, note = NOT_RUN, ""
+        if seconds >= LEAST:
+            print(f"{part}: {seconds:.0f} s at most", flush=True)
+            if not chosen.suite:
+                status, note = self._test(seconds)
             else:
-                note = ""
+                words = command(chosen, run, self.out, self.figures(chosen.suite), seconds)
+                status, _ = self._process(words, seconds)
+                if not chosen.profile:
+                    status, note = self.judged(part, status)
         took = time.monotonic() - start
-        print(f"{part}: {status} after {took:.0f} s of {seconds:.0f}. {note}", flush=True)
+        print(f"{part}: {status} after {took:.0f} s{'; ' * bool(note)}{note}", flush=True)
         yield {"contender": part, "status": status, "seconds": [took], "limit": seconds, "note": note}
+
+    def seconds(self, part: str, left: float) -> float:
+        """What a part has of the seconds left: its share, or in a quick run more if there is enough."""
+        rest = self.names[self.names.index(part) :]
+        share = left * NAMED[part].share / sum(NAMED[name].share for name in rest)
+        return max(share, left - QUICK * (len(rest) - 1)) if self.run.quick else share
 
     def figures(self, suite: str) -> Path | None:
         """The file of a suite, if a part made it."""
@@ -88,28 +96,32 @@ class Session:
         chosen = NAMED[part]
         path = self.figures(chosen.suite)
         results = None if path is None else Results.load(path)
-        missing: list[str] = []
+        missing: list[tuple[Case, Settings]] = []
         raised: dict[str, dict[str, None]] = {}  # contenders, each once, by what they say
-        for case, settings in wanted(chosen, self.run):
+        points = wanted(chosen, self.run)
+        for case, settings in points:
             if results is None or not results.has(case.name, settings):
-                missing.append(f"{case.name} {' '.join(map(str, settings.values()))}")
+                missing.append((case, settings))
                 continue
             for row in results.rows(case.name):
                 if settings.items() <= row.items() and row.get("error"):
                     raised.setdefault(row["error"], {})[row["contender"]] = None
-        notes = [f"not measured: {'; '.join(missing)}"] * bool(missing)
+        notes = [f"not measured: {points_told(missing, points)}"] * bool(missing)
         notes += [f"no figures of {', '.join(names)}: {error}" for error, names in raised.items()]
-        return LATE if missing and status == ENDED else status, shorten(". ".join(notes), NOTE)
+        return LATE if missing and status == ENDED else status, shorten("; ".join(notes), NOTE)
 
     def _test(self, seconds: float) -> tuple[str, str]:
         """Status of the tests, and how many passed, which failed."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            status = self._process(tests_command(report), seconds)
-            return status, told(report.read_text()) if report.exists() else ""
+            status, printed = self._process(tests_command(report), seconds)
+            return status, told(report.read_text()) if report.exists() else cut(printed)
 
-    def _process(self, words: list[str], seconds: float) -> str:
-        """Run a command into the log; what it started ends with it, at the latest when its time is up."""
+    def _process(self, words: list[str], seconds: float) -> tuple[str, str]:
+        """Run a command into the log: its status, and what it printed.
+
+        What it started ends with it, at the latest when its time is up.
+        """
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         environment = {
             **os.environ,
@@ -119,7 +131,7 @@ class Session:
             "DEQLIB_TEST_DEVICE": str(self.run.device),
         }
         with self.log.open("a", encoding="utf-8") as log:
-            print(f"\n$ {' '.join(words)}", file=log, flush=True)
+            print(f"\n$ {shlex.join(words)}", file=log, flush=True)
             start = log.tell()
             process = subprocess.Popen(
                 words,
@@ -130,17 +142,17 @@ class Session:
                 start_new_session=True,
             )
             try:
-                code = process.wait(seconds)
+                status = FAILED if process.wait(seconds) else ENDED
             except subprocess.TimeoutExpired:
-                return LATE
+                status = LATE
             finally:
                 with contextlib.suppress(ProcessLookupError):  # nothing is left of it
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        if code:
-            printed = self.log.read_bytes()[start:].decode(errors="replace")
+        printed = self.log.read_bytes()[start:].decode(errors="replace")
+        if status == FAILED:
             print(*printed.splitlines()[-SHOWN:], sep="\n")
-        return FAILED if code else ENDED
+        return status, printed
 
 
 def ran(run: Run, names: list[str], out: Path, deadline: float, console: Console) -> bool:
@@ -153,20 +165,40 @@ def ran(run: Run, names: list[str], out: Path, deadline: float, console: Console
         deadline: of the last part, `time.monotonic()`.
         console: to print to.
     """
-    for line in missing_packages():
-        console.print(line)
     results, path = begin("gpu", run, None, out)
+    here = results.environments[0]
+    minutes = max(0.0, deadline - time.monotonic()) / 60
+    console.print(f"{here['gpu'] or here['cpu']}, PyTorch {here['packages']['torch']}", soft_wrap=True)
+    console.print(f"{minutes:.1f} minutes for {', '.join(names)}; files in {out}", soft_wrap=True)
+    for line in missing_packages():
+        console.print(line, soft_wrap=True)
     session = Session(run, names, out, path.with_name(f"{path.stem}_log.txt"), deadline)
     out.mkdir(parents=True, exist_ok=True)
     grid = product(part=names)
     case = replace(CASE, build=session.build, grid=grid, quick=grid)
     measure([case], [case.name], {}, run, results, path, console)
     for name, suite in SUITES.items():
-        if (figures := session.figures(name)) is not None:
+        figures = session.figures(name)
+        if not run.quick and figures is not None and (found := bars_of(suite.CASES, Results.load(figures))):
             console.print(f"{name}:")
-            console.print(bars_table(bars_of(suite.CASES, Results.load(figures))))
-    console.print(f"in {out}: {', '.join(sorted(file.name for file in out.iterdir()))}", soft_wrap=True)
-    return all(row["status"] == ENDED for row in results.rows(case.name))
+            console.print(bars_table(found))
+    for file in sorted(out.iterdir()):
+        console.print(str(file), soft_wrap=True)
+    console.print(f"all tables: {session.log}", soft_wrap=True)
+    others = [row["part"] for row in results.rows(case.name) if row["status"] != ENDED]
+    parts = f"{len(others)} part{'s' * (len(others) != 1)} did not end: {', '.join(others)}"
+    console.print(parts if others else "every part ended", soft_wrap=True)
+    return not others
+
+
+def points_told(some: list[tuple[Case, Settings]], points: list[tuple[Case, Settings]]) -> str:
+    """Some of the points of a case by the settings in which points differ, or how many if they are all."""
+    if len(some) == len(points):
+        return f"{len(some)} of {len(points)} points"
+    names = [name for name in points[0][1] if len({str(settings[name]) for _, settings in points}) > 1]
+    return ", ".join(
+        f"{case.name}: {' '.join(f'{name}={settings[name]}' for name in names)}" for case, settings in some
+    )
 
 
 def told(report: str) -> str:
@@ -184,6 +216,16 @@ def told(report: str) -> str:
     return shorten(f"{text}: {'; '.join(names)}", NOTE) if names else text
 
 
+def cut(printed: str) -> str:
+    """How far pytest came before it was killed, in words, from the marks that it prints."""
+    lines = re.findall(r"^([.FEsxX]+)(?: *\[ *(\d+)%\])?$", printed, re.MULTILINE)
+    marks = "".join(line for line, _ in lines)
+    percent = [int(share) for _, share in lines if share]
+    failed = marks.count("F") + marks.count("E")
+    shares = f"at {percent[-1]} %" if percent else "early"
+    return f"cut {shares}: {marks.count('.')} passed, {failed} failed so far"
+
+
 def refusal(device: torch.device, *, quick: bool) -> str | None:
     """Why there is nothing to measure here, if so."""
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -195,11 +237,13 @@ def refusal(device: torch.device, *, quick: bool) -> str | None:
 
 def missing_packages() -> list[str]:
     """What is not installed and what that leaves out, a line each."""
-    return [
-        f"{name} is not installed: {lack}"
-        for name, lack in OPTIONAL.items()
-        if importlib.util.find_spec(name) is None
-    ]
+    found = []
+    for name, lack in OPTIONAL.items():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # of it, or of what it needs
+            found.append(f"{error.name} is not installed: {lack}")
+    return found
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -212,9 +256,9 @@ def table(rows: list[Row]) -> Table:
     columns = {
         "part": lambda row: row["part"],
         "status": lambda row: row["status"],
-        "s": lambda row: f"{row['seconds'][0]:.0f}",
-        "of": lambda row: f"{row['limit']:.0f}",
-        "": lambda row: shorten(row["note"], 160, placeholder=" ..."),
+        "seconds": lambda row: f"{row['seconds'][0]:.0f}",
+        "at most": lambda row: f"{row['limit']:.0f}",
+        "note": lambda row: shorten(row["note"], 160, placeholder=" ..."),
     }
     return listing("parts", rows, columns)
 

@@ -16,13 +16,13 @@ from .marks import CELL
 SHOWN = 12  # operations
 
 
-def profiled(solve: Callable[[], object], trace: Path) -> Table:
+def profiled(solve: Callable[[], object], trace: Path, name: str = "solve") -> Table:
     """Run twice, the second time under PyTorch's profiler; write the trace for Perfetto or chrome://tracing.
 
     The trace is compressed if its name ends in .gz; both read it so.
 
     The table has the CPU time of operations outside the cell, their own time without that of what they call.
-    On a GPU that is the time of launching; the trace shows the kernels.
+    On a GPU that is the time of launching; the trace shows the kernels. `name` is what is run, for the title.
     """
     solve()
     activities = [ProfilerActivity.CPU]
@@ -34,10 +34,10 @@ def profiled(solve: Callable[[], object], trace: Path) -> Table:
         solve()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    return _table([event for event in profiler.events() if event.name == "solve"])
+    return _table([event for event in profiler.events() if event.name == "solve"], name)
 
 
-def _table(roots: Iterable[Any]) -> Table:
+def _table(roots: Iterable[Any], name: str) -> Table:
     outside: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     inside = total = 0.0
@@ -55,11 +55,11 @@ def _table(roots: Iterable[Any]) -> Table:
     calls["Python"] = calls.pop("solve", 0)
     found = sorted(outside.items(), key=lambda item: -item[1])
     rest = sum(time for _, time in found[SHOWN:])
-    lines = [(name, str(calls[name]), *_cells(time, total)) for name, time in found[:SHOWN]]
+    lines = [(of, str(calls[of]), *_cells(time, total)) for of, time in found[:SHOWN]]
     lines.append(("others", "", *_cells(rest, total)))
     lines.append(("all outside the cell", "", *_cells(sum(outside.values()), total)))
     lines.append(("the cell", str(calls[CELL]), *_cells(inside, total)))
-    return Table("time of one solve", ("operation", "calls", "ms", "share"), lines)
+    return Table(f"time of one {name}", ("operation", "calls", "ms", "share"), lines)
 
 
 def _cells(microseconds: float, total: float) -> tuple[str, str]:

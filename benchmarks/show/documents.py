@@ -17,8 +17,9 @@ DOCS = ROOT / "docs"
 PAGE, ASSETS = DOCS / "benchmarks.md", DOCS / "assets" / "benchmarks"
 
 # <!-- figures: SUITE/CASE --> ... <!-- end --> holds the table of a case; SUITE/bars the bars, SUITE/source
-# where it was measured. With "gpu" behind it, from the figures of a GPU, of which there may be none yet.
-OPEN = "*Open: no figures of a GPU are committed.*"
+# where it was measured. With "gpu" behind it, from the figures of a GPU; while there are none,
+# gpu/source says so for all.
+OPEN = "*No figures of a GPU are committed yet.*"
 LEFT_OUT = "*Open: the committed run on a GPU did not get so far.*"
 _BLOCK = re.compile(r"(<!-- figures: (\w+)/([\w-]+)( gpu)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -26,7 +27,7 @@ _BLOCK = re.compile(r"(<!-- figures: (\w+)/([\w-]+)( gpu)? -->\n).*?(<!-- end --
 def written(text: str, suites: Mapping[str, ModuleType]) -> str:
     """The page with its blocks written anew.
 
-    What waits for a GPU says so.
+    While there are no figures of a GPU, one block says so and the others are empty.
 
     Raises:
         ValueError: a block names a suite, a case or figures that do not exist.
@@ -39,7 +40,14 @@ def written(text: str, suites: Mapping[str, ModuleType]) -> str:
         found = committed(suite, gpu=bool(gpu))
         if found is None and not gpu:
             raise ValueError(f"{head.strip()}: benchmarks/results holds no figures of it")
-        text = OPEN if found is None else _content(what, suites[suite].CASES, *found)
+        if found is not None:
+            text = _content(what, suites[suite].CASES, *found)
+        elif committed("gpu", gpu=True) is not None:
+            text = LEFT_OUT
+        elif (suite, what) == ("gpu", "source"):
+            text = OPEN
+        else:
+            return f"{head}{end}"
         return f"{head}\n{text}\n\n{end}"
 
     return _BLOCK.sub(block, text)
@@ -70,10 +78,9 @@ def _source(path: Path, results: Results) -> str:
 
 
 def draw(suites: Mapping[str, ModuleType]) -> list[Path]:
-    """Pictures of all committed figures, into the documentation."""
+    """Pictures of all committed figures of a CPU, into the documentation, which shows no others."""
     paths = []
     for name, suite in suites.items():
-        for gpu in (False, True):
-            if (found := committed(name, gpu=gpu)) is not None:
-                paths += draw_all(suite.CASES, found[1], ASSETS, name + "_gpu" * gpu)
+        if (found := committed(name)) is not None:
+            paths += draw_all(suite.CASES, found[1], ASSETS, name)
     return paths

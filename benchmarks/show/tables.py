@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import shorten
@@ -72,7 +73,7 @@ def terminal_table(table: Table, width: int) -> Group:
     """For a terminal of so many columns: in parts, one below another, where words would break."""
     columns = list(zip(table.head, *table.lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    least = [max(map(_longest, column)) for column in columns]
     shown: list[RichTable] = []
     for part in _parts(least, width):
         piece = RichTable(title=None if shown else table.title)
@@ -86,6 +87,11 @@ def terminal_table(table: Table, width: int) -> Group:
             piece.add_row(*(escape(line[index]) for index in part))
         shown.append(piece)
     return Group(*shown)
+
+
+def _longest(cell: str) -> int:
+    """Characters of the longest word; a figure and its spread are one."""
+    return len(cell) if "±" in cell else max(map(len, [*cell.split(), ""]))
 
 
 def _parts(least: Sequence[int], width: int) -> list[list[int]]:
@@ -114,12 +120,13 @@ def bars_table(bars: Sequence[Bar]) -> RichTable:
     shown.add_column("bar")
     shown.add_column("value", justify="right")
     shown.add_column("limit", justify="right")
-    shown.add_column("")
+    shown.add_column("verdict")
     shown.add_column("note", overflow="fold")
     for bar in bars:
         style = {"pass": "green", "FAIL": "red"}.get(bar.verdict, "yellow")
         verdict = f"[{style}]{bar.verdict}[/]"
-        shown.add_row(escape(bar.name), f"{bar.value:.4g}", f"{bar.limit:.4g}", verdict, escape(bar.note))
+        value = "-" if math.isnan(bar.value) else f"{bar.value:.4g}"
+        shown.add_row(escape(bar.name), value, f"{bar.limit:.4g}", verdict, escape(bar.note))
     return shown
 
 
@@ -140,4 +147,4 @@ def bars_markdown(bars: Sequence[dict[str, Any]]) -> str:
         shown = "-" if value is None else f"{value:.4g}"
         note = shorten(bar["note"], NOTE, placeholder=" ...")
         lines.append((bar["name"], shown, f"{limit:.4g}", verdict, note))
-    return markdown_table(Table("bars", ("what", "measured", "at most", "", "note"), lines))
+    return markdown_table(Table("bars", ("what", "measured", "at most", "verdict", "note"), lines))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import __main__ as command
-from benchmarks import gpu
+from benchmarks import __main__ as start
+from benchmarks import command, gpu, packages
 from benchmarks.case import Run
 from benchmarks.environment import ROOT
 from benchmarks.gpu import parts, session
@@ -67,7 +69,7 @@ def test_a_part_that_fails_or_hangs_loses_itself_alone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(session, "LEAST", 0.01)
-    monkeypatch.setitem(NAMED, "hangs", parts.Part("hangs", 0.3, "solvers", profile=True))
+    monkeypatch.setitem(NAMED, "hangs", parts.Part("hangs", "", 0.3, "solvers", profile=True))
     names = ["hangs", *PROFILES]
     rows, printed, ended = run_parts(dict(zip(names, (HANGS, FAILS, ENDS), strict=True)), 12)
     assert not ended
@@ -76,7 +78,8 @@ def test_a_part_that_fails_or_hangs_loses_itself_alone(
     )
     assert rows[0]["seconds"][0] < 20
     assert "no such kernel" in capfd.readouterr().out  # of a part that failed, its last lines
-    assert f"parts that did not end │     2 │     0 │ FAIL │ hangs; {PROFILES[0]}" in printed
+    assert printed.endswith(f"2 parts did not end: hangs, {PROFILES[0]}\n")
+    assert "FAIL" not in printed  # of a quick run no figure means anything
     (log,) = tmp_path.glob("*_log.txt")
     lines = log.read_text().splitlines()
     assert {"still here", "before", "all is well"} <= set(lines)
@@ -96,10 +99,11 @@ def test_all_parts_that_ended_are_a_success(run_parts: Callable[..., tuple[list[
     rows, printed, ended = run_parts(dict.fromkeys(PROFILES, ENDS), 60)
     assert ended
     assert [row["note"] for row in rows] == ["", ""]
-    # Each has a share of what is left, so that what one leaves goes to those after it.
-    assert rows[0]["limit"] == pytest.approx(30, abs=2)
+    # Each has what is left, so that what one leaves goes to those after it.
+    assert rows[0]["limit"] == pytest.approx(60 - session.QUICK, abs=2)
     assert rows[1]["limit"] == pytest.approx(60, abs=5)
-    assert "_log.txt" in printed
+    assert "1.0 minutes for profile-solve, profile-generation; files in" in printed
+    assert printed.endswith("_log.txt\nevery part ended\n")
 
 
 def test_a_part_without_all_of_its_points_is_out_of_time_and_says_what_was_raised(tmp_path: Path) -> None:
@@ -114,14 +118,15 @@ def test_a_part_without_all_of_its_points_is_out_of_time_and_says_what_was_raise
     status, note = here.judged("outside", "ended")
     assert status == "out of time"
     assert note == (
-        f"not measured: outside {' '.join(map(str, second.values()))}. "
+        f"not measured: outside: cell_ms={second['cell_ms']}; "
         "no figures of deqlib Anderson, deqlib Broyden: ValueError: too large"
     )
     results.add("outside", second, 1.0, [{"contender": "deqlib Anderson", "error": None}])
     results.save(path)
     assert here.judged("outside", "ended")[0] == "ended"
     assert here.judged("outside", "failed")[0] == "failed"
-    assert here.judged("trunks", "failed")[1].startswith("not measured: trunks")
+    num = len(parts.wanted(NAMED["trunks"], QUICK))
+    assert here.judged("trunks", "failed")[1] == f"not measured: {num} of {num} points"
 
 
 @pytest.mark.parametrize("run", [QUICK, FULL], ids=["quick", "full"])
@@ -184,6 +189,41 @@ def test_the_report_of_pytest_is_told_by_counts_and_names_of_failures(tmp_path: 
     )
 
 
+def test_tests_that_were_cut_tell_how_far_they_came(tmp_path: Path) -> None:
+    tests = tmp_path / "test_many.py"
+    tests.write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('i', range(200))\n"
+        "def test_one(i):\n"
+        "    if i == 150: os._exit(9)\n"
+        "    assert i != 7\n"
+    )
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-ra",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--capture=sys",
+        str(tests),
+    ]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert session.cut(done.stdout) == "cut at 72 %: 149 passed, 1 failed so far"
+    assert session.cut("") == "cut early: 0 passed, 0 failed so far"
+
+
+def test_the_tests_have_two_minutes_and_quick_parts_more_than_their_share_while_there_is_time() -> None:
+    def seconds(run: Run, left: float) -> float:
+        return session.Session(run, list(NAMED), Path(), Path(), 0.0).seconds("tests", left)
+
+    assert seconds(FULL, 480) == pytest.approx(120, abs=2)
+    assert seconds(QUICK, 480) == 480 - session.QUICK * (len(NAMED) - 1)
+    assert seconds(QUICK, 100) == pytest.approx(seconds(FULL, 100))
+
+
 def test_without_a_gpu_the_command_says_so_in_one_line_and_ends_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -197,13 +237,40 @@ def test_without_a_gpu_the_command_says_so_in_one_line_and_ends_with_2(
         assert printed.err.count("\n") == 1
         assert printed.out == ""
     (tmp_path / "something").touch()
-    with pytest.raises(SystemExit, match="--out: expected a new or empty folder"):
+    with pytest.raises(SystemExit) as ended:
         command.main(["gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "--out: expected a new or empty folder" in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_said_with_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchdeq" else object())
-    assert gpu.session.missing_packages() == ["torchdeq is not installed: nothing of it is beside ours"]
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    for name in ("torchdeq", "rpds"):  # the latter jsonschema needs
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("jsonschema", "referencing")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert gpu.session.missing_packages() == [
+        "torchdeq is not installed: nothing of it is beside ours",
+        "rpds is not installed: the form of files of figures is not checked",
+    ]
+
+
+def test_what_the_command_cannot_do_without_is_named_before_anything_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    lacking = ("accelerate", "sklearn")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in lacking else find_spec(name))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu"])
+    with pytest.raises(SystemExit) as ended:
+        start.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "gpu: not installed: accelerate, scikit-learn; install them or put their wheels into wheels/\n"
+    )
+    program = "import sys, benchmarks.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {*packages.REQUIRED, "deqlib", "viar"} & set(done.stdout.split())
 
 
 @pytest.mark.slow
@@ -231,6 +298,7 @@ def test_the_whole_command_runs_on_a_cpu_and_writes_files_that_can_be_read_and_s
     committed = shutil.copytree(COMMITTED, tmp_path / "committed")
     for results in found.values():
         results.environments[0] |= {"gpu": "Voodoo 2"}
+        results.options["quick"] = False
         results.save(committed / results.file_name)
     monkeypatch.setattr("benchmarks.results.COMMITTED", committed)
     page = documents.written(documents.PAGE.read_text(), command.known())

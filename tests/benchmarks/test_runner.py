@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from rich.console import Console
 
-from benchmarks import __main__ as command
-from benchmarks import runner
+from benchmarks import command, runner
 from benchmarks.case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, none_of, product
 from benchmarks.environment import environment, hardware
 from benchmarks.measure import marked, milliseconds, peak_rss, profiled, spread, with_spread
@@ -250,7 +250,7 @@ def test_figures_can_be_read_where_their_form_cannot_be_checked(
 ) -> None:
     measured(tmp_path, console, case())
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
     assert len(Results.load(file).points["doubling"]) == 4
     for text in ('{"format": 2}', "[]"):
         file.write_text(text)
@@ -314,8 +314,16 @@ def test_tables_of_the_documentation_are_written_from_figures(
     for wrong, told in (("other/bars", "no such suite"), ("made/other", "no figures of 'other'")):
         with pytest.raises(ValueError, match=told):
             documents.written(f"<!-- figures: {wrong} -->\n<!-- end -->", suites)
+    results.options["quick"] = True
+    results.save(tmp_path / results.file_name)
+    with pytest.raises(ValueError, match=r"_quick_.* is never shown: remove it from"):
+        documents.written(text, suites)
+    (tmp_path / results.file_name).unlink()
+    results.options["quick"] = False
     on_gpu = "<!-- figures: made/{} gpu -->\n<!-- end -->"
-    assert documents.OPEN in documents.written(on_gpu.format("bars"), suites)
+    assert documents.written(on_gpu.format("bars"), suites) == on_gpu.format(
+        "bars"
+    )  # nothing, until there is
     results.environments[0] |= {"gpu": "Voodoo 2"}
     results.save(tmp_path / results.file_name)
     assert "| 1 | 8 |" in documents.written(on_gpu.format("doubling"), suites)

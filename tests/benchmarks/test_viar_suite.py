@@ -356,6 +356,13 @@ def test_executions_of_a_generation_are_beside_eager_and_one_that_raises_loses_i
     assert asked == [half, {**half, "graphs": True}, half, {**half, "compile": "eager"}]
 
 
+def test_graphs_that_were_not_captured_have_no_figures_and_no_line() -> None:
+    rows = rows_of(executions.CASE, executions.CASE.quick[0])
+    assert [(row["contender"], len(row["seconds"])) for row in rows] == [("eager", 1), ("graphs", 0)]
+    assert rows[1]["error"] == executions.NOT_CAPTURED
+    assert [line[1] for line in executions.CASE.table(rows).lines] == ["eager, beside graphs"]
+
+
 def test_the_bar_of_executions_is_the_latency_with_graphs() -> None:
     point = {**executions.JUDGED, "iterations": [10, 2], "images": 1}
     rows = [

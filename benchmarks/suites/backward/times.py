@@ -179,7 +179,7 @@ def _time_bars(name: str, ours: dict[str, Row], theirs: dict[str, Row], limit: f
     shown = "; ".join(f"{case}: {ratios[case]:.2f}" + " (bound)" * (case not in both) for case in timed)
     bars = [
         Bar(
-            f"{name}, backward time, {len(both)} cases in which both arrive",
+            f"{name}, backward time, {len(both)} case{'s' * (len(both) != 1)} in which both arrive",
             geometric_mean(ratios[case] for case in both),
             limit,
             shown if len(both) == len(timed) else "",

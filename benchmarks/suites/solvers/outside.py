@@ -227,10 +227,8 @@ def table(rows: list[Row]) -> Table:
         "solver": lambda row: f"{row['contender']}, cell of {row['cell_ms']:g} ms",
         "evaluations": evaluations,
         "ms": lambda row: milliseconds(row["seconds"]),
-        "µs a step outside of the cell (of the time in it)": step,
-        "kernels a step outside of the cell": lambda row: (
-            "" if row["kernels"] is None else f"{row['kernels']:g}"
-        ),
+        "µs a step outside (of the cell's)": step,
+        "kernels a step outside": lambda row: "" if row["kernels"] is None else f"{row['kernels']:g}",
     }
     return listing(f"solves to a tolerance, {MEMORY} columns of history", rows, columns)
 

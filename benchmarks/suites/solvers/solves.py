@@ -124,7 +124,10 @@ def _both(solves: Solves, solver: str) -> dict[str, float]:
 
 def _mean_bar(name: str, ratios: dict[str, float], limit: float) -> Bar:
     return Bar(
-        f"{name}, time, geometric mean", geometric_mean(ratios.values()), limit, f"{len(ratios)} solves"
+        f"{name}, time, geometric mean",
+        geometric_mean(ratios.values()),
+        limit,
+        f"{len(ratios)} solve{'s' * (len(ratios) != 1)}",
     )
 
 

@@ -25,6 +25,7 @@ from .models import DTYPES, Shape, gigabytes, published, random_tokenizer, rando
 from .trunks import FASTEST
 
 EAGER = "eager"
+NOT_CAPTURED = "no graph was captured, so it ran as eager does; a CPU has no graphs"
 LIMIT = 0.5  # of the time of a generation of one image as it is, with graphs
 POINT = ("model", "execution", "depth", "batch", "dtype", "iterations")
 JUDGED: Settings = {"model": "VIAR", "execution": "graphs", "depth": 30, "batch": 1, "dtype": "bfloat16"}
@@ -61,7 +62,10 @@ def build(
             row["first_seconds"] = seconds(task)
             row["peak_bytes"] = peak_bytes(task, run.device)
             row["pool_bytes"] = _pool_bytes(transformer)
-            tasks[name] = task
+            if transformer.graphs is not None and transformer.graphs.num_captures == 0:
+                row["error"] = NOT_CAPTURED
+            else:
+                tasks[name] = task
         except Exception as error:  # this way of running it fails; the other is still measured
             row["error"] = f"{type(error).__name__}: {error}"
         rows[name] = {"contender": name, **row}
@@ -101,7 +105,8 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 
 def table(rows: list[Row]) -> Table:
-    """One line a contender and point."""
+    """One line a contender and point; none of graphs where none was captured."""
+    rows = [row for row in rows if row["error"] != NOT_CAPTURED]
 
     def model(row: Row) -> str:
         extra = f", {written(row['iterations'])} iterations" * (row["model"] == "VIAR")
@@ -112,7 +117,9 @@ def table(rows: list[Row]) -> Table:
 
     columns: dict[str, Callable[[Row], str]] = {
         "model": model,
-        "execution": lambda row: row["contender"],
+        "execution": lambda row: (
+            row["contender"] + f", beside {row['execution']}" * (row["contender"] == EAGER)
+        ),
         "ms a batch": lambda row: milliseconds(row["seconds"]),
         "images/s": rate,
         "peak beside weights and graphs, GB": lambda row: gigabytes(row["peak_bytes"]),
