@@ -64,7 +64,13 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def give_up(error: Exception) -> None:
-    """Start no kernel any more in this process, since one failed to compile or to start, and say so once."""
+    """Start no kernel any more in this process, since one failed to compile or to start, and say so once.
+
+    Raises:
+        torch.OutOfMemoryError: `error` is one, for which no kernel is to blame.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     if not _failures:
         logging.getLogger("deqlib").warning(
             "the fused kernels of solvers failed (%s: %s); operations of PyTorch do their work from now on, "

@@ -49,8 +49,6 @@ def observed(seen: Seen, state: SecantState) -> bool:
         history.ended = torch.zeros_like(counts[0])
     try:
         refused = judge(seen.residual, None, seen.before, counts, history, safeguards, seen.all_improved)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         give_up(error)
         history.finished, history.moving = before
@@ -83,8 +81,6 @@ def stepped(z: Tensor, fz: Tensor, damping: float, state: SecantState) -> Tensor
             refused = judge(None, sums, safeguards.best, None, history, safeguards)
             state.judged = judged = Judged(None, refused)
         z_next = advance(z, fz, difference, judged.refused, sums, damping, history, safeguards)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         give_up(error)
         return None

@@ -7,7 +7,6 @@ need no interpreter.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -25,18 +24,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_kernels import HAS_TRITON, INTERPRETED, assert_passes_interpreted, compiled, interpreted
 
 from deqlib import Anderson, Auto, Broyden, Solution, Solver, Stopping, fixed_point, fused
 from deqlib.solvers import secant
 from deqlib.solvers.secant import SecantSolver, SecantState
 from deqlib.testing import mixed_difficulty
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter of older ones fails at loops with NumPy 2.4.
 INTERPRETS = HAS_TRITON and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of the interpreter")
-compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="compiles with Triton")
 
 # What NumPy says of numbers that are not finite, which are among those that are tested.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -48,12 +44,7 @@ KERNELS = ("judge_kernel", "products_kernel", "advance_kernel")
 
 @pytest.mark.skipif(INTERPRETED or not INTERPRETS, reason="starts the interpreter of Triton")
 def test_the_fused_step_is_the_plain_one_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -498,6 +489,12 @@ def test_a_history_of_too_many_columns_is_left_to_the_plain_step(monkeypatch: py
         torch.testing.assert_close(got, plainly(lambda z=z, fz=fz: reference.take(z, fz, None)))
         fused_steps.append("advance_kernel" in launched.names)
     assert fused_steps == [False, True, True, True, False, False, False]
+
+
+def test_a_device_short_of_memory_does_not_switch_kernels_off() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.give_up(torch.OutOfMemoryError("out of memory"))
+    assert not fused._failures
 
 
 @interpreted

@@ -8,13 +8,10 @@ do what the interpreted ones do; that they compile is tested here too.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import logging
-import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,6 +25,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_kernels import INTERPRETED, assert_passes_interpreted, compiled, interpreted
 
 from deqlib import (
     Anderson,
@@ -52,11 +50,6 @@ from deqlib.solvers import base
 from deqlib.solvers.base import Seen, norms
 from deqlib.testing import explosion, mixed_difficulty
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of the interpreter")
-compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="compiles with Triton")
-
 # NumPy, in which the interpreter works, says so where numbers are not finite, and they are meant to be.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered")
 NAN, INF = float("nan"), float("inf")
@@ -64,12 +57,7 @@ NAN, INF = float("nan"), float("inf")
 
 @compiled
 def test_the_fused_record_is_the_plain_one_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
