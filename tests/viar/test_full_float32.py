@@ -59,8 +59,15 @@ def state() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def _defaults() -> Iterator[None]:
+    # Before as well: a benchmark that ran in this process has left the settings it measures with.
+    _set_defaults()
     before = state()
     yield
+    _set_defaults()
+    assert state() == before
+
+
+def _set_defaults() -> None:
     torch.set_float32_matmul_precision("highest")
     for owner in (
         backends,
@@ -73,7 +80,6 @@ def _defaults() -> Iterator[None]:
     for owner in (backends.cudnn.conv, backends.cudnn.rnn):
         owner.fp32_precision = "tf32"
     backends.cudnn.allow_tf32 = True
-    assert state() == before
 
 
 @by_way
