@@ -285,11 +285,11 @@ def _training_flags(
     if command == "train":
         tokens = [(world / name,) for name in ("foreign_tokens", "damaged_tokens")]
         data = Flag("--data", [*data.right, (world / "tokens",)], [*data.wrong, *tokens])
-    preset = {"train-tokenizer": "digits", "train": "digits-viar"}[command]
+    recipe = {"train-tokenizer": "digits", "train": "digits-viar"}[command]
     seconds = (Flag("--train.seconds", [("None",)], [("0",), ("nan",), ("-1",)]), True)
     augment = [] if command == "train" else [(Flag("--augment", [(0,)], [("-1",), ("2",)]), True)]
     training = [entry for entry in training if not augment or entry[0].name != "--augment"]
-    return [(data, True), seconds, *augment, *own[command], *training], [preset], out
+    return [(data, True), seconds, *augment, *own[command], *training], [recipe], out
 
 
 def did_what_was_asked(line: Line, output: str) -> bool:

@@ -125,12 +125,12 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
 # The pipeline
 
 
-def test_training_leaves_models_of_the_preset_and_its_changes(trained: Path) -> None:
+def test_training_leaves_models_of_the_recipe_and_its_changes(trained: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(trained / "tokenizer")
     assert tokenizer.config == TOKENIZERS["digits"].model
     model = NextScaleTransformer.from_pretrained(trained / "viar")
-    preset = TRANSFORMERS["digits-viar"].model
-    assert model.config == dataclasses.replace(preset, width=16, num_heads=2)
+    recipe = TRANSFORMERS["digits-viar"].model
+    assert model.config == dataclasses.replace(recipe, width=16, num_heads=2)
     assert isinstance(model.config.trunk, ImplicitTrunkConfig)
 
 

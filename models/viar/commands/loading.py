@@ -155,7 +155,7 @@ def load_images(
         ValueError, PermissionError: what cannot be served; the flag is named.
     """
     if source not in EMBEDDED and "augment" not in given_flags():
-        augment = 0  # a preset's is for the images that it names
+        augment = 0  # a recipe's is for the images that it names
     try:
         data = load_data(source, image_side, augment=augment)
     except (ValueError, PermissionError) as error:

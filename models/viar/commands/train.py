@@ -22,8 +22,8 @@ from ..tokenizer import Tokenizer
 from ..training import (
     TOKENIZERS,
     TRANSFORMERS,
-    TokenizerPreset,
-    TransformerPreset,
+    TokenizerRecipe,
+    TransformerRecipe,
     adapt_tokenizer,
     adapt_transformer,
     check_adaptable,
@@ -37,37 +37,37 @@ from .flags import given_flags
 from .loading import load_images, load_model
 
 TokenizerChoice = Annotated[
-    TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
+    TokenizerRecipe, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
 ]
 TransformerChoice = Annotated[
-    TransformerPreset,
+    TransformerRecipe,
     tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS)),
-    tyro.conf.AvoidSubcommands,  # the preset decides the kind of trunk
+    tyro.conf.AvoidSubcommands,  # the recipe decides the kind of trunk
 ]
 From = Annotated[str | None, tyro.conf.arg(name="from")]
 CLASSES_NAMED = 20  # in a line of text
 Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
 
 
-def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = None) -> None:
-    """Train a tokenizer, starting from a preset whose every setting is a flag.
+def train_tokenizer_command(recipe: TokenizerChoice, out: Path, from_: From = None) -> None:
+    """Train a tokenizer, starting from a recipe whose every setting is a flag.
 
     Args:
-        preset: Where to start from.
+        recipe: Where to start from.
         out: Folder of the run. An interrupted run goes on.
         from_: Start from the weights of a trained tokenizer: a folder, a hub id or a published checkpoint.
             Its settings are kept; --model.sides may be others.
     """
     check_run(out)
-    check_beside_data(out, preset.data)
-    loss_terms(preset.loss)
-    check_device(preset.train)
+    check_beside_data(out, recipe.data)
+    loss_terms(recipe.loss)
+    check_device(recipe.train)
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
-    config = preset.model if trained is None else _settings_of(trained.config, preset.model)
-    batch_size = preset.train.batch_size
-    data = load_images(preset.data, config.image_side, console, augment=preset.augment, batch_size=batch_size)
-    torch.manual_seed(preset.train.seed)
+    config = recipe.model if trained is None else _settings_of(trained.config, recipe.model)
+    batch_size = recipe.train.batch_size
+    data = load_images(recipe.data, config.image_side, console, augment=recipe.augment, batch_size=batch_size)
+    torch.manual_seed(recipe.train.seed)
     if trained is None:
         tokenizer = Tokenizer(config)
     else:
@@ -77,8 +77,8 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
         tokenizer,
         data.train,
         out,
-        preset.train,
-        loss=preset.loss,
+        recipe.train,
+        loss=recipe.loss,
         init_codebook=trained is None,
         held_out=data.validation,
         origin=_origin(from_, trained),
@@ -87,62 +87,62 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
     console.print_json(json.dumps(metrics))
 
 
-def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:
+def train_command(recipe: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:
     """Train a VAR or a VIAR on the tokens of a trained tokenizer.
 
     The model gets as many classes as the images have, unless --model.num-classes says how many it must be.
 
     Args:
-        preset: Where to start from; every setting is a flag.
+        recipe: Where to start from; every setting is a flag.
         tokenizer: Folder, hub id or published checkpoint of the tokenizer.
         out: Folder of the run. An interrupted run goes on.
         from_: Start from the weights of a trained model: a folder, a hub id or a published checkpoint. Its
             settings are kept; classes are those of the images, and sides those of the tokenizer.
     """
     check_run(out)
-    check_beside_data(out, preset.data)
-    check_device(preset.train)
+    check_beside_data(out, recipe.data)
+    check_device(recipe.train)
     console = Console()
     codec = load_model(Tokenizer, tokenizer, "--tokenizer")
     trained = None if from_ is None else load_model(NextScaleTransformer, from_, "--from")
-    config, owner = preset.model, "the preset's"
+    config, owner = recipe.model, "the recipe's"
     if trained is not None:
         config, owner = (
-            _settings_of(trained.config, preset.model, sides=codec.config.sides),
+            _settings_of(trained.config, recipe.model, sides=codec.config.sides),
             "the checkpoint's",
         )
     check_same_sizes(config, codec.config)
-    data, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
-    config = _with_classes_of(preset.data, num_classes, config, owner, console)
-    torch.manual_seed(preset.train.seed)
+    data, num_classes, class_names = _images_or_tokens(recipe, codec.config.image_side, console)
+    config = _with_classes_of(recipe.data, num_classes, config, owner, console)
+    torch.manual_seed(recipe.train.seed)
     if trained is None:
         model = NextScaleTransformer(config)
     else:
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
-        model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
+        model, codec, data, out, recipe.train, origin=_origin(from_, trained), console=console
     )
     console.print_json(json.dumps(metrics))
 
 
 def _images_or_tokens(
-    preset: TransformerPreset, image_side: int, console: Console
+    recipe: TransformerRecipe, image_side: int, console: Console
 ) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
     """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
 
     Tokens do not have the names.
     """
-    if not is_shards(preset.data):
-        batch_size = preset.train.batch_size
-        images = load_images(preset.data, image_side, console, augment=preset.augment, batch_size=batch_size)
+    if not is_shards(recipe.data):
+        batch_size = recipe.train.batch_size
+        images = load_images(recipe.data, image_side, console, augment=recipe.augment, batch_size=batch_size)
         return images.train, images.num_classes, images.class_names
-    if preset.augment:
+    if recipe.augment:
         raise ValueError(
-            f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
+            f"--augment: {shown(recipe.data)} holds tokens, which cannot be changed, got {recipe.augment}; "
             "give it to viar tokenize"
         )
-    tokens = TokenShards(preset.data)
+    tokens = TokenShards(recipe.data)
     return tokens, tokens.settings.num_classes, ()
 
 
@@ -181,20 +181,20 @@ def _with_classes_of(
     return replace(config, num_classes=found)
 
 
-def _settings_of(trained: Config, preset: Config, **fitted: Any) -> Config:
+def _settings_of(trained: Config, recipe: Config, **fitted: Any) -> Config:
     """Settings of trained weights, with those that the user gave, and `fitted` where the user did not.
 
     Raises:
-        ValueError: weights cannot have a setting that was given, or the preset has another trunk.
+        ValueError: weights cannot have a setting that was given, or the recipe has another trunk.
     """
     given = {name.removeprefix("model.") for name in given_flags() if name.startswith("model.")}
     given |= {name.replace("no_", "", 1) for name in given if name.startswith("no_")}  # --model.no-qk-norm
-    values, asked = trained.to_dict(), preset.to_dict()
+    values, asked = trained.to_dict(), recipe.to_dict()
     trunk, asked_trunk = values.pop("trunk", {}), asked.pop("trunk", {})
     if trunk.get("kind") != asked_trunk.get("kind"):
         raise ValueError(
-            f"--from: its weights have an {trunk['kind']} trunk, the preset's is {asked_trunk['kind']}; "
-            "start from a preset of the same kind (VAR is explicit, VIAR implicit)"
+            f"--from: its weights have an {trunk['kind']} trunk, the recipe's is {asked_trunk['kind']}; "
+            "start from a recipe of the same kind (VAR is explicit, VIAR implicit)"
         )
     values |= {name: value for name, value in fitted.items() if name not in given}
     values |= {name: value for name, value in asked.items() if name in given}

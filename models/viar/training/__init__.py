@@ -4,15 +4,15 @@ from .adapt import adapt_tokenizer, adapt_transformer, check_adaptable
 from .config import TrainConfig
 from .loop import check_device
 from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
-from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
+from .recipes import TOKENIZERS, TRANSFORMERS, TokenizerRecipe, TransformerRecipe
 from .train import train_tokenizer, train_transformer
 
 __all__ = [
     "TOKENIZERS",
     "TRANSFORMERS",
-    "TokenizerPreset",
+    "TokenizerRecipe",
     "TrainConfig",
-    "TransformerPreset",
+    "TransformerRecipe",
     "adapt_tokenizer",
     "adapt_transformer",
     "check_adaptable",
