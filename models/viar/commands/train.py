@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +24,7 @@ from ..training import (
     TOKENIZERS,
     TRANSFORMERS,
     TokenizerRecipe,
+    TrainConfig,
     TransformerRecipe,
     adapt_tokenizer,
     adapt_transformer,
@@ -32,9 +34,16 @@ from ..training import (
     train_tokenizer,
     train_transformer,
 )
+from ..training.dry_run import (
+    deepest_and_mean,
+    made_up_tokenizer,
+    random_images,
+    random_tokens,
+    two_steps,
+)
 from .checks import check_beside_data, check_run
 from .flags import given_flags
-from .loading import load_images, load_model
+from .loading import load_images, load_model, process_index
 
 TokenizerChoice = Annotated[
     TokenizerRecipe, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -49,22 +58,29 @@ CLASSES_NAMED = 20  # in a line of text
 Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
 
 
-def train_tokenizer_command(recipe: TokenizerChoice, out: Path, from_: From = None) -> None:
+def train_tokenizer_command(
+    recipe: TokenizerChoice, out: Path | None = None, from_: From = None, dry_run: bool = False
+) -> None:
     """Train a tokenizer, starting from a recipe whose every setting is a flag.
 
     Args:
         recipe: Where to start from.
-        out: Folder of the run. An interrupted run goes on.
+        out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
         from_: Start from the weights of a trained tokenizer: a folder, a hub id or a published checkpoint.
             Its settings are kept; --model.sides may be others.
+        dry_run: Tell parameters, memory and time from two steps on made-up pictures. Nothing of --data is
+            read, and nothing is written.
     """
-    check_run(out)
-    check_beside_data(out, recipe.data)
+    out = _checked_out(out, recipe, dry_run)
     loss_terms(recipe.loss)
-    check_device(recipe.train)
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = recipe.model if trained is None else _settings_of(trained.config, recipe.model)
+    if dry_run:
+        builds, pictures = [partial(Tokenizer, config)], random_images(config.image_side)
+        train = partial(train_tokenizer, loss=recipe.loss, console=Console(quiet=True))
+        _say_first(console, two_steps(builds, train, pictures, recipe.train).lines())
+        return
     batch_size = recipe.train.batch_size
     data = load_images(recipe.data, config.image_side, console, augment=recipe.augment, batch_size=batch_size)
     torch.manual_seed(recipe.train.seed)
@@ -87,31 +103,42 @@ def train_tokenizer_command(recipe: TokenizerChoice, out: Path, from_: From = No
     console.print_json(json.dumps(metrics))
 
 
-def train_command(recipe: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:
+def train_command(
+    recipe: TransformerChoice,
+    tokenizer: str | None = None,
+    out: Path | None = None,
+    from_: From = None,
+    dry_run: bool = False,
+) -> None:
     """Train a VAR or a VIAR on the tokens of a trained tokenizer.
 
-    The model gets as many classes as the images have, unless --model.num-classes says how many it must be.
+    The model gets as many classes as the images have, and the scales and codes of the tokenizer, unless
+    --model.num-classes, --model.sides and so on say what they must be.
 
     Args:
         recipe: Where to start from; every setting is a flag.
-        tokenizer: Folder, hub id or published checkpoint of the tokenizer.
-        out: Folder of the run. An interrupted run goes on.
+        tokenizer: Folder, hub id or published checkpoint of the tokenizer; needed but for --dry-run.
+        out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
         from_: Start from the weights of a trained model: a folder, a hub id or a published checkpoint. Its
             settings are kept; classes are those of the images, and sides those of the tokenizer.
+        dry_run: Tell parameters, memory and time from two steps on made-up tokens. Nothing of --data is
+            read, and nothing is written.
     """
-    check_run(out)
-    check_beside_data(out, recipe.data)
-    check_device(recipe.train)
+    out = _checked_out(out, recipe, dry_run)
     console = Console()
-    codec = load_model(Tokenizer, tokenizer, "--tokenizer")
     trained = None if from_ is None else load_model(NextScaleTransformer, from_, "--from")
-    config, owner = recipe.model, "the recipe's"
-    if trained is not None:
-        config, owner = (
-            _settings_of(trained.config, recipe.model, sides=codec.config.sides),
-            "the checkpoint's",
-        )
+    codec = _codec(tokenizer, recipe.model if trained is None else trained.config, dry_run)
+    if trained is None:
+        config, owner = _with_sizes_of(codec.config, recipe.model, console), "the recipe's"
+    else:
+        config = _settings_of(trained.config, recipe.model, sides=codec.config.sides)
+        owner = "the checkpoint's"
     check_same_sizes(config, codec.config)
+    if dry_run:
+        builds = [partial(NextScaleTransformer, some) for some in deepest_and_mean(config)]
+        train = partial(_fit_to_tokens, codec)
+        _say_first(console, two_steps(builds, train, random_tokens(config), recipe.train).lines())
+        return
     data, num_classes, class_names = _images_or_tokens(recipe, codec.config.image_side, console)
     config = _with_classes_of(recipe.data, num_classes, config, owner, console)
     torch.manual_seed(recipe.train.seed)
@@ -124,6 +151,36 @@ def train_command(recipe: TransformerChoice, tokenizer: str, out: Path, from_: F
         model, codec, data, out, recipe.train, origin=_origin(from_, trained), console=console
     )
     console.print_json(json.dumps(metrics))
+
+
+def _checked_out(out: Path | None, recipe: TokenizerRecipe | TransformerRecipe, dry_run: bool) -> Path:
+    """The folder of a run, which may live there on a device that can do what is asked for.
+
+    A dry run needs neither.
+    """
+    if out is not None:
+        check_run(out)
+        check_beside_data(out, recipe.data)
+    elif not dry_run:
+        raise ValueError("--out: give the folder of the run; or --dry-run, which needs none")
+    if not dry_run:
+        check_device(recipe.train)
+    return Path() if out is None else out
+
+
+def _codec(tokenizer: str | None, config: TransformerConfig, dry_run: bool) -> Tokenizer:
+    """The tokenizer that is given, or one that is made up for a dry run."""
+    if tokenizer is not None:
+        return load_model(Tokenizer, tokenizer, "--tokenizer")
+    if not dry_run:
+        raise ValueError("--tokenizer: give a trained tokenizer; or --dry-run, which needs none")
+    return made_up_tokenizer(config)
+
+
+def _fit_to_tokens(
+    codec: Tokenizer, model: NextScaleTransformer, data: BatchedDataset[Batch], out: Path, config: TrainConfig
+) -> dict[str, float]:
+    return train_transformer(model, codec, data, out, config, console=Console(quiet=True))
 
 
 def _images_or_tokens(
@@ -159,6 +216,24 @@ def _matched(names: tuple[str, ...], before: int) -> list[str]:
         if some
     ]
     return [f"classes are matched by number, not by name; {'; '.join(texts)}"] if names else []
+
+
+def _with_sizes_of(codec: TokenizerConfig, config: TransformerConfig, console: Console) -> TransformerConfig:
+    """Settings with the scales and codes of the tokenizer where the user gave no others, which is said."""
+    theirs = {name: getattr(codec, name) for name in ("sides", "codebook_size", "code_channels")}
+    changed = {
+        name: value
+        for name, value in theirs.items()
+        if value != getattr(config, name) and f"model.{name}" not in given_flags()
+    }
+    _say(
+        console,
+        [
+            f"{name} is {value} as in the tokenizer, instead of the recipe's {getattr(config, name)}"
+            for name, value in changed.items()
+        ],
+    )
+    return replace(config, **changed)
 
 
 def _with_classes_of(
@@ -215,3 +290,9 @@ def _origin(source: str | None, trained: NextScaleTransformer | Tokenizer | None
 def _say(console: Console, lines: list[str]) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_first(console: Console, lines: list[str]) -> None:
+    """The first of several processes does."""
+    if not process_index():
+        _say(console, lines)
