@@ -1,9 +1,11 @@
 """Convolutional encoder and decoder of the tokenizer (arXiv 2404.02905; the VQGAN of arXiv 2012.09841).
 
-Both are built from the same residual blocks and levels. Level 0 is full resolution; every other level
-has half the resolution of the one before, so the decoder runs its levels from the last to the first.
+Both are built from the same residual blocks and levels. Level 0 has a position a patch of P x P pixels, a
+pixel where P = 1; every other level has half the resolution of the one before, so the decoder runs its levels
+from the last to the first.
 
-Shape letters: B batch, C channels of a level, Z code channels, H W pixels, h w positions of a feature map.
+Shape letters: B batch, C channels of a level, Z code channels, H W pixels, P pixels a side of a patch, h w
+positions of a feature map.
 """
 
 from __future__ import annotations
@@ -141,13 +143,18 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to feature maps (B, Z, H / 2^(n-1), W / 2^(n-1)) for n levels."""
+    """Images (B, 3, H, W) to feature maps (B, Z, h, w), of which h = H / (P * 2^(n-1)) for n levels.
+
+    The pixels of a patch are the channels of one position from the start (pixel unshuffle), so that no
+    convolution runs at full resolution where P > 1.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.multipliers]
         last = len(channels) - 1
-        self.conv_in = _conv3(3, config.base_channels)
+        self.patch = config.patch
+        self.conv_in = _conv3(3 * config.patch**2, config.base_channels)
         self.levels = nn.ModuleList(
             Level(
                 config.base_channels if index == 0 else channels[index - 1],
@@ -165,7 +172,7 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode."""
-        x_BChw = self.conv_in(images_B3HW)
+        x_BChw = self.conv_in(F.pixel_unshuffle(images_B3HW, self.patch))
         for level in self.levels:
             x_BChw = level(x_BChw)
         features_BZhw: Tensor = self.conv_out(F.silu(self.norm_out(self.middle(x_BChw))))
@@ -173,16 +180,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Feature maps (B, Z, h, w) to images (B, 3, h * 2^(n-1), w * 2^(n-1)), not clamped.
+    """Feature maps (B, Z, h, w) to images (B, 3, H, W) of H = h * P * 2^(n-1), not clamped.
 
     Mirrors the encoder with one residual block more a level. `levels` is indexed by resolution like the
-    encoder's (0 is full resolution) and runs from the last to the first.
+    encoder's (0 is the finest) and runs from the last to the first.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.multipliers]
         last = len(channels) - 1
+        self.patch = config.patch
         self.conv_in = _conv3(config.code_channels, channels[-1])
         self.middle = Middle(channels[-1], config)
         self.levels = nn.ModuleList(
@@ -197,12 +205,12 @@ class Decoder(nn.Module):
             for index in range(len(channels))
         )
         self.norm_out = _norm(channels[0], config)
-        self.conv_out = _conv3(channels[0], 3)
+        self.conv_out = _conv3(channels[0], 3 * config.patch**2)
 
     def forward(self, f_hat_BZhw: Tensor) -> Tensor:
         """Decode."""
         x_BChw = self.middle(self.conv_in(f_hat_BZhw))
         for level in reversed(self.levels):
             x_BChw = level(x_BChw)
-        images_B3HW: Tensor = self.conv_out(F.silu(self.norm_out(x_BChw)))
-        return images_B3HW
+        patches_BChw = self.conv_out(F.silu(self.norm_out(x_BChw)))
+        return F.pixel_shuffle(patches_BChw, self.patch)
