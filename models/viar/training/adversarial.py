@@ -93,5 +93,5 @@ def adaptive_weight(others: Tensor, adversarial: Tensor, last_layer: Tensor) -> 
 def _norm_of_gradient(loss: Tensor, parameter: Tensor) -> Tensor:
     """`SCALE` times the norm of the gradient of what all processes average."""
     (gradient,) = torch.autograd.grad(loss * SCALE, parameter, retain_graph=True)
-    mean: Tensor = reduce(gradient.float(), "mean")
-    return torch.linalg.vector_norm(mean)
+    norm: Tensor = reduce(gradient.float(), "mean").norm()
+    return norm
