@@ -44,6 +44,7 @@ from ..training.dry_run import (
 from .checks import check_beside_data, check_run
 from .flags import given_flags
 from .loading import load_images, load_model, process_index
+from .perceptual import load_perceptual
 
 TokenizerChoice = Annotated[
     TokenizerRecipe, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -73,13 +74,22 @@ def train_tokenizer_command(
     """
     out = _checked_out(out, recipe, dry_run)
     loss_terms(recipe.loss)
+    _check_no_inert_flags(recipe)
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = recipe.model if trained is None else _settings_of(trained.config, recipe.model)
+    train = partial(
+        train_tokenizer,
+        loss=recipe.loss,
+        init_codebook=trained is None,
+        perceptual=load_perceptual(recipe.perceptual, config.image_side),
+        perceptual_weight=recipe.perceptual_weight,
+        adversarial=recipe.adversarial,
+    )
     if dry_run:
-        builds, pictures = [partial(Tokenizer, config)], random_images(config.image_side)
-        train = partial(train_tokenizer, loss=recipe.loss, console=Console(quiet=True))
-        _say_first(console, two_steps(builds, train, pictures, recipe.train).lines())
+        build, make = partial(Tokenizer, config), random_images(config.image_side)
+        told = two_steps([build], partial(train, console=Console(quiet=True)), make, recipe.train)
+        _say_first(console, told.lines())
         return
     batch_size = recipe.train.batch_size
     data = load_images(recipe.data, config.image_side, console, augment=recipe.augment, batch_size=batch_size)
@@ -89,18 +99,27 @@ def train_tokenizer_command(
     else:
         tokenizer, changes = adapt_tokenizer(trained, config)
         _say(console, changes)
-    metrics = train_tokenizer(
+    metrics = train(
         tokenizer,
         data.train,
         out,
         recipe.train,
-        loss=recipe.loss,
-        init_codebook=trained is None,
         held_out=data.validation,
         origin=_origin(from_, trained),
         console=console,
     )
     console.print_json(json.dumps(metrics))
+
+
+def _check_no_inert_flags(recipe: TokenizerRecipe) -> None:
+    """Raise `ValueError` where the user set what a loss that is switched off does not look at."""
+    given = given_flags() - {"adversarial.weight"}
+    if not recipe.adversarial.weight and (idle := [n for n in given if n.startswith("adversarial.")]):
+        raise ValueError(
+            f"--{min(idle).replace('_', '-')}: no adversarial loss; give --adversarial.weight, as 0.8"
+        )
+    if recipe.perceptual is None and "perceptual_weight" in given:
+        raise ValueError("--perceptual-weight: no perceptual loss; give --perceptual")
 
 
 def train_command(

@@ -26,6 +26,7 @@ from ..data import BatchedDataset, EndlessBatches
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .critic import Critic
 from .log import RunLog
 from .losses import StepLoss
 from .optim import build_optimizer, set_progress
@@ -43,6 +44,7 @@ def fit(
     config: TrainConfig,
     *,
     settings: Mapping[str, Any],
+    critic: Critic | None = None,
     draw: Draw | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -55,6 +57,7 @@ def fit(
         folder: of the run; made if it is not there.
         config: settings.
         settings: of `run_settings`, kept as run.json; its kind is shown beside the progress bar.
+        critic: a discriminator that learns beside the model; default none.
         draw: pictures of how the run is doing, every `config.sample_every` steps, in the main process alone;
             default none. They change nothing of the run.
         console: where that is shown; default standard output.
@@ -71,8 +74,7 @@ def fit(
         (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config)
-    optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = _prepared(accelerator, model, critic, config)
     checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every)
     state, is_main = checkpoint.restore(), accelerator.is_main_process
     if is_main:
@@ -97,6 +99,8 @@ def fit(
             start = time.monotonic()
             set_progress(optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
             numbers = _step(accelerator, wrapped, optimizer, step_loss, batches, state.step, config)
+            if critic is not None:
+                numbers |= critic.step(accelerator, progress, config.clip)
             state.step += 1
             state.seconds += time.monotonic() - start
             if state.step % LOG_EVERY == 0 or state.step == 1:
@@ -134,6 +138,17 @@ def check_device(config: TrainConfig) -> None:
             f"TrainConfig: mixed_precision='bf16' is not supported by this device ({state.device}); use 'no' "
             "or 'fp16'"
         )
+
+
+def _prepared(
+    accelerator: Accelerator, model: nn.Module, critic: Critic | None, config: TrainConfig
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as it is trained and its optimiser; the critic sees to its own."""
+    optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if critic is not None:
+        critic.prepare(accelerator)
+    return wrapped, optimizer
 
 
 def _step(

@@ -16,6 +16,7 @@ from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from ..tokenizer import Tokenizer
+from .critic import Critic
 
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
@@ -29,9 +30,17 @@ ToTokens = Callable[[Tensor, Tensor], TokenBatch]
 
 
 def tokenizer_loss(
-    tokenizer: Tokenizer, *, kind: str, revive_every: int, init_codebook: bool, seed: int
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    revive_every: int,
+    init_codebook: bool,
+    seed: int,
+    perceptual: nn.Module | None = None,
+    perceptual_weight: float = 1.0,
+    critic: Critic | None = None,
 ) -> StepLoss:
-    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
+    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels, and others if given.
 
     Before the first step the codes become vectors of its batch, if asked and if that has as many as there are
     codes. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
@@ -42,6 +51,9 @@ def tokenizer_loss(
         revive_every: steps.
         init_codebook: whether the codes start from data.
         seed: of the vectors that become codes.
+        perceptual: called with images and reconstruction, gives distances of any shape; their mean is added.
+        perceptual_weight: of that mean.
+        critic: gives an adversarial loss from its first step on.
 
     Raises:
         ValueError: a term of `kind` is unknown.
@@ -62,7 +74,19 @@ def tokenizer_loss(
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
-        return reconstruction + output.loss, metrics
+        others = reconstruction
+        if perceptual is not None:
+            distance = perceptual.to(images.device)(images, output.reconstruction).mean()
+            others = others + perceptual_weight * distance
+            metrics["perceptual"] = distance.detach()
+        loss = others + output.loss
+        if critic is not None and step >= critic.config.start:
+            last_layer = tokenizer.decoder.conv_out.weight
+            adversarial, numbers = critic.against(
+                images, output.reconstruction, others=others, last_layer=last_layer
+            )
+            loss, metrics = loss + adversarial, metrics | numbers
+        return loss, metrics
 
     return step_loss
 

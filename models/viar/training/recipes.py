@@ -11,7 +11,7 @@ A new one by name is a function and a line in `TOKENIZERS` or `TRANSFORMERS`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..model.config import (
@@ -21,6 +21,7 @@ from ..model.config import (
     TokenizerConfig,
     TransformerConfig,
 )
+from .adversarial import AdversarialConfig
 from .config import TrainConfig
 
 IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs in batches of 512
@@ -34,6 +35,10 @@ class TokenizerRecipe:
     model: TokenizerConfig
     train: TrainConfig
     loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
+    # Distance in the eyes of a network: "lpips", the file of a classifier or its folder; None for none
+    perceptual: str | None = None
+    perceptual_weight: float = 1.0
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     augment: int = 0  # changed versions added of each training image of an embedded source
 
 
@@ -52,6 +57,9 @@ PUBLISHED_TOKENIZER = TokenizerRecipe(
     data="imagenet",
     model=TokenizerConfig(),
     train=TrainConfig(steps=250_000, batch_size=256, lr=1e-4, workers=8, mixed_precision="bf16"),
+    perceptual="lpips",
+    # As LlamaGen trains its tokenizer (arXiv 2406.06525) with VQGAN's weight (arXiv 2012.09841).
+    adversarial=AdversarialConfig(weight=0.8, start=20_000),
 )
 PUBLISHED = TransformerRecipe(
     data="imagenet",
@@ -87,7 +95,16 @@ def digits_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
         mixed_precision="no",
         save_every=30,
     )
-    return replace(recipe, data="digits", model=model, train=train, loss="l2", augment=1)
+    return replace(
+        recipe,
+        data="digits",
+        model=model,
+        train=train,
+        loss="l2",
+        perceptual=None,
+        adversarial=AdversarialConfig(),
+        augment=1,
+    )
 
 
 def mnist_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
