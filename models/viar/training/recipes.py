@@ -114,6 +114,22 @@ def mnist_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
     return replace(recipe, data="mnist", model=model, train=replace(recipe.train, steps=1000))
 
 
+def emoji_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
+    """Small colour pictures, 64 pixels: emoji, or a folder of one's own."""
+    recipe = digits_tokenizer(recipe)
+    model = replace(
+        recipe.model,
+        patch=2,
+        sides=(1, 2, 3, 4, 6, 8),
+        codebook_size=512,
+        code_channels=16,
+        base_channels=32,
+        multipliers=(1, 2, 2),
+    )
+    train = replace(recipe.train, steps=4000, batch_size=32, lr=2e-3)
+    return replace(recipe, data="emoji", model=model, train=train, loss="l1+l2", augment=0)
+
+
 def imagenet512_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
     """The tokenizer of 256 pixels with the scales of 512."""
     return replace(
@@ -126,6 +142,7 @@ def imagenet512_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
 TOKENIZERS = {
     "digits": digits_tokenizer(PUBLISHED_TOKENIZER),
     "mnist": mnist_tokenizer(PUBLISHED_TOKENIZER),
+    "emoji": emoji_tokenizer(PUBLISHED_TOKENIZER),
     "imagenet256": PUBLISHED_TOKENIZER,
     "imagenet512": imagenet512_tokenizer(PUBLISHED_TOKENIZER),
 }
@@ -172,6 +189,14 @@ def mnist(recipe: TransformerRecipe) -> TransformerRecipe:
     return replace(recipe, data="mnist", model=model, train=replace(recipe.train, steps=6000))
 
 
+def emoji(recipe: TransformerRecipe) -> TransformerRecipe:
+    """Small colour pictures, 64 pixels: emoji, or a folder of one's own."""
+    recipe = digits(recipe)
+    model = replace(recipe.model, width=128, drop_path=0.1, **_sizes(TOKENIZERS["emoji"]))
+    train = replace(recipe.train, steps=5000, batch_size=32, lr=2e-3)
+    return replace(recipe, data="emoji", model=model, train=train)
+
+
 def imagenet256(recipe: TransformerRecipe, *, depth: int = 30) -> TransformerRecipe:
     """ImageNet at 256 pixels, as published: depth 16, 20, 24 or 30, and a width of 64 times that."""
     return replace(recipe, model=_of_depth(recipe.model, depth))
@@ -214,6 +239,8 @@ TRANSFORMERS = {
     "digits-var": explicit(digits(PUBLISHED)),
     "mnist-viar": mnist(PUBLISHED),
     "mnist-var": explicit(mnist(PUBLISHED)),
+    "emoji-viar": emoji(PUBLISHED),
+    "emoji-var": explicit(emoji(PUBLISHED)),
     "imagenet256-viar": imagenet256(PUBLISHED),
     **{
         f"imagenet256-var-d{depth}": published_var(imagenet256(PUBLISHED, depth=depth))
