@@ -25,6 +25,11 @@ FREE = {
     "train.workers",
     "train.save_every",
     "train.sample_every",
+    "train.validate_every",
+    "train.patience",
+    "train.max_skipped",
+    "train.compile",
+    "train.trackers",
     "origin.source",
 }
 
