@@ -39,24 +39,22 @@ class DryRun:
     """What is known of a training before it begins.
 
     Attributes:
+        config: settings of the run.
         parameters: of each part of the model.
         fixed_bytes: what every process holds all the time.
         device: type of the device.
         num_processes: that train together.
-        batch_size: images of a step of the run, of all processes together.
-        num_steps: of the run; None where it ends by the clock.
         measured: images of a step that was measured; 0 where none was.
         seconds: of a step that was measured.
         peak_bytes: in use at most: by PyTorch on a GPU, on a CPU by this process in all.
         why_not: why no step was measured, or none of a whole batch.
     """
 
+    config: TrainConfig
     parameters: dict[str, int]
     fixed_bytes: dict[str, int]
     device: str
     num_processes: int
-    batch_size: int
-    num_steps: int | None
     measured: int = 0
     seconds: float = math.nan
     peak_bytes: int = 0
@@ -72,18 +70,20 @@ class DryRun:
         ]
         if not self.measured:
             return [*lines, f"no step was taken: {self.why_not}"]
-        whole = self.seconds * self.batch_size / self.measured  # a step
+        batch_size, steps, seconds = self.config.batch_size, self.config.steps, self.config.seconds
+        step = self.seconds * batch_size / self.measured
+        run = min(step * steps if steps else math.inf, seconds or math.inf)
         by = "this process in all" if self.device == "cpu" else "PyTorch on this process's GPU"
-        lines += [self.why_not] if self.why_not else []
-        lines += [
+        where = f"{self.num_processes} process{'es' * (self.num_processes > 1)} on {self.device}"
+        if self.why_not:
+            lines.append(self.why_not)
+            where += f", {batch_size / self.measured:g} times as long as measured"
+        return [
+            *lines,
             f"memory at the peak of a step of {_images(self.measured)}: {_bytes(self.peak_bytes)} ({by})",
-            f"time of a step of {_images(self.batch_size)}: {_duration(whole)} "
-            f"({self.num_processes} on {self.device}"
-            f"{', as many times as long as measured' if self.why_not else ''})",
+            f"time of a step of {_images(batch_size)}: {_duration(step)} ({where})",
+            f"time of the run: {_duration(run)}" + (f" (at most {steps:,} steps)" if steps else ""),
         ]
-        if self.num_steps is not None:
-            lines.append(f"time of {self.num_steps:,} steps: {_duration(whole * self.num_steps)}")
-        return lines
 
 
 def two_steps(builds: Sequence[Build], train: Train, make: Make, config: TrainConfig) -> DryRun:
@@ -102,12 +102,11 @@ def two_steps(builds: Sequence[Build], train: Train, make: Make, config: TrainCo
     with torch.device("meta"):
         model = builds[0]()
     told = DryRun(
+        config=config,
         parameters=_parts(model),
-        fixed_bytes=_fixed_bytes(model),
+        fixed_bytes=_fixed_bytes(model, config),
         device=state.device.type,
         num_processes=state.num_processes,
-        batch_size=config.batch_size,
-        num_steps=config.steps,
     )
     free = torch.cuda.mem_get_info()[0] if told.device == "cuda" else psutil.virtual_memory().available
     if not why_not and sum(told.fixed_bytes.values()) > free:
@@ -203,7 +202,7 @@ def _take(build: Build, train: Train, make: Make, config: TrainConfig) -> tuple[
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     data = _MadeUp(make, 2 * config.accumulate)
-    config = replace(config, workers=0, sample_every=0, save_every=math.inf)
+    config = replace(config, workers=0, sample_every=0, save_every=math.inf, trackers=())
     with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
         train(build(), data, Path(folder), config)
     return data.asked[-1] - data.asked[-1 - config.accumulate], _peak_bytes()
@@ -242,9 +241,10 @@ def _parts(model: nn.Module) -> dict[str, int]:
     return {**parts, "others": total - sum(parts.values())}
 
 
-def _fixed_bytes(model: nn.Module) -> dict[str, int]:
+def _fixed_bytes(model: nn.Module, config: TrainConfig) -> dict[str, int]:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return {"weights": weights, "gradients": weights, "two moments": 2 * weights}
+    always = {"weights": weights, "gradients": weights, "two moments": 2 * weights}
+    return {**always, "averaged weights": weights} if config.ema else always
 
 
 def _images(count: int) -> str:
