@@ -96,6 +96,14 @@ def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> Non
         assert flag in output, flag
 
 
+def test_help_tells_what_each_recipe_makes() -> None:
+    _, output, _ = call("train", "--help")
+    assert "emoji-viar" in output
+    assert "5 + implicit + 5 blocks of width 1920; 1,376,253 steps of 512 images" in output
+    _, output, _ = call("train-tokenizer", "--help")
+    assert "8 pixels in 21 tokens of 64 codes; 600 steps of 64 images" in output
+
+
 def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None:
     _, output, _ = call("generate", "--help")
     text = " ".join(output.replace("│", " ").split())

@@ -90,6 +90,19 @@ def test_classes_that_were_given_and_are_not_those_of_the_folder_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_gets_the_scales_and_codes_of_its_tokenizer_and_says_so(world: Path, tmp_path: Path) -> None:
+    small = ("--model.width", 16, "--model.num-heads", 2, "--model.depth", 3)
+    code, output, errors = train(world, tmp_path / "run", *small)
+    assert (code, errors) == (0, "")
+    assert "codebook_size is 16 as in the tokenizer, instead of the recipe's 64" in output
+    assert "code_channels is 4 as in the tokenizer, instead of the recipe's 8" in output
+    assert "sides is" not in output  # the same in both
+    assert NextScaleTransformer.from_pretrained(tmp_path / "run").config.codebook_size == 16
+    code, _, errors = train(world, tmp_path / "given", *small, "--model.codebook-size", 64)
+    assert code == 2
+    assert "its codebook_size is 16, the model's is 64" in errors
+
+
 @pytest.mark.parametrize("kind", ["memory", "folder", "served"])
 def test_a_label_that_is_the_null_class_is_no_class_to_train_on(kind: str, tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 4, side=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tyro.extras import subcommand_type_from_defaults
 from ..data import Batch, BatchedDataset, TokenShards, is_shards
 from ..data.decoding import shown
 from ..generation.sampling import check_same_sizes
-from ..model.config import TokenizerConfig, TransformerConfig
+from ..model.config import ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
@@ -46,17 +47,36 @@ from .flags import given_flags
 from .loading import load_images, load_model, process_index
 from .perceptual import load_perceptual
 
-TokenizerChoice = Annotated[
-    TokenizerRecipe, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
-]
+Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
+Recipe = TypeVar("Recipe", TokenizerRecipe, TransformerRecipe)
+
+
+def _told(recipe: TokenizerRecipe | TransformerRecipe) -> str:
+    """What the help says of a recipe."""
+    model, train = recipe.model, recipe.train
+    if isinstance(model, TokenizerConfig):
+        tokens = sum(side * side for side in model.sides)
+        sizes = f"{model.image_side} pixels in {tokens} tokens of {model.codebook_size} codes"
+    elif isinstance(model.trunk, ImplicitTrunkConfig):
+        sizes = f"{model.trunk.num_pre} + implicit + {model.trunk.num_post} blocks of width {model.width}"
+    else:
+        sizes = f"{model.depth} blocks of width {model.width}"
+    return f"{sizes}; {train.steps:,} steps of {train.batch_size} images"
+
+
+def _recipes(recipes: Mapping[str, Recipe]) -> type[Recipe]:
+    """For the parser: one of some recipes, whose every setting is a flag."""
+    return subcommand_type_from_defaults(recipes, {name: _told(recipe) for name, recipe in recipes.items()})
+
+
+TokenizerChoice = Annotated[TokenizerRecipe, tyro.conf.arg(name="", constructor=_recipes(TOKENIZERS))]
 TransformerChoice = Annotated[
     TransformerRecipe,
-    tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TRANSFORMERS)),
+    tyro.conf.arg(name="", constructor=_recipes(TRANSFORMERS)),
     tyro.conf.AvoidSubcommands,  # the recipe decides the kind of trunk
 ]
 From = Annotated[str | None, tyro.conf.arg(name="from")]
 CLASSES_NAMED = 20  # in a line of text
-Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
 
 
 def train_tokenizer_command(
@@ -69,8 +89,7 @@ def train_tokenizer_command(
         out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
         from_: Start from the weights of a trained tokenizer: a folder, a hub id or a published checkpoint.
             Its settings are kept; --model.sides may be others.
-        dry_run: Tell parameters, memory and time from two steps on made-up pictures. Nothing of --data is
-            read, and nothing is written.
+        dry_run: Only tell parameters, memory and time, from two steps on pictures that are made up.
     """
     out = _checked_out(out, recipe, dry_run)
     loss_terms(recipe.loss)
@@ -140,8 +159,7 @@ def train_command(
         out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
         from_: Start from the weights of a trained model: a folder, a hub id or a published checkpoint. Its
             settings are kept; classes are those of the images, and sides those of the tokenizer.
-        dry_run: Tell parameters, memory and time from two steps on made-up tokens. Nothing of --data is
-            read, and nothing is written.
+        dry_run: Only tell parameters, memory and time, from two steps on tokens that are made up.
     """
     out = _checked_out(out, recipe, dry_run)
     console = Console()

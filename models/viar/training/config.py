@@ -23,12 +23,12 @@ class TrainConfig:
         ValueError: neither `steps` nor `seconds` is given, or a setting is out of range.
     """
 
-    steps: int | None = None
-    seconds: float | None = None
-    batch_size: int = 512  # of all processes together, a step
-    lr: float = 1.6e-4  # published: 8e-5 per 256 images of a batch (VAR: 1e-4)
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: tuple[float, float] = (0.05, 0.08)  # first and last
+    steps: int | None = None  # of the optimiser, at which the run ends
+    seconds: float | None = None  # of training, after which it ends
+    batch_size: int = 512  # images a step, of all processes together
+    lr: float = 1.6e-4  # highest learning rate; published: 8e-5 per 256 images of a batch (VAR: 1e-4)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW's two moments
+    weight_decay: tuple[float, float] = (0.05, 0.08)  # at the first step and at the last
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"

@@ -31,13 +31,13 @@ IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs in batches of 512
 class TokenizerRecipe:
     """A tokenizer, whose `model` holds its sizes, and its training."""
 
-    data: str  # source of images, see `viar.data.load_data`
+    data: str  # images: digits, mnist, or a folder with a sub-folder of pictures for each class
     model: TokenizerConfig
     train: TrainConfig
-    loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
+    loss: str = "l1+l2"  # of the reconstruction: l1, l2 and edges, joined by +
     # Distance in the eyes of a network: "lpips", the file of a classifier or its folder; None for none
     perceptual: str | None = None
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = 1.0  # of that distance in the loss
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     augment: int = 0  # changed versions added of each training image of an embedded source
 
@@ -46,7 +46,7 @@ class TokenizerRecipe:
 class TransformerRecipe:
     """A transformer, whose `model` holds sizes and trunk, and its training."""
 
-    data: str  # source of images, see `viar.data.load_data`
+    data: str  # images: digits, mnist, a folder with a sub-folder a class; or a folder of viar tokenize
     model: TransformerConfig
     train: TrainConfig
     augment: int = 0  # changed versions added of each training image of an embedded source
