@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import Interrupted, assert_same, fresh_tokenizer, interrupt_at, logged, pictures, settings
-from tiny_models import tiny_tokenizer, uniform
+from tiny_models import uniform
 from torch import Tensor, nn
 
 import viar.training.loop
@@ -41,15 +41,6 @@ def run_adversarial(
     tokenizer = fresh_tokenizer()
     train_tokenizer(
         tokenizer, pictures(), folder, config, adversarial=players or adversarial(), revive_every=2, **changes
-    )
-    return tokenizer
-
-
-def run_without_chance(folder: Path, config: TrainConfig) -> Tokenizer:
-    """Without dropout, and without codes that become vectors of the main process's part of a batch."""
-    tokenizer = tiny_tokenizer()
-    train_tokenizer(
-        tokenizer, pictures(), folder, config, adversarial=adversarial(), init_codebook=False, revive_every=99
     )
     return tokenizer
 
