@@ -26,8 +26,8 @@ class TokenizerPreset:
     loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
     # Distance in the eyes of a network: "lpips", the file of a classifier or its folder; None for none
     perceptual: str | None = None
-    perceptual_weight: float = 1.0
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    perceptual_weight: float = 1.0  # of that distance
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)  # by default no such loss
     augment: int = 0  # changed versions added of each training image of an embedded source
 
 
