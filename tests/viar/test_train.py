@@ -26,7 +26,14 @@ import viar.training.loop
 import viar.training.losses
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
 from viar.data import Batch, TensorImages, TokenizedImages, tokenize
-from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
+from viar.training import (
+    AdversarialConfig,
+    TrainConfig,
+    cross_entropy,
+    train_tokenizer,
+    train_transformer,
+    validation_loss,
+)
 
 DEADLOCK = 180.0  # seconds after which two processes are taken to wait for each other
 FINISHED = {"README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"}
@@ -85,6 +92,15 @@ def run_transformer_from_disk(folder: Path, config: TrainConfig) -> NextScaleTra
 def run_tokenizer(folder: Path, config: TrainConfig) -> Tokenizer:
     tokenizer = fresh_tokenizer()
     train_tokenizer(tokenizer, pictures(), folder, config, revive_every=2)
+    return tokenizer
+
+
+def run_against(folder: Path, config: TrainConfig) -> Tokenizer:
+    """Against a discriminator and without chance: dropout, or codes that become vectors of one process."""
+    tokenizer, against = tiny_tokenizer(), AdversarialConfig(weight=0.8, start=1, base_channels=4)
+    train_tokenizer(
+        tokenizer, pictures(), folder, config, adversarial=against, init_codebook=False, revive_every=99
+    )
     return tokenizer
 
 
@@ -473,7 +489,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer", "saving", "parts", "tokenizer"])
+@pytest.mark.parametrize("name", ["transformer", "saving", "parts", "tokenizer", "adversarial"])
 def test_processes_that_train_together_hold_the_same_model(name: str, two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"{name}.{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()
@@ -491,6 +507,17 @@ def test_two_processes_train_what_one_trains_on_the_same_batches(
     expected = run_without_dropout(tmp_path, settings())
     together = NextScaleTransformer.from_pretrained(two_processes / name)
     assert_same(together, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_tokenizer_against_the_discriminator_of_one(
+    two_processes: Path, tmp_path: Path
+) -> None:
+    alone = run_against(tmp_path, settings()).eval()
+    together = Tokenizer.from_pretrained(two_processes / "adversarial").eval()
+    # Not the weights: the bias of the keys changes nothing, and rounding alone moves it.
+    expected, actual = (tokenizer(pictures().images).reconstruction for tokenizer in (alone, together))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_train import run_tokenizer, run_transformer, run_without_dropout, settings
+from test_train import run_against, run_tokenizer, run_transformer, run_without_dropout, settings
 
 import viar.training.samples
 
@@ -40,6 +40,7 @@ def train(rank: int, folder: Path, port: str) -> None:
         "parts": run_without_dropout(folder / "parts", settings(accumulate=2)),
         "pictures": run_without_dropout(folder / "pictures", settings(sample_every=2)),
         "tokenizer": run_tokenizer(folder / "tokenizer", settings(steps=4)),
+        "adversarial": run_against(folder / "adversarial", settings()),
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")

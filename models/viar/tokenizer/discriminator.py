@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.config import check_at_least
 
 MOST_LAYERS, MOST_WIDENING = 3, 8  # of the published network
-NUM_GROUPS = 32
+MOST_GROUPS, LEAST_CHANNELS = 32, 4  # of a norm, and in each of its groups
 INIT_STD = 0.02
 
 
@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
         for index, width in enumerate(widths[1:], start=1):
             layers += [
                 _conv4(widths[index - 1], width, stride=2 if index < num_layers else 1),
-                nn.GroupNorm(math.gcd(NUM_GROUPS, width), width),
+                nn.GroupNorm(math.gcd(MOST_GROUPS, max(width // LEAST_CHANNELS, 1), width), width),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*layers, _conv4(widths[-1], 1, stride=1))

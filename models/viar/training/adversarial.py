@@ -47,9 +47,9 @@ class AdversarialConfig:
     def __post_init__(self) -> None:
         """Validate."""
         check_at_least("AdversarialConfig", 0, weight=self.weight, start=self.start)
-        check_at_least(
-            "AdversarialConfig", 1, num_layers=self.num_layers or 1, base_channels=self.base_channels
-        )
+        check_at_least("AdversarialConfig", 1, base_channels=self.base_channels)
+        if self.num_layers is not None:
+            check_at_least("AdversarialConfig", 1, num_layers=self.num_layers)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"AdversarialConfig: lr must be positive and finite, got {self.lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

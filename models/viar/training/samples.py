@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +63,8 @@ def reconstructed(held_out: BatchedDataset[Batch]) -> Draw:
         own = images.to(tokenizer.quantizer.codebook.weight.device)
         tokens, sides = tokenizer.encode(own), tokenizer.config.sides
         rows = [own, *(tokenizer.decode(tokens[: k + 1]) for k in range(len(sides)))]
-        totals = accumulate(side * side for side in sides)
-        names = [f"{side} x {side}: {total}" for side, total in zip(sides, totals, strict=True)]
-        return Grid(torch.cat(rows).add(1).div(2), count, ["scale: tokens", *names])
+        names = ["original", *(f"to {side} x {side}" for side in sides)]
+        return Grid(torch.cat(rows).add(1).div(2), count, names)
 
     return draw
 
