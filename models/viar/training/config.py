@@ -9,6 +9,7 @@ from ..model.config import check_at_least
 from ..seeds import LARGEST_SEED
 
 PRECISIONS = ("no", "bf16", "fp16")
+SHARDINGS = ("none", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class TrainConfig:
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    # "none": each process has the whole model. "full": each has a share of weights, gradients and moments, so
+    # that they need less memory together (FSDP2); for the transformer. One process has all of them anyway.
+    sharding: str = "none"
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
     sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none
@@ -60,6 +64,8 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"
             )
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"TrainConfig: sharding must be 'none' or 'full', got {self.sharding!r}")
 
     def progress(self, step: int, seconds: float) -> float:
         """How far the run is after `step` steps and `seconds` of training, 0 to 1."""

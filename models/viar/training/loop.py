@@ -31,6 +31,7 @@ from .losses import StepLoss
 from .optim import build_optimizer, set_progress
 from .samples import Draw, RunSamples
 from .settings import compare_settings, keep_settings
+from .sharding import shard, whole
 
 LOG_EVERY = 10  # steps; the first one is logged too
 
@@ -67,16 +68,17 @@ def fit(
             was started with other settings, or its state is damaged.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
-    for line in compare_settings(folder, settings):
-        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    lines = compare_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = _accelerator(config)
-    optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every)
-    state, is_main = checkpoint.restore(), accelerator.is_main_process
+    wrapped, optimizer = _prepared(model, config, accelerator)
+    checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every, seed=config.seed)
+    state, is_main = checkpoint.state, accelerator.is_main_process
+    lines = [*lines, *checkpoint.restore()]
     if is_main:
         keep_settings(folder, settings)
+        for line in lines:
+            (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     log = RunLog(folder / "metrics.jsonl", settings["kind"], state.step, is_main=is_main, console=console)
     together = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     samples = RunSamples(folder / "samples", draw if is_main else None, config.sample_every, state.step)
@@ -103,10 +105,12 @@ def fit(
                 metrics = {key: float(value) for key, value in numbers.items()}
                 _check_finite(metrics["loss"], state.step)
                 log.write(state.step, progress, metrics)
-            samples.look(accelerator.unwrap_model(wrapped), state.step)
+            if samples.is_due(state.step) and (full := whole(model, is_main=is_main)):
+                samples.look(full, state.step)
         log.finish(state.step)
+    full = whole(model, is_main=is_main)
     if is_main:
-        accelerator.unwrap_model(wrapped).save_pretrained(folder)
+        full.save_pretrained(folder)
         checkpoint.remove()
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -155,6 +159,19 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"loss": loss.detach(), **numbers}
+
+
+def _prepared(
+    model: nn.Module, config: TrainConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as it is called for training, on the device, and its optimiser."""
+    sharded = config.sharding == "full" and accelerator.num_processes > 1
+    if sharded:
+        shard(model.to(accelerator.device))
+    optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
+    # In its mode for evaluation Accelerate does what the precision needs, and adds no DDP.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
+    return wrapped, accelerator.prepare_optimizer(optimizer)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -68,7 +68,7 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, the batch does not divide into parts and among processes, or
+        ValueError: a term of `loss` is unknown, sharding, the batch does not divide into parts and among processes, or
             `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
