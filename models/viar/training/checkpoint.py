@@ -45,9 +45,9 @@ class Checkpoint:
     """A folder with all that a run needs to go on as if nothing had happened.
 
     That is what the accelerator has prepared (models and optimisers, the scaler of float16) or was given to
-    register, and the generators of every process. It is replaced in steps of which each leaves one whole state
-    behind: the new state is written to `folder.new`, the old one is moved to `folder.old`, the new one takes
-    its place, the old one is removed. Each step is on the disk before the next.
+    register, and the generators of every process. It is replaced in steps of which each leaves one whole
+    state behind: the new state is written to `folder.new`, the old one is moved to `folder.old`, the new one
+    takes its place, the old one is removed. Each step is on the disk before the next.
 
     All processes of a run call every method together.
 
@@ -175,12 +175,9 @@ class Checkpoint:
             self._put_generators(generators[rank])
         if count == len(generators):
             return []
-        new = (
-            f"; the generators of the last {count - len(generators)} begin anew"
-            if count > len(generators)
-            else ""
-        )
-        return [f"the run goes on in {count} processes instead of {len(generators)}{new}"]
+        anew = f"; the generators of the last {count - len(generators)} begin anew"
+        more = anew if count > len(generators) else ""
+        return [f"the run goes on in {count} processes instead of {len(generators)}{more}"]
 
     def _generators(self) -> dict[str, torch.Tensor]:
         """States of PyTorch's generators in this process, by kind of device."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import BatchedDataset, EndlessBatches
+from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -105,10 +106,10 @@ def fit(
                 metrics = {key: float(value) for key, value in numbers.items()}
                 _check_finite(metrics["loss"], state.step)
                 log.write(state.step, progress, metrics)
-            if samples.is_due(state.step) and (full := whole(model, is_main=is_main)):
-                samples.look(full, state.step)
+            if samples.is_due(state.step) and (drawn := whole(model, is_main=is_main)):
+                samples.look(drawn, state.step)
         log.finish(state.step)
-    full = whole(model, is_main=is_main)
+    full: Any = whole(model, is_main=is_main)
     if is_main:
         full.save_pretrained(folder)
         checkpoint.remove()
@@ -128,6 +129,11 @@ def check_device(config: TrainConfig) -> None:
     # As an Accelerator makes it: the first one made decides whether processes know of one another.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config.part_size(state.num_processes)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "TrainConfig: sharding is what spreads the weights over processes, and the launcher asks for FSDP "
+            f"too; launch without it, and use sharding='full', got {config.sharding!r}"
+        )
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError(
             "TrainConfig: mixed_precision='fp16' needs a GPU, and there is none: on a CPU all would run in "
@@ -167,6 +173,7 @@ def _prepared(
     """The model as it is called for training, on the device, and its optimiser."""
     sharded = config.sharding == "full" and accelerator.num_processes > 1
     if sharded:
+        assert isinstance(model, NextScaleTransformer)  # `train_tokenizer` refuses to
         shard(model.to(accelerator.device))
     optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
     # In its mode for evaluation Accelerate does what the precision needs, and adds no DDP.

@@ -40,9 +40,9 @@ def from_main(values: Any, like: Any, device: torch.device) -> Any:
 
     Args:
         values: in the main process; others give anything.
-        like: nested in the same way. Where it has a tensor of the same shape that the processes share, so they
-            will the new one; a tensor stands for all that is nested in its place. Other tensors come whole, on
-            the CPU.
+        like: nested in the same way. Where it has a tensor of the same shape of which each process has a
+            share, so it will be with the new one; a tensor stands for all that is nested in its place. Other
+            tensors come whole, on the CPU.
         device: by which the processes reach one another.
     """
     if not dist.is_initialized():

@@ -76,8 +76,8 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
 def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """What to say before a run in `folder` goes on with other settings than it was started with.
 
-    Steps, seconds, parts of a batch, how processes share the weights, workers, the time between two states and
-    the steps between two pictures may be others.
+    Steps, seconds, parts of a batch, sharding, workers, the time between two states and the steps between two
+    pictures may be others. So may the number of processes, which is no setting.
 
     Args:
         folder: of the run; one without a state is a run that starts anew.

@@ -1,8 +1,8 @@
 """A transformer whose weights, gradients and moments are spread over the processes that train it (FSDP2).
 
-Each explicit block is gathered while it runs and let go afterwards. Its modulation is computed outside of it,
-before the first block runs, and is a unit of its own. The implicit block is evaluated many times a step: it is
-gathered once, together with all that is no block.
+Each explicit block is gathered while it runs and let go afterwards. Its modulation is computed outside of
+it, before the first block runs, and is a unit of its own. The implicit block is evaluated many times a step:
+it is gathered once, together with all that is no block.
 """
 
 from __future__ import annotations

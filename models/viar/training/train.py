@@ -73,6 +73,11 @@ def train_tokenizer(
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
+    if config.sharding != "none":
+        raise ValueError(
+            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
+            f"{config.sharding!r}"
+        )
     step_loss = tokenizer_loss(
         tokenizer, kind=loss, revive_every=revive_every, init_codebook=init_codebook, seed=config.seed
     )
