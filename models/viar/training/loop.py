@@ -131,8 +131,8 @@ def check_device(config: TrainConfig) -> None:
     config.part_size(state.num_processes)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError(
-            "TrainConfig: sharding is what spreads the weights over processes, and the launcher asks for FSDP "
-            f"too; launch without it, and use sharding='full', got {config.sharding!r}"
+            "TrainConfig: sharding is what spreads the weights over processes, the launcher asks for FSDP; "
+            f"launch without that, and use sharding='full' for it, got {config.sharding!r}"
         )
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError(

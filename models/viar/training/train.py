@@ -68,8 +68,8 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, sharding, the batch does not divide into parts and among processes, or
-            `folder` has an interrupted run of other settings.
+        ValueError: a term of `loss` is unknown, sharding is asked for, the batch does not divide into parts
+            and among processes, or `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
