@@ -254,6 +254,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1]
 
 
+def interrupt(folder: Path, config: TrainConfig, run: Run, at_step: int = 5) -> None:
+    """Leave a run that was interrupted at the beginning of that step, counted from 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, at_step, viar.training.loop, "set_progress", after=False)
+        with pytest.raises(Interrupted):
+            run(folder, config)
+
+
 @pytest.fixture(scope="module")
 def five_steps(tmp_path_factory: pytest.TempPathFactory) -> NextScaleTransformer:
     return run_transformer(tmp_path_factory.mktemp("whole"), settings(steps=5))
@@ -451,6 +459,9 @@ def test_validation_loss_is_that_of_all_images_in_evaluation_mode() -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which two processes have trained together, see `train_worker.py`."""
     folder = tmp_path_factory.mktemp("two")
+    for sharding in ("none", "full"):
+        config = settings(steps=6, save_every=1e-9, sample_every=2)
+        interrupt(folder / sharding / "of one", config, run_without_dropout)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -490,6 +501,47 @@ def test_two_processes_train_what_one_trains_on_the_same_batches(
     expected = run_without_dropout(tmp_path, settings())
     together = NextScaleTransformer.from_pretrained(two_processes / name)
     assert_same(together, expected, atol=1e-5, rtol=1e-4)
+
+
+SHARDINGS = pytest.mark.parametrize("sharding", ["none", "full"])
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_processes_that_share_one_set_of_weights_train_the_same_model_and_draw(
+    sharding: str, two_processes: Path, tmp_path: Path
+) -> None:
+    folder = two_processes / sharding / "plain"
+    together = NextScaleTransformer.from_pretrained(folder)
+    assert_same(together, run_without_dropout(tmp_path, settings(steps=6)), atol=1e-5, rtol=1e-4)
+    drawn = sorted(path.name for path in (folder / "samples").iterdir())
+    assert drawn == [f"step-{step:06d}.png" for step in (2, 4, 6)]
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_two_processes_go_on_bit_for_bit_without_a_common_folder(sharding: str, two_processes: Path) -> None:
+    whole, parts = (
+        NextScaleTransformer.from_pretrained(two_processes / sharding / name) for name in ("whole", "parts")
+    )
+    assert_same(parts, whole)
+    assert not list((two_processes / "elsewhere").rglob("*.*"))
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+    sharding: str, two_processes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run_without_dropout(tmp_path, settings(steps=6))
+    two_after_one = NextScaleTransformer.from_pretrained(two_processes / sharding / "of one")
+    assert_same(two_after_one, expected, atol=1e-5, rtol=1e-4)
+    folder = two_processes / sharding / "for one"
+    assert (folder / "state").is_dir()
+    capsys.readouterr()
+    one_after_two = run_without_dropout(folder, settings(steps=6))
+    assert_same(one_after_two, expected, atol=1e-5, rtol=1e-4)
+    assert "the run goes on in 1 processes instead of 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_train import run_tokenizer, run_transformer, run_without_dropout, settings
+from test_train import interrupt, run_tokenizer, run_transformer, run_without_dropout, settings
 
 import viar.training.samples
 
@@ -43,6 +43,17 @@ def train(rank: int, folder: Path, port: str) -> None:
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")
+    # Saved by the main process alone, to a folder that no other one sees.
+    own = folder if rank == 0 else folder / "elsewhere"
+    for sharding in ("none", "full"):
+        how = settings(steps=6, sharding=sharding, save_every=1e-9, sample_every=2)
+        run_without_dropout(own / sharding / "plain", how)
+        run_transformer(own / sharding / "whole", how)
+        interrupt(own / sharding / "parts", how, run_transformer)
+        run_transformer(own / sharding / "parts", how)
+        interrupt(own / sharding / "for one", how, run_without_dropout)
+        # What one process left, which is in the main one's folder alone.
+        run_without_dropout(own / sharding / "of one", how)
     dist.barrier()
     dist.destroy_process_group()
 
