@@ -55,10 +55,7 @@ def killed(arguments: list[str], folder: Path, kills: int, draw: random.Random) 
     lasted, out, places = time.monotonic() - start, folder / "parts", dict[str, int]()
     for _ in range(kills):
         if not life(arguments, out, draw.uniform(0, lasted)):
-            names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-            place = (
-                "saving" if names & {"state.new", "state.old"} else "step" if "state" in names else "start"
-            )
+            place = where(out)
             places[place] = places.get(place, 0) + 1
         if finished(out):
             compare(out, folder / "whole")
@@ -67,6 +64,13 @@ def killed(arguments: list[str], folder: Path, kills: int, draw: random.Random) 
         life(arguments, out, None)
     compare(out, folder / "whole")
     return places
+
+
+def where(out: Path) -> str:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names & {"state.new", "state.old"}:
+        return "saving"
+    return "training" if "state" in names else "starting or ending"
 
 
 def finished(out: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
+import viar.training.checkpoint
 from viar.training.checkpoint import Checkpoint
 
 
@@ -106,17 +106,13 @@ def test_a_state_is_on_the_disk_before_it_takes_the_place_of_the_last_one(
     *_, checkpoint = training(tmp_path, 0)
     checkpoint.save()
     seen: list[str] = []
-    fsync, rename = os.fsync, Path.rename
-
-    def noted_fsync(descriptor: int) -> None:
-        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
+    rename = Path.rename
 
     def noted_rename(path: Path, target: Any) -> Path:
         seen.append(f"{path.name} to {Path(target).name}")
         return rename(path, target)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(viar.training.checkpoint, "flush", lambda path: seen.append(path.name))
     monkeypatch.setattr(Path, "rename", noted_rename)
     checkpoint.save()
     moves = ["state to state.old", tmp_path.name, "state.new to state", tmp_path.name]
