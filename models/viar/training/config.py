@@ -47,10 +47,11 @@ class TrainConfig:
         """Validate."""
         if self.steps is None and self.seconds is None:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
-        for least, names in (
+        counts: tuple[tuple[int, tuple[str, ...]], ...] = (
             (1, ("batch_size", "accumulate", "max_skipped")),
             (0, ("workers", "sample_every", "validate_every", "patience", "seed")),
-        ):
+        )
+        for least, names in counts:
             check_at_least("TrainConfig", least, **{name: getattr(self, name) for name in names})
         if self.seed > LARGEST_SEED:
             raise ValueError(f"TrainConfig: seed must be at most {LARGEST_SEED}, got {self.seed}")
@@ -61,11 +62,11 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} must be positive, got {value}")
             if value == math.inf and name in ("seconds", "lr"):
                 raise ValueError(f"TrainConfig: {name} must be finite, got {value}")
-        for name, least, most in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
+        for name, low, high in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
             pair = getattr(self, name)
-            if len(pair) != 2 or not all(least <= value < most for value in pair):
+            if len(pair) != 2 or not all(low <= value < high for value in pair):
                 raise ValueError(
-                    f"TrainConfig: {name} must be two numbers in [{least:g}, {most:g}), got {pair}"
+                    f"TrainConfig: {name} must be two numbers in [{low:g}, {high:g}), got {pair}"
                 )
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(
