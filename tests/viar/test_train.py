@@ -592,6 +592,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(
         ({"workers": -1}, "workers must be at least 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"sample_every": -1}, "sample_every must be at least 0, got -1"),
+        ({"validate_every": -1}, "validate_every must be at least 0, got -1"),
+        ({"patience": -1}, "patience must be at least 0, got -1"),
+        ({"max_skipped": 0}, "max_skipped must be at least 1, got 0"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"trackers": ("paper",)}, r"trackers must be out of .*, got \['paper'\]"),
         ({"mixed_precision": "half"}, "mixed_precision must be 'no', 'bf16' or 'fp16', got 'half'"),
     ],
 )

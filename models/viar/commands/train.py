@@ -112,7 +112,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
             "the checkpoint's",
         )
     check_same_sizes(config, codec.config)
-    data, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
+    data, held_out, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
     config = _with_classes_of(preset.data, num_classes, config, owner, console)
     torch.manual_seed(preset.train.seed)
     if trained is None:
@@ -121,29 +121,39 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
-        model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
+        model,
+        codec,
+        data,
+        out,
+        preset.train,
+        held_out=held_out,
+        origin=_origin(from_, trained),
+        console=console,
     )
     console.print_json(json.dumps(metrics))
 
 
+Source = BatchedDataset[Batch] | TokenShards
+
+
 def _images_or_tokens(
     preset: TransformerPreset, image_side: int, console: Console
-) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
-    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
+) -> tuple[Source, Source, int, tuple[str, ...]]:
+    """What `--data` names, images or a folder of their tokens: to train on, and held out.
 
-    Tokens do not have the names.
+    Then how many classes they have, and their names, which tokens do not have.
     """
     if not is_shards(preset.data):
         batch_size = preset.train.batch_size
         images = load_images(preset.data, image_side, console, augment=preset.augment, batch_size=batch_size)
-        return images.train, images.num_classes, images.class_names
+        return images.train, images.validation, images.num_classes, images.class_names
     if preset.augment:
         raise ValueError(
             f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
             "give it to viar tokenize"
         )
     tokens = TokenShards(preset.data)
-    return tokens, tokens.settings.num_classes, ()
+    return tokens, TokenShards(preset.data, "validation"), tokens.settings.num_classes, ()
 
 
 def _matched(names: tuple[str, ...], before: int) -> list[str]:

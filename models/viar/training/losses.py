@@ -16,6 +16,7 @@ from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from ..tokenizer import Tokenizer
+from .log import is_logged
 
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
@@ -73,11 +74,12 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
+        sides: of the scales.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -89,11 +91,34 @@ def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
         loss = cross_entropy(logits, targets)
+        numbers: dict[str, float | Tensor] = {}
+        if is_logged(step + 1):
+            told = token_numbers(logits.detach(), targets, sides)
+            numbers |= {name: value.mean() for name, value in told.items() if name != "loss"}
         if penalty is None:
-            return loss, {}
-        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
+            return loss, numbers
+        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach(), **numbers}
 
     return step_loss
+
+
+def token_numbers(
+    logits_BLV: Tensor,
+    targets_BL: Tensor,  # int64 in [0, V)
+    sides: Sequence[int],
+) -> dict[str, Tensor]:
+    """Of each sample, (B,): the loss in nats a token, that of each scale, and the share of right tokens.
+
+    They are "loss", "accuracy", and "loss_1" and so on, the mean over the scale's tokens.
+    """
+    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), targets_BL, reduction="none")
+    right_BL = logits_BLV.argmax(-1) == targets_BL
+    scales = torch.split(losses_BL, [side * side for side in sides], dim=1)
+    return {
+        "loss": losses_BL.mean(1),
+        "accuracy": right_BL.float().mean(1),
+        **{f"loss_{k}": losses_Bl.mean(1) for k, losses_Bl in enumerate(scales, start=1)},
+    }
 
 
 def check_classes(labels: Tensor, num_classes: int) -> None:

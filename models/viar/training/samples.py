@@ -84,8 +84,8 @@ class RunSamples:
                     path.unlink()
 
     def is_due(self, step: int) -> bool:
-        """Whether there is something to draw after `step` steps, in the main process or in any."""
-        return self.every > 0 and step % self.every == 0
+        """Whether something is to be drawn after `step` steps, by this process or by the main one."""
+        return bool(self.every) and step % self.every == 0
 
     def look(self, model: nn.Module, step: int) -> None:
         """Draw after `step` steps, if it is time to."""

@@ -9,15 +9,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..model.transformer import NextScaleTransformer
 from .processes import to_main
+
+
+def prepared(model: nn.Module, accelerator: Accelerator, sharding: str) -> nn.Module:
+    """The model as it is called for training, on the device, its weights those of the main process.
+
+    All processes call it together, before an optimiser is made of the parameters.
+
+    Args:
+        model: of this process; changed in place where it is sharded.
+        accelerator: of the run.
+        sharding: of `TrainConfig`.
+    """
+    sharded = sharding == "full" and accelerator.num_processes > 1
+    if sharded:
+        assert isinstance(model, NextScaleTransformer)  # `train_tokenizer` refuses to
+        shard(model.to(accelerator.device))
+    # In its mode for evaluation Accelerate does what the precision needs, and adds no DDP.
+    ready: nn.Module = accelerator.prepare_model(model, evaluation_mode=sharded)
+    return ready
 
 
 def shard(model: NextScaleTransformer) -> None:
@@ -43,6 +64,19 @@ def _units(model: NextScaleTransformer) -> Iterator[list[nn.Module]]:
         yield [block.attention, block.fc1, block.fc2]
         if not block.shared_modulation:
             yield [block.modulation]
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Inside, the model may be called without gradient; what it gathered for that is let go of at the end.
+
+    Kept, it would be used instead of weights that are written to afterwards.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 def whole(model: nn.Module, *, is_main: bool) -> nn.Module | None:

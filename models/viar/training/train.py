@@ -28,6 +28,7 @@ from ..model.transformer import NextScaleTransformer
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
+from .held_out import HeldOut, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -59,8 +60,9 @@ def train_tokenizer(
         loss: terms of the reconstruction loss, see `reconstruction_loss`.
         revive_every: steps after which codes that fell out of use are replaced.
         init_codebook: start the codebook from data; false keeps that of a tokenizer that is trained already.
-        held_out: images of which some are drawn beside what the tokenizer makes of them, every
-            `config.sample_every` steps, into `folder`/samples; default none.
+        held_out: images to measure, which decide what weights the run ends with, see `fit`, and of which
+            some are drawn beside what the tokenizer makes of them, every `config.sample_every` steps, into
+            `folder`/samples; default none.
         origin: what the tokenizer was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -84,8 +86,23 @@ def train_tokenizer(
     settings = run_settings(
         tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {})
     )
-    draw = reconstructed(held_out) if held_out is not None and len(held_out) else None
-    metrics = fit(tokenizer, step_loss, data, folder, config, settings=settings, draw=draw, console=console)
+    if config.compile:
+        tokenizer.encoder.compile()
+        tokenizer.decoder.compile()
+    draw, measure = None, None
+    if held_out is not None and len(held_out):
+        draw, measure = reconstructed(held_out), HeldOut(held_out, tokenizer_measure)
+    metrics = fit(
+        tokenizer,
+        step_loss,
+        data,
+        folder,
+        config,
+        settings=settings,
+        held_out=measure,
+        draw=draw,
+        console=console,
+    )
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
 
 
@@ -96,6 +113,7 @@ def train_transformer(
     folder: Path,
     config: TrainConfig,
     *,
+    held_out: BatchedDataset[Batch] | TokenShards | None = None,
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -112,6 +130,8 @@ def train_transformer(
         data: images with labels, which are 0 to N - 1, or their tokens.
         folder: of the run.
         config: settings.
+        held_out: images or tokens to measure, which decide what weights the run ends with, see `fit`;
+            default none.
         origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -126,21 +146,40 @@ def train_transformer(
     """
     check_device(config)
     check_pair(model, tokenizer)
-    if isinstance(data, TokenShards):
-        data.check(tokenizer)
-    _check_labels(data, model.config.num_classes)
+    for source in (data, held_out):
+        if source is not None:
+            _check_source(source, model, tokenizer)
     tokenizer.eval().requires_grad_(False)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
-    samples: BatchedDataset[Any]
-    to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
+    samples, to_tokens = _tokens_of(data, model, tokenizer)
+    measure = None
+    if held_out is not None and len(held_out) and config.validate_every:
+        others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+    if config.compile:
+        for part in model.trunk.compiled_parts():
+            part.compile()
+    return fit(
+        model,
+        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        samples,
+        folder,
+        config,
+        settings=settings,
+        held_out=measure,
+        draw=generated(tokenizer),
+        console=console,
+    )
+
+
+def _tokens_of(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> tuple[BatchedDataset[Any], ToTokens | None]:
+    """What to read, and what makes a `TokenBatch` of it: None of images in memory, tokenized here and now."""
     if isinstance(data, TensorImages):
-        samples, to_tokens = TokenizedImages(tokenizer, data), None
-    else:
-        samples = _OfClasses(data, model.config.num_classes)
-    step_loss = transformer_loss(to_tokens, seed=config.seed)
-    draw = generated(tokenizer)
-    return fit(model, step_loss, samples, folder, config, settings=settings, draw=draw, console=console)
+        return TokenizedImages(tokenizer, data), None
+    return _OfClasses(data, model.config.num_classes), partial(_tokenized, tokenizer)
 
 
 def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatch:
@@ -164,8 +203,13 @@ class _OfClasses(Dataset[Any]):
         return samples, labels
 
 
-def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
-    """Raise unless labels are classes, where the data set tells them at once."""
+def _check_source(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> None:
+    """Raise unless tokens are those of `tokenizer`, and labels classes, where the data tells them at once."""
+    num_classes = model.config.num_classes
+    if isinstance(data, TokenShards):
+        data.check(tokenizer)
     if isinstance(data, TensorImages):
         check_classes(data.labels, num_classes)
     elif isinstance(data, ImageFolder):
