@@ -170,8 +170,8 @@ class _Run:
             result |= {"best_step": state.best_step, "validation_loss": state.best_loss}
         full: Any = whole(self.model, is_main=self.is_main)
         if self.is_main:
-            full.save_pretrained(self.folder)
-            keep_settings(self.folder, self.settings, {"weights": weights, **result})
+            run = keep_settings(self.folder, self.settings, {"weights": weights, **result})
+            full.save_pretrained(self.folder, model_card_kwargs={"run": run})
             draw_curve(read_metrics(self.log.path), self.folder / "curve.png")
             self.checkpoint.remove()
             self.best.remove()

@@ -122,8 +122,10 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"the run goes on with another {text}" for text in listed.values()]
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
-    """Write run.json.
+def keep_settings(
+    folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write run.json, and return what is in it.
 
     Args:
         folder: of the run.
@@ -131,8 +133,9 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], result: Mapping[str
         result: how the run ended; default: it has not yet.
     """
     with replacing(folder / FILE) as file:
-        kept = settings if result is None else {**settings, "result": result}
+        kept = dict(settings) if result is None else {**settings, "result": result}
         file.write(json.dumps(kept, indent=1).encode())
+    return kept
 
 
 def _defaults() -> dict[str, Any]:
