@@ -61,9 +61,9 @@ def fresh_transformer(seed: int = 0, **changes: Any) -> NextScaleTransformer:
     return NextScaleTransformer(tiny_config(**{"label_dropout": 0.5, "drop_path": 0.3, **changes}))
 
 
-def fresh_tokenizer(seed: int = 0) -> Tokenizer:
+def fresh_tokenizer(seed: int = 0, dropout: float = 0.1) -> Tokenizer:
     torch.manual_seed(seed)
-    return Tokenizer(dataclasses.replace(TOKENIZER, dropout=0.1))
+    return Tokenizer(dataclasses.replace(TOKENIZER, dropout=dropout))
 
 
 Run = Callable[[Path, TrainConfig], nn.Module]
@@ -81,8 +81,8 @@ def run_transformer_from_disk(folder: Path, config: TrainConfig) -> NextScaleTra
     return model
 
 
-def run_tokenizer(folder: Path, config: TrainConfig) -> Tokenizer:
-    tokenizer = fresh_tokenizer()
+def run_tokenizer(folder: Path, config: TrainConfig, dropout: float = 0.1) -> Tokenizer:
+    tokenizer = fresh_tokenizer(dropout=dropout)
     train_tokenizer(tokenizer, pictures(), folder, config, revive_every=2)
     return tokenizer
 
@@ -343,6 +343,14 @@ def run_without_dropout(folder: Path, config: TrainConfig) -> nn.Module:
     return run_transformer(folder, config, label_dropout=0.0, drop_path=0.0)
 
 
+def run_measured(folder: Path, config: TrainConfig) -> nn.Module:
+    """With averaged weights, of which those are kept that do best on held-out pictures."""
+    model = fresh_transformer(label_dropout=0.0, drop_path=0.0)
+    config = dataclasses.replace(config, ema=0.5, validate_every=2, patience=1)
+    train_transformer(model, tiny_tokenizer(), pictures(), folder, config, held_out=pictures(5))
+    return model
+
+
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +511,14 @@ def test_two_processes_train_what_one_trains_on_the_same_batches(
     assert_same(together, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_codebook_that_one_does(two_processes: Path, tmp_path: Path) -> None:
+    expected = run_tokenizer(tmp_path, settings(steps=4), dropout=0.0)
+    together = Tokenizer.from_pretrained(two_processes / "tokenizer without dropout")
+    expected.quantizer.usage /= 2  # the mean of the processes' hits
+    assert_same(together, expected, atol=1e-4, rtol=1e-4)
+
+
 SHARDINGS = pytest.mark.parametrize("sharding", ["none", "full"])
 
 
@@ -514,6 +530,9 @@ def test_processes_that_share_one_set_of_weights_train_the_same_model_and_draw(
     folder = two_processes / sharding / "plain"
     together = NextScaleTransformer.from_pretrained(folder)
     assert_same(together, run_without_dropout(tmp_path, settings(steps=6)), atol=1e-5, rtol=1e-4)
+    measured = NextScaleTransformer.from_pretrained(folder.with_name("measured"))
+    expected = run_measured(tmp_path / "measured", settings(steps=6))
+    assert_same(measured, expected, atol=1e-5, rtol=1e-4)
     drawn = sorted(path.name for path in (folder / "samples").iterdir())
     assert drawn == [f"step-{step:06d}.png" for step in (2, 4, 6)]
 

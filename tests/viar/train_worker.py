@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_train import interrupt, run_tokenizer, run_transformer, run_without_dropout, settings
+from test_train import interrupt, run_measured, run_tokenizer, run_transformer, run_without_dropout, settings
 
 import viar.training.samples
 
@@ -43,11 +43,13 @@ def train(rank: int, folder: Path, port: str) -> None:
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")
+    run_tokenizer(folder / "tokenizer without dropout", settings(steps=4), dropout=0.0)
     # Saved by the main process alone, to a folder that no other one sees.
     own = folder if rank == 0 else folder / "elsewhere"
     for sharding in ("none", "full"):
         how = settings(steps=6, sharding=sharding, save_every=1e-9, sample_every=2)
         run_without_dropout(own / sharding / "plain", how)
+        run_measured(own / sharding / "measured", how)
         run_transformer(own / sharding / "whole", how)
         interrupt(own / sharding / "parts", how, run_transformer)
         run_transformer(own / sharding / "parts", how)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_bf16_available, parse_flag_from_env, set_seed
+from accelerate.utils import is_bf16_available, parse_flag_from_env, reduce, set_seed
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -361,7 +361,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _on_host(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Plain numbers, which the host waits for once."""
+    """Plain numbers, the mean of all processes, which the host waits for once."""
     on_device = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
-    read = torch.stack([value.double() for value in on_device.values()]).tolist()
+    read = reduce(torch.stack([value.double() for value in on_device.values()]), reduction="mean").tolist()
     return {**numbers, **dict(zip(on_device, read, strict=True))}
