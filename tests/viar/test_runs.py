@@ -494,8 +494,9 @@ def test_trackers_get_all_of_it_and_are_told_where_a_run_goes_on(
     train(tmp_path, pictures(6), steps=10, validate_every=10)
     assert made == [("tensorboard", tmp_path, {"purge_step": 1}), "started", "finished"]
     assert [step for step, _ in told] == [1, 10, 10]
-    assert {"loss_1", "loss_3", "grad_norm", "images_per_second", "memory_gb"} <= told[1][1]
-    assert {"validation_loss", "validation_loss_3", "validation_accuracy"} <= told[2][1]
+    names = ("loss_1", "loss_3", "grad_norm", "images_per_second", "memory_gb")
+    assert {f"training/{name}" for name in names} <= told[1][1]
+    assert {f"validation/{name}" for name in ("loss", "loss_3", "accuracy")} <= told[2][1]
     made.clear()
     train(tmp_path / "none", steps=1, trackers=())
     assert made == []

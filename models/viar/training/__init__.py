@@ -6,6 +6,7 @@ from .loop import check_device
 from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
 from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
 from .train import train_tokenizer, train_transformer
+from .validation import tokenizer_validation
 
 __all__ = [
     "TOKENIZERS",
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "loss_terms",
     "reconstruction_loss",
+    "tokenizer_validation",
     "train_tokenizer",
     "train_transformer",
     "validation_loss",

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, TokenizerOutput
+from ..tokenizer.quantizer import in_use_share, perplexity
 from .log import is_logged
 
+KMEANS_ROUNDS = 3  # before the first step
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
 # A loss that carries gradient, and further numbers to log.
@@ -34,8 +36,9 @@ def tokenizer_loss(
 ) -> StepLoss:
     """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
 
-    Before the first step the codes become vectors of its batch, if asked and if that has as many as there are
-    codes. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+    Before the first step the codes become those that k-means finds for its batch, if asked and if that has as
+    many vectors as there are codes; a few times over, since what a scale is left with hangs on the codes of
+    those before it. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
 
     Args:
         tokenizer: the model itself, whose codebook is kept.
@@ -56,16 +59,28 @@ def tokenizer_loss(
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
         if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
-            quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
-            output = model(images)
+            for _ in range(KMEANS_ROUNDS):
+                quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
+                output = model(images)
         elif (step + 1) % revive_every == 0:
             vectors = _of_main_process(output.vectors)
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
+        metrics |= _health(output, quantizer.usage)
         return reconstruction + output.loss, metrics
 
     return step_loss
+
+
+def _health(output: TokenizerOutput, usage_KV: Tensor) -> dict[str, float | Tensor]:
+    """What each scale, from 1, has of the codebook in use, and what it leaves of the features."""
+    found = {
+        "usage": in_use_share(usage_KV),
+        "perplexity": perplexity(usage_KV),
+        "left": output.left,
+    }
+    return {f"{name}_{k}": value for name, values in found.items() for k, value in enumerate(values, start=1)}
 
 
 def _of_main_process(vectors: Tensor) -> Tensor:
