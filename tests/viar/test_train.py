@@ -473,7 +473,10 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer", "saving", "parts", "tokenizer", "measured"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer", "saving", "parts", "tokenizer", "measured", "adversarial", "adversarial parts"],
+)
 def test_processes_that_train_together_hold_the_same_model(name: str, two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"{name}.{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()

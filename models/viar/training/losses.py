@@ -17,6 +17,7 @@ from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from ..tokenizer import Tokenizer, TokenizerOutput
 from ..tokenizer.quantizer import in_use_share, perplexity
+from .critic import Critic
 from .log import is_logged
 
 KMEANS_ROUNDS = 3  # before the first step
@@ -32,9 +33,17 @@ ToTokens = Callable[[Tensor, Tensor], TokenBatch]
 
 
 def tokenizer_loss(
-    tokenizer: Tokenizer, *, kind: str, revive_every: int, init_codebook: bool, seed: int
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    revive_every: int,
+    init_codebook: bool,
+    seed: int,
+    perceptual: nn.Module | None = None,
+    perceptual_weight: float = 1.0,
+    critic: Critic | None = None,
 ) -> StepLoss:
-    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
+    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels, and others if given.
 
     Before the first step the codes become those that k-means finds for its batch, if asked and if that has as
     many vectors as there are codes; a few times over, since what a scale is left with hangs on the codes of
@@ -46,6 +55,9 @@ def tokenizer_loss(
         revive_every: steps.
         init_codebook: whether the codes start from data.
         seed: of the vectors that become codes.
+        perceptual: called with images and reconstruction, gives distances of any shape; their mean is added.
+        perceptual_weight: of that mean.
+        critic: gives an adversarial loss from its first step on.
 
     Raises:
         ValueError: a term of `kind` is unknown.
@@ -68,7 +80,19 @@ def tokenizer_loss(
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
         metrics |= _health(output, quantizer.usage)
-        return reconstruction + output.loss, metrics
+        others = reconstruction
+        if perceptual is not None:
+            distance = perceptual.to(images.device)(images, output.reconstruction).mean()
+            others = others + perceptual_weight * distance
+            metrics["perceptual"] = distance.detach()
+        loss = others + output.loss
+        if critic is not None and step >= critic.config.start:
+            last_layer = tokenizer.decoder.conv_out.weight
+            adversarial, numbers = critic.against(
+                images, output.reconstruction, others=others, last_layer=last_layer
+            )
+            loss, metrics = loss + adversarial, metrics | numbers
+        return loss, metrics
 
     return step_loss
 
