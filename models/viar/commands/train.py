@@ -35,6 +35,7 @@ from ..training import (
 from .checks import check_beside_data, check_run
 from .flags import given_flags
 from .loading import load_images, load_model
+from .perceptual import load_perceptual
 
 TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -61,10 +62,12 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
     check_run(out)
     check_beside_data(out, preset.data)
     loss_terms(preset.loss)
+    _check_no_inert_flags(preset)
     check_device(preset.train)
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = preset.model if trained is None else _settings_of(trained.config, preset.model)
+    perceptual = load_perceptual(preset.perceptual, config.image_side)
     batch_size = preset.train.batch_size
     data = load_images(preset.data, config.image_side, console, augment=preset.augment, batch_size=batch_size)
     torch.manual_seed(preset.train.seed)
@@ -80,11 +83,25 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
         preset.train,
         loss=preset.loss,
         init_codebook=trained is None,
+        perceptual=perceptual,
+        perceptual_weight=preset.perceptual_weight,
+        adversarial=preset.adversarial,
         held_out=data.validation,
         origin=_origin(from_, trained),
         console=console,
     )
     console.print_json(json.dumps(metrics))
+
+
+def _check_no_inert_flags(preset: TokenizerPreset) -> None:
+    """Raise `ValueError` where the user set what a loss that is switched off does not look at."""
+    given = given_flags() - {"adversarial.weight"}
+    if not preset.adversarial.weight and (idle := [n for n in given if n.startswith("adversarial.")]):
+        raise ValueError(
+            f"--{min(idle).replace('_', '-')}: no adversarial loss; give --adversarial.weight, as 0.8"
+        )
+    if preset.perceptual is None and "perceptual_weight" in given:
+        raise ValueError("--perceptual-weight: no perceptual loss; give --perceptual")
 
 
 def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..files import flush
 from ..seeds import LARGEST_SEED, seed_at
+from .earlier import is_earlier, read_earlier
 from .processes import from_main, to_main
 
 FILE, DIGEST = "state.pt", "state.sha256"  # in the folder of a state
@@ -211,6 +212,8 @@ def _read(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not as it was written.
     """
+    if is_earlier(folder):
+        return read_earlier(folder)
     path, wanted = folder / FILE, (folder / DIGEST).read_text()
     if (found := _digest(path)) != wanted:
         raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")

@@ -37,9 +37,8 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", color=HELD_OUT_COLOR, markersize=3, label="held out")
         step, loss = min(held_out, key=lambda point: point[1])
-        axis.axvline(step, color=HELD_OUT_COLOR, linestyle=":", linewidth=1)
-        text = f"best: {loss:.4g}, step {step:.0f}"
-        axis.annotate(text, (step, loss), xytext=(6, -14), textcoords="offset points")
+        best = f"best: {loss:.4g} after step {step:.0f}"
+        axis.axvline(step, color=HELD_OUT_COLOR, linestyle=":", linewidth=1, label=best)
     losses = [loss for _, loss in train + held_out if loss > 0]
     if losses and max(losses) > WIDE_RANGE * min(losses):
         axis.set_yscale("log")

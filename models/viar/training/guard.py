@@ -19,6 +19,23 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
+def step_if_finite(optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
+    """Step unless the norm is not finite; 1 where that was done, else 0, scalar, on the device.
+
+    Args:
+        optimizer: as prepared, a fused one.
+        grad_norm: scalar, the same in all processes.
+    """
+    is_finite = grad_norm.isfinite()
+    inner = optimizer.optimizer
+    if optimizer.scaler is None:
+        inner.found_inf = (~is_finite).float()  # what a scaler tells it, which finds such gradients itself
+    optimizer.step()
+    if optimizer.scaler is None:
+        del inner.found_inf
+    return is_finite.float()
+
+
 class StepGuard:
     """Lets finite steps through, and counts the others on the device.
 
@@ -32,23 +49,18 @@ class StepGuard:
         self._counts = torch.tensor(counted, device=device)
 
     def step(self, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
-        """Step unless the norm is not finite; 1 where it was done, else 0, scalar, on the device.
+        """What `step_if_finite` does and returns, counted.
 
         Args:
             optimizer: as prepared, a fused one.
             grad_norm: scalar, the same in all processes.
         """
-        broken = ~grad_norm.isfinite()
-        inner = optimizer.optimizer
-        if optimizer.scaler is None:
-            inner.found_inf = broken.float()  # what a scaler tells it, which finds such gradients itself
-        optimizer.step()
-        if optimizer.scaler is None:
-            del inner.found_inf
+        moved = step_if_finite(optimizer, grad_norm)
+        broken = (1 - moved).to(self._counts.dtype)
         total, in_row, longest = self._counts.unbind()
         in_row = (in_row + 1) * broken
         self._counts = torch.stack([total + broken, in_row, torch.maximum(longest, in_row)])
-        return (~broken).float()
+        return moved
 
     def note(self, state: TrainState) -> None:
         """Write into `state` what was counted; the host waits for the device here."""

@@ -20,6 +20,7 @@ from ..tokenizer import Tokenizer
 from .checkpoint import TrainState
 from .loading import load_batches
 from .losses import ToTokens, token_numbers
+from .validation import reconstruction_numbers
 
 NAME = re.compile(r"step-\d+|\.step-\d+\..+")  # the other is what an interruption leaves of one
 
@@ -36,10 +37,9 @@ class HeldOut:
 
 
 def tokenizer_measure(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How far images (B, 3, H, W) in [-1, 1] are from what comes back of their tokens: mean squared error."""
+    """How close images come back from their tokens, see `reconstruction_numbers`."""
     assert isinstance(model, Tokenizer)
-    images = batch[0]
-    return {"loss": (model.decode(model.encode(images)) - images).square().mean((1, 2, 3))}
+    return reconstruction_numbers(model, batch[0])
 
 
 def transformer_measure(to_tokens: ToTokens | None) -> Measure:

@@ -104,7 +104,7 @@ class RunLog:
         speed, memory = images / max(seconds - self._seconds, 1e-9), memory_bytes(self.device) / 1e9
         self._step, self._seconds = step, seconds
         self._keep(step, metrics)
-        self._track(step, {**metrics, "images_per_second": speed, "memory_gb": memory})
+        self._track("training", step, {**metrics, "images_per_second": speed, "memory_gb": memory})
         text = f"step {step}  {_listed(metrics)}  {speed:.3g} images/s  {memory:.3g} GB{self._left(progress)}"
         self._bar.update(self._task, completed=progress, shown=text)
         if self._bar.disable and time.monotonic() - self._line_at > LINE_EVERY:
@@ -120,9 +120,8 @@ class RunLog:
             note: what follows from them, in words; may be empty.
         """
         if self.is_main:
-            named = {f"validation_{name}": value for name, value in metrics.items()}
-            self._keep(step, named)
-            self._track(step, named)
+            self._keep(step, {f"validation_{name}": value for name, value in metrics.items()})
+            self._track("validation", step, metrics)
             self.say(f"{self.name}  step {step}  held out: {_listed(metrics)}{note and f'  {note}'}")
 
     def say(self, text: str) -> None:
@@ -146,9 +145,9 @@ class RunLog:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def _track(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _track(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self.trackers:
-            tracker.log(dict(metrics), step=step)
+            tracker.log({f"{group}/{name}": value for name, value in metrics.items()}, step=step)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -28,6 +28,7 @@ from ..pretrained import WEIGHTS
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .critic import Critic
 from .curve import draw_curve
 from .ema import AveragedWeights
 from .guard import StepGuard, poisoned
@@ -53,6 +54,7 @@ def fit(
     config: TrainConfig,
     *,
     settings: Mapping[str, Any],
+    critic: Critic | None = None,
     held_out: HeldOut | None = None,
     draw: Draw | None = None,
     console: Console | None = None,
@@ -69,6 +71,7 @@ def fit(
         folder: of the run; made if it is not there.
         config: settings.
         settings: of `run_settings`, kept as run.json; its kind is shown beside the progress bar.
+        critic: a discriminator that learns beside the model; default none.
         held_out: what is measured every `config.validate_every` steps and at the end; default nothing.
         draw: pictures of how the run is doing, every `config.sample_every` steps, in the main process alone;
             default none. They, and what is measured, change nothing of the training.
@@ -86,7 +89,7 @@ def fit(
     """
     lines = compare_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, step_loss, data, folder, config, settings, held_out, draw, console)
+    run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
     for line in (*lines, *run.lines) if run.is_main else ():
         (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with run.log.shown():
@@ -107,12 +110,14 @@ class _Run:
         folder: Path,
         config: TrainConfig,
         settings: Mapping[str, Any],
+        critic: Critic | None,
         held_out: HeldOut | None,
         draw: Draw | None,
         console: Console | None,
     ) -> None:
         self.model, self.step_loss, self.folder, self.config = model, step_loss, folder, config
-        self.settings, self.held_out = settings, held_out if config.validate_every else None
+        self.settings, self.critic = settings, critic
+        self.held_out = held_out if config.validate_every else None
         self.accelerator = _accelerator(config)
         self.is_main = self.accelerator.is_main_process
         self.wrapped = prepared(model, self.accelerator, config.sharding)
@@ -120,6 +125,8 @@ class _Run:
             model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0]
         )
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if critic is not None:
+            critic.prepare(self.accelerator)
         self.checkpoint = Checkpoint(
             self.accelerator, folder / "state", every=config.save_every, seed=config.seed
         )
@@ -200,7 +207,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.state.step + 1, moved)
-        return {"loss": loss.detach(), **numbers, "grad_norm": norm}
+        beside = {} if self.critic is None else self.critic.step(accelerator, progress, config.clip)
+        return {"loss": loss.detach(), **numbers, **beside, "grad_norm": norm}
 
     def _write(self, numbers: Mapping[str, float | Tensor]) -> None:
         """Log what a step gave; the host waits for the device here."""

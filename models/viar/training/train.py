@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data import (
@@ -24,10 +25,13 @@ from ..data import (
 )
 from ..data.tokens import TokenBatch
 from ..generation.sampling import check_pair
+from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import fingerprint
-from ..tokenizer import Tokenizer
+from ..tokenizer import Discriminator, Tokenizer
+from .adversarial import AdversarialConfig
 from .config import TrainConfig
+from .critic import Critic
 from .held_out import HeldOut, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
@@ -44,13 +48,17 @@ def train_tokenizer(
     loss: str = "l1+l2",
     revive_every: int = 20,
     init_codebook: bool = True,
+    perceptual: nn.Module | None = None,
+    perceptual_weight: float = 1.0,
+    adversarial: AdversarialConfig | None = None,
     held_out: BatchedDataset[Batch] | None = None,
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train on images and save to `folder`; resumes a run that was interrupted there.
 
-    The loss is the reconstruction's plus the quantizer's.
+    The loss is the reconstruction's plus the quantizer's, and a perceptual and an adversarial one where asked
+    for.
 
     Args:
         tokenizer: trained in place.
@@ -60,9 +68,14 @@ def train_tokenizer(
         loss: terms of the reconstruction loss, see `reconstruction_loss`.
         revive_every: steps after which codes that fell out of use are replaced.
         init_codebook: start the codebook from data; false keeps that of a tokenizer that is trained already.
+        perceptual: called with images and reconstruction (B, 3, H, W) in [-1, 1], gives distances of any
+            shape, whose mean is added to the loss: a `FeatureDistance`, say. Put into evaluation mode and
+            frozen. Default none.
+        perceptual_weight: of that mean.
+        adversarial: of the loss that a discriminator gives; default none, as where its weight is 0.
         held_out: images to measure, which decide what weights the run ends with, see `fit`, and of which
-            some are drawn beside what the tokenizer makes of them, every `config.sample_every` steps, into
-            `folder`/samples; default none.
+            some are drawn above what the tokenizer makes of them, scale by scale, every
+            `config.sample_every` steps, into `folder`/samples; default none.
         origin: what the tokenizer was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -70,8 +83,9 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, sharding is asked for, the batch does not divide into parts
-            and among processes, or `folder` has an interrupted run of other settings.
+        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, sharding is asked for, the
+            images are too small for the discriminator, the batch does not divide into parts and among
+            processes, or `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
@@ -80,11 +94,26 @@ def train_tokenizer(
             f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
             f"{config.sharding!r}"
         )
+    check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
+    critic = _critic(tokenizer, adversarial, config)
+    others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
+    if critic is not None:
+        others["adversarial"] = asdict(critic.config)
+    if perceptual is not None:
+        perceptual.eval().requires_grad_(False)
+        others["perceptual"] = {"fingerprint": fingerprint(perceptual), "weight": perceptual_weight}
     step_loss = tokenizer_loss(
-        tokenizer, kind=loss, revive_every=revive_every, init_codebook=init_codebook, seed=config.seed
+        tokenizer,
+        kind=loss,
+        revive_every=revive_every,
+        init_codebook=init_codebook,
+        seed=config.seed,
+        perceptual=perceptual,
+        perceptual_weight=perceptual_weight,
+        critic=critic,
     )
     settings = run_settings(
-        tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {})
+        tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {}), **others
     )
     if config.compile:
         tokenizer.encoder.compile()
@@ -99,11 +128,28 @@ def train_tokenizer(
         folder,
         config,
         settings=settings,
+        critic=critic,
         held_out=measure,
         draw=draw,
         console=console,
     )
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
+
+
+def _critic(
+    tokenizer: Tokenizer, adversarial: AdversarialConfig | None, config: TrainConfig
+) -> Critic | None:
+    """A fresh discriminator, if there is to be one; PyTorch's generator is left as it was."""
+    if adversarial is None or not adversarial.weight:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        discriminator = Discriminator(
+            tokenizer.config.image_side,
+            num_layers=adversarial.num_layers,
+            base_channels=adversarial.base_channels,
+        )
+    return Critic(discriminator, adversarial, lr=config.lr)
 
 
 def train_transformer(
