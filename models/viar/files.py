@@ -86,3 +86,18 @@ def replacing_path(path: Path) -> Iterator[Path]:
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or of a folder the names in it, would outlive a loss of power.
+
+    Args:
+        path: of a file that is written and closed, or of a folder.
+    """
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

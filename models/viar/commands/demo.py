@@ -199,7 +199,15 @@ def _train_transformer(recipe: TransformerRecipe, tokenizer: Path, folder: Path)
     codec = Tokenizer.from_pretrained(tokenizer)
     data = load_data(recipe.data, codec.config.image_side, augment=recipe.augment)
     model = NextScaleTransformer(recipe.model)
-    return train_transformer(model, codec, data.train, folder, recipe.train, console=Console(quiet=True))
+    return train_transformer(
+        model,
+        codec,
+        data.train,
+        folder,
+        recipe.train,
+        held_out=data.validation,
+        console=Console(quiet=True),
+    )
 
 
 def _real_digits(source: str) -> ImageData:

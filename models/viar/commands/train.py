@@ -176,7 +176,7 @@ def train_command(
         train = partial(_fit_to_tokens, codec)
         _say_first(console, two_steps(builds, train, random_tokens(config), recipe.train).lines())
         return
-    data, num_classes, class_names = _images_or_tokens(recipe, codec.config.image_side, console)
+    data, held_out, num_classes, class_names = _images_or_tokens(recipe, codec.config.image_side, console)
     config = _with_classes_of(recipe.data, num_classes, config, owner, console)
     torch.manual_seed(recipe.train.seed)
     if trained is None:
@@ -185,7 +185,14 @@ def train_command(
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
-        model, codec, data, out, recipe.train, origin=_origin(from_, trained), console=console
+        model,
+        codec,
+        data,
+        out,
+        recipe.train,
+        held_out=held_out,
+        origin=_origin(from_, trained),
+        console=console,
     )
     console.print_json(json.dumps(metrics))
 
@@ -220,24 +227,27 @@ def _fit_to_tokens(
     return train_transformer(model, codec, data, out, config, console=Console(quiet=True))
 
 
+Source = BatchedDataset[Batch] | TokenShards
+
+
 def _images_or_tokens(
     recipe: TransformerRecipe, image_side: int, console: Console
-) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
-    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
+) -> tuple[Source, Source, int, tuple[str, ...]]:
+    """What `--data` names, images or a folder of their tokens: to train on, and held out.
 
-    Tokens do not have the names.
+    Then how many classes they have, and their names, which tokens do not have.
     """
     if not is_shards(recipe.data):
         batch_size = recipe.train.batch_size
         images = load_images(recipe.data, image_side, console, augment=recipe.augment, batch_size=batch_size)
-        return images.train, images.num_classes, images.class_names
+        return images.train, images.validation, images.num_classes, images.class_names
     if recipe.augment:
         raise ValueError(
             f"--augment: {shown(recipe.data)} holds tokens, which cannot be changed, got {recipe.augment}; "
             "give it to viar tokenize"
         )
     tokens = TokenShards(recipe.data)
-    return tokens, tokens.settings.num_classes, ()
+    return tokens, TokenShards(recipe.data, "validation"), tokens.settings.num_classes, ()
 
 
 def _matched(names: tuple[str, ...], before: int) -> list[str]:

@@ -24,6 +24,16 @@ def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
+def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """With weights and bias of zero: the last of a branch, which then adds nothing at the start.
+
+    Encoder and decoder begin as a few linear convolutions, which learn in a fraction of the steps.
+    """
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, norm, SiLU, dropout, conv, plus the input.
 
@@ -37,7 +47,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv3(in_channels, out_channels)
         self.norm2 = _norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _conv3(out_channels, out_channels)
+        self.conv2 = _zeroed(_conv3(out_channels, out_channels))
         self.shortcut = (
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
@@ -57,7 +67,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = _norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = _zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Apply the block."""

@@ -9,6 +9,7 @@ from ..model.config import check_at_least, check_fraction
 from ..seeds import LARGEST_SEED
 
 PRECISIONS = ("no", "bf16", "fp16")
+SHARDINGS = ("none", "full")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -32,6 +33,9 @@ class TrainConfig:
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    # "none": each process has the whole model. "full": each has a share of weights, gradients and moments, so
+    # that they need less memory together (FSDP2); for the transformer. One process has all of them anyway.
+    sharding: str = "none"
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
     sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none
@@ -47,10 +51,11 @@ class TrainConfig:
         """Validate."""
         if self.steps is None and self.seconds is None:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
-        for least, names in (
+        counts: tuple[tuple[int, tuple[str, ...]], ...] = (
             (1, ("batch_size", "accumulate", "max_skipped")),
             (0, ("workers", "sample_every", "validate_every", "patience", "seed")),
-        ):
+        )
+        for least, names in counts:
             check_at_least("TrainConfig", least, **{name: getattr(self, name) for name in names})
         if self.seed > LARGEST_SEED:
             raise ValueError(f"TrainConfig: seed must be at most {LARGEST_SEED}, got {self.seed}")
@@ -61,17 +66,19 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} must be positive, got {value}")
             if value == math.inf and name in ("seconds", "lr"):
                 raise ValueError(f"TrainConfig: {name} must be finite, got {value}")
-        for name, least, most in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
+        for name, low, high in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
             pair = getattr(self, name)
-            if len(pair) != 2 or not all(least <= value < most for value in pair):
+            if len(pair) != 2 or not all(low <= value < high for value in pair):
                 raise ValueError(
-                    f"TrainConfig: {name} must be two numbers in [{least:g}, {most:g}), got {pair}"
+                    f"TrainConfig: {name} must be two numbers in [{low:g}, {high:g}), got {pair}"
                 )
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(
                 f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"
             )
 
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"TrainConfig: sharding must be 'none' or 'full', got {self.sharding!r}")
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             raise ValueError(f"TrainConfig: trackers must be out of {TRACKERS}, got {unknown}")
 

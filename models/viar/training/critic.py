@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
+from .guard import poisoned, step_if_finite
 from .optim import build_optimizer, set_progress
 
 
@@ -74,8 +75,7 @@ class Critic:
             with accelerator.accumulate(self._wrapped), accelerator.autocast():
                 both = torch.cat([images.to(reconstruction.dtype), reconstruction])
                 loss = discriminator_loss(*self._wrapped(both).chunk(2))
-            accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self._wrapped.parameters(), clip)
-        self._optimizer.step()
+            accelerator.backward(poisoned(loss))
+        step_if_finite(self._optimizer, accelerator.clip_grad_norm_(self._wrapped.parameters(), clip))
         self._optimizer.zero_grad(set_to_none=True)
         return {"discriminator": loss.detach()}

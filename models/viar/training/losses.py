@@ -9,15 +9,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, TokenizerOutput
+from ..tokenizer.quantizer import in_use_share, perplexity
 from .critic import Critic
+from .log import is_logged
 
+KMEANS_ROUNDS = 3  # before the first step
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
 # A loss that carries gradient, and further numbers to log.
@@ -42,8 +46,9 @@ def tokenizer_loss(
 ) -> StepLoss:
     """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels, and others if given.
 
-    Before the first step the codes become vectors of its batch, if asked and if that has as many as there are
-    codes. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+    Before the first step the codes become those that k-means finds for its batch, if asked and if that has as
+    many vectors as there are codes; a few times over, since what a scale is left with hangs on the codes of
+    those before it. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
 
     Args:
         tokenizer: the model itself, whose codebook is kept.
@@ -64,16 +69,21 @@ def tokenizer_loss(
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
         images = batch[0]
         output = model(images)
+        _share_usage(quantizer.usage)
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
         if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
-            quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
-            output = model(images)
+            for _ in range(KMEANS_ROUNDS):
+                vectors = _of_all_processes(output.vectors, quantizer.sides)
+                quantizer.init_codebook(vectors, generator=generator)
+                output = model(images)
+                _share_usage(quantizer.usage)
         elif (step + 1) % revive_every == 0:
-            vectors = _of_main_process(output.vectors)
+            vectors = _of_all_processes(output.vectors, quantizer.sides)
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
+        metrics |= _health(output, quantizer.usage)
         others = reconstruction
         if perceptual is not None:
             distance = perceptual.to(images.device)(images, output.reconstruction).mean()
@@ -91,17 +101,51 @@ def tokenizer_loss(
     return step_loss
 
 
-def _of_main_process(vectors: Tensor) -> Tensor:
-    """The main process's vectors: codebooks must change alike everywhere."""
-    shared: Tensor = broadcast(vectors.contiguous())
-    return shared
+def _health(output: TokenizerOutput, usage_KV: Tensor) -> dict[str, float | Tensor]:
+    """What each scale, from 1, has of the codebook in use, and what it leaves of the features."""
+    found = {
+        "usage": in_use_share(usage_KV),
+        "perplexity": perplexity(usage_KV),
+        "left": output.left,
+    }
+    return {f"{name}_{k}": value for name, values in found.items() for k, value in enumerate(values, start=1)}
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
+def _of_all_processes(
+    vectors_NZ: Tensor,  # (B * L, Z), scale by scale, of this process's images
+    sides: Sequence[int],
+) -> Tensor:
+    """The vectors of the whole batch in the order of one process: codebooks must change alike everywhere.
+
+    Each process has every so-manieth image of the batch.
+    """
+    num_processes = PartialState().num_processes
+    if num_processes == 1:
+        return vectors_NZ
+    length, channels = sum(side * side for side in sides), vectors_NZ.shape[1]
+    num_images = len(vectors_NZ) // length  # of each process
+    parts = torch.split(vectors_NZ, [num_images * side * side for side in sides])
+    all_parts = [
+        gather(part.contiguous())
+        .view(num_processes, num_images, side * side, channels)
+        .transpose(0, 1)
+        .reshape(-1, channels)
+        for part, side in zip(parts, sides, strict=True)
+    ]
+    return torch.cat(all_parts)
+
+
+def _share_usage(usage_KV: Tensor) -> None:
+    """Make hits of codes those of all processes, on average: each has counted those of its own images."""
+    usage_KV.copy_(reduce(usage_KV, reduction="mean"))
+
+
+def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
+        sides: of the scales.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -113,11 +157,34 @@ def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
         loss = cross_entropy(logits, targets)
+        numbers: dict[str, float | Tensor] = {}
+        if is_logged(step + 1):
+            told = token_numbers(logits.detach(), targets, sides)
+            numbers |= {name: value.mean() for name, value in told.items() if name != "loss"}
         if penalty is None:
-            return loss, {}
-        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
+            return loss, numbers
+        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach(), **numbers}
 
     return step_loss
+
+
+def token_numbers(
+    logits_BLV: Tensor,
+    targets_BL: Tensor,  # int64 in [0, V)
+    sides: Sequence[int],
+) -> dict[str, Tensor]:
+    """Of each sample, (B,): the loss in nats a token, that of each scale, and the share of right tokens.
+
+    They are "loss", "accuracy", and "loss_1" and so on, the mean over the scale's tokens.
+    """
+    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), targets_BL, reduction="none")
+    right_BL = logits_BLV.argmax(-1) == targets_BL
+    scales = torch.split(losses_BL, [side * side for side in sides], dim=1)
+    return {
+        "loss": losses_BL.mean(1),
+        "accuracy": right_BL.float().mean(1),
+        **{f"loss_{k}": losses_Bl.mean(1) for k, losses_Bl in enumerate(scales, start=1)},
+    }
 
 
 def check_classes(labels: Tensor, num_classes: int) -> None:

@@ -88,9 +88,13 @@ class RunSamples:
                 if NAME.fullmatch(path.name):
                     path.unlink()
 
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be drawn after `step` steps, by this process or by the main one."""
+        return bool(self.every) and step % self.every == 0
+
     def look(self, model: nn.Module, step: int) -> None:
         """Draw after `step` steps, if it is time to."""
-        if self.draw is None or not self.every or step % self.every:
+        if self.draw is None or not self.is_due(step):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with undisturbed(model):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..tokenizer import Tokenizer
 from .config import TrainConfig
 
 FILE = "run.json"
-# Where a run ends, and how its work is spread and kept: all else decides what the run would have become.
+# Where a run ends, how its work is spread and kept, and how it is followed: all else decides what the run
+# would have become.
 FREE = {
     "train.steps",
     "train.seconds",
     "train.accumulate",
+    "train.sharding",
     "train.workers",
     "train.save_every",
     "train.sample_every",
@@ -80,8 +82,8 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
 def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """What to say before a run in `folder` goes on with other settings than it was started with.
 
-    Steps, seconds, parts of a batch, workers, the time between two states and the steps between two pictures
-    may be others.
+    What `FREE` lists may be another: where the run ends, how its work is spread and kept, and how it is
+    followed. So may be the number of processes, which is no setting.
 
     Args:
         folder: of the run; one without a state is a run that starts anew.
@@ -100,7 +102,7 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
     try:
-        found = _flat(dict(json.loads(path.read_text())))
+        found = _defaults() | _flat(dict(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
@@ -120,10 +122,26 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"the run goes on with another {text}" for text in listed.values()]
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write run.json."""
+def keep_settings(
+    folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write run.json, and return what is in it.
+
+    Args:
+        folder: of the run.
+        settings: from `run_settings`.
+        result: how the run ended; default: it has not yet.
+    """
     with replacing(folder / FILE) as file:
-        file.write(json.dumps(settings, indent=1).encode())
+        kept = dict(settings) if result is None else {**settings, "result": result}
+        file.write(json.dumps(kept, indent=1).encode())
+    return kept
+
+
+def _defaults() -> dict[str, Any]:
+    """What a run of an earlier release had for settings of the training that came later."""
+    known = {field.name: field.default for field in fields(TrainConfig)}
+    return _flat({"train": json.loads(json.dumps(known))})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

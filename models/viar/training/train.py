@@ -32,6 +32,7 @@ from ..tokenizer import Discriminator, Tokenizer
 from .adversarial import AdversarialConfig
 from .config import TrainConfig
 from .critic import Critic
+from .held_out import HeldOut, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -72,7 +73,8 @@ def train_tokenizer(
             frozen. Default none.
         perceptual_weight: of that mean.
         adversarial: of the loss that a discriminator gives; default none, as where its weight is 0.
-        held_out: images of which some are drawn above what the tokenizer makes of them, scale by scale, every
+        held_out: images to measure, which decide what weights the run ends with, see `fit`, and of which
+            some are drawn above what the tokenizer makes of them, scale by scale, every
             `config.sample_every` steps, into `folder`/samples; default none.
         origin: what the tokenizer was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
@@ -81,12 +83,17 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
-            the discriminator, the batch does not divide into parts and among processes, or `folder` has an
-            interrupted run of other settings.
+        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, sharding is asked for, the
+            images are too small for the discriminator, the batch does not divide into parts and among
+            processes, or `folder` has an interrupted run of other settings.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
+    if config.sharding != "none":
+        raise ValueError(
+            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
+            f"{config.sharding!r}"
+        )
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
     others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
@@ -108,7 +115,12 @@ def train_tokenizer(
     settings = run_settings(
         tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {}), **others
     )
-    draw = reconstructed(held_out) if held_out is not None and len(held_out) else None
+    if config.compile:
+        tokenizer.encoder.compile()
+        tokenizer.decoder.compile()
+    draw, measure = None, None
+    if held_out is not None and len(held_out):
+        draw, measure = reconstructed(held_out), HeldOut(held_out, tokenizer_measure)
     metrics = fit(
         tokenizer,
         step_loss,
@@ -117,6 +129,7 @@ def train_tokenizer(
         config,
         settings=settings,
         critic=critic,
+        held_out=measure,
         draw=draw,
         console=console,
     )
@@ -146,6 +159,7 @@ def train_transformer(
     folder: Path,
     config: TrainConfig,
     *,
+    held_out: BatchedDataset[Batch] | TokenShards | None = None,
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -162,6 +176,8 @@ def train_transformer(
         data: images with labels, which are 0 to N - 1, or their tokens.
         folder: of the run.
         config: settings.
+        held_out: images or tokens to measure, which decide what weights the run ends with, see `fit`;
+            default none.
         origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -176,21 +192,40 @@ def train_transformer(
     """
     check_device(config)
     check_pair(model, tokenizer)
-    if isinstance(data, TokenShards):
-        data.check(tokenizer)
-    _check_labels(data, model.config.num_classes)
+    for source in (data, held_out):
+        if source is not None:
+            _check_source(source, model, tokenizer)
     tokenizer.eval().requires_grad_(False)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
-    samples: BatchedDataset[Any]
-    to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
+    samples, to_tokens = _tokens_of(data, model, tokenizer)
+    measure = None
+    if held_out is not None and len(held_out) and config.validate_every:
+        others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+    if config.compile:
+        for part in model.trunk.compiled_parts():
+            part.compile()
+    return fit(
+        model,
+        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        samples,
+        folder,
+        config,
+        settings=settings,
+        held_out=measure,
+        draw=generated(tokenizer),
+        console=console,
+    )
+
+
+def _tokens_of(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> tuple[BatchedDataset[Any], ToTokens | None]:
+    """What to read, and what makes a `TokenBatch` of it: None of images in memory, tokenized here and now."""
     if isinstance(data, TensorImages):
-        samples, to_tokens = TokenizedImages(tokenizer, data), None
-    else:
-        samples = _OfClasses(data, model.config.num_classes)
-    step_loss = transformer_loss(to_tokens, seed=config.seed)
-    draw = generated(tokenizer)
-    return fit(model, step_loss, samples, folder, config, settings=settings, draw=draw, console=console)
+        return TokenizedImages(tokenizer, data), None
+    return _OfClasses(data, model.config.num_classes), partial(_tokenized, tokenizer)
 
 
 def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatch:
@@ -214,8 +249,13 @@ class _OfClasses(Dataset[Any]):
         return samples, labels
 
 
-def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
-    """Raise unless labels are classes, where the data set tells them at once."""
+def _check_source(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> None:
+    """Raise unless tokens are those of `tokenizer`, and labels classes, where the data tells them at once."""
+    num_classes = model.config.num_classes
+    if isinstance(data, TokenShards):
+        data.check(tokenizer)
     if isinstance(data, TensorImages):
         check_classes(data.labels, num_classes)
     elif isinstance(data, ImageFolder):

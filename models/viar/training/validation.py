@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..data import Batch, BatchedDataset, all_batches
 from ..tokenizer import Tokenizer
@@ -32,9 +33,19 @@ def tokenizer_validation(
     total = torch.zeros(3, dtype=torch.float64)
     model.eval()
     for batch, _ in all_batches(data, batch_size):
-        images = batch.to(device)
-        made = model.decode(model.encode(images))
-        error = (images - made).square().mean((1, 2, 3))
-        total += torch.stack([error, psnr(images, made), ssim(images, made)]).double().sum(1).cpu()
+        numbers = reconstruction_numbers(model, batch.to(device))
+        total += torch.stack(list(numbers.values())).double().sum(1).cpu()
     model.train(training)
-    return dict(zip(("loss", "psnr", "ssim"), (total / len(data)).tolist(), strict=True))
+    return dict(zip(numbers, (total / len(data)).tolist(), strict=True))
+
+
+def reconstruction_numbers(model: Tokenizer, images: Tensor) -> dict[str, Tensor]:
+    """Of each image, (B,): "loss", the mean squared error of its pixels, "psnr" in dB and "ssim".
+
+    Args:
+        model: in evaluation mode.
+        images: (B, 3, H, W) in [-1, 1].
+    """
+    made = model.decode(model.encode(images))
+    error = (images - made).square().mean((1, 2, 3))
+    return {"loss": error, "psnr": psnr(images, made), "ssim": ssim(images, made)}
