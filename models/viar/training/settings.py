@@ -22,6 +22,7 @@ FREE = {
     "train.steps",
     "train.seconds",
     "train.accumulate",
+    "train.checkpoint_activations",
     "train.workers",
     "train.save_every",
     "train.sample_every",

@@ -68,11 +68,17 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, the batch does not divide into parts and among processes, or
-            `folder` has an interrupted run of other settings.
+        ValueError: a term of `loss` is unknown, the batch does not divide into parts and among processes,
+            `folder` has an interrupted run of other settings, or `config.checkpoint_activations` is set,
+            which is for transformers.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
+    if config.checkpoint_activations:
+        raise ValueError(
+            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
+            "none; leave it at False, and raise accumulate where memory is short"
+        )
     step_loss = tokenizer_loss(
         tokenizer, kind=loss, revive_every=revive_every, init_codebook=init_codebook, seed=config.seed
     )
@@ -97,9 +103,9 @@ def train_transformer(
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
 
     Images that are held in memory are tokenized once, others batch by batch; of `TokenShards` nothing is. The
-    loss is the cross-entropy, plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for
-    one. Every `config.sample_every` steps a grid of generated images is written into `folder`/samples, a row
-    a class, of the first ten classes, always of the same seed.
+    loss is the cross-entropy, plus the trunk's penalty where `residual_weight` or `jacobian_weight` of
+    `ImplicitTrunkConfig` ask for one. Every `config.sample_every` steps a grid of generated images is written
+    into `folder`/samples, a row a class, of the first ten classes, always of the same seed.
 
     Args:
         model: trained in place.
@@ -125,6 +131,7 @@ def train_transformer(
         data.check(tokenizer)
     _check_labels(data, model.config.num_classes)
     tokenizer.eval().requires_grad_(False)
+    model.checkpoint_activations(config.checkpoint_activations)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
     samples: BatchedDataset[Any]
