@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from viar import ImplicitTrunkConfig, TransformerConfig
 from viar.model.implicit import ImplicitTrunk
 from viar.model.scales import block_causal
 from viar.model.trunk import TrunkOutput
+from viar.training.settings import compare_settings
 
 ALONE = ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(0, 2), grad=(1, 2))
 TOKENS = sum(side**2 for side in SIDES)
@@ -130,3 +133,15 @@ def test_models_saved_before_there_was_a_weight_have_none() -> None:
     values = tiny_config(trunk=dataclasses.replace(IMPLICIT, jacobian_weight=0.5)).to_dict()
     del values["trunk"]["jacobian_weight"]
     assert TransformerConfig.from_dict(values) == dataclasses.replace(TRANSFORMER, trunk=IMPLICIT)
+
+
+def test_a_run_of_a_release_that_had_no_weight_goes_on(tmp_path: Path) -> None:
+    now = {"kind": "transformer", "model": tiny_config().to_dict(), "train": {}}
+    before = json.loads(json.dumps(now))
+    del before["model"]["trunk"]["jacobian_weight"]
+    (tmp_path / "state").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    assert compare_settings(tmp_path, json.loads(json.dumps(now))) == []
+    now["model"]["trunk"]["jacobian_weight"] = 1.0
+    with pytest.raises(ValueError, match=r"model.trunk.jacobian_weight: 0.0 there, 1.0 now"):
+        compare_settings(tmp_path, json.loads(json.dumps(now)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data import Batch, BatchedDataset, ImageFolder, TensorImages, TokenShards
 from ..files import replacing
+from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
@@ -96,8 +97,8 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
     try:
-        found = _flat(dict(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
+        found = _flat(_completed(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
         ) from error
@@ -120,6 +121,13 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write run.json."""
     with replacing(folder / FILE) as file:
         file.write(json.dumps(settings, indent=1).encode())
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run of an earlier release, with what its model had for settings that came later."""
+    config = TokenizerConfig if settings["kind"] == "tokenizer" else TransformerConfig
+    model: dict[str, Any] = json.loads(json.dumps(config.from_dict(settings["model"]).to_dict()))
+    return {**settings, "model": model}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
