@@ -106,9 +106,11 @@ def fingerprint(module: nn.Module) -> str:
     """Hash of config and weights, whatever device they are on.
 
     Args:
-        module: a tokenizer or a transformer.
+        module: a tokenizer, a transformer, or any other, of which the text of its layers counts.
     """
-    digest = hashlib.sha256(json.dumps(module.config.to_dict(), sort_keys=True).encode())  # type: ignore[operator, union-attr]
+    config = getattr(module, "config", None)
+    settings = str(module) if config is None else json.dumps(config.to_dict(), sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())

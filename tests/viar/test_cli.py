@@ -444,6 +444,17 @@ def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
     assert values == [0, 51, 102, 153, 255, 255]
 
 
+def test_names_stand_beside_the_rows_of_a_grid(tmp_path: Path) -> None:
+    save_grid(torch.zeros(4, 3, 48, 48), tmp_path / "plain.png", columns=2)
+    save_grid(torch.zeros(4, 3, 48, 48), tmp_path / "named.png", columns=2, row_names=["first", ""])
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "named.png") as named:
+        margin = named.width - plain.width
+        assert named.crop((margin, 0, *named.size)).tobytes() == plain.tobytes()
+        upper, lower = (named.crop((0, 50 * row, margin, 50 * row + 50)) for row in range(2))
+    assert upper.getextrema()[0] == (0, 255)  # something is written
+    assert lower.getextrema()[0] == (255, 255)
+
+
 def test_a_finished_run_is_not_overwritten(trained: Path) -> None:
     before = (trained / "tokenizer" / "model.safetensors").stat().st_mtime_ns
     code, _, errors = call("train-tokenizer", "digits", "--out", trained / "tokenizer", "--train.steps", 1)

@@ -102,22 +102,25 @@ def test_a_grid_shows_a_row_a_class_of_the_model_as_it_is_then(tmp_path: Path) -
 
 
 def test_of_many_classes_the_first_ten_are_drawn() -> None:
-    images, columns = generated(tiny_tokenizer())(tiny_transformer(num_classes=40))
+    images, columns, _ = generated(tiny_tokenizer())(tiny_transformer(num_classes=40))
     assert (len(images), columns) == (40, 4)
 
 
 @pytest.mark.parametrize("count", [1, 5, 30])
-def test_reconstructions_stand_below_their_originals(count: int, tmp_path: Path) -> None:
+def test_reconstructions_stand_below_their_originals_scale_by_scale(count: int) -> None:
     data = TensorImages(uniform(count, 3, 6, 6) * 2 - 1, torch.zeros(count))
     tokenizer = tiny_tokenizer()
-    images, columns = reconstructed(data)(tokenizer)
+    images, columns, names = reconstructed(data)(tokenizer)
     assert columns == min(count, 8)
-    originals, below = images[:columns], images[columns:]
+    assert names == ["original", "to 1 x 1", "to 2 x 2", "to 3 x 3"]
+    originals, *below = images.split(columns)
     chosen = [int((data.images.add(1).div(2) - one).abs().flatten(1).amax(1).argmin()) for one in originals]
     assert chosen == sorted(set(chosen))
     assert chosen[0] == 0
-    expected = tokenizer.decode(tokenizer.encode(data.images[chosen]))
-    torch.testing.assert_close(below, expected.add(1).div(2))
+    tokens = tokenizer.encode(data.images[chosen])
+    for num_scales, row in enumerate(below, start=1):
+        torch.testing.assert_close(row, tokenizer.decode(tokens[:num_scales]).add(1).div(2))
+    assert len(below) == 3
 
 
 def test_without_held_out_images_a_tokenizer_draws_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from viar.model.config import TokenizerConfig
 from viar.model.scales import scale_slices
 from viar.tokenizer import MultiScaleQuantizer, Tokenizer
-from viar.tokenizer.quantizer import phi_index
+from viar.tokenizer.quantizer import perplexity, phi_index
 from viar.training import reconstruction_loss
 
 SMALL = TokenizerConfig(
@@ -248,6 +248,8 @@ def test_loss_and_its_gradients_match_a_direct_computation() -> None:
 
 def test_training_forward_reaches_every_parameter() -> None:
     tokenizer = small(num_phi=0)
+    for parameter in tokenizer.parameters():  # some convolutions start at zero, and stop the gradient there
+        torch.nn.init.normal_(parameter, std=0.5)
     images = images_for(tokenizer)
     output = tokenizer(images)
     (reconstruction_loss(images, output.reconstruction, "l1+l2+edges") + output.loss).backward()
@@ -283,11 +285,16 @@ def test_codebook_usage_counts_codes_above_three_percent_of_a_uniform_share() ->
     assert quantizer.total_codebook_usage() == 1.0
 
 
+def batch_vectors(images: int, seed: int = 0) -> Tensor:
+    """As of a batch: (images * 14, 4), scale by scale."""
+    return torch.randn((images * 14, 4), generator=torch.Generator().manual_seed(seed))
+
+
 def test_revival_replaces_dead_codes_and_only_those() -> None:
     quantizer = small(codebook_size=4).quantizer
     quantizer.usage.copy_(torch.tensor([[10.0, 0, 2, 0], [10.0, 0, 10, 0], [8.0, 0, 40, 0]]))
     before = quantizer.codebook.weight.detach().clone()
-    vectors = torch.arange(20.0).view(5, 4) + 10
+    vectors = batch_vectors(1) + 10
     revived = quantizer.revive_dead_codes(vectors, threshold=0.1, generator=torch.Generator().manual_seed(0))
     after = quantizer.codebook.weight.detach()
     assert revived == 2
@@ -301,26 +308,67 @@ def test_revival_replaces_dead_codes_and_only_those() -> None:
 
 
 def test_revival_with_few_vectors_leaves_the_rest_for_later() -> None:
-    quantizer = small(codebook_size=8).quantizer
+    quantizer = small(codebook_size=32).quantizer
     quantizer.usage[:, 0] = 100
-    generator = torch.Generator().manual_seed(0)
-    assert quantizer.revive_dead_codes(torch.ones(3, 4), threshold=0.1, generator=generator) == 3
-    assert (quantizer.codebook.weight == 1).all(1).sum() == 3
+    vectors = batch_vectors(1)
+    assert quantizer.revive_dead_codes(vectors, threshold=0.1, generator=torch.Generator()) == 14
+    assert (quantizer.codebook.weight[:, None] == vectors).all(-1).any(1).sum() == 14
+
+
+def test_codes_are_revived_where_vectors_are_far_from_all_others() -> None:
+    quantizer = small(codebook_size=2).quantizer
+    with torch.no_grad():
+        quantizer.codebook.weight.zero_()
+    quantizer.usage[:, 0] = 100
+    vectors = torch.zeros(14, 4)
+    vectors[9] = 1.0  # all others are met exactly
+    assert quantizer.revive_dead_codes(vectors, generator=torch.Generator().manual_seed(0)) == 1
+    assert quantizer.codebook.weight[1].equal(vectors[9])
 
 
 def test_nothing_is_dead_before_training() -> None:
     quantizer = small().quantizer
-    assert quantizer.revive_dead_codes(torch.ones(3, 4), threshold=1.0, generator=torch.Generator()) == 0
+    vectors = batch_vectors(1)
+    assert quantizer.revive_dead_codes(vectors, threshold=1.0, generator=torch.Generator()) == 0
 
 
-def test_codebook_can_start_from_data() -> None:
+def test_the_codebook_starts_from_data_and_without_a_past() -> None:
     quantizer = small().quantizer
-    vectors = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    features = features_for(quantizer, batch=8)
+    vectors = quantizer.quantize(features).vectors
+    assert quantizer.usage.any()
     quantizer.init_codebook(vectors, generator=torch.Generator().manual_seed(1))
-    matches = (quantizer.codebook.weight[:, None] == vectors).all(-1)
-    assert matches.sum(1).eq(1).all()
-    assert matches.sum(0).le(1).all()
+    assert not quantizer.usage.any()
     assert quantizer.codebook.weight.requires_grad
+    first = quantizer.codebook.weight.detach().clone()
+    for seed, same in ((1, True), (2, False)):
+        quantizer.init_codebook(vectors, generator=torch.Generator().manual_seed(seed))
+        assert quantizer.codebook.weight.equal(first) is same
+
+
+def test_a_scale_of_one_vector_an_image_gets_codes_as_one_of_many_does() -> None:
+    quantizer = small(codebook_size=2, sides=(1, 3)).quantizer
+    few, many = torch.tensor([1.0, 0, 0, 0]).repeat(6, 1), torch.zeros(54, 4)
+    many[::2, 1] = 0.5  # their error is half of that of a first scale without a code of its own
+    quantizer.init_codebook(torch.cat([few, many]), generator=torch.Generator().manual_seed(0))
+    codes = quantizer.codebook.weight.detach()
+    torch.testing.assert_close(codes[codes[:, 0].argmax()], few[0])
+
+
+def test_what_is_left_after_each_scale_is_a_share_of_the_features() -> None:
+    quantizer = small().quantizer
+    features = features_for(quantizer)
+    output = quantizer.quantize(features)
+    sums = [quantizer.decode_tokens(output.tokens[:count]) for count in (1, 2, 3)]
+    expected = [(features - f_hat).square().sum() / features.square().sum() for f_hat in sums]
+    torch.testing.assert_close(output.left, torch.stack(expected).detach())
+    assert not output.left.requires_grad
+
+
+def test_perplexity_is_the_number_of_codes_that_share_the_hits() -> None:
+    hits = torch.tensor([[4.0, 0, 0, 0], [3, 3, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    torch.testing.assert_close(perplexity(hits), torch.tensor([1.0, 2, 4, 1]))
+    torch.testing.assert_close(perplexity(torch.tensor([1.0, 3])), torch.tensor(4 / 3**0.75))
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("l1", 0.5), ("l2", 0.25), ("l1+l2", 0.75), ("edges", 0.0)])
@@ -446,6 +494,8 @@ def test_wrong_feature_maps_scales_and_vectors_are_refused() -> None:
         quantizer.accumulate(f_hat, f_hat, 3)
     with pytest.raises(ValueError, match=r"scale must be in \[0, 2\), got 2"):
         quantizer.next_input(f_hat, 2)
+    with pytest.raises(ValueError, match="vectors must be those of whole images, 14 of each, got 30"):
+        quantizer.init_codebook(torch.zeros(30, 4), generator=generator)
     with pytest.raises(ValueError, match="N at least 16, got"):
         quantizer.init_codebook(torch.zeros(15, 4), generator=generator)
     with pytest.raises(ValueError, match="N at least 1, got"):

@@ -59,7 +59,7 @@ def test_a_step_of_a_run_reads_nothing(
 ) -> None:
     waiting_images.pretend(monkeypatch)
     counts: list[Counter[str]] = []
-    step = loop._step
+    step = loop._Run._step
 
     def counted(*arguments: Any) -> Any:
         with Waits() as waits:
@@ -67,6 +67,6 @@ def test_a_step_of_a_run_reads_nothing(
         counts.append(waits.counts)
         return found
 
-    monkeypatch.setattr(loop, "_step", counted)
-    run(tmp_path, settings(steps=2))  # in the first step the host puts the images in order
+    monkeypatch.setattr(loop._Run, "_step", counted)
+    run(tmp_path, settings(steps=2, ema=0.9))  # in the first step the host puts the images in order
     assert not counts[1]

@@ -7,6 +7,8 @@ any gradient is computed.
 from __future__ import annotations
 
 import gc
+import json
+import math
 import multiprocessing
 import os
 import sys
@@ -14,11 +16,40 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_train import run_tokenizer, run_transformer, run_without_dropout, settings
+from test_adversarial import run_without_chance
+from test_train import (
+    fresh_transformer,
+    pictures,
+    run_tokenizer,
+    run_transformer,
+    run_without_dropout,
+    settings,
+)
+from tiny_models import tiny_tokenizer
+from torch import Tensor
 
+import viar.training.losses
 import viar.training.samples
+from viar import NextScaleTransformer
+from viar.training import cross_entropy, train_transformer
 
 WORLD = 2
+
+
+def run_measured(folder: Path, rank: int) -> NextScaleTransformer:
+    """Averaged and measured, with a loss in the second step that is not finite in one of the processes."""
+    calls: list[int] = []
+
+    def broken(logits: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(calls) + 1)
+        return cross_entropy(logits, targets) * (math.nan if rank and calls[-1] == 2 else 1)
+
+    viar.training.losses.cross_entropy = broken
+    model = fresh_transformer(label_dropout=0.0, drop_path=0.0)
+    config = settings(steps=5, ema=0.5, validate_every=2)
+    result = train_transformer(model, tiny_tokenizer(), pictures(), folder, config, held_out=pictures(9))
+    folder.with_name(f"measured.{rank}.json").write_text(json.dumps(result))
+    return model
 
 
 def train(rank: int, folder: Path, port: str) -> None:
@@ -40,6 +71,11 @@ def train(rank: int, folder: Path, port: str) -> None:
         "parts": run_without_dropout(folder / "parts", settings(accumulate=2)),
         "pictures": run_without_dropout(folder / "pictures", settings(sample_every=2)),
         "tokenizer": run_tokenizer(folder / "tokenizer", settings(steps=4)),
+        "measured": run_measured(folder / "measured", rank),
+        "adversarial": run_without_chance(folder / "adversarial", settings(steps=4)),
+        "adversarial parts": run_without_chance(
+            folder / "adversarial parts", settings(steps=4, accumulate=2)
+        ),
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")

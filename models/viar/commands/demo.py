@@ -204,7 +204,15 @@ def _train_transformer(preset: TransformerPreset, tokenizer: Path, folder: Path)
     codec = Tokenizer.from_pretrained(tokenizer)
     data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
     model = NextScaleTransformer(preset.model)
-    return train_transformer(model, codec, data.train, folder, preset.train, console=Console(quiet=True))
+    return train_transformer(
+        model,
+        codec,
+        data.train,
+        folder,
+        preset.train,
+        held_out=data.validation,
+        console=Console(quiet=True),
+    )
 
 
 def _real_digits(source: str) -> ImageData:

@@ -35,6 +35,7 @@ from ..training import (
 from .checks import check_beside_data, check_run
 from .flags import given_flags
 from .loading import load_images, load_model
+from .perceptual import load_perceptual
 
 TokenizerChoice = Annotated[
     TokenizerPreset, tyro.conf.arg(name="", constructor=subcommand_type_from_defaults(TOKENIZERS))
@@ -61,10 +62,12 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
     check_run(out)
     check_beside_data(out, preset.data)
     loss_terms(preset.loss)
+    _check_no_inert_flags(preset)
     check_device(preset.train)
     console = Console()
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = preset.model if trained is None else _settings_of(trained.config, preset.model)
+    perceptual = load_perceptual(preset.perceptual, config.image_side)
     batch_size = preset.train.batch_size
     data = load_images(preset.data, config.image_side, console, augment=preset.augment, batch_size=batch_size)
     torch.manual_seed(preset.train.seed)
@@ -80,11 +83,25 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
         preset.train,
         loss=preset.loss,
         init_codebook=trained is None,
+        perceptual=perceptual,
+        perceptual_weight=preset.perceptual_weight,
+        adversarial=preset.adversarial,
         held_out=data.validation,
         origin=_origin(from_, trained),
         console=console,
     )
     console.print_json(json.dumps(metrics))
+
+
+def _check_no_inert_flags(preset: TokenizerPreset) -> None:
+    """Raise `ValueError` where the user set what a loss that is switched off does not look at."""
+    given = given_flags() - {"adversarial.weight"}
+    if not preset.adversarial.weight and (idle := [n for n in given if n.startswith("adversarial.")]):
+        raise ValueError(
+            f"--{min(idle).replace('_', '-')}: no adversarial loss; give --adversarial.weight, as 0.8"
+        )
+    if preset.perceptual is None and "perceptual_weight" in given:
+        raise ValueError("--perceptual-weight: no perceptual loss; give --perceptual")
 
 
 def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: From = None) -> None:
@@ -112,7 +129,7 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
             "the checkpoint's",
         )
     check_same_sizes(config, codec.config)
-    data, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
+    data, held_out, num_classes, class_names = _images_or_tokens(preset, codec.config.image_side, console)
     config = _with_classes_of(preset.data, num_classes, config, owner, console)
     torch.manual_seed(preset.train.seed)
     if trained is None:
@@ -121,29 +138,39 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
-        model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
+        model,
+        codec,
+        data,
+        out,
+        preset.train,
+        held_out=held_out,
+        origin=_origin(from_, trained),
+        console=console,
     )
     console.print_json(json.dumps(metrics))
 
 
+Source = BatchedDataset[Batch] | TokenShards
+
+
 def _images_or_tokens(
     preset: TransformerPreset, image_side: int, console: Console
-) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
-    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
+) -> tuple[Source, Source, int, tuple[str, ...]]:
+    """What `--data` names, images or a folder of their tokens: to train on, and held out.
 
-    Tokens do not have the names.
+    Then how many classes they have, and their names, which tokens do not have.
     """
     if not is_shards(preset.data):
         batch_size = preset.train.batch_size
         images = load_images(preset.data, image_side, console, augment=preset.augment, batch_size=batch_size)
-        return images.train, images.num_classes, images.class_names
+        return images.train, images.validation, images.num_classes, images.class_names
     if preset.augment:
         raise ValueError(
             f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
             "give it to viar tokenize"
         )
     tokens = TokenShards(preset.data)
-    return tokens, tokens.settings.num_classes, ()
+    return tokens, TokenShards(preset.data, "validation"), tokens.settings.num_classes, ()
 
 
 def _matched(names: tuple[str, ...], before: int) -> list[str]:

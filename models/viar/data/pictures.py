@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import replacing
 from .decoding import open_picture, refuse_frames, to_rgb
 
 RESIZE = 1.125  # shorter edge before the cut, in units of the square (VAR, arXiv 2404.02905)
+LARGEST_FONT = 24  # pixels, of the names of rows
 LONG_STRIP = 16  # enlarged edge, in units of the square, from which on only the square is computed
 
 
@@ -115,6 +117,7 @@ def save_grid(
     *,
     columns: int,
     least_side: int = 48,
+    row_names: Sequence[str] = (),
 ) -> None:
     """Write images as one PNG, row by row.
 
@@ -123,17 +126,30 @@ def save_grid(
         path: of the file.
         columns: images a row.
         least_side: smaller images are enlarged by a whole factor to at least so many pixels a side.
+        row_names: written in black to the left of the rows; default nothing.
     """
     factor = max(1, -(-least_side // images.shape[-1]))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     images = F.pad(images, (1, 1, 1, 1), value=1.0)
     height, width = images.shape[-2:]
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    names = [_written(name, height) for name in row_names]
+    margin = max((name.width for name in names), default=0)
+    sheet = Image.new("RGB", (margin + columns * width, -(-len(images) // columns) * height), "white")
     for index, image in enumerate(images):
-        place = (index % columns * width, index // columns * height)
+        place = (margin + index % columns * width, index // columns * height)
         sheet.paste(Image.fromarray(_pixels(image)), place)
+    for row, name in enumerate(names):
+        sheet.paste(name, (0, row * height))
     with replacing(path) as file:
         sheet.save(file, "png")
+
+
+def _written(text: str, height: int) -> Image.Image:
+    """A line of text, black on white, in the middle of that height."""
+    font = ImageFont.load_default(min(height // 4, LARGEST_FONT))
+    strip = Image.new("RGB", (round(font.getlength(text)) + height // 4, height), "white")
+    ImageDraw.Draw(strip).text((strip.width // 2, height // 2), text, fill="black", font=font, anchor="mm")
+    return strip
 
 
 def _channels_first(image: Image.Image) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -63,6 +64,49 @@ class Classifier(nn.Module):
         """
         self.load_state_dict(load_file(path))
         return self
+
+    @classmethod
+    def read(cls, path: Path, image_side: int) -> Classifier:
+        """What `save` wrote to `path`, in evaluation mode; its sizes are those of the weights.
+
+        Args:
+            path: of the file.
+            image_side: pixels a side, a multiple of 4.
+
+        Raises:
+            ValueError: the file holds something else, or the side is no multiple of 4.
+        """
+        try:
+            tensors = load_file(path)
+            width, num_classes = len(tensors["layers.0.weight"]), len(tensors["layers.11.bias"])
+            return cls(num_classes, image_side, width).load(path).eval()
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected the weights of a classifier, found something else") from error
+
+    def features(self) -> ClassifierFeatures:
+        """Its convolutions as a module of feature maps, in the mode that they are in."""
+        return ClassifierFeatures(self)
+
+
+class ClassifierFeatures(nn.Module):
+    """What the three convolutions of a classifier see in images (B, 3, H, W).
+
+    Args:
+        classifier: its weights are shared.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*list(classifier.layers)[:-4])
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Feature maps (B, C, h, w), two at full resolution and one at half."""
+        maps, x = [], images_B3HW
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.GELU):
+                maps.append(x)
+        return maps
 
 
 def train_classifier(

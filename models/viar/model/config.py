@@ -16,6 +16,8 @@ from .scales import check_sides
 
 T = TypeVar("T")
 
+BEFORE: dict[str, Any] = {"patch": 1}  # settings of a `TokenizerConfig` that came later, as all were before
+
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -51,15 +53,17 @@ def _tuple(values: Any) -> Any:
 class TokenizerConfig:
     """Multi-scale residual VQ-VAE.
 
-    An image has `sides[-1] * 2 ** (len(multipliers) - 1)` pixels a side: every level but the last
-    halves the resolution, and the last scale is as large as the feature map.
+    An image has `sides[-1] * patch * 2 ** (len(multipliers) - 1)` pixels a side: the stem takes `patch`
+    pixels a side at a time, every level but the last halves the resolution, and the last scale is as large
+    as the feature map.
     """
 
     sides: tuple[int, ...] = SIDES_256  # side of each of the K token maps, rising
     codebook_size: int = 4096  # V
     code_channels: int = 32  # Z
-    base_channels: int = 160  # channels at full resolution
+    base_channels: int = 160  # channels of the first level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of base_channels
+    patch: int = 1  # pixels a side that become the channels of one position before the first level
     num_residual_blocks: int = 2  # a level; the decoder has one more
     num_groups: int = 32  # of every GroupNorm
     dropout: float = 0.0  # rate in every residual block, in [0, 1)
@@ -78,6 +82,7 @@ class TokenizerConfig:
             codebook_size=self.codebook_size,
             code_channels=self.code_channels,
             base_channels=self.base_channels,
+            patch=self.patch,
             num_residual_blocks=self.num_residual_blocks,
             num_groups=self.num_groups,
         )
@@ -99,11 +104,16 @@ class TokenizerConfig:
     @property
     def image_side(self) -> int:
         """Pixels a side of the images this tokenizer takes."""
-        return self.sides[-1] << (len(self.multipliers) - 1)
+        return self.sides[-1] * self.patch << (len(self.multipliers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values only, ready for JSON.
+
+        A setting of a later release is left out at the value that all tokenizers had before, so that
+        fingerprints, and what runs and shards were made with, stay what they were.
+        """
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if BEFORE.get(name) != value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:

@@ -1,9 +1,11 @@
 """Convolutional encoder and decoder of the tokenizer (arXiv 2404.02905; the VQGAN of arXiv 2012.09841).
 
-Both are built from the same residual blocks and levels. Level 0 is full resolution; every other level
-has half the resolution of the one before, so the decoder runs its levels from the last to the first.
+Both are built from the same residual blocks and levels. Level 0 has a position a patch of P x P pixels, a
+pixel where P = 1; every other level has half the resolution of the one before, so the decoder runs its levels
+from the last to the first.
 
-Shape letters: B batch, C channels of a level, Z code channels, H W pixels, h w positions of a feature map.
+Shape letters: B batch, C channels of a level, Z code channels, H W pixels, P pixels a side of a patch, h w
+positions of a feature map.
 """
 
 from __future__ import annotations
@@ -22,6 +24,16 @@ def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
+def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """With weights and bias of zero: the last of a branch, which then adds nothing at the start.
+
+    Encoder and decoder begin as a few linear convolutions, which learn in a fraction of the steps.
+    """
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, conv, norm, SiLU, dropout, conv, plus the input.
 
@@ -35,7 +47,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = _conv3(in_channels, out_channels)
         self.norm2 = _norm(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = _conv3(out_channels, out_channels)
+        self.conv2 = _zeroed(_conv3(out_channels, out_channels))
         self.shortcut = (
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         )
@@ -55,7 +67,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = _norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = _zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Apply the block."""
@@ -141,13 +153,18 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to feature maps (B, Z, H / 2^(n-1), W / 2^(n-1)) for n levels."""
+    """Images (B, 3, H, W) to feature maps (B, Z, h, w), of which h = H / (P * 2^(n-1)) for n levels.
+
+    The pixels of a patch are the channels of one position from the start (pixel unshuffle), so that no
+    convolution runs at full resolution where P > 1.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.multipliers]
         last = len(channels) - 1
-        self.conv_in = _conv3(3, config.base_channels)
+        self.patch = config.patch
+        self.conv_in = _conv3(3 * config.patch**2, config.base_channels)
         self.levels = nn.ModuleList(
             Level(
                 config.base_channels if index == 0 else channels[index - 1],
@@ -165,7 +182,7 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Encode."""
-        x_BChw = self.conv_in(images_B3HW)
+        x_BChw = self.conv_in(F.pixel_unshuffle(images_B3HW, self.patch))
         for level in self.levels:
             x_BChw = level(x_BChw)
         features_BZhw: Tensor = self.conv_out(F.silu(self.norm_out(self.middle(x_BChw))))
@@ -173,16 +190,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Feature maps (B, Z, h, w) to images (B, 3, h * 2^(n-1), w * 2^(n-1)), not clamped.
+    """Feature maps (B, Z, h, w) to images (B, 3, H, W) of H = h * P * 2^(n-1), not clamped.
 
     Mirrors the encoder with one residual block more a level. `levels` is indexed by resolution like the
-    encoder's (0 is full resolution) and runs from the last to the first.
+    encoder's (0 is the finest) and runs from the last to the first.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = [config.base_channels * multiplier for multiplier in config.multipliers]
         last = len(channels) - 1
+        self.patch = config.patch
         self.conv_in = _conv3(config.code_channels, channels[-1])
         self.middle = Middle(channels[-1], config)
         self.levels = nn.ModuleList(
@@ -197,12 +215,12 @@ class Decoder(nn.Module):
             for index in range(len(channels))
         )
         self.norm_out = _norm(channels[0], config)
-        self.conv_out = _conv3(channels[0], 3)
+        self.conv_out = _conv3(channels[0], 3 * config.patch**2)
 
     def forward(self, f_hat_BZhw: Tensor) -> Tensor:
         """Decode."""
         x_BChw = self.middle(self.conv_in(f_hat_BZhw))
         for level in reversed(self.levels):
             x_BChw = level(x_BChw)
-        images_B3HW: Tensor = self.conv_out(F.silu(self.norm_out(x_BChw)))
-        return images_B3HW
+        patches_BChw = self.conv_out(F.silu(self.norm_out(x_BChw)))
+        return F.pixel_shuffle(patches_BChw, self.patch)

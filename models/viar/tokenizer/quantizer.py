@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TokenizerConfig
-from ..model.execution import fails_on_device, in_type_of, sent
+from ..model.execution import fails_on_device, in_type_of
 from ..precision import full_float32
+from .kmeans import drawn_order, kmeans, nearest, replaced
 
 USAGE_DECAY = 0.99  # of the moving average of code hits
 IN_USE_SHARE = 0.03  # of a uniform share of the hits; a code above it counts as in use
@@ -32,7 +33,8 @@ class QuantizerOutput(NamedTuple):
     f_hat: Tensor  # (B, Z, p_K, p_K) float32, gradient goes straight through to the features
     tokens: list[Tensor]  # K of (B, p_k * p_k) int64, row by row
     loss: Tensor  # scalar: codebook and commitment loss, mean over the scales
-    vectors: Tensor  # (B * L, Z) without gradient: the residual vectors that were quantized
+    vectors: Tensor  # (B * L, Z) without gradient: the residual vectors that were quantized, scale by scale
+    left: Tensor  # (K,) without gradient: share of the features' mean square that is left after each scale
 
 
 def phi_index(scale: int, num_scales: int, num_phi: int) -> int:
@@ -75,7 +77,7 @@ class MultiScaleQuantizer(nn.Module):
 
     All arithmetic is float32, under autocast too. Codes start uniform in [-1/V, 1/V], near zero, so that
     the first residuals are the features themselves; `init_codebook` then starts from data. The
-    convolutions have PyTorch's default initial weights.
+    convolutions start as the identity, so that a scale adds just the codes that are nearest to what was left.
 
     `usage` (K, V) is a moving average (decay 0.99) of the hits of each code at each scale in a batch,
     updated by `quantize` in training mode only; zeros until then.
@@ -95,6 +97,9 @@ class MultiScaleQuantizer(nn.Module):
             nn.Conv2d(config.code_channels, config.code_channels, kernel_size=3, padding=1)
             for _ in range(config.num_phi or len(config.sides))
         )
+        for conv in self.phi:
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)
         self.register_buffer("usage", torch.zeros(len(config.sides), config.codebook_size))
 
     def phi_for(self, scale: int) -> nn.Module:
@@ -114,12 +119,14 @@ class MultiScaleQuantizer(nn.Module):
         self.check_feature_map("features", features_BZhw)
         f_BZhw = features_BZhw.float()
         loss = f_BZhw.new_zeros(())
-        tokens, vectors = [], []
+        tokens, vectors, errors = [], [], []
         for scale, (tokens_Bl, vectors_NZ, f_hat_BZhw) in enumerate(self._residual_steps(f_BZhw)):
             tokens.append(tokens_Bl)
             vectors.append(vectors_NZ)
             loss = loss + self.commitment * F.mse_loss(f_hat_BZhw.detach(), f_BZhw)
-            loss = loss + F.mse_loss(f_hat_BZhw, f_BZhw.detach())
+            error = F.mse_loss(f_hat_BZhw, f_BZhw.detach())
+            loss = loss + error
+            errors.append(error.detach())
             if self.training:
                 self._record_usage(tokens_Bl, scale)
         return QuantizerOutput(
@@ -127,6 +134,7 @@ class MultiScaleQuantizer(nn.Module):
             tokens=tokens,
             loss=loss / len(self.sides),
             vectors=torch.cat(vectors),
+            left=torch.stack(errors) / f_BZhw.detach().square().mean(),
         )
 
     @torch.no_grad()
@@ -227,42 +235,50 @@ class MultiScaleQuantizer(nn.Module):
         A code is in use where its moving average of hits exceeds 3 % of a uniform share of the scale's
         hits. Zeros before the first training step.
         """
-        return [_fraction_in_use(usage_V) for usage_V in self.usage]
+        in_use: list[float] = in_use_share(self.usage).tolist()
+        return in_use
 
     def total_codebook_usage(self) -> float:
         """Fraction of the codebook in use when the hits of all scales are taken together."""
-        return _fraction_in_use(self.usage.sum(0))
+        return in_use_share(self.usage.sum(0)).item()
 
     @torch.no_grad()
     def init_codebook(self, vectors_NZ: Tensor, *, generator: torch.Generator) -> None:
-        """Set every code to a different one of `vectors_NZ`, drawn at random.
+        """Set the codes to those that k-means finds for `vectors_NZ`, and forget their use.
+
+        A vector of scale k weighs (p_K / p_k) ** 2, the positions of the feature map that it stands for. Each
+        scale then counts as much as any other. Unweighted, the last scale, with half of the vectors, would
+        take almost all codes, and those of the first scales would do more harm than good.
 
         Args:
-            vectors_NZ: at least V vectors, usually `QuantizerOutput.vectors` of a first batch.
-            generator: source of the draw.
+            vectors_NZ: at least V vectors, `QuantizerOutput.vectors` of a first batch.
+            generator: source of the draws.
 
         Raises:
-            ValueError: fewer than V vectors or not Z channels.
+            ValueError: fewer than V vectors, not Z channels, or not all vectors of a batch.
         """
-        self._check_vectors(vectors_NZ, least=self.codebook.num_embeddings)
-        self.codebook.weight.copy_(_draw(vectors_NZ, self.codebook.num_embeddings, generator))
+        num_codes = self.codebook.num_embeddings
+        weights_N = self._areas(vectors_NZ, least=num_codes)
+        self.codebook.weight.copy_(kmeans(vectors_NZ, weights_N, num_codes, generator=generator))
+        self.usage.zero_()
 
     @torch.no_grad()
     def revive_dead_codes(
         self, vectors_NZ: Tensor, *, threshold: float = IN_USE_SHARE, generator: torch.Generator
     ) -> Tensor:
-        """Replace codes that are hardly ever chosen by vectors that the codebook should represent.
+        """Replace codes that are hardly ever chosen by vectors that the codebook represents badly.
 
         A code is dead where its hits, over all scales, are below `threshold` times a uniform share. It
         becomes one of `vectors_NZ`, each used at most once, and its usage becomes the uniform share of
-        every scale, so that it has time to find its place. With fewer vectors than dead codes the rest
-        stay dead until the next call. Before the first training step no code is dead.
+        every scale, so that it has time to find its place. Vectors are drawn by their squared distance from
+        the nearest code times the positions they stand for, see `init_codebook`. With fewer vectors than dead
+        codes the rest stay dead until the next call. Before the first training step no code is dead.
 
         An optimiser's moments of the revived rows are not touched. Where several processes hold the
         codebook, give each the same vectors and a generator in the same state.
 
         Args:
-            vectors_NZ: at least one vector, usually `QuantizerOutput.vectors` of the last batch.
+            vectors_NZ: `QuantizerOutput.vectors` of the last batch.
             threshold: in units of a uniform share.
             generator: source of the draw.
 
@@ -270,20 +286,16 @@ class MultiScaleQuantizer(nn.Module):
             Number of codes replaced, int64 scalar on the codebook's device.
 
         Raises:
-            ValueError: no vectors or not Z channels.
+            ValueError: no vectors, not Z channels, or not all vectors of a batch.
         """
-        self._check_vectors(vectors_NZ, least=1)
+        weights_N, codes_VZ = self._areas(vectors_NZ, least=1), self.codebook.weight
         hits_V = self.usage.sum(0)
-        dead_V = hits_V < threshold * hits_V.mean()
-        # The first dead code gets the first of the drawn vectors, and so on, until there are none left. How
-        # many are dead the host would have to wait for.
-        place_V = dead_V.cumsum(0) - 1
-        dead_V = dead_V & (place_V < len(vectors_NZ))
-        drawn_NZ = _draw(vectors_NZ, len(vectors_NZ), generator).to(self.codebook.weight)
-        new_VZ = drawn_NZ[place_V.clamp(0, len(vectors_NZ) - 1)]
-        self.codebook.weight.copy_(torch.where(dead_V.unsqueeze(1), new_VZ, self.codebook.weight))
-        self.usage.copy_(torch.where(dead_V, self.usage.mean(1, keepdim=True), self.usage))
-        return dead_V.sum()
+        squares_N, _ = nearest(vectors_NZ, codes_VZ.to(vectors_NZ.dtype))
+        far_NZ = vectors_NZ[drawn_order(weights_N * squares_N, generator)]
+        new_VZ, revived_V = replaced(codes_VZ, hits_V < threshold * hits_V.mean(), far_NZ)
+        codes_VZ.copy_(new_VZ)
+        self.usage.copy_(torch.where(revived_V, self.usage.mean(1, keepdim=True), self.usage))
+        return revived_V.sum()
 
     def check_feature_map(self, name: str, value: Tensor) -> None:
         """Raise `ValueError` unless `value`, called `name`, is (B, Z, p_K, p_K) floating point."""
@@ -377,21 +389,38 @@ class MultiScaleQuantizer(nn.Module):
         if not 0 <= scale < count:
             raise ValueError(f"scale must be in [0, {count}), got {scale}")
 
-    def _check_vectors(self, vectors_NZ: Tensor, least: int) -> None:
-        channels = self.codebook.embedding_dim
+    def _areas(self, vectors_NZ: Tensor, least: int) -> Tensor:
+        """Positions of the feature map that each vector of a batch stands for, (N,) like the vectors.
+
+        Raises `ValueError` unless these are the vectors of some images, scale by scale, at least `least`.
+        """
+        channels, length = self.codebook.embedding_dim, sum(side * side for side in self.sides)
         if vectors_NZ.ndim != 2 or vectors_NZ.shape[1] != channels or len(vectors_NZ) < least:
             raise ValueError(
                 f"vectors must have shape (N, {channels}) with N at least {least}, "
                 f"got {tuple(vectors_NZ.shape)}; a larger batch gives more"
             )
+        if len(vectors_NZ) % length:
+            raise ValueError(
+                f"vectors must be those of whole images, {length} of each, got {len(vectors_NZ)}; give "
+                "`vectors` as `quantize` returns them"
+            )
+        batch = len(vectors_NZ) // length
+        parts = [
+            vectors_NZ.new_full((batch * side * side,), (self.sides[-1] / side) ** 2) for side in self.sides
+        ]
+        return torch.cat(parts)
 
 
-def _fraction_in_use(usage_V: Tensor) -> float:
-    """Share of the codes with more than `IN_USE_SHARE` of a uniform share of the hits."""
-    return (usage_V > IN_USE_SHARE * usage_V.mean()).float().mean().item()
+def in_use_share(usage: Tensor) -> Tensor:
+    """Share of codes with more than `IN_USE_SHARE` of a uniform share of the hits, (..., V) to (...)."""
+    return (usage > IN_USE_SHARE * usage.mean(-1, keepdim=True)).float().mean(-1)
 
 
-def _draw(vectors_NZ: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows."""
-    order = torch.randperm(len(vectors_NZ), generator=generator, device=generator.device)
-    return vectors_NZ[sent(order[:count], vectors_NZ.device)]
+def perplexity(usage: Tensor) -> Tensor:
+    """Exponential of the entropy of the hits, (..., V) to (...): as many codes in equal use would have it.
+
+    1 where one code has all the hits, V where all have as many; 1 without hits.
+    """
+    share = usage / usage.sum(-1, keepdim=True).clamp(min=torch.finfo(usage.dtype).tiny)
+    return torch.special.entr(share).sum(-1).exp()

@@ -25,6 +25,7 @@ class TokenizerOutput(NamedTuple):
     loss: Tensor  # scalar: the quantizer's codebook and commitment loss
     tokens: list[Tensor]  # K of (B, p_k * p_k) int64
     vectors: Tensor  # (B * L, Z) without gradient: what was quantized, for reviving dead codes
+    left: Tensor  # (K,) without gradient: share of the features' mean square that is left after each scale
 
 
 class Tokenizer(nn.Module, Pretrained):
@@ -36,7 +37,8 @@ class Tokenizer(nn.Module, Pretrained):
     `save_pretrained(path)` writes config.json and model.safetensors, `from_pretrained(path_or_hub_id)`
     reads them; missing or unexpected weights are an error unless `strict=False` is given.
 
-    Convolutions have PyTorch's default initial weights; for the codebook see `MultiScaleQuantizer`.
+    Convolutions have PyTorch's default initial weights, but for the last of every residual and attention
+    block, which starts at zero; for codebook and refinement see `MultiScaleQuantizer`.
 
     Args:
         config: settings, or what their `to_dict` gives.
@@ -71,6 +73,7 @@ class Tokenizer(nn.Module, Pretrained):
             loss=quantized.loss,
             tokens=quantized.tokens,
             vectors=quantized.vectors,
+            left=quantized.left,
         )
 
     def features(self, images_B3HW: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
 """Training of tokenizer and transformer."""
 
 from .adapt import adapt_tokenizer, adapt_transformer, check_adaptable
+from .adversarial import AdversarialConfig
 from .config import TrainConfig
 from .health import cell_health
 from .loop import check_device
 from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
+from .perceptual import FeatureDistance, lpips_distance
 from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
 from .train import train_tokenizer, train_transformer
+from .validation import tokenizer_validation
 
 __all__ = [
     "TOKENIZERS",
     "TRANSFORMERS",
+    "AdversarialConfig",
+    "FeatureDistance",
     "TokenizerPreset",
     "TrainConfig",
     "TransformerPreset",
@@ -21,7 +26,9 @@ __all__ = [
     "check_device",
     "cross_entropy",
     "loss_terms",
+    "lpips_distance",
     "reconstruction_loss",
+    "tokenizer_validation",
     "train_tokenizer",
     "train_transformer",
     "validation_loss",

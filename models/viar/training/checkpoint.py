@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,14 +21,22 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0  # spent training, before interruptions included
+    skipped: int = 0  # steps left out, as their loss or gradient was not finite
+    skipped_in_row: int = 0  # of those, the last ones
+    skipped_longest: int = 0  # of those, the longest row
+    measured: int = 0  # step after which held-out data was measured last
+    best_loss: float = math.inf  # least loss of held-out data
+    best_step: int = 0  # after which that was measured; 0 for none
+    stale: int = 0  # measurements since
 
     def state_dict(self) -> dict[str, float]:
         """For Accelerate's checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """For Accelerate's checkpoint."""
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        """For Accelerate's checkpoint; what a state of an earlier release does not tell stays as it is."""
+        for field in fields(self):
+            setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
 
 
 class Checkpoint:

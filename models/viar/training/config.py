@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..model.config import check_at_least
+from ..model.config import check_at_least, check_fraction
 from ..seeds import LARGEST_SEED
 
 PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +37,46 @@ class TrainConfig:
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
     sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none
+    validate_every: int = 1000  # steps between two measurements of held-out data, if there is any; 0 for none
+    patience: int = 0  # measurements without a new least loss after which the run ends; 0 for never
+    ema: float = 0.0  # decay of the average of the weights that is measured, drawn and saved; 0 for none
+    max_skipped: int = 50  # steps in a row with a loss or gradient that is not finite, at which the run ends
+    compile: bool = False  # the model's blocks, by `torch.compile`
+    trackers: tuple[str, ...] = ("tensorboard",)  # where it is installed; "wandb" must be if it is asked for
     seed: int = 0  # of weights, batches and random depth
 
     def __post_init__(self) -> None:
         """Validate."""
         if self.steps is None and self.seconds is None:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
-        check_at_least("TrainConfig", 1, batch_size=self.batch_size, accumulate=self.accumulate)
-        check_at_least("TrainConfig", 0, workers=self.workers, sample_every=self.sample_every, seed=self.seed)
+        counts: tuple[tuple[int, tuple[str, ...]], ...] = (
+            (1, ("batch_size", "accumulate", "max_skipped")),
+            (0, ("workers", "sample_every", "validate_every", "patience", "seed")),
+        )
+        for least, names in counts:
+            check_at_least("TrainConfig", least, **{name: getattr(self, name) for name in names})
         if self.seed > LARGEST_SEED:
             raise ValueError(f"TrainConfig: seed must be at most {LARGEST_SEED}, got {self.seed}")
+        check_fraction("TrainConfig", ema=self.ema)
         for name in ("steps", "seconds", "lr", "clip", "save_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"TrainConfig: {name} must be positive, got {value}")
             if value == math.inf and name in ("seconds", "lr"):
                 raise ValueError(f"TrainConfig: {name} must be finite, got {value}")
-        for name, least, most in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
+        for name, low, high in (("betas", 0.0, 1.0), ("weight_decay", 0.0, math.inf)):
             pair = getattr(self, name)
-            if len(pair) != 2 or not all(least <= value < most for value in pair):
+            if len(pair) != 2 or not all(low <= value < high for value in pair):
                 raise ValueError(
-                    f"TrainConfig: {name} must be two numbers in [{least:g}, {most:g}), got {pair}"
+                    f"TrainConfig: {name} must be two numbers in [{low:g}, {high:g}), got {pair}"
                 )
         if self.mixed_precision not in PRECISIONS:
             raise ValueError(
                 f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"
             )
+
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            raise ValueError(f"TrainConfig: trackers must be out of {TRACKERS}, got {unknown}")
 
     def progress(self, step: int, seconds: float) -> float:
         """How far the run is after `step` steps and `seconds` of training, 0 to 1."""

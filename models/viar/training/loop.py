@@ -1,15 +1,15 @@
-"""The training loop: prepare, then step, log and save until the run is done.
+"""The training loop: prepare, then step, log, measure and save until the run is done.
 
-A run lives in one folder: `run.json` with what it was started with, `metrics.jsonl` and `samples/` as it
-goes, `state/` to resume from if it is interrupted, `config.json` and `model.safetensors` (readable by
-`from_pretrained`) when it is done.
+A run lives in one folder: `run.json` with what it was started with, `metrics.jsonl`, `curve.png`, `samples/`
+and `best/` as it goes, `state/` to resume from if it is interrupted, `config.json` and `model.safetensors`
+(readable by `from_pretrained`) when it is done.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,29 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_bf16_available, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast, is_bf16_available, parse_flag_from_env, set_seed
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.distributed.tensor import DTensor
 
 from ..data import BatchedDataset, EndlessBatches
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .log import RunLog
+from .critic import Critic
+from .curve import draw_curve
+from .ema import AveragedWeights
+from .guard import StepGuard, poisoned
+from .held_out import BestWeights, HeldOut, measured
+from .loading import load_batches
+from .log import RunLog, is_logged, read_metrics
 from .losses import StepLoss
 from .optim import build_optimizer, set_progress
-from .samples import Draw, RunSamples
+from .samples import Draw, RunSamples, undisturbed
 from .settings import compare_settings, keep_settings
+from .trackers import check_trackers, start_trackers
 
-LOG_EVERY = 10  # steps; the first one is logged too
+SCALE_HALVINGS = 16  # of float16's gradient scale, which starts at 2 ** 16 and may have to go down to 1
 
 
 def fit(
@@ -43,10 +50,15 @@ def fit(
     config: TrainConfig,
     *,
     settings: Mapping[str, Any],
+    critic: Critic | None = None,
+    held_out: HeldOut | None = None,
     draw: Draw | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train `model` in place and save it to `folder`; goes on with a run that was interrupted there.
+
+    Where held-out data is measured the model ends with the weights that did best on it; else with the average
+    of its weights if `config.ema` asks for one, or with the last ones.
 
     Args:
         model: tokenizer or transformer: a module with `save_pretrained`.
@@ -55,68 +67,266 @@ def fit(
         folder: of the run; made if it is not there.
         config: settings.
         settings: of `run_settings`, kept as run.json; its kind is shown beside the progress bar.
+        critic: a discriminator that learns beside the model; default none.
+        held_out: what is measured every `config.validate_every` steps and at the end; default nothing.
         draw: pictures of how the run is doing, every `config.sample_every` steps, in the main process alone;
-            default none. They change nothing of the run.
+            default none. They, and what is measured, change nothing of the training.
         console: where that is shown; default standard output.
 
     Returns:
-        The last logged metrics, with steps and seconds.
+        The last logged metrics, with steps, seconds and the number of steps left out, and where held-out data
+        was measured its least loss and the step after which it was.
 
     Raises:
         ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
-            was started with other settings, or its state is damaged.
-        FloatingPointError: the loss is not finite; nothing is saved then.
+            was started with other settings, or its state is damaged; a tracker is not installed.
+        FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
+            are not finite; the state that was saved last stays.
     """
     for line in compare_settings(folder, settings):
         (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = _accelerator(config)
-    optimizer = build_optimizer(model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0])
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    checkpoint = Checkpoint(accelerator, folder / "state", every=config.save_every)
-    state, is_main = checkpoint.restore(), accelerator.is_main_process
-    if is_main:
-        keep_settings(folder, settings)
-    log = RunLog(folder / "metrics.jsonl", settings["kind"], state.step, is_main=is_main, console=console)
-    together = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    samples = RunSamples(folder / "samples", draw if is_main else None, config.sample_every, state.step)
-    batches = _batches(data, config, accelerator, state.step)
-    wrapped.train()
-    numbers: dict[str, float | Tensor] = {"loss": 0.0}  # of the last step
-    metrics: dict[str, float] = {}  # of the last step that was logged
-    with log.bar:
+    run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
+    with run.log.shown():
+        run.train()
+        metrics = run.finish()
+    run.close()
+    return metrics
+
+
+class _Run:
+    """A run under way: what it works with, one step of it, and what is done between steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step_loss: StepLoss,
+        data: BatchedDataset[Any],
+        folder: Path,
+        config: TrainConfig,
+        settings: Mapping[str, Any],
+        critic: Critic | None,
+        held_out: HeldOut | None,
+        draw: Draw | None,
+        console: Console | None,
+    ) -> None:
+        self.model, self.step_loss, self.folder, self.config = model, step_loss, folder, config
+        self.settings, self.critic = settings, critic
+        self.held_out = held_out if config.validate_every else None
+        self.accelerator = _accelerator(config)
+        self.is_main = self.accelerator.is_main_process
+        optimizer = build_optimizer(
+            model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0]
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if critic is not None:
+            critic.prepare(self.accelerator)
+        self.checkpoint = Checkpoint(self.accelerator, folder / "state", every=config.save_every)
+        self.average = AveragedWeights(model, config.ema) if config.ema else None
+        if self.average is not None:
+            self.accelerator.register_for_checkpointing(self.average)
+        self.state = self.checkpoint.restore()
+        self.together = dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        self.guard = StepGuard(self.accelerator.device, self.state)
+        self.best = BestWeights(folder / "best", self.state, is_main=self.is_main)
+        self.samples = RunSamples(
+            folder / "samples", draw if self.is_main else None, config.sample_every, self.state.step
+        )
+        self.batches = self._batches(data)
+        if self.is_main:
+            keep_settings(folder, settings)
+        self.log = self._log(console)
+        self.metrics: dict[str, float] = {}  # of the last step that was logged
+
+    def train(self) -> None:
+        """Step until the run is at its end, or held-out data says that it is."""
+        self.wrapped.train()
         while True:
-            progress = config.progress(state.step, state.seconds)
-            progress, save_is_due = _agreed(together, progress, checkpoint.is_due())
-            if progress >= 1 or save_is_due:
-                _check_finite(float(numbers["loss"]), state.step)
-            if progress >= 1:
-                break
+            progress, save_is_due = self._agreed()
+            if progress >= 1 or 0 < self.config.patience <= self.state.stale:
+                return
             if save_is_due:
-                checkpoint.save()
+                self.guard.note(self.state)
+                self.checkpoint.save()
+                self.best.saved()
             start = time.monotonic()
-            set_progress(optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
-            numbers = _step(accelerator, wrapped, optimizer, step_loss, batches, state.step, config)
-            state.step += 1
-            state.seconds += time.monotonic() - start
-            if state.step % LOG_EVERY == 0 or state.step == 1:
-                metrics = {key: float(value) for key, value in numbers.items()}
-                _check_finite(metrics["loss"], state.step)
-                log.write(state.step, progress, metrics)
-            samples.look(accelerator.unwrap_model(wrapped), state.step)
-        log.finish(state.step)
-    if is_main:
-        accelerator.unwrap_model(wrapped).save_pretrained(folder)
-        checkpoint.remove()
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    if together is not None:
-        dist.destroy_process_group(together)
-    return metrics | {"steps": state.step, "seconds": round(state.seconds, 2)}
+            numbers = self._step(progress)
+            self.state.step += 1
+            self.state.seconds += time.monotonic() - start
+            if is_logged(self.state.step):
+                self._write(numbers)
+            self._look()
+
+    def finish(self) -> dict[str, float]:
+        """Choose the weights, save them, and leave no state; the metrics of the run."""
+        state = self.state
+        self._check_skipped(at_end=True)
+        if self.held_out is not None and state.measured != state.step:
+            with self._at_rest():
+                self._measure(self.held_out)
+        result: dict[str, float] = {"steps": state.step, "seconds": round(state.seconds, 2)}
+        weights = self._choose()
+        if state.best_step:
+            result |= {"best_step": state.best_step, "validation_loss": state.best_loss}
+        if self.is_main:
+            self.model.save_pretrained(self.folder)  # type: ignore[operator]  # of Pretrained
+            keep_settings(self.folder, self.settings, {"weights": weights, **result})
+            draw_curve(read_metrics(self.log.path), self.folder / "curve.png")
+            self.checkpoint.remove()
+            self.best.remove()
+        self.log.finish(f"{state.step} steps done, saved: {weights}")
+        return {**self.metrics, **result, "skipped": state.skipped}
+
+    def close(self) -> None:
+        """Wait for the others, and let go of what the run held."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        if self.together is not None:
+            dist.destroy_process_group(self.together)
+
+    def _step(self, progress: float) -> dict[str, float | Tensor]:
+        """Move the weights by the gradient of one batch; what is logged, of its last part."""
+        config, accelerator = self.config, self.accelerator
+        set_progress(self.optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
+        for _ in range(config.accumulate):
+            batch = next(self.batches)
+            with accelerator.accumulate(self.wrapped), accelerator.autocast():
+                loss, numbers = self.step_loss(self.wrapped, batch, self.state.step)
+            accelerator.backward(poisoned(loss))
+        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        moved = self.guard.step(self.optimizer, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.state.step + 1, moved)
+        beside = {} if self.critic is None else self.critic.step(accelerator, progress, config.clip)
+        return {"loss": loss.detach(), **numbers, **beside, "grad_norm": norm}
+
+    def _write(self, numbers: Mapping[str, float | Tensor]) -> None:
+        """Log what a step gave; the host waits for the device here."""
+        state = self.state
+        self._check_skipped()
+        self.metrics = {**_on_host(numbers), "skipped": state.skipped}
+        progress = self.config.progress(state.step, state.seconds)
+        self.log.write(state.step, state.seconds, progress, self.metrics)
+
+    def _look(self) -> None:
+        """Measure held-out data and draw, where it is time to."""
+        step = self.state.step
+        held_out = self.held_out if step % max(self.config.validate_every, 1) == 0 else None
+        if held_out is None and not self.samples.is_due(step):
+            return
+        with self._at_rest():
+            if held_out is not None:
+                self._measure(held_out)
+            self.samples.look(self.model, step)
+
+    def _measure(self, held_out: HeldOut) -> None:
+        """Measure held-out data, and keep the weights if they are the best so far."""
+        state, num_processes = self.state, self.accelerator.num_processes
+        numbers = measured(
+            self.model,
+            held_out,
+            batch_size=self.config.part_size(num_processes),
+            workers=self.config.workers,
+            device=self.accelerator.device,
+            together=self.together,
+        )
+        is_best = self.best.offer(self.model.save_pretrained, numbers["loss"])  # type: ignore[arg-type]
+        note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"
+        self.log.write_held_out(state.step, numbers, note)
+        if self.is_main:
+            draw_curve(read_metrics(self.log.path), self.folder / "curve.png")
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Inside, the model is as it would be saved: with averaged weights, evaluating, as it is written."""
+        with ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.in_place())
+            if self.config.compile:  # what is compiled is for batches of the training
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(undisturbed(self.model))
+            yield
+
+    def _choose(self) -> str:
+        """Give the model the weights that the run ends with; which they are, in words."""
+        if self.state.best_step:
+            if self.is_main:
+                best = type(self.model).from_pretrained(self.best.path)  # type: ignore[attr-defined]
+                self.model.load_state_dict(best.state_dict())
+            for tensor in self.model.state_dict().values():
+                broadcast(tensor)
+            return f"the weights after step {self.state.best_step}, the best on held-out data"
+        if self.average is not None:
+            self.average.put()
+            return "the averaged weights"
+        return "the last weights"
+
+    def _check_skipped(self, *, at_end: bool = False) -> None:
+        """Raise `FloatingPointError` if too many steps in a row were left out, at the end if all were."""
+        state = self.state
+        self.guard.note(state)
+        most = self.config.max_skipped + (SCALE_HALVINGS if self.accelerator.scaler is not None else 0)
+        if state.skipped_longest < most and not (at_end and state.skipped == state.step > 0):
+            return
+        raise FloatingPointError(
+            f"training: {state.skipped_longest} steps in a row, up to step {state.step}, were left out, as "
+            "their loss or gradients are not finite; lower lr, or use mixed_precision='bf16' or 'no', in "
+            f"another folder; {self.checkpoint.folder} has the state that was saved last, if any"
+        )
+
+    def _agreed(self) -> tuple[float, bool]:
+        """Progress, and whether a state is due, by the main process's clock.
+
+        Others would end the run or save at another step. From host to host: what a device is told is read
+        from it only after all else that it was asked to do.
+        """
+        progress = self.config.progress(self.state.step, self.state.seconds)
+        save_is_due = self.checkpoint.is_due()
+        if self.together is None:
+            return progress, save_is_due
+        told = torch.tensor([progress, save_is_due], dtype=torch.float64)
+        dist.broadcast(told, src=0, group=self.together)
+        progress, save_is_due = told.tolist()
+        return progress, bool(save_is_due)
+
+    def _batches(self, data: BatchedDataset[Any]) -> Iterator[list[Tensor]]:
+        """This process's part of every batch from the present step on; a step takes `accumulate`."""
+        config, accelerator, step = self.config, self.accelerator, self.state.step
+        indices = EndlessBatches(
+            len(data),
+            config.part_size(accelerator.num_processes),
+            seed=config.seed,
+            start=step * config.accumulate,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+        )
+        seed = seed_at(config.seed, step)
+        return load_batches(data, indices, workers=config.workers, device=accelerator.device, seed=seed)
+
+    def _log(self, console: Console | None) -> RunLog:
+        config, state = self.config, self.state
+        trackers = (
+            start_trackers(config.trackers, self.folder, state.step, self.settings) if self.is_main else []
+        )
+        return RunLog(
+            self.folder / "metrics.jsonl",
+            self.settings["kind"],
+            step=state.step,
+            seconds=state.seconds,
+            progress=config.progress(state.step, state.seconds),
+            batch_size=config.batch_size,
+            device=self.accelerator.device,
+            is_main=self.is_main,
+            trackers=trackers,
+            console=console,
+        )
 
 
 def check_device(config: TrainConfig) -> None:
-    """Raise `ValueError` unless the device that a run would get, and its processes, can do what is asked for.
+    """Raise `ValueError` unless a run can have what is asked for, on its device and among its processes.
 
     Args:
         config: settings of the run.
@@ -124,6 +334,7 @@ def check_device(config: TrainConfig) -> None:
     # As an Accelerator makes it: the first one made decides whether processes know of one another.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config.part_size(state.num_processes)
+    check_trackers(config.trackers)
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError(
             "TrainConfig: mixed_precision='fp16' needs a GPU, and there is none: on a CPU all would run in "
@@ -136,27 +347,6 @@ def check_device(config: TrainConfig) -> None:
         )
 
 
-def _step(
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step_loss: StepLoss,
-    batches: Iterator[list[Tensor]],
-    step: int,
-    config: TrainConfig,
-) -> dict[str, float | Tensor]:
-    """Move the weights by the gradient of one batch; the loss of its last part, and what else is logged."""
-    for _ in range(config.accumulate):
-        batch = next(batches)
-        with accelerator.accumulate(wrapped), accelerator.autocast():
-            loss, numbers = step_loss(wrapped, batch, step)
-        accelerator.backward(loss)
-    accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.detach(), **numbers}
-
-
 def _accelerator(config: TrainConfig) -> Accelerator:
     # What is left of a run before would refuse another precision in the same process.
     AcceleratorState._reset_state()
@@ -167,67 +357,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _batches(
-    data: BatchedDataset[Any], config: TrainConfig, accelerator: Accelerator, first_step: int
-) -> Iterator[list[Tensor]]:
-    """This process's part of every batch from `first_step` on, on the device; a step takes `accumulate`."""
-    loader = DataLoader(
-        _ErrorsAsSamples(data),
-        batch_sampler=EndlessBatches(
-            len(data),
-            config.part_size(accelerator.num_processes),
-            seed=config.seed,
-            start=first_step * config.accumulate,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-        ),
-        num_workers=config.workers,
-        # One of its own: it seeds the workers, and must not move the generator that was just restored.
-        generator=torch.Generator().manual_seed(seed_at(config.seed, first_step)),
-        collate_fn=_already_collated,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    return ([part.to(accelerator.device, non_blocking=True) for part in _whole(batch)] for batch in loader)
-
-
-class _ErrorsAsSamples(Dataset[Any]):
-    """Gives an error in place of a batch: one raised in a worker would bring the traceback in its text."""
-
-    def __init__(self, data: BatchedDataset[Any]) -> None:
-        self.data = data
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        try:
-            return self.data.__getitems__(indices)
-        except (ValueError, OSError) as error:
-            return error
-
-
-def _whole(batch: Any) -> Any:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
-
-
-def _already_collated(batch: Any) -> Any:
-    return batch
-
-
-def _agreed(together: dist.ProcessGroup | None, progress: float, save_is_due: bool) -> tuple[float, bool]:
-    """What the main process's clock says: others would end the run or save at another step.
-
-    From host to host: what a device is told is read from it only after all else that it was asked to do.
-    """
-    if together is None:
-        return progress, save_is_due
-    told = torch.tensor([progress, save_is_due], dtype=torch.float64)
-    dist.broadcast(told, src=0, group=together)
-    progress, save_is_due = told.tolist()
-    return progress, bool(save_is_due)
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"training: the loss is {loss} at step {step}; lower lr, or use mixed_precision='bf16' or 'no'"
-        )
+def _on_host(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Plain numbers, which the host waits for once."""
+    on_device = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+    read = torch.stack([value.double() for value in on_device.values()]).tolist()
+    return {**numbers, **dict(zip(on_device, read, strict=True))}

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, TokenizerOutput
+from ..tokenizer.quantizer import in_use_share, perplexity
+from .critic import Critic
+from .log import is_logged
 
+KMEANS_ROUNDS = 3  # before the first step
 EDGE_LEVELS = 3  # full resolution, half and a quarter
 
 # A loss that carries gradient, and further numbers to log.
@@ -29,12 +33,21 @@ ToTokens = Callable[[Tensor, Tensor], TokenBatch]
 
 
 def tokenizer_loss(
-    tokenizer: Tokenizer, *, kind: str, revive_every: int, init_codebook: bool, seed: int
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    revive_every: int,
+    init_codebook: bool,
+    seed: int,
+    perceptual: nn.Module | None = None,
+    perceptual_weight: float = 1.0,
+    critic: Critic | None = None,
 ) -> StepLoss:
-    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels.
+    """Reconstruction and quantizer loss of a batch of images (B, 3, H, W) with labels, and others if given.
 
-    Before the first step the codes become vectors of its batch, if asked and if that has as many as there are
-    codes. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+    Before the first step the codes become those that k-means finds for its batch, if asked and if that has as
+    many vectors as there are codes; a few times over, since what a scale is left with hangs on the codes of
+    those before it. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
 
     Args:
         tokenizer: the model itself, whose codebook is kept.
@@ -42,6 +55,9 @@ def tokenizer_loss(
         revive_every: steps.
         init_codebook: whether the codes start from data.
         seed: of the vectors that become codes.
+        perceptual: called with images and reconstruction, gives distances of any shape; their mean is added.
+        perceptual_weight: of that mean.
+        critic: gives an adversarial loss from its first step on.
 
     Raises:
         ValueError: a term of `kind` is unknown.
@@ -55,16 +71,40 @@ def tokenizer_loss(
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
         if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
-            quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
-            output = model(images)
+            for _ in range(KMEANS_ROUNDS):
+                quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
+                output = model(images)
         elif (step + 1) % revive_every == 0:
             vectors = _of_main_process(output.vectors)
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
-        return reconstruction + output.loss, metrics
+        metrics |= _health(output, quantizer.usage)
+        others = reconstruction
+        if perceptual is not None:
+            distance = perceptual.to(images.device)(images, output.reconstruction).mean()
+            others = others + perceptual_weight * distance
+            metrics["perceptual"] = distance.detach()
+        loss = others + output.loss
+        if critic is not None and step >= critic.config.start:
+            last_layer = tokenizer.decoder.conv_out.weight
+            adversarial, numbers = critic.against(
+                images, output.reconstruction, others=others, last_layer=last_layer
+            )
+            loss, metrics = loss + adversarial, metrics | numbers
+        return loss, metrics
 
     return step_loss
+
+
+def _health(output: TokenizerOutput, usage_KV: Tensor) -> dict[str, float | Tensor]:
+    """What each scale, from 1, has of the codebook in use, and what it leaves of the features."""
+    found = {
+        "usage": in_use_share(usage_KV),
+        "perplexity": perplexity(usage_KV),
+        "left": output.left,
+    }
+    return {f"{name}_{k}": value for name, values in found.items() for k, value in enumerate(values, start=1)}
 
 
 def _of_main_process(vectors: Tensor) -> Tensor:
@@ -73,11 +113,12 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
+        sides: of the scales.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -89,11 +130,34 @@ def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
         inputs, targets, labels = batch
         logits, penalty = model(labels, inputs, generator=depth, return_penalty=True)
         loss = cross_entropy(logits, targets)
+        numbers: dict[str, float | Tensor] = {}
+        if is_logged(step + 1):
+            told = token_numbers(logits.detach(), targets, sides)
+            numbers |= {name: value.mean() for name, value in told.items() if name != "loss"}
         if penalty is None:
-            return loss, {}
-        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach()}
+            return loss, numbers
+        return loss + penalty, {"cross_entropy": loss.detach(), "penalty": penalty.detach(), **numbers}
 
     return step_loss
+
+
+def token_numbers(
+    logits_BLV: Tensor,
+    targets_BL: Tensor,  # int64 in [0, V)
+    sides: Sequence[int],
+) -> dict[str, Tensor]:
+    """Of each sample, (B,): the loss in nats a token, that of each scale, and the share of right tokens.
+
+    They are "loss", "accuracy", and "loss_1" and so on, the mean over the scale's tokens.
+    """
+    losses_BL = F.cross_entropy(logits_BLV.transpose(1, 2), targets_BL, reduction="none")
+    right_BL = logits_BLV.argmax(-1) == targets_BL
+    scales = torch.split(losses_BL, [side * side for side in sides], dim=1)
+    return {
+        "loss": losses_BL.mean(1),
+        "accuracy": right_BL.float().mean(1),
+        **{f"loss_{k}": losses_Bl.mean(1) for k, losses_Bl in enumerate(scales, start=1)},
+    }
 
 
 def check_classes(labels: Tensor, num_classes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..model.config import (
     SIDES_512,
@@ -12,6 +12,7 @@ from ..model.config import (
     TransformerConfig,
     TrunkConfig,
 )
+from .adversarial import AdversarialConfig
 from .config import TrainConfig
 
 
@@ -23,6 +24,10 @@ class TokenizerPreset:
     model: TokenizerConfig
     train: TrainConfig
     loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
+    # Distance in the eyes of a network: "lpips", the file of a classifier or its folder; None for none
+    perceptual: str | None = None
+    perceptual_weight: float = 1.0
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     augment: int = 0  # changed versions added of each training image of an embedded source
 
 
@@ -47,6 +52,8 @@ _DIGITS = TokenizerConfig(
     num_phi=0,  # one a scale: with fewer scales than convolutions some would never be used
 )
 _MNIST = replace(_DIGITS, codebook_size=128, multipliers=(1, 2, 2, 2))
+# As LlamaGen trains its tokenizer (arXiv 2406.06525) with VQGAN's weight (arXiv 2012.09841).
+_ADVERSARIAL = AdversarialConfig(weight=0.8, start=20_000)
 _IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs
 
 
@@ -98,11 +105,15 @@ TOKENIZERS = {
         data="imagenet",
         model=TokenizerConfig(),
         train=TrainConfig(steps=250_000, batch_size=256, lr=1e-4, workers=8, mixed_precision="bf16"),
+        perceptual="lpips",
+        adversarial=_ADVERSARIAL,
     ),
     "imagenet512": TokenizerPreset(
         data="imagenet",
         model=TokenizerConfig(sides=SIDES_512),
         train=TrainConfig(steps=250_000, batch_size=128, lr=1e-4, workers=8, mixed_precision="bf16"),
+        perceptual="lpips",
+        adversarial=_ADVERSARIAL,
     ),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ class Grid(NamedTuple):
 
     images: Tensor  # (B, 3, H, W) in [0, 1]
     columns: int
+    row_names: Sequence[str] = ()  # written beside the rows
 
 
 Draw = Callable[[nn.Module], Grid]  # of a model in evaluation mode, without gradient
@@ -47,7 +48,9 @@ def generated(tokenizer: Tokenizer) -> Draw:
 
 
 def reconstructed(held_out: BatchedDataset[Batch]) -> Draw:
-    """Held-out images, evenly spread, each above what the tokenizer makes of it.
+    """Held-out images, evenly spread, each above what the tokenizer makes of it scale by scale.
+
+    The first row has the images, row k below it their reconstructions from the first k scales.
 
     Args:
         held_out: at least one image.
@@ -58,8 +61,10 @@ def reconstructed(held_out: BatchedDataset[Batch]) -> Draw:
     def draw(tokenizer: nn.Module) -> Grid:
         assert isinstance(tokenizer, Tokenizer)
         own = images.to(tokenizer.quantizer.codebook.weight.device)
-        both = torch.cat([own, tokenizer.decode(tokenizer.encode(own))])
-        return Grid(both.add(1).div(2), count)
+        tokens, sides = tokenizer.encode(own), tokenizer.config.sides
+        rows = [own, *(tokenizer.decode(tokens[: k + 1]) for k in range(len(sides)))]
+        names = ["original", *(f"to {side} x {side}" for side in sides)]
+        return Grid(torch.cat(rows).add(1).div(2), count, names)
 
     return draw
 
@@ -83,14 +88,19 @@ class RunSamples:
                 if NAME.fullmatch(path.name):
                     path.unlink()
 
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be drawn after `step` steps."""
+        return self.draw is not None and bool(self.every) and step % self.every == 0
+
     def look(self, model: nn.Module, step: int) -> None:
         """Draw after `step` steps, if it is time to."""
-        if self.draw is None or not self.every or step % self.every:
+        if self.draw is None or not self.is_due(step):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with undisturbed(model):
-            images, columns = self.draw(model)
-            save_grid(images.float().cpu(), self.folder / f"step-{step:06d}.png", columns=columns)
+            images, columns, row_names = self.draw(model)
+            path = self.folder / f"step-{step:06d}.png"
+            save_grid(images.float().cpu(), path, columns=columns, row_names=row_names)
 
 
 @contextmanager

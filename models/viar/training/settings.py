@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..tokenizer import Tokenizer
 from .config import TrainConfig
 
 FILE = "run.json"
-# Where a run ends, and how its work is spread and kept: all else decides what the run would have become.
+# Where a run ends, how its work is spread and kept, and how it is followed: all else decides what the run
+# would have become.
 FREE = {
     "train.steps",
     "train.seconds",
@@ -27,6 +28,11 @@ FREE = {
     "train.workers",
     "train.save_every",
     "train.sample_every",
+    "train.validate_every",
+    "train.patience",
+    "train.max_skipped",
+    "train.compile",
+    "train.trackers",
     "origin.source",
 }
 
@@ -77,8 +83,8 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
 def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """What to say before a run in `folder` goes on with other settings than it was started with.
 
-    Steps, seconds, parts of a batch, workers, the time between two states and the steps between two pictures
-    may be others.
+    What `FREE` lists may be another: where the run ends, how its work is spread and kept, and how it is
+    followed.
 
     Args:
         folder: of the run; one without a state is a run that starts anew.
@@ -117,17 +123,26 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"the run goes on with another {text}" for text in listed.values()]
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write run.json."""
+def keep_settings(folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
+    """Write run.json.
+
+    Args:
+        folder: of the run.
+        settings: from `run_settings`.
+        result: how the run ended; default: it has not yet.
+    """
     with replacing(folder / FILE) as file:
-        file.write(json.dumps(settings, indent=1).encode())
+        kept = settings if result is None else {**settings, "result": result}
+        file.write(json.dumps(kept, indent=1).encode())
 
 
 def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run of an earlier release, with what its model had for settings that came later."""
+    """Those of a run of an earlier release, with what it had for settings that came later."""
     config = TokenizerConfig if settings["kind"] == "tokenizer" else TransformerConfig
-    model: dict[str, Any] = json.loads(json.dumps(config.from_dict(settings["model"]).to_dict()))
-    return {**settings, "model": model}
+    known = {field.name: field.default for field in fields(TrainConfig)}
+    model, train = config.from_dict(settings["model"]).to_dict(), {**known, **settings["train"]}
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, "model": model, "train": train}))
+    return plain
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data import (
@@ -24,10 +25,14 @@ from ..data import (
 )
 from ..data.tokens import TokenBatch
 from ..generation.sampling import check_pair
+from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import fingerprint
-from ..tokenizer import Tokenizer
+from ..tokenizer import Discriminator, Tokenizer
+from .adversarial import AdversarialConfig
 from .config import TrainConfig
+from .critic import Critic
+from .held_out import HeldOut, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -43,13 +48,17 @@ def train_tokenizer(
     loss: str = "l1+l2",
     revive_every: int = 20,
     init_codebook: bool = True,
+    perceptual: nn.Module | None = None,
+    perceptual_weight: float = 1.0,
+    adversarial: AdversarialConfig | None = None,
     held_out: BatchedDataset[Batch] | None = None,
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
     """Train on images and save to `folder`; resumes a run that was interrupted there.
 
-    The loss is the reconstruction's plus the quantizer's.
+    The loss is the reconstruction's plus the quantizer's, and a perceptual and an adversarial one where asked
+    for.
 
     Args:
         tokenizer: trained in place.
@@ -59,7 +68,13 @@ def train_tokenizer(
         loss: terms of the reconstruction loss, see `reconstruction_loss`.
         revive_every: steps after which codes that fell out of use are replaced.
         init_codebook: start the codebook from data; false keeps that of a tokenizer that is trained already.
-        held_out: images of which some are drawn beside what the tokenizer makes of them, every
+        perceptual: called with images and reconstruction (B, 3, H, W) in [-1, 1], gives distances of any
+            shape, whose mean is added to the loss: a `FeatureDistance`, say. Put into evaluation mode and
+            frozen. Default none.
+        perceptual_weight: of that mean.
+        adversarial: of the loss that a discriminator gives; default none, as where its weight is 0.
+        held_out: images to measure, which decide what weights the run ends with, see `fit`, and of which
+            some are drawn above what the tokenizer makes of them, scale by scale, every
             `config.sample_every` steps, into `folder`/samples; default none.
         origin: what the tokenizer was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
@@ -68,9 +83,10 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, the batch does not divide into parts and among processes,
-            `folder` has an interrupted run of other settings, or `config.checkpoint_activations` is set,
-            which is for transformers.
+        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
+            the discriminator, the batch does not divide into parts and among processes, `folder` has an
+            interrupted run of other settings, or `config.checkpoint_activations` is set, which is for
+            transformers.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
@@ -79,15 +95,62 @@ def train_tokenizer(
             "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
             "none; leave it at False, and raise accumulate where memory is short"
         )
+    check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
+    critic = _critic(tokenizer, adversarial, config)
+    others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
+    if critic is not None:
+        others["adversarial"] = asdict(critic.config)
+    if perceptual is not None:
+        perceptual.eval().requires_grad_(False)
+        others["perceptual"] = {"fingerprint": fingerprint(perceptual), "weight": perceptual_weight}
     step_loss = tokenizer_loss(
-        tokenizer, kind=loss, revive_every=revive_every, init_codebook=init_codebook, seed=config.seed
+        tokenizer,
+        kind=loss,
+        revive_every=revive_every,
+        init_codebook=init_codebook,
+        seed=config.seed,
+        perceptual=perceptual,
+        perceptual_weight=perceptual_weight,
+        critic=critic,
     )
     settings = run_settings(
-        tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {})
+        tokenizer, data, config, loss=loss, revive_every=revive_every, origin=dict(origin or {}), **others
     )
-    draw = reconstructed(held_out) if held_out is not None and len(held_out) else None
-    metrics = fit(tokenizer, step_loss, data, folder, config, settings=settings, draw=draw, console=console)
+    if config.compile:
+        tokenizer.encoder.compile()
+        tokenizer.decoder.compile()
+    draw, measure = None, None
+    if held_out is not None and len(held_out):
+        draw, measure = reconstructed(held_out), HeldOut(held_out, tokenizer_measure)
+    metrics = fit(
+        tokenizer,
+        step_loss,
+        data,
+        folder,
+        config,
+        settings=settings,
+        critic=critic,
+        held_out=measure,
+        draw=draw,
+        console=console,
+    )
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
+
+
+def _critic(
+    tokenizer: Tokenizer, adversarial: AdversarialConfig | None, config: TrainConfig
+) -> Critic | None:
+    """A fresh discriminator, if there is to be one; PyTorch's generator is left as it was."""
+    if adversarial is None or not adversarial.weight:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        discriminator = Discriminator(
+            tokenizer.config.image_side,
+            num_layers=adversarial.num_layers,
+            base_channels=adversarial.base_channels,
+        )
+    return Critic(discriminator, adversarial, lr=config.lr)
 
 
 def train_transformer(
@@ -97,6 +160,7 @@ def train_transformer(
     folder: Path,
     config: TrainConfig,
     *,
+    held_out: BatchedDataset[Batch] | TokenShards | None = None,
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -113,6 +177,8 @@ def train_transformer(
         data: images with labels, which are 0 to N - 1, or their tokens.
         folder: of the run.
         config: settings.
+        held_out: images or tokens to measure, which decide what weights the run ends with, see `fit`;
+            default none.
         origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -127,22 +193,41 @@ def train_transformer(
     """
     check_device(config)
     check_pair(model, tokenizer)
-    if isinstance(data, TokenShards):
-        data.check(tokenizer)
-    _check_labels(data, model.config.num_classes)
+    for source in (data, held_out):
+        if source is not None:
+            _check_source(source, model, tokenizer)
     tokenizer.eval().requires_grad_(False)
     model.checkpoint_activations(config.checkpoint_activations)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
-    samples: BatchedDataset[Any]
-    to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
+    samples, to_tokens = _tokens_of(data, model, tokenizer)
+    measure = None
+    if held_out is not None and len(held_out) and config.validate_every:
+        others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+    if config.compile:
+        for part in model.trunk.compiled_parts():
+            part.compile()
+    return fit(
+        model,
+        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        samples,
+        folder,
+        config,
+        settings=settings,
+        held_out=measure,
+        draw=generated(tokenizer),
+        console=console,
+    )
+
+
+def _tokens_of(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> tuple[BatchedDataset[Any], ToTokens | None]:
+    """What to read, and what makes a `TokenBatch` of it: None of images in memory, tokenized here and now."""
     if isinstance(data, TensorImages):
-        samples, to_tokens = TokenizedImages(tokenizer, data), None
-    else:
-        samples = _OfClasses(data, model.config.num_classes)
-    step_loss = transformer_loss(to_tokens, seed=config.seed)
-    draw = generated(tokenizer)
-    return fit(model, step_loss, samples, folder, config, settings=settings, draw=draw, console=console)
+        return TokenizedImages(tokenizer, data), None
+    return _OfClasses(data, model.config.num_classes), partial(_tokenized, tokenizer)
 
 
 def _tokenized(tokenizer: Tokenizer, batch: Tensor, labels: Tensor) -> TokenBatch:
@@ -166,8 +251,13 @@ class _OfClasses(Dataset[Any]):
         return samples, labels
 
 
-def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
-    """Raise unless labels are classes, where the data set tells them at once."""
+def _check_source(
+    data: BatchedDataset[Batch] | TokenShards, model: NextScaleTransformer, tokenizer: Tokenizer
+) -> None:
+    """Raise unless tokens are those of `tokenizer`, and labels classes, where the data tells them at once."""
+    num_classes = model.config.num_classes
+    if isinstance(data, TokenShards):
+        data.check(tokenizer)
     if isinstance(data, TensorImages):
         check_classes(data.labels, num_classes)
     elif isinstance(data, ImageFolder):

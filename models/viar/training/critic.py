@@ -1,0 +1,81 @@
+"""The discriminator of a tokenizer's training: what it says of reconstructions, and its own steps."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
+from .guard import poisoned, step_if_finite
+from .optim import build_optimizer, set_progress
+
+
+class Critic:
+    """A discriminator that learns beside a tokenizer.
+
+    The tokenizer's loss of each part of a batch asks `against`, which keeps what it was shown; once the
+    tokenizer has moved, the loop calls `step`, and the discriminator learns from all of that. One player
+    moves after the other because they share the scale of float16's gradients, which each step may change.
+
+    Before `config.start` nothing is shown, and nothing is computed.
+
+    Args:
+        module: the discriminator, images (B, 3, H, W) to logits (B, 1, h, w).
+        config: settings.
+        lr: highest learning rate of the tokenizer.
+    """
+
+    def __init__(self, module: nn.Module, config: AdversarialConfig, *, lr: float) -> None:
+        self.module, self.config = module, config
+        self.lr = lr if config.lr is None else config.lr
+        self._shown: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Hand module and optimiser to Accelerate, whose checkpoints have them from then on."""
+        optimizer = build_optimizer(self.module, lr=self.lr, betas=self.config.betas, weight_decay=0.0)
+        self._wrapped, self._optimizer = accelerator.prepare(self.module, optimizer)
+
+    def against(
+        self, images: Tensor, reconstruction: Tensor, *, others: Tensor, last_layer: Tensor
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The tokenizer's adversarial loss of a part of a batch, weighted, and numbers to log.
+
+        Its gradient goes through the discriminator and leaves none there.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            reconstruction: of the same shape, with gradient.
+            others: scalar loss that the weight is in proportion to, see `adaptive_weight`.
+            last_layer: weight of the decoder's last layer, of any shape.
+        """
+        self._shown.append((images, reconstruction.detach()))
+        frozen = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        loss = generator_loss(functional_call(self.module, frozen, (reconstruction,)))
+        weight = self.config.weight * adaptive_weight(others, loss, last_layer)
+        return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
+
+    def step(self, accelerator: Accelerator, progress: float, clip: float) -> dict[str, float | Tensor]:
+        """Learn from what was shown since the last call, if anything was.
+
+        Args:
+            accelerator: of `prepare`.
+            progress: how far the run is, 0 to 1; the learning rate follows the tokenizer's schedule.
+            clip: largest gradient norm.
+
+        Returns:
+            Numbers to log.
+        """
+        if not self._shown:
+            return {}
+        shown, self._shown = self._shown, []
+        set_progress(self._optimizer, progress, lr=self.lr, weight_decay=(0.0, 0.0))
+        for images, reconstruction in shown:
+            with accelerator.accumulate(self._wrapped), accelerator.autocast():
+                both = torch.cat([images.to(reconstruction.dtype), reconstruction])
+                loss = discriminator_loss(*self._wrapped(both).chunk(2))
+            accelerator.backward(poisoned(loss))
+        step_if_finite(self._optimizer, accelerator.clip_grad_norm_(self._wrapped.parameters(), clip))
+        self._optimizer.zero_grad(set_to_none=True)
+        return {"discriminator": loss.detach()}

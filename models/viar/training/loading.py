@@ -1,0 +1,64 @@
+"""Batches of a data set, read beside the work and brought to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import BatchedDataset
+
+
+def load_batches(
+    data: BatchedDataset[Any],
+    indices: Iterable[list[int]],
+    *,
+    workers: int,
+    device: torch.device,
+    seed: int,
+) -> Iterator[list[Tensor]]:
+    """The tensors of each batch, on the device.
+
+    Args:
+        data: what to read.
+        indices: of the samples of each batch.
+        workers: processes that read.
+        device: where the batches go.
+        seed: of the workers' generators; the process's own is not drawn from.
+    """
+    loader = DataLoader(
+        _ErrorsAsSamples(data),
+        batch_sampler=indices,
+        num_workers=workers,
+        # One of its own: it seeds the workers, and must not move the generator that was just restored.
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=_already_collated,
+        pin_memory=device.type == "cuda",
+    )
+    return ([part.to(device, non_blocking=True) for part in _whole(batch)] for batch in loader)
+
+
+class _ErrorsAsSamples(Dataset[Any]):
+    """Gives an error in place of a batch: one raised in a worker would bring the traceback in its text."""
+
+    def __init__(self, data: BatchedDataset[Any]) -> None:
+        self.data = data
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            return self.data.__getitems__(indices)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _whole(batch: Any) -> Any:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+def _already_collated(batch: Any) -> Any:
+    return batch
