@@ -51,7 +51,7 @@ _DIGITS = TokenizerConfig(
     num_groups=8,
     num_phi=0,  # one a scale: with fewer scales than convolutions some would never be used
 )
-_MNIST = replace(_DIGITS, codebook_size=128, multipliers=(1, 2, 2, 2))
+_MNIST = replace(_DIGITS, sides=(1, 2, 3, 4, 6, 8), codebook_size=256, patch=2)
 # As LlamaGen trains its tokenizer (arXiv 2406.06525) with VQGAN's weight (arXiv 2012.09841).
 _ADVERSARIAL = AdversarialConfig(weight=0.8, start=20_000)
 _IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs
@@ -99,7 +99,11 @@ TOKENIZERS = {
         data="digits", model=_DIGITS, train=_SMALL_TOKENIZER_TRAIN, loss="l2", augment=1
     ),
     "mnist": TokenizerPreset(
-        data="mnist", model=_MNIST, train=replace(_SMALL_TOKENIZER_TRAIN, seconds=600), loss="l2", augment=1
+        data="mnist",
+        model=_MNIST,
+        train=replace(_SMALL_TOKENIZER_TRAIN, steps=2400, seconds=None, batch_size=32),
+        loss="l2",
+        augment=1,
     ),
     "imagenet256": TokenizerPreset(
         data="imagenet",
