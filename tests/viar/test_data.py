@@ -27,7 +27,7 @@ from viar.data import (
     augmented,
     load_data,
 )
-from viar.data.sources import EMBEDDED, held_out
+from viar.data.sources import IN_MEMORY, held_out
 from viar.evaluation import accuracy
 from viar.training import TOKENIZERS, TRANSFORMERS, validation_loss
 
@@ -230,7 +230,7 @@ def test_a_source_without_pictures_is_named(source: str, tmp_path: Path) -> None
     (tmp_path / "empty" / "class").mkdir(parents=True)
     save_picture(tmp_path / "flat" / "a.png", (8, 8), (0, 0, 0))
     with pytest.raises(
-        ValueError, match=f"source: expected one of {re.escape(str(sorted(EMBEDDED)))} or .*{source}"
+        ValueError, match=f"source: expected one of {re.escape(str(IN_MEMORY))}, hub:NAME, or .*{source}"
     ):
         load_data(str(tmp_path / source), 8)
 

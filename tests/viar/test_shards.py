@@ -23,7 +23,7 @@ from test_train import Interrupted, assert_same, fresh_transformer, pictures, se
 from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer, uniform
 
 import viar.commands.cli
-import viar.data.shards
+import viar.data.shard_writer
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import (
     Batch,
@@ -151,16 +151,16 @@ def test_an_interrupted_folder_goes_on_to_the_same_bytes(
     calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "whole", crops=2)
-    replacing, begun = viar.data.shards.replacing, []
+    replacing, begun = viar.data.shard_writer.replacing, []
 
-    def interrupting(path: Path) -> Any:
+    def interrupting(path: Path, **settings: Any) -> Any:
         begun.append(path)
         if len(begun) == calls:
             raise Interrupted
-        return replacing(path)
+        return replacing(path, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(viar.data.shards, "replacing", interrupting)
+        patch.setattr(viar.data.shard_writer, "replacing", interrupting)
         with pytest.raises(Interrupted):
             write(tmp_path / "parts", crops=2)
     if calls > 1:
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path: Path) -> None:
     ):
         spoil(tmp_path / "train-00001.npy")
         with pytest.raises(ValueError, match=r"1 of the 3 files .* the first of them train-00001.npy"):
-            TokenShards(tmp_path)
+            TokenShards(tmp_path).verify()
         assert write(tmp_path).made == 1
         assert files(tmp_path) == whole
 

@@ -177,7 +177,9 @@ def _transformer_stage(name: str, config: DemoConfig) -> Stage:
 
 def _train_tokenizer(preset: TokenizerPreset, folder: Path) -> Result:
     torch.manual_seed(preset.train.seed)
-    data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
+    data = load_data(
+        preset.data, preset.model.image_side, augment=preset.augment, augmentations=preset.augmentations
+    )
     tokenizer = Tokenizer(preset.model)
     return train_tokenizer(
         tokenizer,
@@ -202,7 +204,9 @@ def _train_classifier(source: str, steps: int, seed: int, folder: Path) -> Resul
 def _train_transformer(preset: TransformerPreset, tokenizer: Path, folder: Path) -> Result:
     torch.manual_seed(preset.train.seed)
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
+    data = load_data(
+        preset.data, codec.config.image_side, augment=preset.augment, augmentations=preset.augmentations
+    )
     model = NextScaleTransformer(preset.model)
     return train_transformer(model, codec, data.train, folder, preset.train, console=Console(quiet=True))
 

@@ -66,7 +66,14 @@ def train_tokenizer_command(preset: TokenizerChoice, out: Path, from_: From = No
     trained = None if from_ is None else load_model(Tokenizer, from_, "--from")
     config = preset.model if trained is None else _settings_of(trained.config, preset.model)
     batch_size = preset.train.batch_size
-    data = load_images(preset.data, config.image_side, console, augment=preset.augment, batch_size=batch_size)
+    data = load_images(
+        preset.data,
+        config.image_side,
+        console,
+        augment=preset.augment,
+        augmentations=preset.augmentations,
+        batch_size=batch_size,
+    )
     torch.manual_seed(preset.train.seed)
     if trained is None:
         tokenizer = Tokenizer(config)
@@ -121,7 +128,14 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
     metrics = train_transformer(
-        model, codec, data, out, preset.train, origin=_origin(from_, trained), console=console
+        model,
+        codec,
+        data,
+        out,
+        preset.train,
+        class_names=class_names,
+        origin=_origin(from_, trained),
+        console=console,
     )
     console.print_json(json.dumps(metrics))
 
@@ -129,21 +143,26 @@ def train_command(preset: TransformerChoice, tokenizer: str, out: Path, from_: F
 def _images_or_tokens(
     preset: TransformerPreset, image_side: int, console: Console
 ) -> tuple[BatchedDataset[Batch] | TokenShards, int, tuple[str, ...]]:
-    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names.
-
-    Tokens do not have the names.
-    """
+    """What `--data` names, images or a folder of their tokens, how many classes it has, and their names."""
     if not is_shards(preset.data):
         batch_size = preset.train.batch_size
-        images = load_images(preset.data, image_side, console, augment=preset.augment, batch_size=batch_size)
-        return images.train, images.num_classes, images.class_names
-    if preset.augment:
-        raise ValueError(
-            f"--augment: {shown(preset.data)} holds tokens, which cannot be changed, got {preset.augment}; "
-            "give it to viar tokenize"
+        images = load_images(
+            preset.data,
+            image_side,
+            console,
+            augment=preset.augment,
+            augmentations=preset.augmentations,
+            batch_size=batch_size,
         )
+        return images.train, images.num_classes, images.class_names
+    for flag in ("augment", "augmentations"):
+        if given := getattr(preset, flag):
+            raise ValueError(
+                f"--{flag}: {shown(preset.data)} holds tokens, which cannot be changed, got {given}; "
+                "give it to viar tokenize"
+            )
     tokens = TokenShards(preset.data)
-    return tokens, tokens.settings.num_classes, ()
+    return tokens, tokens.settings.num_classes, tokens.settings.class_names
 
 
 def _matched(names: tuple[str, ...], before: int) -> list[str]:

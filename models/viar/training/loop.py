@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import BatchedDataset, EndlessBatches
+from ..data import BatchedDataset, EndlessBatches, rows_of
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -172,7 +172,7 @@ def _batches(
 ) -> Iterator[list[Tensor]]:
     """This process's part of every batch from `first_step` on, on the device; a step takes `accumulate`."""
     loader = DataLoader(
-        _ErrorsAsSamples(data),
+        _ErrorsAsSamples(data, config.seed),
         batch_sampler=EndlessBatches(
             len(data),
             config.part_size(accelerator.num_processes),
@@ -180,6 +180,7 @@ def _batches(
             start=first_step * config.accumulate,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
+            rows=True,
         ),
         num_workers=config.workers,
         # One of its own: it seeds the workers, and must not move the generator that was just restored.
@@ -193,12 +194,12 @@ def _batches(
 class _ErrorsAsSamples(Dataset[Any]):
     """Gives an error in place of a batch: one raised in a worker would bring the traceback in its text."""
 
-    def __init__(self, data: BatchedDataset[Any]) -> None:
-        self.data = data
+    def __init__(self, data: BatchedDataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
 
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, rows: list[int]) -> Any:
         try:
-            return self.data.__getitems__(indices)
+            return rows_of(self.data, rows, self.seed)
         except (ValueError, OSError) as error:
             return error
 

@@ -23,7 +23,9 @@ class TokenizerPreset:
     model: TokenizerConfig
     train: TrainConfig
     loss: str = "l1+l2"  # of the reconstruction, see `viar.training.reconstruction_loss`
-    augment: int = 0  # changed versions added of each training image of an embedded source
+    augment: int = 0  # changed versions added of each training image of a source that is held in memory
+    # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
+    augmentations: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,9 @@ class TransformerPreset:
     data: str  # source of images, see `viar.data.load_data`
     model: TransformerConfig
     train: TrainConfig
-    augment: int = 0  # changed versions added of each training image of an embedded source
+    augment: int = 0  # changed versions added of each training image of a source that is held in memory
+    # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
+    augmentations: tuple[str, ...] | None = None
 
 
 _DIGITS = TokenizerConfig(

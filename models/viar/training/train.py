@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -91,6 +92,7 @@ def train_transformer(
     folder: Path,
     config: TrainConfig,
     *,
+    class_names: Sequence[str] = (),
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -107,6 +109,7 @@ def train_transformer(
         data: images with labels, which are 0 to N - 1, or their tokens.
         folder: of the run.
         config: settings.
+        class_names: of label 0, 1, ..., kept with the run's settings.
         origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -123,9 +126,18 @@ def train_transformer(
     check_pair(model, tokenizer)
     if isinstance(data, TokenShards):
         data.check(tokenizer)
+        processes = PartialState()
+        data.verify(processes.process_index, processes.num_processes)
     _check_labels(data, model.config.num_classes)
     tokenizer.eval().requires_grad_(False)
-    settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
+    settings = run_settings(
+        model,
+        data,
+        config,
+        tokenizer=fingerprint(tokenizer),
+        class_names=class_names,
+        origin=dict(origin or {}),
+    )
     compare_settings(folder, settings)  # before images are tokenized
     samples: BatchedDataset[Any]
     to_tokens: ToTokens | None = partial(_tokenized, tokenizer)
@@ -152,6 +164,11 @@ class _OfClasses(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def at_random(self) -> bool:
+        """Whether `data` draws something at random; see `rows_of`."""
+        return getattr(self.data, "at_random", True)
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         samples, labels = self.data.__getitems__(indices)
