@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..seeds import seed_at
+from .batches import rows_of
 from .dataset import Batch, BatchedDataset, TensorImages
 from .pictures import RESIZE
 
@@ -24,6 +26,7 @@ AUGMENTATIONS = {
     "crop": "a square cut out at random, whose side is the shorter edge divided by 1.125",
     "flip": "left and right exchanged, every other time",
 }
+NUM_DRAWS = 8  # numbers drawn for an image
 SLIGHT = ("rotate", "shear", "scale", "shift")  # what leaves a digit the digit that it is
 
 
@@ -48,7 +51,12 @@ def augmented(data: TensorImages, copies: int, names: Collection[str] = SLIGHT) 
         (1 + copies) N images: those of `data`, then every version of all of them in turn.
     """
     generator = torch.Generator().manual_seed(0)
-    versions = [data.images, *(_changed(data.images, names, generator) for _ in range(copies))]
+    versions = [data.images]
+    for _ in range(copies):
+        draws = torch.rand(5, len(data), generator=generator)
+        if {"crop", "flip"} & set(names):
+            draws = torch.cat([draws, torch.rand(3, len(data), generator=generator)])
+        versions.append(_changed(data.images, names, draws))
     kept = in_order(names) if copies else ()
     return TensorImages(torch.cat(versions), data.labels.repeat(copies + 1), kept)
 
@@ -56,8 +64,7 @@ def augmented(data: TensorImages, copies: int, names: Collection[str] = SLIGHT) 
 class AugmentedImages(Dataset[Batch]):
     """Images of `data`, each changed anew whenever it is drawn, by PyTorch's own generator.
 
-    `rows_of` seeds that, so that training sees the same changes whatever the number of processes, and after
-    an interruption.
+    Through `rows_of` the changes of a row are a function of a seed and the number of the row.
 
     Args:
         data: N images.
@@ -80,7 +87,18 @@ class AugmentedImages(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch."""
         images, labels = self.data.__getitems__(indices)
-        return _changed(images, self.names, None), labels
+        return _changed(images, self.names, torch.rand(NUM_DRAWS, len(images))), labels
+
+    def draw(self, rows: Sequence[int], seed: int) -> Batch:
+        """What `rows_of` gives of these rows, changed all at once."""
+        images, labels = rows_of(self.data, rows, seed)
+        generator = torch.Generator()
+        draws = [
+            # The first numbers of this seed are those that `data` cuts its picture by.
+            torch.rand(2 * NUM_DRAWS, generator=generator.manual_seed(seed_at(seed, row)))[NUM_DRAWS:]
+            for row in rows
+        ]
+        return _changed(images, self.names, torch.stack(draws, 1)), labels
 
 
 def in_order(names: Collection[str]) -> tuple[str, ...]:
@@ -91,28 +109,27 @@ def in_order(names: Collection[str]) -> tuple[str, ...]:
 def _changed(
     images: Tensor,  # (B, 3, H, W)
     names: Collection[str],
-    generator: torch.Generator | None,
+    draws: Tensor,  # (5 or NUM_DRAWS, B) in [0, 1), the last three for "crop" and "flip"
 ) -> Tensor:
-    draws = torch.rand(5, len(images), generator=generator) * 2 - 1
+    signed = draws * 2 - 1
     turn, shear, scale, right, down = (
         draw if name in names else torch.zeros_like(draw)
-        for name, draw in zip(("rotate", "shear", "scale", "shift", "shift"), draws, strict=True)
+        for name, draw in zip(("rotate", "shear", "scale", "shift", "shift"), signed[:5], strict=True)
     )
     turn, shear, scale = turn * (8 * torch.pi / 180), shear * 0.1, 1 + scale * 0.1
     right, down = right * 0.1, down * 0.1  # the side is 2 long
     if "crop" in names:
         scale = scale / RESIZE
-        offsets = torch.rand(2, len(images), generator=generator) * 2 - 1
         right, down = (
-            at + offset * (1 - 1 / RESIZE) for at, offset in zip((right, down), offsets, strict=True)
+            at + offset * (1 - 1 / RESIZE) for at, offset in zip((right, down), signed[5:7], strict=True)
         )
     rows = [
         torch.stack([turn.cos() * scale, shear - turn.sin() * scale, right], 1),
         torch.stack([turn.sin() * scale, turn.cos() * scale, down], 1),
     ]
     if "flip" in names:
-        turned = torch.rand(len(images), generator=generator) < 0.5
-        images = torch.where(turned[:, None, None, None], images.flip(-1), images)
+        turned = draws[7, :, None, None, None] < 0.5
+        images = torch.where(turned, images.flip(-1), images)
     if set(names) <= {"flip"}:  # nothing is resampled
         return images
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)

@@ -28,7 +28,8 @@ def rows_of(data: BatchedDataset[Any], rows: Sequence[int], seed: int) -> Any:
 
     What a data set draws at random, crops say, it draws for each row from PyTorch's own generator, seeded for
     that row and put back afterwards. So a row is the same in any batch, in any process and after an
-    interruption. One whose `at_random` is false is served as it is.
+    interruption. One whose `at_random` is false is served as it is, and one that can do better than row by
+    row has a method `draw` with these `rows` and this `seed`.
 
     Args:
         data: N samples; one that does not say whether it is `at_random` is taken to be.
@@ -38,6 +39,9 @@ def rows_of(data: BatchedDataset[Any], rows: Sequence[int], seed: int) -> Any:
     Returns:
         One batch, a tuple of tensors (B, ...).
     """
+    draw = getattr(data, "draw", None)
+    if draw is not None:
+        return draw(rows, seed)
     indices = [row % len(data) for row in rows]
     if not getattr(data, "at_random", True):
         return data.__getitems__(indices)

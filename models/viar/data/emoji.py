@@ -114,9 +114,9 @@ def draw_emoji(font: Path, side: int) -> tuple[Tensor, Tensor, Tensor, list[Skip
             drawn[pixels] = one
             continue
         skipped.append(Skipped(Path(one[0]), reason))
-    if not drawn:
-        raise ValueError(f"source: {shown(font)} has no coloured bitmaps of emoji; {HOW_TO_GET}")
     images = np.frombuffer(b"".join(drawn), np.uint8).reshape(-1, side, side, 3)
+    if (images[..., 0] == images[..., 1]).all():  # black letters and boxes, or nothing at all
+        raise ValueError(f"source: {shown(font)} has no coloured bitmaps of emoji; {HOW_TO_GET}")
     groups, lines = (torch.tensor([one[place] for one in drawn.values()]) for place in (1, 2))
     return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1, groups, lines, skipped
 

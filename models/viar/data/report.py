@@ -60,7 +60,7 @@ class FolderReport:
         skipped: Iterable[Skipped],
         notes: Iterable[str] = (),
     ) -> FolderReport:
-        """A report that counts `train` and `validation`, pictures with their labels, whatever a picture is."""
+        """A report of `train` and `validation`: pictures with their labels, whatever a picture is."""
         counts, held = (Counter(label for _, label in part) for part in (train, validation))
         labels = range(len(class_names))
         return cls(

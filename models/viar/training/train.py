@@ -21,6 +21,7 @@ from ..data import (
     TokenizedImages,
     TokenShards,
     from_rows,
+    rows_of,
     tokenize,
 )
 from ..data.tokens import TokenBatch
@@ -165,15 +166,16 @@ class _OfClasses(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    @property
-    def at_random(self) -> bool:
-        """Whether `data` draws something at random; see `rows_of`."""
-        return getattr(self.data, "at_random", True)
-
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        samples, labels = self.data.__getitems__(indices)
-        check_classes(labels, self.num_classes)
-        return samples, labels
+        return self._checked(self.data.__getitems__(indices))
+
+    def draw(self, rows: Sequence[int], seed: int) -> Any:
+        """What `rows_of` gives of `data`."""
+        return self._checked(rows_of(self.data, rows, seed))
+
+    def _checked(self, batch: Any) -> Any:
+        check_classes(batch[1], self.num_classes)
+        return batch
 
 
 def _check_labels(data: BatchedDataset[Batch] | TokenShards, num_classes: int) -> None:
