@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -39,9 +41,10 @@ from viar.model.config import TrunkConfig
 from viar.training.losses import transformer_loss
 from viar.training.optim import build_optimizer
 
-from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, product, worst_of
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product, worst_of
 from ...measure import interleaved, ratio, with_spread
 from ...rows import by_contender, grouped
+from ...show import COLORS
 from .models import random_tokenizer, random_transformer
 
 SLOWEST = 1 / 1.5  # seconds of an image from shards / with the encoder
@@ -97,8 +100,8 @@ def training(
 ) -> Callable[[], None]:
     """So many steps on `data`, drawn as the training loop draws them."""
     config = TransformerConfig(
-        depth=8,
-        width=64,
+        depth=3 if run.quick else 8,
+        width=16 if run.quick else 64,
         num_heads=4,
         sides=codec.config.sides,
         codebook_size=codec.config.codebook_size,
@@ -165,7 +168,7 @@ SOURCES: dict[str, Callable[[Path, int], BatchedDataset[Batch]]] = {
 def bars(rows: list[Row]) -> list[Bar]:
     """Time from shards over time with the encoder, where it gains least."""
     found = {
-        f"{point[0]['model']}, {point[0]['ladder']}, images {point[0]['images_of']}": _ratio(point)
+        _described(point[0]): _ratio(point)
         for point in grouped(rows, "images_of", "ladder", "model", "batch")
     }
     return [worst_of("training from shards / with the encoder, time", found, SLOWEST)]
@@ -203,13 +206,30 @@ def table(rows: list[Row]) -> Table:
     return Table("training from tokens on disk", head, lines)
 
 
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    (axis,) = axes
+    points = grouped(rows, "images_of", "ladder", "model", "batch")
+    for number, (name, color) in enumerate(zip(("images", "shards"), COLORS, strict=False)):
+        found = [by_contender(point)[name] for point in points]
+        rates = [row["num_images"] / median(row["seconds"]) for row in found]
+        axis.barh([place + 0.4 * number for place in range(len(points))], rates, 0.4, color=color, label=name)
+    axis.set_yticks([place + 0.2 for place in range(len(points))], [_described(point[0]) for point in points])
+    axis.set(xlabel="images/s in training")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _described(row: Row) -> str:
+    return f"{row['images_of']}, {row['ladder']}, {row['model']}"
+
+
 CASE = Case(
     "shards",
     "training from tokens on disk against encoding in the loop",
     build,
     grid=product(images_of=SOURCES, ladder=LADDERS, model=("VIAR", "VAR"), batch=(64,)),
-    quick=product(images_of=SOURCES, ladder=("21 tokens",), model=("VIAR",), batch=(4,)),
+    quick=product(images_of=("a folder",), ladder=("21 tokens",), model=("VIAR",), batch=(4,)),
     metrics={"num_images": Metric(None), "row_bytes": Metric(), "seconds": SECONDS},
     table=table,
     bars=bars,
+    picture=Picture(_paint, lambda rows: ["training from tokens on disk"], size=(7.0, 3.6)),
 )
