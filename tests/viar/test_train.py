@@ -24,7 +24,15 @@ from torch import Tensor, nn
 import viar.training.loop
 import viar.training.losses
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.data import Batch, TensorImages, TokenizedImages, tokenize
+from viar.data import (
+    AugmentedImages,
+    Batch,
+    ImageFolder,
+    TensorImages,
+    TokenizedImages,
+    save_picture,
+    tokenize,
+)
 from viar.tokenizer.quantizer import perplexity
 from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
 
@@ -648,3 +656,18 @@ def test_a_tokenizer_of_other_sizes_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train_transformer(fresh_transformer(**changes), tiny_tokenizer(), pictures(), tmp_path, settings())
+
+
+def test_crops_of_a_folder_are_the_same_with_any_number_of_workers(tmp_path: Path) -> None:
+    files = []
+    for index, image in enumerate(uniform(6, 3, 9, 12)):
+        save_picture(image, tmp_path / f"{index}.png")
+        files.append((tmp_path / f"{index}.png", 0))
+    models = []
+    for workers in (0, 2):
+        tokenizer, data = fresh_tokenizer(), AugmentedImages(ImageFolder(files, 6, train=True), ["flip"])
+        train_tokenizer(tokenizer, data, tmp_path / str(workers), settings(workers=workers))
+        models.append(tokenizer)
+    assert_same(*models)
+    told = json.loads((tmp_path / "0" / "run.json").read_text())
+    assert told["data"]["augmentations"] == ["crop", "flip"]

@@ -172,7 +172,9 @@ def _transformer_stage(name: str, config: DemoConfig) -> Stage:
 
 def _train_tokenizer(recipe: TokenizerRecipe, folder: Path) -> Result:
     torch.manual_seed(recipe.train.seed)
-    data = load_data(recipe.data, recipe.model.image_side, augment=recipe.augment)
+    data = load_data(
+        recipe.data, recipe.model.image_side, augment=recipe.augment, augmentations=recipe.augmentations
+    )
     tokenizer = Tokenizer(recipe.model)
     return train_tokenizer(
         tokenizer,
@@ -197,7 +199,9 @@ def _train_classifier(source: str, steps: int, seed: int, folder: Path) -> Resul
 def _train_transformer(recipe: TransformerRecipe, tokenizer: Path, folder: Path) -> Result:
     torch.manual_seed(recipe.train.seed)
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(recipe.data, codec.config.image_side, augment=recipe.augment)
+    data = load_data(
+        recipe.data, codec.config.image_side, augment=recipe.augment, augmentations=recipe.augmentations
+    )
     model = NextScaleTransformer(recipe.model)
     return train_transformer(
         model,

@@ -111,7 +111,14 @@ def train_tokenizer_command(
         _say_first(console, told.lines())
         return
     batch_size = recipe.train.batch_size
-    data = load_images(recipe.data, config.image_side, console, augment=recipe.augment, batch_size=batch_size)
+    data = load_images(
+        recipe.data,
+        config.image_side,
+        console,
+        augment=recipe.augment,
+        augmentations=recipe.augmentations,
+        batch_size=batch_size,
+    )
     torch.manual_seed(recipe.train.seed)
     if trained is None:
         tokenizer = Tokenizer(config)
@@ -191,6 +198,7 @@ def train_command(
         out,
         recipe.train,
         held_out=held_out,
+        class_names=class_names,
         origin=_origin(from_, trained),
         console=console,
     )
@@ -235,19 +243,27 @@ def _images_or_tokens(
 ) -> tuple[Source, Source, int, tuple[str, ...]]:
     """What `--data` names, images or a folder of their tokens: to train on, and held out.
 
-    Then how many classes they have, and their names, which tokens do not have.
+    Then how many classes they have, and their names.
     """
     if not is_shards(recipe.data):
-        batch_size = recipe.train.batch_size
-        images = load_images(recipe.data, image_side, console, augment=recipe.augment, batch_size=batch_size)
-        return images.train, images.validation, images.num_classes, images.class_names
-    if recipe.augment:
-        raise ValueError(
-            f"--augment: {shown(recipe.data)} holds tokens, which cannot be changed, got {recipe.augment}; "
-            "give it to viar tokenize"
+        images = load_images(
+            recipe.data,
+            image_side,
+            console,
+            augment=recipe.augment,
+            augmentations=recipe.augmentations,
+            batch_size=recipe.train.batch_size,
         )
+        return images.train, images.validation, images.num_classes, images.class_names
+    for flag in ("augment", "augmentations"):
+        if given := getattr(recipe, flag):
+            raise ValueError(
+                f"--{flag}: {shown(recipe.data)} holds tokens, which cannot be changed, got {given}; "
+                "give it to viar tokenize"
+            )
     tokens = TokenShards(recipe.data)
-    return tokens, TokenShards(recipe.data, "validation"), tokens.settings.num_classes, ()
+    held_out = TokenShards(recipe.data, "validation")
+    return tokens, held_out, tokens.settings.num_classes, tokens.settings.class_names
 
 
 def _matched(names: tuple[str, ...], before: int) -> list[str]:

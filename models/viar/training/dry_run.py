@@ -179,6 +179,8 @@ class _Enough(Exception):
 class _MadeUp(Dataset[Batch]):
     """Data that notes when a batch is asked for, and ends the run after some of them."""
 
+    at_random = False  # asked for whole batches, see `rows_of`
+
     def __init__(self, make: Make, num_batches: int) -> None:
         self.make, self.num_batches = make, num_batches
         self.asked = list[float]()  # seconds
@@ -202,7 +204,7 @@ def _take(build: Build, train: Train, make: Make, config: TrainConfig) -> tuple[
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     data = _MadeUp(make, 2 * config.accumulate)
-    config = replace(config, workers=0, sample_every=0, save_every=math.inf, trackers=())
+    config = replace(config, workers=0, sample_every=0, validate_every=0, save_every=math.inf, trackers=())
     with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
         train(build(), data, Path(folder), config)
     return data.asked[-1] - data.asked[-1 - config.accumulate], _peak_bytes()

@@ -82,7 +82,7 @@ def measured(
     rank, num_ranks = (0, 1) if together is None else (together.rank(), together.size())
     shares = list(_shares(len(held_out.data), batch_size, rank, num_ranks))
     batches = load_batches(
-        held_out.data, [share or [0] for share in shares], workers=workers, device=device, seed=0
+        held_out.data, [share or [0] for share in shares], workers=workers, device=device, seed=0, draws=0
     )
     names: list[str] = []
     columns = []

@@ -308,9 +308,12 @@ class _Run:
             start=step * config.accumulate,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
+            rows=True,
         )
         seed = seed_at(config.seed, step)
-        return load_batches(data, indices, workers=config.workers, device=accelerator.device, seed=seed)
+        return load_batches(
+            data, indices, workers=config.workers, device=accelerator.device, seed=seed, draws=config.seed
+        )
 
     def _log(self, console: Console | None) -> RunLog:
         config, state = self.config, self.state

@@ -31,7 +31,7 @@ IMAGENET_STEPS = 550 * 1_281_167 // 512  # 550 epochs in batches of 512
 class TokenizerRecipe:
     """A tokenizer, whose `model` holds its sizes, and its training."""
 
-    data: str  # images: digits, mnist, or a folder with a sub-folder of pictures for each class
+    data: str  # images: digits, mnist, emoji, hub:NAME, or a folder with a sub-folder a class
     model: TokenizerConfig
     train: TrainConfig
     loss: str = "l1+l2"  # of the reconstruction: l1, l2 and edges, joined by +
@@ -39,17 +39,21 @@ class TokenizerRecipe:
     perceptual: str | None = None
     perceptual_weight: float = 1.0  # of that distance in the loss
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    augment: int = 0  # changed versions added of each training image of an embedded source
+    augment: int = 0  # changed versions added of each training image of a source that is held in memory
+    # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
+    augmentations: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerRecipe:
     """A transformer, whose `model` holds sizes and trunk, and its training."""
 
-    data: str  # images: digits, mnist, a folder with a sub-folder a class; or a folder of viar tokenize
+    data: str  # as of viar tokenize, or the folder that it wrote
     model: TransformerConfig
     train: TrainConfig
-    augment: int = 0  # changed versions added of each training image of an embedded source
+    augment: int = 0  # changed versions added of each training image of a source that is held in memory
+    # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
+    augmentations: tuple[str, ...] | None = None
 
 
 # What the recipes below edit: models for ImageNet at 256 pixels as published, the transformer is VIAR.

@@ -10,7 +10,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..data import Batch, BatchedDataset, ImageFolder, TensorImages, TokenShards
+from ..data import (
+    AugmentedImages,
+    Batch,
+    BatchedDataset,
+    HubImages,
+    ImageFolder,
+    TensorImages,
+    TokenShards,
+)
 from ..files import replacing
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
@@ -59,13 +67,17 @@ def run_settings(
 
 
 def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
-    """How many images there are and, where they tell it, a hash of what tells them apart.
+    """How many images there are, what they go through and, where they tell it, a hash of what they are.
 
-    That is the numbers of pixels in memory, the names of files, and the settings of tokens on disk.
+    That is the numbers of pixels in memory, the names of files, the rows of a data set of the hub, and the
+    settings of tokens on disk.
 
     Args:
         data: images (B, 3, H, W) with labels, or their tokens.
     """
+    if isinstance(data, AugmentedImages):
+        return {**describe_data(data.data), "augmentations": data.augmentations}
+    about = {"images": len(data), "augmentations": getattr(data, "augmentations", ())}
     digest = hashlib.sha256()
     if isinstance(data, TensorImages):
         for tensor in (data.images, data.labels):
@@ -75,10 +87,14 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
         names = [(os.path.relpath(path, root), label) for path, label in data.files]
         digest.update(json.dumps([data.image_side, sorted(names)]).encode())
     elif isinstance(data, TokenShards):
-        digest.update(json.dumps(asdict(data.settings), sort_keys=True).encode())
+        about["augmentations"] = data.settings.augmentations
+        settings = {name: value for name, value in asdict(data.settings).items() if value != ()}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    elif isinstance(data, HubImages):
+        digest.update(json.dumps([data.name, data.image_side, data.rows]).encode())
     else:
-        return {"images": len(data)}
-    return {"images": len(data), "fingerprint": digest.hexdigest()[:32]}
+        return about
+    return {**about, "fingerprint": digest.hexdigest()[:32]}
 
 
 def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
