@@ -26,7 +26,7 @@ from viar.training.optim import build_optimizer
 
 from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, product
 from ...measure import interleaved, milliseconds, ratio
-from ...rows import by_contender, grouped
+from ...rows import by_contender, having
 from ...show import listing
 
 RECIPE = TOKENIZERS["mnist"]
@@ -92,14 +92,15 @@ def _step(tokenizer: Tokenizer, data: ImageData, batch: int) -> Callable[[], Non
 
 def bars(rows: list[Row]) -> list[Bar]:
     """What a patch saves, and what it costs, at the most steps."""
-    found = by_contender(max(grouped(rows, "steps"), key=lambda point: int(point[0]["steps"]), default=[]))
-    if not found:
-        return [Bar("time of a step, patch 2 / patch 1", math.nan, LIMIT)]
+    names = ("time of a step, patch 2 / patch 1", "PSNR lost by patches after as many steps, dB")
+    if not rows:
+        return [Bar(name, math.nan, limit) for name, limit in zip(names, (LIMIT, 0.0), strict=True)]
+    found = by_contender(having(rows, steps=max(row["steps"] for row in rows)))
     full, patched = (found[name] for name in CONTENDERS)
     note = f"PSNR {patched['psnr']:.2f} against {full['psnr']:.2f} dB after {full['steps']} steps each"
     return [
-        Bar("time of a step, patch 2 / patch 1", ratio(patched["seconds"], full["seconds"]), LIMIT, note),
-        Bar("PSNR lost by patches after as many steps, dB", full["psnr"] - patched["psnr"], 0.0, note),
+        Bar(names[0], ratio(patched["seconds"], full["seconds"]), LIMIT, note),
+        Bar(names[1], full["psnr"] - patched["psnr"], 0.0, note),
     ]
 
 
