@@ -204,7 +204,9 @@ def _take(build: Build, train: Train, make: Make, config: TrainConfig) -> tuple[
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     data = _MadeUp(make, 2 * config.accumulate)
-    config = replace(config, workers=0, sample_every=0, validate_every=0, save_every=math.inf, trackers=())
+    config = replace(
+        config, workers=0, sample_every=0, validate_every=0, patience=0, save_every=math.inf, trackers=()
+    )
     with tempfile.TemporaryDirectory() as folder, suppress(_Enough):
         train(build(), data, Path(folder), config)
     return data.asked[-1] - data.asked[-1 - config.accumulate], _peak_bytes()
