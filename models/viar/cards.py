@@ -91,7 +91,8 @@ def _training(run: Mapping[str, Any]) -> str:
         images=data["images"],
         fingerprint=f" (fingerprint `{data['fingerprint']}`)" if "fingerprint" in data else "",
         settings=_rows(settings),
-        figures=_rows(run["result"]),
+        # Seconds are the machine's, not the model's.
+        figures=_rows({name: value for name, value in run["result"].items() if name != "seconds"}),
     )
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .cards import model_card
-from .files import flush, replacing_path
+from .files import flush
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -91,12 +92,17 @@ class Pretrained(PyTorchModelHubMixin):
                 what run.json tells of the training.
         """
         folder = Path(save_directory)
-        with replacing_path(folder) as fresh:
-            pushed = super().save_pretrained(fresh, **options)
+        fresh = folder / ".saving"
+        shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
+        try:
+            pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
             if (folder / CARD).exists():
                 (fresh / CARD).unlink()
             for path in fresh.iterdir():
                 flush(path)
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         flush(folder)
         return pushed
 

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
 
     def offer(step: int, loss: float) -> list[str]:
         state.step = step
-        best.offer(Path.mkdir, loss)
+        best.offer(lambda: SimpleNamespace(save_pretrained=Path.mkdir), loss)
         return sorted(path.name for path in best.folder.iterdir())
 
     assert offer(4, 3.0) == ["step-000004"]
