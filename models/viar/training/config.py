@@ -32,6 +32,8 @@ class TrainConfig:
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    # Blocks of a transformer are evaluated again in the backward pass: less memory, more time, same losses
+    checkpoint_activations: bool = False
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
     sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none
