@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import backward, batching, depth, scaling, solvers, viar
+from . import backward, batching, depth, recipes, scaling, solvers, viar
 
 SUITES: dict[str, ModuleType] = {
     "solvers": solvers,
     "backward": backward,
     "depth": depth,
     "viar": viar,
+    "recipes": recipes,
     "scaling": scaling,
     "batching": batching,
 }

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, settle_numbers
+from .._checks import check_instance, check_integer, settle_numbers
 from ..solution import Solution
 from ..state import FlatMap
 from ..stopping import Stopping
 from .base import Backward, Solve
+from .checkpointing import Checkpointed
 from .tape import first_order_only, solve_off_tape
 
 
@@ -36,6 +37,9 @@ class StochasticJFB(Backward):
         grad: least and most steps with gradient, at least 1.
         generator: draws a and b, on the CPU; `None` uses PyTorch's default generator. Processes that
             train one model together must draw the same: give each a generator of the same seed.
+        checkpoint: keep of each of the b evaluations only the state that it was made at, and evaluate
+            again in the backward pass, as `Unroll(checkpoint=True)` does. Same gradient; memory: b states
+            and one evaluation; cost: b evaluations more. Default `False`.
 
     Raises:
         TypeError, ValueError: a setting out of range, or a generator that is not on the CPU.
@@ -44,10 +48,12 @@ class StochasticJFB(Backward):
     no_grad: tuple[int, int] = (0, 10)
     grad: tuple[int, int] = (1, 12)
     generator: torch.Generator | None = None
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
         settle_numbers(self)
+        check_instance("StochasticJFB", bool, "True or False", checkpoint=self.checkpoint)
         for name, minimum, pair in (("no_grad", 0, self.no_grad), ("grad", 1, self.grad)):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise TypeError(f"StochasticJFB: {name} must be a tuple (least, most), got {pair!r}")
@@ -70,6 +76,8 @@ class StochasticJFB(Backward):
             return solve(f, z0)
         free, taped = self._draw(self.no_grad), self._draw(self.grad)
         start = solve_off_tape(f, z0, solve, stopping=Stopping.steps(free)).value
+        if self.checkpoint:
+            f = replace(f, cell=Checkpointed(f.cell, "StochasticJFB"))
         solution = solve(f, start, stopping=Stopping.steps(taped))
         return replace(
             solution,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch.utils import checkpoint as checkpoints
 
 from .._checks import check_instance
-from .._compiler import around
-from .._scope import checkpoint_contexts
-from .._torch import is_transformed, never_compiled
+from .._torch import is_transformed
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
+from .checkpointing import Checkpointed
 from .tape import with_first_step
 
 
@@ -65,37 +60,8 @@ class Unroll(Backward):
         """Just the solve, and a step for samples that took none."""
         is_recorded = torch.is_grad_enabled()
         if self.checkpoint and is_recorded:
-            f = replace(f, cell=_Checkpointed(f.cell))
+            f = replace(f, cell=Checkpointed(f.cell, "Unroll"))
         solution = solve(f, z0)
         if solve.stopping.is_fixed or not (is_recorded or is_transformed()):
             return solution
         return with_first_step(solution, f, z0)
-
-
-@dataclass(frozen=True)
-class _Checkpointed:
-    """A function that keeps its arguments and is evaluated again in the backward pass."""
-
-    function: Callable[..., Any]
-
-    @never_compiled
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        if is_transformed():
-            return self.function(*args, **keywords)
-        # Not compiled itself: PyTorch compiles no checkpoint that has contexts of its own.
-        return around(_checkpoint, self.function, *args, **keywords)
-
-
-def _checkpoint(function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
-    """`function(*args, **keywords)`, evaluated again in the backward pass."""
-    # Bound beforehand: names of the cell's inputs may be those of settings of `checkpoint`.
-    bound = partial(function, **keywords)
-    try:
-        return checkpoints.checkpoint(bound, *args, use_reentrant=False, context_fn=checkpoint_contexts)
-    except RuntimeError as error:
-        if "support saved tensor hooks" not in str(error):
-            raise
-        raise RuntimeError(
-            "Unroll(checkpoint=True): the cell uses transforms of torch.func, which PyTorch cannot "
-            "checkpoint; use Unroll() or ImplicitDifferentiation(), or torch.autograd.grad in the cell"
-        ) from error

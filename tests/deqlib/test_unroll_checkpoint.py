@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from problems import KINDS, Problem, Spy, problem, problems
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +21,7 @@ from deqlib import (
     Picard,
     Solution,
     Solver,
+    StochasticJFB,
     Stopping,
     Unroll,
     fixed_point,
@@ -218,7 +220,9 @@ class Storages(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def bytes_kept(backward: Unroll, steps: int, *, batch: int = 4, dim: int = 6, width: int = 96) -> int:
+def bytes_kept(
+    backward: Unroll | StochasticJFB, steps: int, *, batch: int = 4, dim: int = 6, width: int = 96
+) -> int:
     """Of a solve by its tape, counted exactly: saved tensors and what checkpoints keep besides."""
     cell = WideCell(dim, width)
     x = torch.randn(batch, dim)
@@ -245,6 +249,33 @@ def test_the_tape_keeps_one_state_an_evaluation_instead_of_the_cells_activations
     assert per_step[0] == batch * (dim + width) * number
     assert batch * dim * number <= per_step[1] < 1.2 * batch * dim * number
     assert per_step[0] > 14 * per_step[1]
+
+
+def test_steps_on_the_tape_of_a_random_number_keep_one_state_each_and_those_off_it_nothing() -> None:
+    batch, dim, number = 4, 6, 4
+
+    def kept(no_grad: int, grad: int) -> int:
+        mode = StochasticJFB(no_grad=(no_grad, no_grad), grad=(grad, grad), checkpoint=True)
+        return bytes_kept(mode, 1, batch=batch, dim=dim)
+
+    assert batch * dim * number <= (kept(1, 30) - kept(1, 10)) / 20 < 1.2 * batch * dim * number
+    assert kept(1, 3) == kept(100, 3)
+
+
+@given(base=problems(), seed=st.integers(0, 99))
+def test_a_random_number_of_checkpointed_steps_has_the_value_and_the_gradients_of_one_that_keeps_all(
+    base: Problem, seed: int
+) -> None:
+    base = base.requiring_grad()
+    found = []
+    for checkpoint in (False, True):
+        generator = torch.Generator().manual_seed(seed)
+        mode = StochasticJFB(no_grad=(0, 3), grad=(1, 4), generator=generator, checkpoint=checkpoint)
+        solution = fixed_point(base.f, base.z0, solver=Picard(), backward=mode, on_failure="ignore")
+        slopes = torch.autograd.grad(solution.value.sin().sum(), base.inputs, allow_unused=True)
+        found.append((solution.nfe, solution.value, *slopes))
+    for a, b in zip(*found, strict=True):
+        assert a is b is None or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def test_all_a_checkpointed_solve_keeps_is_freed_without_the_garbage_collector() -> None:
@@ -306,9 +337,10 @@ def test_a_checkpoint_around_the_layer_works_with_those_inside() -> None:
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_checkpoint_must_be_a_bool(value: Any) -> None:
-    with pytest.raises(TypeError, match="Unroll: checkpoint must be True or False, got"):
-        Unroll(checkpoint=value)
+@pytest.mark.parametrize("mode", [Unroll, StochasticJFB], ids=["Unroll", "StochasticJFB"])
+def test_checkpoint_must_be_a_bool(mode: Any, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{mode.__name__}: checkpoint must be True or False, got"):
+        mode(checkpoint=value)
 
 
 @pytest.mark.parametrize("name", ["gain", "context_fn", "cell", "function", "wrapper", "solve", "args"])

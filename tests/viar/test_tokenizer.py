@@ -36,6 +36,9 @@ SMALL = TokenizerConfig(
 def small(seed: int = 0, **changes: object) -> Tokenizer:
     torch.manual_seed(seed)
     tokenizer = Tokenizer(TokenizerConfig(**{**SMALL.to_dict(), **changes}))
+    for parameter in tokenizer.parameters():
+        if parameter.ndim == 4:  # some convolutions start as nothing or as the identity
+            torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
     # The default codes are near zero; these are as large as the features.
     torch.nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
     return tokenizer
@@ -131,6 +134,7 @@ def tokenizers(draw: st.DrawFn) -> Tokenizer:
         seed=draw(st.integers(0, 99)),
         sides=tuple(sorted(sides)),
         multipliers=tuple(draw(st.lists(st.sampled_from([1, 2]), min_size=1, max_size=3))),
+        patch=draw(st.integers(1, 3)),
         num_phi=draw(st.sampled_from([0, 1, 2, 4])),
         codebook_size=draw(st.integers(1, 20)),
         code_channels=draw(st.integers(1, 5)),
@@ -211,7 +215,65 @@ def test_quantizer_is_unchanged_by_autocast() -> None:
     assert inputs.equal(quantizer.next_scale_inputs(expected.tokens))
 
 
+# Patches
+
+
+def test_a_patch_gives_a_position_the_pixels_of_a_square_and_takes_them_back() -> None:
+    tokenizer = small(patch=2, multipliers=(1,))
+    seen = {}
+    tokenizer.encoder.conv_in.register_forward_pre_hook(lambda _, given: seen.update(stem=given[0]))
+    tokenizer.decoder.conv_out.register_forward_hook(lambda _, __, out: seen.update(out=out))
+    images = images_for(tokenizer)
+    with torch.no_grad():
+        made = tokenizer(images).reconstruction
+    assert images.shape == made.shape == (2, 3, 6, 6)
+    for channel in range(3):
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            place = 4 * channel + 2 * row + column
+            assert seen["stem"][:, place].equal(images[:, channel, row::2, column::2])
+            assert seen["out"][:, place].equal(made[:, channel, row::2, column::2])
+
+
+def test_images_are_as_large_as_scales_patches_and_levels_make_them() -> None:
+    sides = {patch: small(patch=patch).config.image_side for patch in (1, 2, 5)}
+    assert sides == {1: 6, 2: 12, 5: 30}
+    names = small(patch=2).state_dict().keys()
+    assert names == small().state_dict().keys()
+
+
+def test_settings_of_a_tokenizer_without_patches_are_those_of_earlier_releases() -> None:
+    assert "patch" not in SMALL.to_dict()
+    assert TokenizerConfig.from_dict(SMALL.to_dict()).patch == 1
+    config = TokenizerConfig(patch=2)
+    assert TokenizerConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("patch", [0, -1])
+def test_a_patch_without_pixels_is_refused(patch: int) -> None:
+    with pytest.raises(ValueError, match=f"patch must be at least 1, got {patch}"):
+        TokenizerConfig(patch=patch)
+
+
 # Training
+
+
+def test_encoder_and_decoder_start_as_linear_maps() -> None:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(SMALL)
+    for block in tokenizer.modules():
+        if type(block).__name__ in ("ResidualBlock", "AttentionBlock"):
+            x = torch.randn(2, block.norm1.num_channels if hasattr(block, "norm1") else 8, 3, 3)
+            with torch.no_grad():
+                assert block(x).equal(block.shortcut(x) if hasattr(block, "shortcut") else x)
+
+
+def test_a_scale_starts_by_adding_the_codes_nearest_to_what_was_left() -> None:
+    torch.manual_seed(0)
+    quantizer = Tokenizer(SMALL).quantizer
+    tokens = [torch.arange(9).view(1, 9)]
+    codes = quantizer.codebook.weight.T.unflatten(1, (4, 4)).flatten(1)[:, :9].view(1, 4, 3, 3)
+    added = quantizer.accumulate(torch.zeros(1, 4, 3, 3), quantizer.embed(tokens[0]), 2)
+    torch.testing.assert_close(added, codes)
 
 
 def test_gradient_goes_straight_through_the_quantizer() -> None:
@@ -248,8 +310,6 @@ def test_loss_and_its_gradients_match_a_direct_computation() -> None:
 
 def test_training_forward_reaches_every_parameter() -> None:
     tokenizer = small(num_phi=0)
-    for parameter in tokenizer.parameters():  # some convolutions start at zero, and stop the gradient there
-        torch.nn.init.normal_(parameter, std=0.5)
     images = images_for(tokenizer)
     output = tokenizer(images)
     (reconstruction_loss(images, output.reconstruction, "l1+l2+edges") + output.loss).backward()

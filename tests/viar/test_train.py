@@ -25,6 +25,7 @@ import viar.training.loop
 import viar.training.losses
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
 from viar.data import Batch, TensorImages, TokenizedImages, tokenize
+from viar.tokenizer.quantizer import perplexity
 from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
 
 DEADLOCK = 180.0  # seconds after which two processes are taken to wait for each other
@@ -171,6 +172,18 @@ def test_the_codebook_starts_from_data_and_dead_codes_come_back(tmp_path: Path) 
     revived = [row.get("revived") for row in logged(tmp_path / "b")]
     assert revived[0] is None
     assert revived[1] >= 8  # of step 10
+
+
+def test_every_scale_tells_how_it_uses_the_codebook_and_what_it_leaves(tmp_path: Path) -> None:
+    tokenizer = fresh_tokenizer()
+    train_tokenizer(tokenizer, pictures(), tmp_path, settings(steps=10))
+    last = logged(tmp_path)[-1]
+    for name, values in {
+        "usage": tokenizer.quantizer.codebook_usage(),
+        "perplexity": perplexity(tokenizer.quantizer.usage).tolist(),
+    }.items():
+        assert [last[f"{name}_{scale}"] for scale in (1, 2, 3)] == pytest.approx(values)
+    assert all(0 < last[f"left_{scale}"] < 2 for scale in (1, 2, 3))
 
 
 def test_revival_every_twenty_steps_is_logged_by_default(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def tiny_tokenizer(seed: int = 0, **changes: Any) -> Tokenizer:
     """In evaluation mode, with codes as large as the features; its images are 6 x 6."""
     torch.manual_seed(seed)
     tokenizer = Tokenizer(dataclasses.replace(TOKENIZER, **changes))
+    for parameter in tokenizer.parameters():
+        if parameter.ndim == 4:  # some convolutions start as nothing or as the identity
+            nn.init.kaiming_uniform_(parameter, a=5**0.5)
     nn.init.normal_(tokenizer.quantizer.codebook.weight, std=0.5)
     return tokenizer.eval()
 

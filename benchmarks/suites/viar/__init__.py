@@ -16,6 +16,7 @@ from . import (
     knob,
     paper,
     speed,
+    tokenizer,
     training,
     trunks,
 )
@@ -28,6 +29,7 @@ CASES = (
     attention.CASE,
     executions.CASE,
     training.CASE,
+    tokenizer.CASE,
     digits.CASE,
     identity.CASE,
     inpainting.CASE,

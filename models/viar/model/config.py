@@ -144,6 +144,8 @@ class ImplicitTrunkConfig:
     grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
     # Training: weight in the loss of the squared relative residual where the drawn iterations end
     residual_weight: float = 0.0
+    # Training: weight in the loss of the mean square size of the block's Jacobian there
+    jacobian_weight: float = 0.0
     iterations: int = 10  # outside training, where the caller does not say
 
     def __post_init__(self) -> None:
@@ -157,11 +159,12 @@ class ImplicitTrunkConfig:
                     f"{minimum} <= least <= most, got {pair}"
                 )
         check_at_least("ImplicitTrunkConfig", 0, num_pre=self.num_pre, num_post=self.num_post)
-        if not 0 <= self.residual_weight < math.inf:
-            raise ValueError(
-                "ImplicitTrunkConfig: residual_weight must be a finite number of at least 0, "
-                f"got {self.residual_weight}"
-            )
+        for name in ("residual_weight", "jacobian_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"ImplicitTrunkConfig: {name} must be a finite number of at least 0, got {value}"
+                )
         check_at_least("ImplicitTrunkConfig", 1, iterations=self.iterations)
 
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deqlib import ImplicitLayer, Picard, StochasticJFB, Stopping
+from deqlib.regularizers import jacobian_penalty
 
 from .attention import KeyValue
 from .blocks import Block, gelu
@@ -27,7 +30,7 @@ from .config import ImplicitTrunkConfig, TransformerConfig, filled
 from .execution import in_type_of, joined, row_chunks
 from .scales import BlockCausal, resize_tokens
 from .schedule import Adaptive, Iterations, iteration_schedule, solve
-from .trunk import Call, ScaleSolve, Trunk, TrunkOutput, drop_path_rates, named
+from .trunk import Call, ScaleSolve, Trunk, TrunkOutput, drop_path_rates, evaluated, named
 
 LAYER = "implicit"  # name of the implicit block's modulation and of its keys and values
 
@@ -136,6 +139,13 @@ class ImplicitTrunk(Trunk):
     constant, in `TrunkOutput.penalty`. Few iterations are enough then, and both caches soon agree. Not part
     of the published recipe. Drop path of the block counts as movement.
 
+    With a `jacobian_weight` w the penalty has w ||J||_F^2 / (L C) besides, J the block's Jacobian with
+    respect to the state where those iterations end: one more evaluation there and two backward passes of it,
+    attention by PyTorch's plain implementation, which alone can be differentiated twice. It is estimated with
+    one vector of random signs a sample, of a seed that is drawn from the `generator` after the numbers of
+    iterations (`deqlib.regularizers.jacobian_penalty`, arXiv 2106.14342). Not part of the published recipe
+    either.
+
     Args:
         config: of the whole transformer; its `trunk` is an `ImplicitTrunkConfig`.
     """
@@ -146,7 +156,7 @@ class ImplicitTrunk(Trunk):
         assert isinstance(trunk, ImplicitTrunkConfig)
         rates = drop_path_rates(config)
         self.default_iterations = trunk.iterations
-        self.residual_weight = trunk.residual_weight
+        self.residual_weight, self.jacobian_weight = trunk.residual_weight, trunk.jacobian_weight
         self.random_depth = StochasticJFB(no_grad=trunk.no_grad, grad=trunk.grad)
         self.pre = nn.ModuleList(Block(config, rate) for rate in rates[: trunk.num_pre])
         self.layer = ImplicitLayer(
@@ -221,18 +231,31 @@ class ImplicitTrunk(Trunk):
         """At the depth drawn where gradients are recorded, else as the call says."""
         inputs = (self._cell.inject(u_BLC), call.modulations[LAYER], call.causal)
         if call.iterations is None:
-            depth = replace(self.random_depth, generator=call.generator)
+            depth = replace(self.random_depth, generator=call.generator, checkpoint=call.recompute)
             z_BLC: Tensor = self.layer.solve(*inputs, z0=u_BLC, backward=depth).value
-            if not (self.residual_weight and torch.is_grad_enabled()):
-                return TrunkOutput(z_BLC)
-            residual = squared_residual(self._cell(z_BLC, *inputs), z_BLC)
-            return TrunkOutput(z_BLC, self.residual_weight * residual)
+            return TrunkOutput(z_BLC, self._penalty(z_BLC, inputs, call))
         if torch.is_grad_enabled():
             raise ValueError(
                 "iterations: while gradients are recorded the trunk draws its own number, "
                 f"got {call.iterations!r}; leave it at None or call under torch.no_grad()"
             )
         return TrunkOutput(solve(lambda z_BLC: self._cell(z_BLC, *inputs), u_BLC, call.iterations).value)
+
+    def _penalty(self, z_BLC: Tensor, inputs: tuple[Any, ...], call: Call) -> Tensor | None:
+        """What training adds to the loss where the drawn iterations end, at z."""
+        if not torch.is_grad_enabled():
+            return None
+        parts = []
+        if self.residual_weight:
+            image_BLC = evaluated(self._cell, z_BLC, *inputs, recompute=call.recompute)
+            parts.append(self.residual_weight * squared_residual(image_BLC, z_BLC))
+        if self.jacobian_weight:
+            # Drawn where z is: signs from the CPU would have to be waited for.
+            signs = torch.Generator(z_BLC.device).manual_seed(_drawn_seed(call.generator))
+            with sdpa_kernel(SDPBackend.MATH):
+                size = jacobian_penalty(self._cell, z_BLC.detach(), *inputs, generator=signs)
+            parts.append(self.jacobian_weight * size)
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def _one_scale(self, u_BLC: Tensor, call: Call, cache: KeyValueCache) -> TrunkOutput:
         """The scale that the cache has open."""
@@ -272,6 +295,10 @@ def solve_scale(
         return f(solution.value), solution.sample_nfe + 1, None
     last = solve(f, solution.value, 0, measure=True)  # no step: the evaluation that measures is all it does
     return f.image, solution.sample_nfe + last.sample_nfe, last.relative_residual
+
+
+def _drawn_seed(generator: torch.Generator | None) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device="cpu"))
 
 
 def squared_residual(new_BLC: Tensor, old_BLC: Tensor) -> Tensor:

@@ -90,6 +90,18 @@ class NextScaleTransformer(nn.Module, Pretrained):
         _derive(self)
         return self
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep for the backward pass what goes into blocks, and evaluate them again there.
+
+        Losses stay as they are, bit for bit, and gradients up to the order of sums. A step then keeps one
+        tensor (B, L, C) a block and an iteration on the tape, and the activations of one block at a time; it
+        costs their evaluation once more. What `ImplicitTrunkConfig.jacobian_weight` needs is kept whole.
+
+        Args:
+            enabled: false keeps all activations again.
+        """
+        self.trunk.checkpoint_activations = enabled
+
     @property
     def wide_type(self) -> torch.dtype:
         """Type that embeddings, positions, head and logits have: that of the weights, at least float32."""
@@ -141,7 +153,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
                 PyTorch's own, which label dropout and drop path draw from in any case. Give processes that
                 train together generators of one seed.
             return_penalty: return (logits, penalty), the penalty a scalar to add to the loss, or `None`
-                without `ImplicitTrunkConfig.residual_weight` or outside gradient recording.
+                without `ImplicitTrunkConfig.residual_weight` or `jacobian_weight`, or outside gradient
+                recording.
 
         Raises:
             ValueError: labels out of range, see `check_labels`; inputs of another shape, `iterations` where

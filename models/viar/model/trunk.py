@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import Block
 from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name
@@ -62,6 +63,7 @@ class Call(NamedTuple):
     generator: torch.Generator | None
     displacement: Tensor | None
     measure: bool
+    recompute: bool  # keep arguments of blocks alone for the backward pass, which evaluates them again
 
 
 class Trunk(nn.Module, ABC):
@@ -69,7 +71,12 @@ class Trunk(nn.Module, ABC):
 
     Args:
         config: of the whole transformer.
+
+    Attributes:
+        checkpoint_activations: see `NextScaleTransformer.checkpoint_activations`.
     """
+
+    checkpoint_activations = False
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -196,7 +203,8 @@ class Trunk(nn.Module, ABC):
             raise ValueError(
                 f"causal: expected groups of {x_BLC.shape[1]} tokens in all, as x_BLC has, got {causal.sizes}"
             )
-        call = Call(modulations, causal, cache, iterations, generator, displacement, measure)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        call = Call(modulations, causal, cache, iterations, generator, displacement, measure, recompute)
         output = self._middle(run_blocks(self.blocks_before(), x_BLC, call), call)
         return output._replace(x_BLC=run_blocks(self.blocks_after(), output.x_BLC, call))
 
@@ -281,7 +289,7 @@ def run_blocks(blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, call: Call) -
     for name, block in blocks:
         modulation = call.modulations[name]
         if call.cache is None:
-            x_BLC = block(x_BLC, modulation, call.causal)
+            x_BLC = evaluated(block, x_BLC, modulation, call.causal, recompute=call.recompute)
             continue
         run, modulation = in_type_of(x_BLC, block), modulation.to(x_BLC.dtype)
         x_BLC = joined(
@@ -291,3 +299,9 @@ def run_blocks(blocks: Iterator[tuple[str, Block]], x_BLC: Tensor, call: Call) -
             ]
         )
     return x_BLC
+
+
+def evaluated(module: nn.Module, *args: object, recompute: bool) -> Tensor:
+    """`module(*args)`; with `recompute` evaluated again in the backward pass, random numbers as they were."""
+    output: Tensor = checkpoint(module, *args, use_reentrant=False) if recompute else module(*args)
+    return output

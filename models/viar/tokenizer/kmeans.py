@@ -90,5 +90,5 @@ def drawn_order(
     Those of weight 0 come last. A vector waits for an exponential time of its weight's rate (P. S.
     Efraimidis, P. G. Spirakis 2006, Inf. Process. Lett. 97(5)).
     """
-    waits_N = torch.empty(len(weights_N), device=generator.device).exponential_(generator=generator)
+    waits_N = -torch.rand(len(weights_N), generator=generator, device=generator.device).log()
     return (sent(waits_N, weights_N.device) / weights_N).argsort(stable=True)

@@ -3,6 +3,7 @@
 from .adapt import adapt_tokenizer, adapt_transformer, check_adaptable
 from .adversarial import AdversarialConfig
 from .config import TrainConfig
+from .health import cell_health
 from .loop import check_device
 from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
 from .perceptual import FeatureDistance, lpips_distance
@@ -20,6 +21,7 @@ __all__ = [
     "TransformerPreset",
     "adapt_tokenizer",
     "adapt_transformer",
+    "cell_health",
     "check_adaptable",
     "check_device",
     "cross_entropy",

@@ -35,6 +35,7 @@ FREE = {
     "trunk.no_grad",
     "trunk.grad",
     "trunk.residual_weight",
+    "trunk.jacobian_weight",
     "trunk.iterations",
     "dropout",
     "commitment",

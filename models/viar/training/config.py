@@ -36,6 +36,8 @@ class TrainConfig:
     # "none": each process has the whole model. "full": each has a share of weights, gradients and moments, so
     # that they need less memory together (FSDP2); for the transformer. One process has all of them anyway.
     sharding: str = "none"
+    # Blocks of a transformer are evaluated again in the backward pass: less memory, more time, same losses
+    checkpoint_activations: bool = False
     workers: int = 0  # processes that read pictures
     save_every: float = 300.0  # seconds between states to resume from
     sample_every: int = 1000  # steps between two pictures of how the run is doing, in samples/; 0 for none

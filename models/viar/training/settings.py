@@ -12,6 +12,7 @@ from typing import Any
 
 from ..data import Batch, BatchedDataset, ImageFolder, TensorImages, TokenShards
 from ..files import replacing
+from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
@@ -24,6 +25,7 @@ FREE = {
     "train.seconds",
     "train.accumulate",
     "train.sharding",
+    "train.checkpoint_activations",
     "train.workers",
     "train.save_every",
     "train.sample_every",
@@ -102,8 +104,8 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
     try:
-        found = _defaults() | _flat(dict(json.loads(path.read_text())))
-    except (OSError, ValueError, TypeError) as error:
+        found = _flat(_completed(json.loads(path.read_text())))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
         ) from error
@@ -138,10 +140,13 @@ def keep_settings(
     return kept
 
 
-def _defaults() -> dict[str, Any]:
-    """What a run of an earlier release had for settings of the training that came later."""
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run of an earlier release, with what it had for settings that came later."""
+    config = TokenizerConfig if settings["kind"] == "tokenizer" else TransformerConfig
     known = {field.name: field.default for field in fields(TrainConfig)}
-    return _flat({"train": json.loads(json.dumps(known))})
+    model, train = config.from_dict(settings["model"]).to_dict(), {**known, **settings["train"]}
+    plain: dict[str, Any] = json.loads(json.dumps({**settings, "model": model, "train": train}))
+    return plain
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..tokenizer import Discriminator, Tokenizer
 from .adversarial import AdversarialConfig
 from .config import TrainConfig
 from .critic import Critic
-from .held_out import HeldOut, tokenizer_measure, transformer_measure
+from .held_out import HeldOut, block_inspection, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -83,9 +83,10 @@ def train_tokenizer(
         The last logged metrics, with steps, seconds, and the share of the codebook in use.
 
     Raises:
-        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, sharding is asked for, the
-            images are too small for the discriminator, the batch does not divide into parts and among
-            processes, or `folder` has an interrupted run of other settings.
+        ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
+            the discriminator, the batch does not divide into parts and among processes, `folder` has an
+            interrupted run of other settings, or `config.checkpoint_activations` or `config.sharding` is set,
+            which are for transformers.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
@@ -93,6 +94,11 @@ def train_tokenizer(
         raise ValueError(
             f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
             f"{config.sharding!r}"
+        )
+    if config.checkpoint_activations:
+        raise ValueError(
+            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
+            "none; leave it at False, and raise accumulate where memory is short"
         )
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
@@ -166,9 +172,9 @@ def train_transformer(
     """Train on the tokens of images and save to `folder`; resumes a run that was interrupted there.
 
     Images that are held in memory are tokenized once, others batch by batch; of `TokenShards` nothing is. The
-    loss is the cross-entropy, plus the trunk's penalty where `ImplicitTrunkConfig.residual_weight` asks for
-    one. Every `config.sample_every` steps a grid of generated images is written into `folder`/samples, a row
-    a class, of the first ten classes, always of the same seed.
+    loss is the cross-entropy, plus the trunk's penalty where `residual_weight` or `jacobian_weight` of
+    `ImplicitTrunkConfig` ask for one. Every `config.sample_every` steps a grid of generated images is written
+    into `folder`/samples, a row a class, of the first ten classes, always of the same seed.
 
     Args:
         model: trained in place.
@@ -196,19 +202,21 @@ def train_transformer(
         if source is not None:
             _check_source(source, model, tokenizer)
     tokenizer.eval().requires_grad_(False)
+    model.checkpoint_activations(config.checkpoint_activations)
     settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
     compare_settings(folder, settings)  # before images are tokenized
     samples, to_tokens = _tokens_of(data, model, tokenizer)
     measure = None
     if held_out is not None and len(held_out) and config.validate_every:
         others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
-        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+        inspect = block_inspection(others, held_out_to_tokens)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens), inspect)
     if config.compile:
         for part in model.trunk.compiled_parts():
             part.compile()
     return fit(
         model,
-        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        transformer_loss(to_tokens, seed=config.seed),
         samples,
         folder,
         config,

@@ -1,0 +1,188 @@
+"""VIAR and VAR of one width on MNIST, trained alike: loss of held-out digits, parameters, memory, knob.
+
+The two take as many steps of the same batches. A step of VIAR takes less time: "at equal time" sets it beside
+a VAR that takes only as many steps, by a schedule of its own, as there is time for.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+
+from viar import ImplicitTrunkConfig, NextScaleTransformer
+from viar.model.config import TransformerConfig
+from viar.training import TRANSFORMERS, TransformerPreset
+
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product, worst_of
+from ...measure import interleaved, peak_bytes, ratio, with_spread
+from ...rows import by_contender, grouped, having
+from ...show import COLORS, listing
+from ..viar.models import num_bytes
+from .running import Tokens, held_out_loss, knob_losses, steps_of, tokens_of, trained
+
+COUNTS = [1, 2, 3, 4, 6, 10]
+FEW, MANY = 1, 4  # iterations between which the knob is judged
+LIMITS = {"steps": 1.01, "time": 1.0, "parameters": 0.45, "memory": 0.6, "knob": 0.96, "off the tape": 1.0}
+NOISE = 1.002  # a rise of the loss over iterations that is none
+TIMED = 8  # steps of a turn, with as many draws of random depth
+
+
+def build(run: Run, model: str, seed: int) -> Iterator[Row]:
+    """One training.
+
+    Args:
+        run: where.
+        model: VIAR, VAR, or "VAR, VIAR's time".
+        seed: of weights, batches and random depth.
+    """
+    name = model.partition(",")[0]
+    recipe = TRANSFORMERS[f"mnist-{name.lower()}"]
+    tokens = tokens_of(recipe.data, recipe.augment, run.quick)
+    times = step_seconds(run, tokens)
+    steps = recipe.train.steps
+    assert steps is not None
+    if model != name:
+        steps = round(steps * ratio(times["VIAR"], times["VAR"]))
+    outcome = trained(recipe, seed, run, steps=steps)
+    counts = COUNTS if name == "VIAR" else []
+    yield {
+        "contender": model,
+        "steps": steps,
+        "seconds": times[name],
+        "parameters": sum(p.numel() for p in outcome.model.parameters()),
+        "loss": held_out_loss(outcome.model, tokens.held_out),
+        "best_step": outcome.best[0],
+        "curve": outcome.curve,
+        "knob": knob_losses(outcome.model, tokens.held_out, counts),
+        "step_bytes": deepest_step_bytes(recipe, tokens),
+        "far_step_bytes": deepest_step_bytes(recipe, tokens, no_grad=100) if counts else None,
+    }
+
+
+def step_seconds(run: Run, tokens: Tokens) -> dict[str, list[float]]:
+    """Seconds of a step of VIAR and of VAR, over draws of random depth."""
+    takers = {}
+    for name in ("VIAR", "VAR"):
+        recipe = TRANSFORMERS[f"mnist-{name.lower()}"]
+        model = NextScaleTransformer(recipe.model).train()
+        steps = steps_of(model, recipe, tokens.train, (run.rounds + 1) * TIMED)
+        takers[name] = lambda steps=steps: [next(steps) for _ in range(TIMED)]
+    return {name: [time / TIMED for time in found] for name, found in interleaved(takers, run.rounds).items()}
+
+
+def deepest_step_bytes(recipe: TransformerPreset, tokens: Tokens, no_grad: int | None = None) -> int:
+    """Weights, moments, gradients and the peak of the deepest step that training may draw.
+
+    Args:
+        recipe: of the model.
+        tokens: to take the step with.
+        no_grad: iterations off the tape; default the most that the recipe draws.
+    """
+    model = NextScaleTransformer(_deepest(recipe.model, no_grad)).train()
+    steps = steps_of(model, recipe, tokens.train, 2)
+    next(steps)  # makes the moments
+    trained_bytes = sum(p.nbytes for p in model.parameters())
+    return num_bytes(model) + 2 * trained_bytes + peak_bytes(lambda: next(steps))
+
+
+def _deepest(config: TransformerConfig, no_grad: int | None) -> TransformerConfig:
+    trunk = config.trunk
+    if not isinstance(trunk, ImplicitTrunkConfig):
+        return config
+    off, on = trunk.no_grad[1] if no_grad is None else no_grad, trunk.grad[1]
+    return replace(config, trunk=replace(trunk, no_grad=(off, off), grad=(on, on)))
+
+
+def bars(rows: list[Row]) -> list[Bar]:
+    """The worst seed decides."""
+    seeds = {found[0]["seed"]: by_contender(found) for found in grouped(rows, "seed")}
+    whole = {f"seed {seed}": found for seed, found in seeds.items() if {"VIAR", "VAR"} <= set(found)}
+
+    def ratios(name: str, other: str = "VAR") -> dict[str, float]:
+        return {
+            seed: found["VIAR"][name] / found[other][name] for seed, found in whole.items() if other in found
+        }
+
+    viar = having(rows, contender="VIAR")
+    fallen = {f"seed {row['seed']}": row["knob"][str(MANY)] / row["knob"][str(FEW)] for row in viar}
+    rises = {f"seed {row['seed']}": max(_rises(row["knob"])) for row in viar}
+    far = {f"seed {row['seed']}": row["far_step_bytes"] / row["step_bytes"] for row in viar}
+    return [
+        worst_of("loss, VIAR / VAR, equal steps", ratios("loss"), LIMITS["steps"]),
+        worst_of("loss, VIAR / VAR, equal time", ratios("loss", "VAR, VIAR's time"), LIMITS["time"]),
+        worst_of("parameters, VIAR / VAR", ratios("parameters"), LIMITS["parameters"]),
+        worst_of("memory of the deepest step, VIAR / VAR", ratios("step_bytes"), LIMITS["memory"]),
+        worst_of(f"knob: loss with {MANY} iterations / with {FEW}", fallen, LIMITS["knob"]),
+        worst_of("knob: loss with more iterations / with fewer", rises, NOISE),
+        worst_of("memory of a step, 100 iterations off the tape / fewest", far, LIMITS["off the tape"]),
+    ]
+
+
+def _rises(knob: dict[str, float]) -> list[float]:
+    return [more / few for few, more in pairwise(knob.values())]
+
+
+def table(rows: list[Row]) -> Table:
+    """One line a training."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "model": lambda row: f"{row['contender']}, seed {row['seed']}",
+        "steps": lambda row: f"{row['steps']:,}",
+        "s a step": lambda row: with_spread(row["seconds"]),
+        "best loss": lambda row: f"{row['loss']:.4f}",
+        "after step": lambda row: f"{row['best_step']:,}",
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "deepest step, MB": lambda row: f"{row['step_bytes'] / 1e6:.1f}",
+        **{f"loss, {count} it.": partial(knob_loss, count) for count in COUNTS},
+    }
+    return listing("MNIST, nats a token of held-out digits", rows, columns)
+
+
+def knob_loss(count: int, row: Row) -> str:
+    """Loss with so many iterations, in words."""
+    return f"{row['knob'][str(count)]:.4f}" if row["knob"] else ""
+
+
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    losses, knob = axes
+    for color, model in zip(COLORS, ("VIAR", "VAR", "VAR, VIAR's time"), strict=False):
+        for row in having(rows, contender=model):
+            seconds = statistics.median(row["seconds"])
+            label = model if row["seed"] == rows[0]["seed"] else None
+            x, y = zip(*((seconds * step / 60, loss) for step, loss in row["curve"]), strict=True)
+            losses.plot(x, y, color=color, label=label, linewidth=1)
+    for row in having(rows, contender="VIAR"):
+        knob.plot(
+            [int(n) for n in row["knob"]], list(row["knob"].values()), "o-", color=COLORS[0], markersize=3
+        )
+    least = min(row["loss"] for row in rows)
+    losses.set(xlabel="minutes of training", ylim=(least - 0.02, least + 0.4))
+    losses.legend(frameon=False, fontsize=8)
+    knob.set(xlabel="iterations", xticks=COUNTS)
+
+
+CASE = Case(
+    "mnist",
+    "VIAR and VAR on MNIST, trained alike: loss at equal steps and equal time, parameters, memory, knob",
+    build,
+    grid=product(seed=[0, 1, 2], model=["VIAR", "VAR", "VAR, VIAR's time"]),
+    quick=product(seed=[0], model=["VIAR", "VAR", "VAR, VIAR's time"]),
+    metrics={
+        "seconds": SECONDS,
+        "parameters": Metric(),
+        "loss": Metric(noisy=True),
+        "best_step": Metric(None, noisy=True),
+        "steps": Metric(None, noisy=True),
+        "curve": Metric(None, noisy=True),
+        "knob": Metric(None, noisy=True),
+        "step_bytes": Metric(),
+        "far_step_bytes": Metric(),
+    },
+    table=table,
+    bars=bars,
+    picture=Picture(_paint, lambda rows: ("loss of held-out digits, nats a token", "VIAR's by iterations")),
+)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.case import Row, Run
+from benchmarks.suites.recipes import knob, mnist, running
+from viar.training import TRANSFORMERS, TransformerPreset
+
+RUN = Run(torch.device("cpu"), 1, False)
+QUICK = replace(RUN, quick=True)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random tokens of few digits instead of a tokenizer that is trained first."""
+    tokens = running.tokens_of
+    for module in (running, mnist, knob):
+        monkeypatch.setattr(module, "tokens_of", lambda data, augment, quick: tokens(data, augment, True))
+
+
+def a_recipe(kind: str = "viar", **train: Any) -> TransformerPreset:
+    recipe = TRANSFORMERS[f"digits-{kind}"]
+    model = replace(recipe.model, depth=3, width=16, num_heads=2, label_dropout=0.0)
+    settings = {"steps": 12, "seconds": None, "batch_size": 8, **train}
+    return replace(recipe, model=model, train=replace(recipe.train, **settings))
+
+
+def test_a_training_ends_with_its_best_weights_and_is_a_function_of_its_seed() -> None:
+    outcome, again = (running.trained(a_recipe(lr=0.3), 0, RUN, points=6) for _ in range(2))
+    tokens = running.tokens_of("digits", 0, True)
+    losses = [loss for _, loss in outcome.curve]
+    assert [step for step, _ in outcome.curve] == [2, 4, 6, 8, 10, 12]
+    assert outcome.best[1] == min(losses) < losses[-1]
+    assert running.held_out_loss(outcome.model, tokens.held_out) == pytest.approx(min(losses), rel=1e-5)
+    assert again.curve == outcome.curve
+
+
+def test_iterations_off_the_tape_cost_a_step_no_memory_and_those_on_it_do() -> None:
+    tokens, recipe = running.tokens_of("digits", 0, True), a_recipe()
+    few, many = (mnist.deepest_step_bytes(recipe, tokens, no_grad=count) for count in (1, 100))
+    assert many == few
+    deeper = replace(recipe.model, trunk=replace(recipe.model.trunk, grad=(1, 8)))
+    assert mnist.deepest_step_bytes(replace(recipe, model=deeper), tokens) > 1.2 * few
+
+
+KNOB = {"1": 2.2, "2": 2.05, "3": 2.0, "4": 2.0, "6": 2.0, "10": 2.001}
+
+
+def a_row(contender: str, seed: int, **changes: Any) -> Row:
+    viar = contender == "VIAR"
+    return {
+        "contender": contender,
+        "seed": seed,
+        "steps": 100,
+        "seconds": [0.1],
+        "parameters": 40 if viar else 100,
+        "loss": 2.0,
+        "best_step": 90,
+        "curve": [[50, 2.5], [100, 2.0]],
+        "knob": KNOB if viar else {},
+        "step_bytes": 50 if viar else 100,
+        "far_step_bytes": 50 if viar else None,
+        **changes,
+    }
+
+
+def all_rows(**changes: Any) -> list[Row]:
+    """Of two seeds; changes are those of VIAR's second."""
+    names = ("VIAR", "VAR", "VAR, VIAR's time")
+    return [a_row(n, s, **(changes if (n, s) == ("VIAR", 1) else {})) for s in (0, 1) for n in names]
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({}, []),
+        ({"loss": 2.01}, [1]),
+        ({"loss": 2.03}, [0, 1]),
+        ({"parameters": 46}, [2]),
+        ({"step_bytes": 61, "far_step_bytes": 61}, [3]),
+        ({"knob": {**KNOB, "1": 2.06}}, [4]),
+        ({"knob": {**KNOB, "6": 2.1}}, [5]),
+        ({"far_step_bytes": 51}, [6]),
+    ],
+)
+def test_the_worst_seed_decides_every_bar(changes: dict[str, Any], broken: list[int]) -> None:
+    bars = mnist.bars(all_rows(**changes))
+    assert [i for i, bar in enumerate(bars) if bar.verdict != "pass"] == broken
+    assert all(bars[i].note == "seed 1" for i in broken)
+    assert len(mnist.table(all_rows(**changes)).lines) == 6
+
+
+def test_bars_of_what_was_not_trained_are_not_measured() -> None:
+    rows = [a_row("VAR", 0)]
+    assert all(math.isnan(bar.value) for bar in mnist.bars(rows))
+    assert mnist.table(rows).lines
+
+
+def test_a_penalty_and_the_ranges_of_a_training_replace_those_of_the_recipe() -> None:
+    (row,) = knob.build(QUICK, "0-3, 2-5, Jacobian 1", per_class=1)
+    assert list(row["knob"]) == [str(count) for count in knob.COUNTS]
+    assert row["loss"] > 0
+    assert row["spectral_radius"] > 0
+    assert knob.table([row]).lines
