@@ -22,7 +22,7 @@ import torch
 
 from viar.commands.cli import main as viar
 
-LIMIT = 120.0  # seconds after which a run is taken to hang
+LIMIT = 300.0  # seconds after which a run is taken to hang
 KEPT = ("model.safetensors", "config.json", "metrics.jsonl")  # what both runs must have in common
 
 

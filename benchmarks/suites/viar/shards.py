@@ -112,7 +112,7 @@ def training(
     )
     transformer = random_transformer(config, run.device).train().requires_grad_(True)
     optimizer = build_optimizer(transformer, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    step_loss = transformer_loss(partial(to_tokens, codec), sides=config.sides, seed=0)
+    step_loss = transformer_loss(partial(to_tokens, codec), seed=0)
     batches = iter(EndlessBatches(len(data), batch, seed=0, rows=True))
 
     def compute() -> None:

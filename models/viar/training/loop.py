@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +82,15 @@ def fit(
 
     Raises:
         ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
-            was started with other settings, or its state is damaged; a tracker is not installed.
+            was started with other settings, or its state is damaged; patience without held-out data.
         FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
             are not finite; the state that was saved last stays.
     """
+    if config.patience and (held_out is None or not config.validate_every):
+        raise ValueError(
+            f"TrainConfig: patience={config.patience} counts measurements of held-out data, and none are "
+            "made; give held-out data and validate_every, or leave patience at 0"
+        )
     lines = compare_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
@@ -241,7 +245,10 @@ class _Run:
             device=self.accelerator.device,
             together=self.together,
         )
-        is_best = self.best.offer(partial(whole, self.model, is_main=self.is_main), numbers["loss"])
+        full = whole(self.model, is_main=self.is_main)
+        is_best = self.best.offer(full, numbers["loss"])
+        if held_out.inspect is not None and full is not None and self.is_main:
+            numbers |= held_out.inspect(full)
         note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"
         self.log.write_held_out(state.step, numbers, note)
         if self.is_main:

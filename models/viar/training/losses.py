@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather, reduce
+from accelerate.utils import extract_model_from_parallel, gather, reduce
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
@@ -140,12 +140,11 @@ def _share_usage(usage_KV: Tensor) -> None:
     usage_KV.copy_(reduce(usage_KV, reduction="mean"))
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
-        sides: of the scales.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -159,6 +158,7 @@ def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: 
         loss = cross_entropy(logits, targets)
         numbers: dict[str, float | Tensor] = {}
         if is_logged(step + 1):
+            sides = extract_model_from_parallel(model).config.sides
             told = token_numbers(logits.detach(), targets, sides)
             numbers |= {name: value.mean() for name, value in told.items() if name != "loss"}
         if penalty is None:

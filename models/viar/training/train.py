@@ -34,7 +34,7 @@ from ..tokenizer import Discriminator, Tokenizer
 from .adversarial import AdversarialConfig
 from .config import TrainConfig
 from .critic import Critic
-from .held_out import HeldOut, tokenizer_measure, transformer_measure
+from .held_out import HeldOut, block_inspection, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -87,8 +87,8 @@ def train_tokenizer(
     Raises:
         ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
             the discriminator, the batch does not divide into parts and among processes, `folder` has an
-            interrupted run of other settings, or `config` has sharding or checkpoint_activations, which are
-            for transformers.
+            interrupted run of other settings, or `config.checkpoint_activations` or `config.sharding` is set,
+            which are for transformers.
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
@@ -220,13 +220,14 @@ def train_transformer(
     measure = None
     if held_out is not None and len(held_out) and config.validate_every:
         others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
-        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+        inspect = block_inspection(others, held_out_to_tokens)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens), inspect)
     if config.compile:
         for part in model.trunk.compiled_parts():
             part.compile()
     return fit(
         model,
-        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        transformer_loss(to_tokens, seed=config.seed),
         samples,
         folder,
         config,
