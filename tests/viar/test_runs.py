@@ -276,6 +276,13 @@ def test_a_tokenizer_ends_with_the_weights_that_did_best(
     assert_same(Tokenizer.from_pretrained(tmp_path), tokenizer)
 
 
+@pytest.mark.parametrize(("held_out", "every"), [(None, 1), (pictures(3), 0)])
+def test_patience_without_measurements_is_refused(held_out: Any, every: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="patience=2 counts measurements of held-out"):
+        train(tmp_path / "run", held_out, validate_every=every, patience=2)
+    assert not (tmp_path / "run").exists()
+
+
 # Interruptions
 
 
@@ -496,7 +503,8 @@ def test_trackers_get_all_of_it_and_are_told_where_a_run_goes_on(
     assert [step for step, _ in told] == [1, 10, 10]
     names = ("loss_1", "loss_3", "grad_norm", "images_per_second", "memory_gb")
     assert {f"training/{name}" for name in names} <= told[1][1]
-    assert {f"validation/{name}" for name in ("loss", "loss_3", "accuracy")} <= told[2][1]
+    names = ("loss", "loss_3", "accuracy", "residual", "spectral_radius")
+    assert {f"validation/{name}" for name in names} <= told[2][1]
     made.clear()
     train(tmp_path / "none", steps=1, trackers=())
     assert made == []

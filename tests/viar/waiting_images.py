@@ -89,11 +89,7 @@ def training(device: str, kind: str, *, rows: bool = False, **changes: Any) -> N
         batch = torch.zeros(4, 14, dtype=torch.int64, device=device)
     else:
         batch = uniform(4, 3, 6, 6).to(device, non_blocking=True)
-    step(
-        model,
-        transformer_loss(partial(_tokenized, tokenizer), sides=model.config.sides, seed=0),
-        [batch, labels],
-    )
+    step(model, transformer_loss(partial(_tokenized, tokenizer), seed=0), [batch, labels])
     model.eval()
 
 

@@ -59,7 +59,7 @@ def training_step(
     config = published(model, depth, run, no_grad=(no_grad, no_grad), grad=(max(grad, 1), max(grad, 1)))
     transformer = random_transformer(config, run.device).train().requires_grad_(True)
     optimizer = build_optimizer(transformer, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
-    step_loss = transformer_loss(None, sides=config.sides, seed=0)
+    step_loss = transformer_loss(None, seed=0)
     num_tokens = sum(side * side for side in config.sides)
     inputs = torch.randn(batch, num_tokens - config.sides[0] ** 2, config.code_channels, device=run.device)
     targets = torch.randint(config.codebook_size, (batch, num_tokens), device=run.device)

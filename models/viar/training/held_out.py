@@ -18,6 +18,7 @@ from ..files import replacing_path
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .checkpoint import TrainState
+from .health import NUM_SAMPLES, cell_health
 from .loading import load_batches
 from .losses import ToTokens, token_numbers
 from .validation import reconstruction_numbers
@@ -26,6 +27,8 @@ NAME = re.compile(r"step-\d+|\.step-\d+\..+")  # the other is what an interrupti
 
 # (model in evaluation mode, batch) -> numbers by name, each one a sample (B,); "loss" is what should fall
 Measure = Callable[[nn.Module, Sequence[Tensor]], dict[str, Tensor]]
+# Further numbers of a model in evaluation mode, of which the main process alone asks
+Inspect = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,31 @@ class HeldOut:
 
     data: BatchedDataset[Any]  # at least one sample
     measure: Measure
+    inspect: Inspect | None = None
 
 
 def tokenizer_measure(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
     """How close images come back from their tokens, see `reconstruction_numbers`."""
     assert isinstance(model, Tokenizer)
     return reconstruction_numbers(model, batch[0])
+
+
+def block_inspection(data: BatchedDataset[Any], to_tokens: ToTokens | None) -> Inspect:
+    """Residual and spectral radius of an implicit block on the first samples, see `cell_health`.
+
+    Args:
+        data: held-out samples, at least one.
+        to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
+    """
+
+    def inspect(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, NextScaleTransformer)
+        samples = data.__getitems__(range(min(NUM_SAMPLES, len(data))))
+        parts = [part.to(model.pos_embed.device) for part in samples]
+        inputs, targets, labels = parts if to_tokens is None else to_tokens(*parts)
+        return cell_health(model, (inputs, targets, labels))
+
+    return inspect
 
 
 def transformer_measure(to_tokens: ToTokens | None) -> Measure:

@@ -79,10 +79,15 @@ def fit(
 
     Raises:
         ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
-            was started with other settings, or its state is damaged; a tracker is not installed.
+            was started with other settings, or its state is damaged; patience without held-out data.
         FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
             are not finite; the state that was saved last stays.
     """
+    if config.patience and (held_out is None or not config.validate_every):
+        raise ValueError(
+            f"TrainConfig: patience={config.patience} counts measurements of held-out data, and none are "
+            "made; give held-out data and validate_every, or leave patience at 0"
+        )
     for line in compare_settings(folder, settings):
         (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +239,8 @@ class _Run:
             together=self.together,
         )
         is_best = self.best.offer(self.model.save_pretrained, numbers["loss"])  # type: ignore[arg-type]
+        if held_out.inspect is not None and self.is_main:
+            numbers |= held_out.inspect(self.model)
         note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"
         self.log.write_held_out(state.step, numbers, note)
         if self.is_main:

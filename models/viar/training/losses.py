@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
@@ -113,12 +113,11 @@ def _of_main_process(vectors: Tensor) -> Tensor:
     return shared
 
 
-def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: int) -> StepLoss:
+def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:
     """Cross-entropy of a batch, plus the trunk's penalty where its config asks for one.
 
     Args:
         to_tokens: makes a `TokenBatch` of a batch; None where batches are that already.
-        sides: of the scales.
         seed: of the draw of iterations, the same in all parts of a batch and in all processes.
     """
     depth = torch.Generator()
@@ -132,6 +131,7 @@ def transformer_loss(to_tokens: ToTokens | None, *, sides: Sequence[int], seed: 
         loss = cross_entropy(logits, targets)
         numbers: dict[str, float | Tensor] = {}
         if is_logged(step + 1):
+            sides = extract_model_from_parallel(model).config.sides
             told = token_numbers(logits.detach(), targets, sides)
             numbers |= {name: value.mean() for name, value in told.items() if name != "loss"}
         if penalty is None:

@@ -32,7 +32,7 @@ from ..tokenizer import Discriminator, Tokenizer
 from .adversarial import AdversarialConfig
 from .config import TrainConfig
 from .critic import Critic
-from .held_out import HeldOut, tokenizer_measure, transformer_measure
+from .held_out import HeldOut, block_inspection, tokenizer_measure, transformer_measure
 from .loop import check_device, fit
 from .losses import ToTokens, check_classes, tokenizer_loss, transformer_loss
 from .samples import generated, reconstructed
@@ -204,13 +204,14 @@ def train_transformer(
     measure = None
     if held_out is not None and len(held_out) and config.validate_every:
         others, held_out_to_tokens = _tokens_of(held_out, model, tokenizer)
-        measure = HeldOut(others, transformer_measure(held_out_to_tokens))
+        inspect = block_inspection(others, held_out_to_tokens)
+        measure = HeldOut(others, transformer_measure(held_out_to_tokens), inspect)
     if config.compile:
         for part in model.trunk.compiled_parts():
             part.compile()
     return fit(
         model,
-        transformer_loss(to_tokens, sides=model.config.sides, seed=config.seed),
+        transformer_loss(to_tokens, seed=config.seed),
         samples,
         folder,
         config,
