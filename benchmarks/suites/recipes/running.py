@@ -163,7 +163,7 @@ def single_steps(
     """
     train = recipe.train
     optimizer = build_optimizer(model, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay[0])
-    step_loss = transformer_loss(None, sides=model.config.sides, seed=train.seed)
+    step_loss = transformer_loss(None, seed=train.seed)
     batches = iter(EndlessBatches(len(tokens), train.batch_size, seed=train.seed))
     model.train()
     for step in range(steps):
