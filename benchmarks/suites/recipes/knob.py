@@ -25,7 +25,7 @@ from .mnist import knob_loss
 from .running import material_of, trained
 
 COUNTS = [1, 2, 3, 4, 6, 10]
-STEPS = 1000
+STEPS = 400
 AUGMENT = 6
 JUDGED_AT = 5  # iterations at which the caches are compared
 TRAININGS: dict[str, dict[str, Any]] = {
