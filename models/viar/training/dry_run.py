@@ -104,7 +104,7 @@ def two_steps(builds: Sequence[Build], train: Train, make: Make, config: TrainCo
     told = DryRun(
         config=config,
         parameters=_parts(model),
-        fixed_bytes=_fixed_bytes(model, config),
+        fixed_bytes=_fixed_bytes(model, config, state.num_processes),
         device=state.device.type,
         num_processes=state.num_processes,
     )
@@ -245,8 +245,10 @@ def _parts(model: nn.Module) -> dict[str, int]:
     return {**parts, "others": total - sum(parts.values())}
 
 
-def _fixed_bytes(model: nn.Module, config: TrainConfig) -> dict[str, int]:
+def _fixed_bytes(model: nn.Module, config: TrainConfig, num_processes: int) -> dict[str, int]:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if config.sharding == "full":
+        weights //= num_processes
     always = {"weights": weights, "gradients": weights, "two moments": 2 * weights}
     return {**always, "averaged weights": weights} if config.ema else always
 
