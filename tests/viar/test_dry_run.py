@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from test_cli import call
 from tiny_models import tiny_config, tiny_tokenizer
@@ -178,3 +179,12 @@ def test_what_is_given_beside_a_dry_run_is_checked(recipe: tuple[str, str], tmp_
         code, _, errors = call(*recipe, "--out", tmp_path / "new")
         assert code == 2
         assert "--tokenizer: give a trained tokenizer; or --dry-run, which needs none" in errors
+
+
+def test_processes_that_spread_the_weights_hold_a_share_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = SimpleNamespace(device=torch.device("cpu"), num_processes=4)
+    monkeypatch.setattr(dry_run, "PartialState", lambda: many)
+    monkeypatch.setattr(dry_run.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    for sharding, share in (("none", 16_000_000), ("full", 4_000_000)):
+        told = two_steps([linear], pytest.fail, random_images(2), replace(CONFIG, sharding=sharding))
+        assert sum(told.fixed_bytes.values()) == share
