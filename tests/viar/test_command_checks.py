@@ -246,7 +246,7 @@ def test_a_run_on_tokens_does_not_go_on_with_others(
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_damaged_state_ends_with_a_message(size: int, world: Path, stopped: Path, tmp_path: Path) -> None:
     names = [path.name for path in (stopped / "state").iterdir() if path.stat().st_size > size]
-    assert len(names) >= 3
+    assert "state.pt" in names
     for name in names:
         out = tmp_path / name
         shutil.copytree(stopped, out)
