@@ -38,7 +38,7 @@ class TokenizerRecipe:
     # Distance in the eyes of a network: "lpips", the file of a classifier or its folder; None for none
     perceptual: str | None = None
     perceptual_weight: float = 1.0  # of that distance in the loss
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)  # by default no such loss
     augment: int = 0  # changed versions added of each training image of a source that is held in memory
     # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
     augmentations: tuple[str, ...] | None = None

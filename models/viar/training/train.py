@@ -92,16 +92,7 @@ def train_tokenizer(
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
-    if config.sharding != "none":
-        raise ValueError(
-            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
-            f"{config.sharding!r}"
-        )
-    if config.checkpoint_activations:
-        raise ValueError(
-            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
-            "none; leave it at False, and raise accumulate where memory is short"
-        )
+    _check_no_blocks_are_meant(config)
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
     others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
@@ -142,6 +133,20 @@ def train_tokenizer(
         console=console,
     )
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
+
+
+def _check_no_blocks_are_meant(config: TrainConfig) -> None:
+    """Raise `ValueError` where a tokenizer is asked for what is done with blocks of a transformer."""
+    if config.sharding != "none":
+        raise ValueError(
+            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
+            f"{config.sharding!r}"
+        )
+    if config.checkpoint_activations:
+        raise ValueError(
+            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
+            "none; leave it at False, and raise accumulate where memory is short"
+        )
 
 
 def _critic(
