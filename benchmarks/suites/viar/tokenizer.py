@@ -1,8 +1,8 @@
 """A tokenizer that takes patches of 2 x 2 pixels at a time beside one that takes every pixel, on MNIST.
 
 Both bring 32 x 32 pixels to the same 8 x 8 vectors: one by a patch and two levels, as the recipe `mnist` has
-it, the other by three levels, of which the first runs at full resolution. With patches training takes 2.5 times
-the steps, which is as long where a step takes 0.4 times as long; then steps of both are timed in turn.
+it, the other by three levels, of which the first runs at full resolution. With patches training takes 2.5
+times the steps, which is as long where a step takes 0.4 times as long; then steps of both are timed in turn.
 """
 
 from __future__ import annotations
