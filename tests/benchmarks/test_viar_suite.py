@@ -503,6 +503,7 @@ def test_tokenizers_with_patches_and_without_see_the_same_pixels(monkeypatch: py
     monkeypatch.setattr(tokenizer, "load_data", lambda *_: ImageData(pictures, pictures, 10))
     rows = rows_of(tokenizer.CASE, *tokenizer.CASE.quick)
     assert [row["contender"] for row in rows] == list(tokenizer.CONTENDERS)
+    assert [row["trained_steps"] for row in rows] == [2, 5]
     configs = [dataclasses.replace(tokenizer.PRESET.model, **c) for c in tokenizer.CONTENDERS.values()]
     assert {config.image_side for config in configs} == {32}
     assert configs[1] == tokenizer.PRESET.model
@@ -516,7 +517,7 @@ def test_a_patch_is_judged_by_its_steps_and_by_what_it_loses() -> None:
             {"contender": "patch 1", "steps": 2, "seconds": [1.0], "psnr": 30.0},
             {"contender": "patch 2", "steps": 2, "seconds": [1.0], "psnr": 10.0},
         ]
-        return verdicts(tokenizer.bars(rows))
+        return verdicts(tokenizer.bars([{**row, "trained_steps": 1} for row in rows]))
 
     assert judged(0.4, 20.0) == ["pass", "pass"]
     assert judged(0.41, 19.9) == ["FAIL", "FAIL"]

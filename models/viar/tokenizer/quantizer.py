@@ -244,7 +244,7 @@ class MultiScaleQuantizer(nn.Module):
 
         A vector of scale k weighs (p_K / p_k) ** 2, the positions of the feature map that it stands for. Each
         scale then counts as much as any other. Unweighted, the last scale, with half of the vectors, would
-        take almost all codes, and those of the first scales would do more harm than good.
+        take almost all codes, and the first begin with one or two.
 
         Args:
             vectors_NZ: at least V vectors, `QuantizerOutput.vectors` of a first batch.
