@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,39 +11,39 @@ import torch
 
 from benchmarks.case import Row, Run
 from benchmarks.suites.recipes import knob, mnist, running
-from viar.training import TRANSFORMERS, TransformerPreset
+from viar.training import TRANSFORMERS, TransformerRecipe
 
 RUN = Run(torch.device("cpu"), 1, False)
 QUICK = replace(RUN, quick=True)
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random tokens of few digits instead of a tokenizer that is trained first."""
-    tokens = running.tokens_of
-    for module in (running, mnist, knob):
-        monkeypatch.setattr(module, "tokens_of", lambda data, augment, quick: tokens(data, augment, True))
-
-
-def a_recipe(kind: str = "viar", **train: Any) -> TransformerPreset:
-    recipe = TRANSFORMERS[f"digits-{kind}"]
+def a_recipe(**train: Any) -> TransformerRecipe:
+    recipe = TRANSFORMERS["digits-viar"]
     model = replace(recipe.model, depth=3, width=16, num_heads=2, label_dropout=0.0)
-    settings = {"steps": 12, "seconds": None, "batch_size": 8, **train}
-    return replace(recipe, model=model, train=replace(recipe.train, **settings))
+    return replace(recipe, model=model, train=replace(recipe.train, batch_size=8, **train))
 
 
-def test_a_training_ends_with_its_best_weights_and_is_a_function_of_its_seed() -> None:
-    outcome, again = (running.trained(a_recipe(lr=0.3), 0, RUN, points=6) for _ in range(2))
-    tokens = running.tokens_of("digits", 0, True)
-    losses = [loss for _, loss in outcome.curve]
-    assert [step for step, _ in outcome.curve] == [2, 4, 6, 8, 10, 12]
-    assert outcome.best[1] == min(losses) < losses[-1]
-    assert running.held_out_loss(outcome.model, tokens.held_out) == pytest.approx(min(losses), rel=1e-5)
-    assert again.curve == outcome.curve
+def few_digits() -> running.Material:
+    return running.material_of("digits", 0, quick=True)
+
+
+def test_a_training_ends_with_its_best_weights_and_the_curve_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "FOLDER", tmp_path)
+    monkeypatch.setattr(running, "POINTS", 4)
+    recipe, material = a_recipe(lr=0.5), few_digits()  # so fast that the loss does not only fall
+    outcome = running.trained(recipe, material, "viar", seed=3, steps=8, run=RUN)
+    losses = dict(outcome.curve)
+    assert list(losses) == [2, 4, 6, 8]
+    assert losses[outcome.best_step] == min(losses.values()) < max(losses.values())
+    assert material.loss(outcome.model) == pytest.approx(min(losses.values()), rel=1e-5)
+    record = json.loads((tmp_path / "digits" / "viar-8-steps-seed-3" / "run.json").read_text())
+    assert record["train"]["seed"] == 3
 
 
 def test_iterations_off_the_tape_cost_a_step_no_memory_and_those_on_it_do() -> None:
-    tokens, recipe = running.tokens_of("digits", 0, True), a_recipe()
+    tokens, recipe = mnist.timing_tokens(few_digits()), a_recipe()
     few, many = (mnist.deepest_step_bytes(recipe, tokens, no_grad=count) for count in (1, 100))
     assert many == few
     deeper = replace(recipe.model, trunk=replace(recipe.model.trunk, grad=(1, 8)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -27,11 +28,14 @@ from benchmarks.suites.viar import (
     knob,
     models,
     paper,
+    shards,
     speed,
+    tokenizer,
     training,
     trunks,
 )
 from benchmarks.suites.viar.models import Shape, implicit, random_tokenizer, random_transformer
+from viar.data import ImageData, TensorImages
 from viar.model.execution import computes_in
 
 CPU = torch.device("cpu")
@@ -393,6 +397,25 @@ def test_memory_of_a_training_step_grows_with_iterations_on_the_tape_alone() -> 
     assert verdicts(training.bars(rows[:1])) == ["not measured"]
 
 
+def test_the_bar_of_shards_is_the_point_that_gains_least() -> None:
+    rows = [
+        {
+            "contender": name,
+            "images_of": where,
+            "ladder": "21 tokens",
+            "model": "VIAR",
+            "batch": 64,
+            "seconds": [time],
+        }
+        for where, times in (("in memory", (1.0, 0.7)), ("a folder", (3.0, 1.5)))
+        for name, time in zip(("images", "shards"), times, strict=True)
+    ]
+    (bar,) = shards.bars(rows)
+    assert (bar.value, bar.verdict, bar.note) == (0.7, "FAIL", "in memory, 21 tokens, VIAR")
+    rows[1]["seconds"] = [0.6]
+    assert verdicts(shards.bars(rows)) == ["pass"]
+
+
 def test_attention_compares_the_same_numbers_and_leaves_bfloat16_to_a_gpu() -> None:
     point = attention.CASE.quick[0]
     for what in ("attention", "VAR", "VIAR"):
@@ -473,6 +496,31 @@ def test_the_bars_of_digits_judge_three_iterations_and_more() -> None:
 def test_images_are_compared_as_a_png_holds_them() -> None:
     pixels = torch.tensor([0.0, 0.001, 0.003, 1.0])
     assert digits.eight_bit(pixels).tolist() == [0, 0, 1, 255]
+
+
+def test_tokenizers_with_patches_and_without_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = TensorImages(torch.rand(12, 3, 32, 32) * 2 - 1, torch.arange(12) % 10)
+    monkeypatch.setattr(tokenizer, "load_data", lambda *_: ImageData(pictures, pictures, 10))
+    rows = rows_of(tokenizer.CASE, *tokenizer.CASE.quick)
+    assert [row["contender"] for row in rows] == list(tokenizer.CONTENDERS)
+    configs = [dataclasses.replace(tokenizer.PRESET.model, **c) for c in tokenizer.CONTENDERS.values()]
+    assert {config.image_side for config in configs} == {32}
+    assert configs[1] == tokenizer.PRESET.model
+
+
+def test_a_patch_is_judged_by_its_steps_and_by_what_it_loses() -> None:
+    def judged(seconds: float, psnr: float) -> list[str]:
+        rows = [
+            {"contender": "patch 1", "steps": 9, "seconds": [2.0, 1.0], "psnr": 20.0},
+            {"contender": "patch 2", "steps": 9, "seconds": [2 * seconds, seconds], "psnr": psnr},
+            {"contender": "patch 1", "steps": 2, "seconds": [1.0], "psnr": 30.0},
+            {"contender": "patch 2", "steps": 2, "seconds": [1.0], "psnr": 10.0},
+        ]
+        return verdicts(tokenizer.bars(rows))
+
+    assert judged(0.4, 20.0) == ["pass", "pass"]
+    assert judged(0.41, 19.9) == ["FAIL", "FAIL"]
+    assert verdicts(tokenizer.bars([])) == ["not measured"] * 2
 
 
 def test_inpainting_hides_the_centre_of_held_out_digits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,23 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 
 from viar import ImplicitTrunkConfig, NextScaleTransformer
+from viar.data import TensorImages, TokenizedImages
 from viar.model.config import TransformerConfig
-from viar.training import TRANSFORMERS, TransformerPreset
+from viar.training import TRANSFORMERS, TransformerRecipe
 
 from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product, worst_of
 from ...measure import interleaved, peak_bytes, ratio, with_spread
 from ...rows import by_contender, grouped, having
 from ...show import COLORS, listing
 from ..viar.models import num_bytes
-from .running import Tokens, held_out_loss, knob_losses, steps_of, tokens_of, trained
+from .running import QUICK_IMAGES, Material, material_of, single_steps, trained
 
 COUNTS = [1, 2, 3, 4, 6, 10]
 FEW, MANY = 1, 4  # iterations between which the knob is judged
 LIMITS = {"steps": 1.01, "time": 1.0, "parameters": 0.45, "memory": 0.6, "knob": 0.96, "off the tape": 1.0}
 NOISE = 1.002  # a rise of the loss over iterations that is none
 TIMED = 8  # steps of a turn, with as many draws of random depth
+TIMED_IMAGES = QUICK_IMAGES  # that they are taken with
 
 
 def build(run: Run, model: str, seed: int) -> Iterator[Row]:
@@ -41,41 +43,57 @@ def build(run: Run, model: str, seed: int) -> Iterator[Row]:
         seed: of weights, batches and random depth.
     """
     name = model.partition(",")[0]
-    recipe = TRANSFORMERS[f"mnist-{name.lower()}"]
-    tokens = tokens_of(recipe.data, recipe.augment, run.quick)
+    recipe = recipe_of(name)
+    material = material_of(recipe.data, recipe.augment, run.quick)
+    tokens = timing_tokens(material)
     times = step_seconds(run, tokens)
     steps = recipe.train.steps
     assert steps is not None
     if model != name:
         steps = round(steps * ratio(times["VIAR"], times["VAR"]))
-    outcome = trained(recipe, seed, run, steps=steps)
-    counts = COUNTS if name == "VIAR" else []
+    outcome = trained(recipe, material, name.lower(), seed=seed, steps=steps, run=run)
+    is_viar = name == "VIAR"
     yield {
         "contender": model,
         "steps": steps,
         "seconds": times[name],
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
-        "loss": held_out_loss(outcome.model, tokens.held_out),
-        "best_step": outcome.best[0],
+        "loss": material.loss(outcome.model),
+        "best_step": outcome.best_step,
         "curve": outcome.curve,
-        "knob": knob_losses(outcome.model, tokens.held_out, counts),
+        "knob": material.knob(outcome.model, COUNTS) if is_viar else {},
         "step_bytes": deepest_step_bytes(recipe, tokens),
-        "far_step_bytes": deepest_step_bytes(recipe, tokens, no_grad=100) if counts else None,
+        "far_step_bytes": deepest_step_bytes(recipe, tokens, no_grad=100) if is_viar else None,
     }
 
 
-def step_seconds(run: Run, tokens: Tokens) -> dict[str, list[float]]:
+def recipe_of(model: str) -> TransformerRecipe:
+    """Of VIAR or VAR."""
+    return TRANSFORMERS[f"mnist-{model.lower()}"]
+
+
+def timing_tokens(material: Material) -> TokenizedImages:
+    """Enough of them for steps that are measured."""
+    few = range(TIMED_IMAGES)
+    return TokenizedImages(material.tokenizer, TensorImages(*material.train.__getitems__(few)))
+
+
+def step_seconds(run: Run, tokens: TokenizedImages) -> dict[str, list[float]]:
     """Seconds of a step of VIAR and of VAR, over draws of random depth."""
     takers = {}
     for name in ("VIAR", "VAR"):
-        recipe = TRANSFORMERS[f"mnist-{name.lower()}"]
-        model = NextScaleTransformer(recipe.model).train()
-        steps = steps_of(model, recipe, tokens.train, (run.rounds + 1) * TIMED)
-        takers[name] = lambda steps=steps: [next(steps) for _ in range(TIMED)]
+        recipe = recipe_of(name)
+        steps = single_steps(NextScaleTransformer(recipe.model), recipe, tokens, (run.rounds + 1) * TIMED)
+        takers[name] = partial(_take, steps)
     return {name: [time / TIMED for time in found] for name, found in interleaved(takers, run.rounds).items()}
 
 
-def deepest_step_bytes(recipe: TransformerPreset, tokens: Tokens, no_grad: int | None = None) -> int:
+def _take(steps: Iterator[int]) -> None:
+    for _ in range(TIMED):
+        next(steps)
+
+
+def deepest_step_bytes(recipe: TransformerRecipe, tokens: TokenizedImages, no_grad: int | None = None) -> int:
     """Weights, moments, gradients and the peak of the deepest step that training may draw.
 
     Args:
@@ -83,11 +101,11 @@ def deepest_step_bytes(recipe: TransformerPreset, tokens: Tokens, no_grad: int |
         tokens: to take the step with.
         no_grad: iterations off the tape; default the most that the recipe draws.
     """
-    model = NextScaleTransformer(_deepest(recipe.model, no_grad)).train()
-    steps = steps_of(model, recipe, tokens.train, 2)
+    model = NextScaleTransformer(_deepest(recipe.model, no_grad))
+    steps = single_steps(model, recipe, tokens, 2)
     next(steps)  # makes the moments
-    trained_bytes = sum(p.nbytes for p in model.parameters())
-    return num_bytes(model) + 2 * trained_bytes + peak_bytes(lambda: next(steps))
+    moments = 2 * sum(p.nbytes for p in model.parameters())
+    return num_bytes(model) + moments + peak_bytes(lambda: next(steps))
 
 
 def _deepest(config: TransformerConfig, no_grad: int | None) -> TransformerConfig:

@@ -26,10 +26,10 @@ from viar.training.optim import build_optimizer
 
 from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, product
 from ...measure import interleaved, milliseconds, ratio
-from ...rows import by_contender, grouped
+from ...rows import by_contender, having
 from ...show import listing
 
-PRESET = TOKENIZERS["mnist"]
+RECIPE = TOKENIZERS["mnist"]
 CONTENDERS: dict[str, dict[str, Any]] = {
     "patch 1": {"patch": 1, "multipliers": (1, 2, 2)},
     "patch 2": {"patch": 2, "multipliers": (1, 2)},
@@ -45,7 +45,7 @@ def build(run: Run, steps: int, batch: int) -> Iterator[Row]:
         steps: of training, each.
         batch: images a step.
     """
-    data = load_data(PRESET.data, PRESET.model.image_side)
+    data = load_data(RECIPE.data, RECIPE.model.image_side)
     if run.quick:
         data = replace(data, validation=TensorImages(*data.validation.__getitems__(range(8))))
     trained = {name: _trained(changes, data, steps, batch) for name, changes in CONTENDERS.items()}
@@ -64,11 +64,11 @@ def build(run: Run, steps: int, batch: int) -> Iterator[Row]:
 
 def _trained(changes: dict[str, Any], data: ImageData, steps: int, batch: int) -> Tokenizer:
     torch.manual_seed(0)
-    tokenizer = Tokenizer(replace(PRESET.model, **changes))
-    config = replace(PRESET.train, steps=steps, seconds=None, batch_size=batch)
+    tokenizer = Tokenizer(replace(RECIPE.model, **changes))
+    config = replace(RECIPE.train, steps=steps, seconds=None, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(file=io.StringIO())
-        train_tokenizer(tokenizer, data.train, Path(folder), config, loss=PRESET.loss, console=quiet)
+        train_tokenizer(tokenizer, data.train, Path(folder), config, loss=RECIPE.loss, console=quiet)
     return tokenizer
 
 
@@ -78,12 +78,12 @@ def _step(tokenizer: Tokenizer, data: ImageData, batch: int) -> Callable[[], Non
     device = tokenizer.quantizer.codebook.weight.device
     images = data.train.__getitems__(range(batch))[0].to(device)
     optimizer = build_optimizer(tokenizer, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01)
-    step_loss = tokenizer_loss(tokenizer, kind=PRESET.loss, revive_every=2, init_codebook=False, seed=0)
+    step_loss = tokenizer_loss(tokenizer, kind=RECIPE.loss, revive_every=2, init_codebook=False, seed=0)
 
     def step() -> None:
         loss, _ = step_loss(tokenizer, [images], 0)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), PRESET.train.clip)
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), RECIPE.train.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -92,14 +92,15 @@ def _step(tokenizer: Tokenizer, data: ImageData, batch: int) -> Callable[[], Non
 
 def bars(rows: list[Row]) -> list[Bar]:
     """What a patch saves, and what it costs, at the most steps."""
-    found = by_contender(max(grouped(rows, "steps"), key=lambda point: int(point[0]["steps"]), default=[]))
-    if not found:
-        return [Bar("time of a step, patch 2 / patch 1", math.nan, LIMIT)]
+    names = ("time of a step, patch 2 / patch 1", "PSNR lost by patches after as many steps, dB")
+    if not rows:
+        return [Bar(name, math.nan, limit) for name, limit in zip(names, (LIMIT, 0.0), strict=True)]
+    found = by_contender(having(rows, steps=max(row["steps"] for row in rows)))
     full, patched = (found[name] for name in CONTENDERS)
     note = f"PSNR {patched['psnr']:.2f} against {full['psnr']:.2f} dB after {full['steps']} steps each"
     return [
-        Bar("time of a step, patch 2 / patch 1", ratio(patched["seconds"], full["seconds"]), LIMIT, note),
-        Bar("PSNR lost by patches after as many steps, dB", full["psnr"] - patched["psnr"], 0.0, note),
+        Bar(names[0], ratio(patched["seconds"], full["seconds"]), LIMIT, note),
+        Bar(names[1], full["psnr"] - patched["psnr"], 0.0, note),
     ]
 
 
