@@ -245,10 +245,11 @@ class _Run:
             device=self.accelerator.device,
             together=self.together,
         )
-        full = whole(self.model, is_main=self.is_main)
-        is_best = self.best.offer(full, numbers["loss"])
-        if held_out.inspect is not None and full is not None and self.is_main:
-            numbers |= held_out.inspect(full)
+        is_best = self.best.offer(partial(whole, self.model, is_main=self.is_main), numbers["loss"])
+        if held_out.inspect is not None:
+            full = whole(self.model, is_main=self.is_main)
+            if full is not None and self.is_main:
+                numbers |= held_out.inspect(full)
         note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"
         self.log.write_held_out(state.step, numbers, note)
         if self.is_main:

@@ -87,12 +87,12 @@ def train_tokenizer(
     Raises:
         ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
             the discriminator, the batch does not divide into parts and among processes, `folder` has an
-            interrupted run of other settings, or `config.checkpoint_activations` or `config.sharding` is set,
-            which are for transformers.
-        FloatingPointError: the loss is not finite; nothing is saved then.
+            interrupted run of other settings, or `config` has sharding or checkpoint_activations, which are
+            for transformers.
+        FloatingPointError: too many steps in a row are not finite, see `fit`.
     """
     check_device(config)
-    _check_no_blocks_are_meant(config)
+    _check_for_tokenizer(config)
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
     others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
@@ -135,8 +135,8 @@ def train_tokenizer(
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
 
 
-def _check_no_blocks_are_meant(config: TrainConfig) -> None:
-    """Raise `ValueError` where a tokenizer is asked for what is done with blocks of a transformer."""
+def _check_for_tokenizer(config: TrainConfig) -> None:
+    """Raise `ValueError` where settings are for transformers alone."""
     if config.sharding != "none":
         raise ValueError(
             f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
@@ -203,7 +203,7 @@ def train_transformer(
         ValueError: model and tokenizer differ in size, a label is not one of the model's classes, tokens are
             of another tokenizer or of another number of classes, the batch does not divide into parts and
             among processes, or `folder` has an interrupted run of other settings.
-        FloatingPointError: the loss is not finite; nothing is saved then.
+        FloatingPointError: too many steps in a row are not finite, see `fit`.
     """
     check_device(config)
     check_pair(model, tokenizer)
