@@ -90,16 +90,7 @@ def train_tokenizer(
         FloatingPointError: the loss is not finite; nothing is saved then.
     """
     check_device(config)
-    if config.sharding != "none":
-        raise ValueError(
-            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
-            f"{config.sharding!r}"
-        )
-    if config.checkpoint_activations:
-        raise ValueError(
-            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
-            "none; leave it at False, and raise accumulate where memory is short"
-        )
+    _check_whole(config)
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
     others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
@@ -156,6 +147,20 @@ def _critic(
             base_channels=adversarial.base_channels,
         )
     return Critic(discriminator, adversarial, lr=config.lr)
+
+
+def _check_whole(config: TrainConfig) -> None:
+    """Raise `ValueError` where a tokenizer is asked for what only transformers have."""
+    if config.sharding != "none":
+        raise ValueError(
+            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
+            f"{config.sharding!r}"
+        )
+    if config.checkpoint_activations:
+        raise ValueError(
+            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
+            "none; leave it at False, and raise accumulate where memory is short"
+        )
 
 
 def train_transformer(
