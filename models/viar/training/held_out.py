@@ -153,11 +153,11 @@ class BestWeights:
         """Of the best weights; there once `state.best_step` is not 0."""
         return self._of(self.state.best_step)
 
-    def offer(self, model: Any, loss: float) -> bool:
+    def offer(self, weights: Callable[[], Any], loss: float) -> bool:
         """Keep the present weights if theirs is the least loss so far; whether it is.
 
         Args:
-            model: that has them, in the main process; others give anything.
+            weights: gives the model that has them, in the main process; all processes call it together.
             loss: of held-out data.
         """
         state = self.state
@@ -166,6 +166,7 @@ class BestWeights:
             state.stale += 1
             return False
         state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        model = weights()
         if self.is_main:
             with replacing_path(self.path) as fresh:
                 model.save_pretrained(fresh)
