@@ -16,6 +16,7 @@ from viar import ImplicitTrunkConfig, TransformerConfig
 from viar.model.implicit import ImplicitTrunk
 from viar.model.scales import block_causal
 from viar.model.trunk import TrunkOutput
+from viar.training import TrainConfig
 from viar.training.settings import compare_settings
 
 ALONE = ImplicitTrunkConfig(num_pre=0, num_post=0, no_grad=(0, 2), grad=(1, 2))
@@ -136,7 +137,8 @@ def test_models_saved_before_there_was_a_weight_have_none() -> None:
 
 
 def test_a_run_of_a_release_that_had_no_weight_goes_on(tmp_path: Path) -> None:
-    now = {"kind": "transformer", "model": tiny_config().to_dict(), "train": {}}
+    train = dataclasses.asdict(TrainConfig(steps=1))
+    now = {"kind": "transformer", "model": tiny_config().to_dict(), "train": train}
     before = json.loads(json.dumps(now))
     del before["model"]["trunk"]["jacobian_weight"]
     (tmp_path / "state").mkdir()
