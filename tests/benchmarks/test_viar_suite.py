@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -28,10 +29,12 @@ from benchmarks.suites.viar import (
     models,
     paper,
     speed,
+    tokenizer,
     training,
     trunks,
 )
 from benchmarks.suites.viar.models import Shape, implicit, random_tokenizer, random_transformer
+from viar.data import ImageData, TensorImages
 from viar.model.execution import computes_in
 
 CPU = torch.device("cpu")
@@ -473,6 +476,32 @@ def test_the_bars_of_digits_judge_three_iterations_and_more() -> None:
 def test_images_are_compared_as_a_png_holds_them() -> None:
     pixels = torch.tensor([0.0, 0.001, 0.003, 1.0])
     assert digits.eight_bit(pixels).tolist() == [0, 0, 1, 255]
+
+
+def test_tokenizers_with_patches_and_without_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = TensorImages(torch.rand(12, 3, 32, 32) * 2 - 1, torch.arange(12) % 10)
+    monkeypatch.setattr(tokenizer, "load_data", lambda *_: ImageData(pictures, pictures, 10))
+    rows = rows_of(tokenizer.CASE, *tokenizer.CASE.quick)
+    assert [row["contender"] for row in rows] == list(tokenizer.CONTENDERS)
+    assert [row["trained_steps"] for row in rows] == [2, 5]
+    configs = [dataclasses.replace(tokenizer.PRESET.model, **c) for c in tokenizer.CONTENDERS.values()]
+    assert {config.image_side for config in configs} == {32}
+    assert configs[1] == tokenizer.PRESET.model
+
+
+def test_a_patch_is_judged_by_its_steps_and_by_what_it_loses() -> None:
+    def judged(seconds: float, psnr: float) -> list[str]:
+        rows = [
+            {"contender": "patch 1", "steps": 9, "seconds": [2.0, 1.0], "psnr": 20.0},
+            {"contender": "patch 2", "steps": 9, "seconds": [2 * seconds, seconds], "psnr": psnr},
+            {"contender": "patch 1", "steps": 2, "seconds": [1.0], "psnr": 30.0},
+            {"contender": "patch 2", "steps": 2, "seconds": [1.0], "psnr": 10.0},
+        ]
+        return verdicts(tokenizer.bars([{**row, "trained_steps": 1} for row in rows]))
+
+    assert judged(0.4, 20.0) == ["pass", "pass"]
+    assert judged(0.41, 19.9) == ["FAIL", "FAIL"]
+    assert verdicts(tokenizer.bars([])) == ["not measured"] * 2
 
 
 def test_inpainting_hides_the_centre_of_held_out_digits(monkeypatch: pytest.MonkeyPatch) -> None:

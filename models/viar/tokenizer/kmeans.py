@@ -73,7 +73,7 @@ def nearest(vectors_NZ: Tensor, codes_VZ: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance from each vector to the nearest code, and that code's index, both (N,)."""
     codes_V = codes_VZ.square().sum(1)
     squares, indices = [], []
-    for part_NZ in vectors_NZ.split(max(1, AT_ONCE // len(codes_VZ))):
+    for part_NZ in torch.split(vectors_NZ, max(1, AT_ONCE // len(codes_VZ))):
         # |v - c|^2 less |v|^2, which is the same for every code.
         least_N, index_N = torch.addmm(codes_V, part_NZ, codes_VZ.T, alpha=-2).min(1)
         squares.append((least_N + part_NZ.square().sum(1)).clamp(min=0))

@@ -94,12 +94,8 @@ class MultiScaleQuantizer(nn.Module):
         self.codebook = nn.Embedding(config.codebook_size, config.code_channels)
         nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
         self.phi = nn.ModuleList(
-            nn.Conv2d(config.code_channels, config.code_channels, kernel_size=3, padding=1)
-            for _ in range(config.num_phi or len(config.sides))
+            _identity_conv(config.code_channels) for _ in range(config.num_phi or len(config.sides))
         )
-        for conv in self.phi:
-            nn.init.dirac_(conv.weight)
-            nn.init.zeros_(conv.bias)
         self.register_buffer("usage", torch.zeros(len(config.sides), config.codebook_size))
 
     def phi_for(self, scale: int) -> nn.Module:
@@ -248,7 +244,7 @@ class MultiScaleQuantizer(nn.Module):
 
         A vector of scale k weighs (p_K / p_k) ** 2, the positions of the feature map that it stands for. Each
         scale then counts as much as any other. Unweighted, the last scale, with half of the vectors, would
-        take almost all codes, and those of the first scales would do more harm than good.
+        take almost all codes, and the first begin with one or two.
 
         Args:
             vectors_NZ: at least V vectors, `QuantizerOutput.vectors` of a first batch.
@@ -412,6 +408,15 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(parts)
 
 
+def _identity_conv(channels: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that gives back what it is given."""
+    conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+    nn.init.dirac_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
 def in_use_share(usage: Tensor) -> Tensor:
     """Share of codes with more than `IN_USE_SHARE` of a uniform share of the hits, (..., V) to (...)."""
     return (usage > IN_USE_SHARE * usage.mean(-1, keepdim=True)).float().mean(-1)
@@ -423,4 +428,5 @@ def perplexity(usage: Tensor) -> Tensor:
     1 where one code has all the hits, V where all have as many; 1 without hits.
     """
     share = usage / usage.sum(-1, keepdim=True).clamp(min=torch.finfo(usage.dtype).tiny)
-    return torch.special.entr(share).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy.exp()

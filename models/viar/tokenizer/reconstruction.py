@@ -62,7 +62,7 @@ def ssim(
     c1, c2 = K_LUMINANCE**2, K_CONTRAST**2
     index = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     index = index / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
-    return index.unflatten(0, images_BCHW.shape[:2]).mean((1, 2, 3, 4)).float()
+    return index.view(*images_BCHW.shape[:2], -1).mean((1, 2)).float()
 
 
 def _window(side: int, device: torch.device) -> Tensor:
