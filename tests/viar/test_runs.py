@@ -247,7 +247,7 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
 
     def offer(step: int, loss: float) -> list[str]:
         state.step = step
-        best.offer(SimpleNamespace(save_pretrained=Path.mkdir), loss)
+        best.offer(lambda: SimpleNamespace(save_pretrained=Path.mkdir), loss)
         return sorted(path.name for path in best.folder.iterdir())
 
     assert offer(4, 3.0) == ["step-000004"]
