@@ -21,6 +21,7 @@ from viar.model.scales import scale_slices
 from viar.tokenizer import MultiScaleQuantizer, Tokenizer
 from viar.tokenizer.quantizer import perplexity, phi_index
 from viar.training import reconstruction_loss
+from viar.training.losses import tokenizer_loss
 
 SMALL = TokenizerConfig(
     sides=(1, 2, 3),
@@ -386,6 +387,19 @@ def test_codes_are_revived_where_vectors_are_far_from_all_others() -> None:
     assert quantizer.codebook.weight[1].equal(vectors[9])
 
 
+@pytest.mark.parametrize("bad", [1, 14])
+def test_vectors_that_are_not_finite_become_no_codes(bad: int) -> None:
+    quantizer = small(codebook_size=4).quantizer
+    quantizer.usage[:, 0] = 100
+    codes, usage = quantizer.codebook.weight.detach().clone(), quantizer.usage.clone()
+    vectors = batch_vectors(1)
+    vectors[:bad] = torch.nan
+    assert quantizer.revive_dead_codes(vectors, threshold=0.1, generator=torch.Generator()) == 0
+    quantizer.init_codebook(vectors, generator=torch.Generator())
+    assert quantizer.codebook.weight.equal(codes)
+    assert quantizer.usage.equal(usage)
+
+
 def test_nothing_is_dead_before_training() -> None:
     quantizer = small().quantizer
     vectors = batch_vectors(1)
@@ -458,6 +472,27 @@ def test_a_few_steps_of_training_lower_the_loss() -> None:
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.8 * history[0]
+
+
+def test_the_first_part_of_a_batch_changes_codes_and_later_ones_keep_them() -> None:
+    tokenizer = small(codebook_size=32)
+    with torch.no_grad():
+        tokenizer.quantizer.codebook.weight[8:] = 1e4  # out of reach
+    parts = [(images,) for images in images_for(tokenizer, batch=8).split(4)]
+    starts, revives = (
+        tokenizer_loss(tokenizer, kind="l1", revive_every=2, init_codebook=start, seed=0)
+        for start in (True, False)
+    )
+    for step_loss, step in ((revives, 1), (starts, 0)):
+        before = tokenizer.quantizer.codebook.weight.detach().clone()
+        _, first = step_loss(tokenizer, parts[0], step)
+        after = tokenizer.quantizer.codebook.weight.detach().clone()
+        assert not after.equal(before)
+        _, last = step_loss(tokenizer, parts[1], step)
+        assert tokenizer.quantizer.codebook.weight.equal(after)
+        assert last.get("revived") is first.get("revived")
+    with pytest.raises(ValueError, match="revive_every must be at least 1, got 0"):
+        tokenizer_loss(tokenizer, kind="l1", revive_every=0, init_codebook=True, seed=0)
 
 
 # Saving

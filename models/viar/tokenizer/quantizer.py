@@ -244,7 +244,8 @@ class MultiScaleQuantizer(nn.Module):
 
         A vector of scale k weighs (p_K / p_k) ** 2, the positions of the feature map that it stands for. Each
         scale then counts as much as any other. Unweighted, the last scale, with half of the vectors, would
-        take almost all codes, and the first begin with one or two.
+        take almost all codes, and the first begin with one or two. Vectors that are not all finite change
+        nothing: no code would be left after them.
 
         Args:
             vectors_NZ: at least V vectors, `QuantizerOutput.vectors` of a first batch.
@@ -255,8 +256,10 @@ class MultiScaleQuantizer(nn.Module):
         """
         num_codes = self.codebook.num_embeddings
         weights_N = self._areas(vectors_NZ, least=num_codes)
-        self.codebook.weight.copy_(kmeans(vectors_NZ, weights_N, num_codes, generator=generator))
-        self.usage.zero_()
+        is_finite = vectors_NZ.isfinite().all()
+        codes_VZ = kmeans(vectors_NZ, weights_N, num_codes, generator=generator)
+        self.codebook.weight.copy_(torch.where(is_finite, codes_VZ, self.codebook.weight))
+        self.usage.copy_(torch.where(is_finite, 0.0, self.usage))
 
     @torch.no_grad()
     def revive_dead_codes(
@@ -268,7 +271,8 @@ class MultiScaleQuantizer(nn.Module):
         becomes one of `vectors_NZ`, each used at most once, and its usage becomes the uniform share of
         every scale, so that it has time to find its place. Vectors are drawn by their squared distance from
         the nearest code times the positions they stand for, see `init_codebook`. With fewer vectors than dead
-        codes the rest stay dead until the next call. Before the first training step no code is dead.
+        codes the rest stay dead until the next call. Before the first training step no code is dead, and
+        vectors that are not all finite revive none.
 
         An optimiser's moments of the revived rows are not touched. Where several processes hold the
         codebook, give each the same vectors and a generator in the same state.
@@ -288,7 +292,8 @@ class MultiScaleQuantizer(nn.Module):
         hits_V = self.usage.sum(0)
         squares_N, _ = nearest(vectors_NZ, codes_VZ.to(vectors_NZ.dtype))
         far_NZ = vectors_NZ[drawn_order(weights_N * squares_N, generator)]
-        new_VZ, revived_V = replaced(codes_VZ, hits_V < threshold * hits_V.mean(), far_NZ)
+        dead_V = (hits_V < threshold * hits_V.mean()) & vectors_NZ.isfinite().all()
+        new_VZ, revived_V = replaced(codes_VZ, dead_V, far_NZ)
         codes_VZ.copy_(new_VZ)
         self.usage.copy_(torch.where(revived_V, self.usage.mean(1, keepdim=True), self.usage))
         return revived_V.sum()

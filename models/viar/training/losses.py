@@ -14,6 +14,7 @@ from accelerate.utils import extract_model_from_parallel, gather, reduce
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
+from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
 from ..tokenizer import Tokenizer, TokenizerOutput
@@ -49,11 +50,13 @@ def tokenizer_loss(
     Before the first step the codes become those that k-means finds for its batch, if asked and if that has as
     many vectors as there are codes; a few times over, since what a scale is left with hangs on the codes of
     those before it. In every `revive_every`-th step, counted from 1, codes that fell out of use are replaced.
+    Of a batch that comes in parts, calls of one step one after another, the first part does both: later ones
+    would change codes for which there are gradients already.
 
     Args:
         tokenizer: the model itself, whose codebook is kept.
         kind: see `reconstruction_loss`.
-        revive_every: steps.
+        revive_every: steps, at least 1.
         init_codebook: whether the codes start from data.
         seed: of the vectors that become codes.
         perceptual: called with images and reconstruction, gives distances of any shape; their mean is added.
@@ -61,26 +64,33 @@ def tokenizer_loss(
         critic: gives an adversarial loss from its first step on.
 
     Raises:
-        ValueError: a term of `kind` is unknown.
+        ValueError: a term of `kind` is unknown, or `revive_every` is below 1.
     """
     loss_terms(kind)
+    check_at_least("tokenizer_loss", 1, revive_every=revive_every)
     quantizer, generator = tokenizer.quantizer, torch.Generator()
+    last_step, revived = -1, torch.zeros(())
 
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
+        nonlocal last_step, revived
+        is_first_part, last_step = step != last_step, step
         images = batch[0]
         output = model(images)
         _share_usage(quantizer.usage)
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
-        if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
-            for _ in range(KMEANS_ROUNDS):
+        num_vectors = len(output.vectors) * PartialState().num_processes
+        if init_codebook and step == 0 and num_vectors >= quantizer.codebook.num_embeddings:
+            for _ in range(KMEANS_ROUNDS if is_first_part else 0):
                 vectors = _of_all_processes(output.vectors, quantizer.sides)
                 quantizer.init_codebook(vectors, generator=generator)
                 output = model(images)
                 _share_usage(quantizer.usage)
         elif (step + 1) % revive_every == 0:
-            vectors = _of_all_processes(output.vectors, quantizer.sides)
-            metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
+            if is_first_part:
+                vectors = _of_all_processes(output.vectors, quantizer.sides)
+                revived = quantizer.revive_dead_codes(vectors, generator=generator)
+            metrics["revived"] = revived
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
         metrics |= _health(output, quantizer.usage)
