@@ -116,6 +116,9 @@ def test_what_cannot_be_told_is_refused_by_name(datasets: Any, tmp_path: Path) -
         "one column of pictures among": table(datasets, [0], image=(datasets.Image(), None)),
         "no column of class labels": table(datasets, [0], label=(number, None)),
         "no split called train among test": datasets.DatasetDict(test=table(datasets, [0])),
+        "the splits valid and validation are both val": datasets.DatasetDict(
+            {name: table(datasets, [0]) for name in ("train", "valid", "validation")}
+        ),
         "the class 7 has no pictures in the split train": datasets.DatasetDict(
             train=table(datasets, [3, 4], number), test=table(datasets, [7], number)
         ),
@@ -142,8 +145,11 @@ def test_a_broken_picture_is_named_with_its_row(datasets: Any, tmp_path: Path) -
     found = table(datasets, [0, 1, 1])
     stored = found.cast_column("image", datasets.Image(decode=False))
     broken = [dict(one, bytes=one["bytes"][:60]) for one in stored["image"]]
+    broken[1] = None
     features = datasets.Features({"image": datasets.Image(decode=False), "label": found.features["label"]})
     spoilt = datasets.Dataset.from_dict({"image": broken, "label": found["label"]}, features=features)
     spoilt.save_to_disk(str(tmp_path))
-    with pytest.raises(ValueError, match=r"train, row 0: is broken"):
-        load_data(f"hub:{tmp_path}", 8).train.__getitems__([0])
+    images = load_data(f"hub:{tmp_path}", 8).train
+    for index, flaw in enumerate(("is broken", "has no picture")):
+        with pytest.raises(ValueError, match=f"train, row {index}: {flaw}"):
+            images.__getitems__([index])

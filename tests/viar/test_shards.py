@@ -99,7 +99,7 @@ def test_rows_are_the_tokens_of_seeded_crops_in_order(tmp_path: Path) -> None:
     assert held.equal(torch.cat(tokenizer.encode(pictures(5).images), 1))
 
 
-@given(st.lists(st.integers(0, 22), min_size=1, max_size=30))
+@given(st.lists(st.integers(-23, 22), min_size=1, max_size=30))
 def test_any_rows_come_in_the_order_asked_for(indices: list[int]) -> None:
     rows = test_any_rows_come_in_the_order_asked_for.rows
     everything, labels = rows.__getitems__(range(23))
@@ -404,6 +404,9 @@ def test_a_folder_of_an_earlier_release_is_read_and_gone_on_with(tmp_path: Path)
     named = dataclasses.replace(data(), class_names=("a", "b", "c"))
     assert write(tmp_path, named).made == 1
     assert json.loads(told.read_text()) == found
+    changed = ImageData(AugmentedImages(Cropped(23), ["flip"]), pictures(5), 3)
+    with pytest.raises(ValueError, match=r"augmentations: \[\] there, \['flip'\] now"):
+        write(tmp_path, changed)
 
 
 def test_what_images_went_through_and_what_classes_are_called_is_kept(tmp_path: Path) -> None:

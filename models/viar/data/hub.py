@@ -50,6 +50,8 @@ class HubImages(Dataset[Batch]):
     def _image(self, row: int) -> torch.Tensor:
         stored = self.table[row][self.column]
         name = f"{self.name}, row {row}"
+        if stored is None:
+            raise ValueError(f"{name}: has no picture; leave the row out of the data set")
         if stored["bytes"] is None:
             picture = decode_picture(Path(stored["path"]))
         else:
@@ -91,7 +93,12 @@ def split_hub(name: str) -> HubSplit:
             pictures and labels cannot be told.
     """
     found, notes = _load(name), list[str]()
-    parts = {part: table for key, table in found.items() if (part := PARTS.get(key.lower()))}
+    keys = dict[str, str]()  # of each part
+    for key in found:
+        part = PARTS.get(key.lower())
+        if part and keys.setdefault(part, key) != key:
+            raise _refused(name, f"the splits {keys[part]} and {key} are both {part}; leave one")
+    parts = {part: found[key] for part, key in keys.items()}
     if "train" not in parts:
         raise _refused(name, f"no split called train among {', '.join(found)}")
     unused = [key for key in found if key.lower() not in PARTS]
@@ -103,9 +110,9 @@ def split_hub(name: str) -> HubSplit:
     rows = {part: _with_label(part, labels[part], skipped) for part in parts}
     held = next((part for part in ("val", "test") if rows.get(part)), None)
     if held is not None:
-        notes.append(f"the split {next(key for key in found if PARTS.get(key.lower()) == held)} is held out")
+        notes.append(f"the split {keys[held]} is held out")
     if held == "val" and "test" in parts:
-        notes.append("the split test is not used beside it")
+        notes.append(f"the split {keys['test']} is not used beside it")
         skipped = [one for one in skipped if one.path.parts[0] != "test"]
     tables = {"train": parts["train"], "validation": parts.get(held or "")}
     return HubSplit(

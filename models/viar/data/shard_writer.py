@@ -31,8 +31,10 @@ from ..model.config import check_at_least
 from ..pretrained import fingerprint
 from ..seeds import LARGEST_SEED
 from ..tokenizer import Tokenizer
+from .augment import SLIGHT
 from .batches import rows_of
 from .dataset import ImageData
+from .folders import ImageFolder
 from .shards import SETTINGS, SPLITS, ShardSettings, checksum_path, is_shards, is_whole, read_settings
 
 Shard = tuple[str, str, range]  # split, name of the file, rows
@@ -100,7 +102,7 @@ def write_shards(
     check_at_least("tokenize", 1, processes=processes, num_ranks=num_ranks)
     if not 0 <= rank < num_ranks:
         raise ValueError(f"tokenize: expected a rank in [0, {num_ranks}), got {rank}")
-    _enter(folder, settings)
+    _enter(folder, settings, _earlier_augmentations(data, origin))
     shards = [(split, name, rows) for split in SPLITS for name, rows in settings.shards(split)]
     own = shards[rank::num_ranks]
     missing = [shard for shard in own if not is_whole(folder / shard[1])]
@@ -148,7 +150,14 @@ def _settings_of(
     )
 
 
-def _enter(folder: Path, settings: ShardSettings) -> None:
+def _earlier_augmentations(data: ImageData, origin: Mapping[str, Any]) -> tuple[str, ...]:
+    """What images of this kind went through in releases whose folders do not tell it."""
+    if isinstance(data.train, ImageFolder):
+        return ("crop",)
+    return SLIGHT if origin.get("augment") else ()
+
+
+def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> None:
     """Begin a folder, or go on in one of the same settings. Others may do so at the same time."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for the tokens, found a file")
@@ -157,8 +166,8 @@ def _enter(folder: Path, settings: ShardSettings) -> None:
     others = any(path.suffix != ".partial" for path in folder.iterdir())  # before another begins the folder
     if is_shards(folder):
         read_settings(folder)
-        found = json.loads((folder / SETTINGS).read_text())
-        # What an older folder does not tell is taken to be the same.
+        found = {"augmentations": list(earlier), **json.loads((folder / SETTINGS).read_text())}
+        # What else an older folder does not tell is taken to be the same.
         differ = [name for name in wanted if name in found and wanted[name] != found[name]]
         if differ:
             listed = "; ".join(f"{name}: {found[name]} there, {wanted[name]} now" for name in differ)

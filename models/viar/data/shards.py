@@ -141,8 +141,10 @@ class TokenShards(Dataset[TokenRows]):
 
     def __getitems__(self, indices: Sequence[int]) -> TokenRows:
         """Tokens of all scales (B, L) int64 and labels (B,) int64."""
-        size = self.settings.shard_size
-        table = np.stack([self._table(index // size)[index % size] for index in indices])
+        size, rows = self.settings.shard_size, range(len(self))
+        # Numbers below 0 count from the end of all rows, not of a file; beyond the rows is an `IndexError`.
+        places = [divmod(rows[index], size) for index in indices]
+        table = np.stack([self._table(number)[row] for number, row in places])
         tokens, labels = (torch.from_numpy(table[name].astype(np.int64)) for name in ("tokens", "label"))
         return tokens, labels
 
