@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -548,5 +549,14 @@ def test_the_command_takes_crops_of_a_folder_and_says_what_is_wrong(saved: Path,
         assert code == 2
         assert message in errors + output
         assert "Traceback" not in errors
+    mine = tmp_path / "pictures"  # in which a picture takes another's place
+    shutil.copytree(saved / "pictures", mine)
+    begun = (*command[:3], "--data", mine, "--out", tmp_path / "mine")
+    assert call(*begun)[0] == 0
+    first = min(mine.glob("*/*"))
+    first.rename(first.with_name("another" + first.suffix))
+    code, _, errors = call(*begun)
+    assert code == 2
+    assert "tokens made with other settings" in errors
     with pytest.raises(ValueError, match="source: "):  # tokens are not pictures
         load_data(str(tmp_path / "t"), 8)

@@ -168,8 +168,8 @@ SOURCES: dict[str, Callable[[Path, int], BatchedDataset[Batch]]] = {
 def bars(rows: list[Row]) -> list[Bar]:
     """Time from shards over time with the encoder, where it gains least.
 
-    Of pictures in a folder, which is what tokens are written down for. Small ones in memory, which are not read
-    and hardly take an encoder, are in the table alone.
+    Of pictures in a folder, which is what tokens are written down for. Small ones in memory, which are not
+    read and hardly take an encoder, are in the table alone.
     """
     found = {
         _described(point[0]): _ratio(point)

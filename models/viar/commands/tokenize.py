@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ..data import ImageData
 from ..data.decoding import shown
 from ..data.shard_writer import write_shards
 from ..files import check_writable
 from ..tokenizer import Tokenizer
+from ..training.settings import describe_data
 from .checks import check_beside_data
 from .loading import find_device, load_images, load_model, num_processes, process_index
 
@@ -59,7 +61,7 @@ def tokenize_command(
         codec,
         images,
         out,
-        origin={"data": data, "augment": augment},
+        origin={"data": data, "augment": augment, "images": _fingerprints(images)},
         crops=crops,
         seed=seed,
         shard_size=shard_size,
@@ -76,3 +78,8 @@ def tokenize_command(
     whose = f" by the first of {num_processes()} processes" if num_processes() > 1 else ""
     files = f"{report.made} files made now{whose}, {report.found} were there"
     console.print(escape(f"{rows};\n{files}"), soft_wrap=True, highlight=False)
+
+
+def _fingerprints(images: ImageData) -> list[str | None]:
+    """Of both splits: with a file more and one fewer, rows made later would be of other images."""
+    return [describe_data(part).get("fingerprint") for part in (images.train, images.validation)]

@@ -168,6 +168,7 @@ def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> Non
         read_settings(folder)
         found = {"augmentations": list(earlier), **json.loads((folder / SETTINGS).read_text())}
         # What else an older folder does not tell is taken to be the same.
+        wanted["origin"] = {name: wanted["origin"].get(name) for name in found["origin"]}
         differ = [name for name in wanted if name in found and wanted[name] != found[name]]
         if differ:
             listed = "; ".join(f"{name}: {found[name]} there, {wanted[name]} now" for name in differ)
