@@ -16,9 +16,6 @@ from viar.data import HubImages, ImageFolder, load_data
 
 NAMES = ["cat", "dog"]
 
-# The package hashes tables by pickling them, and warns of a class of pyarrow's that it cannot find.
-pytestmark = pytest.mark.filterwarnings("ignore:Cannot locate reference to <class 'MonthDayNano'>")
-
 
 def test_without_its_package_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
