@@ -5,6 +5,7 @@ A new command is a function in a file of its own and a line of `COMMANDS`.
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import sys
@@ -109,6 +110,8 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     def take(*values: Any, **settings: Any) -> Callable[[], None]:
         return partial(command, *values, **settings)
 
+    # The parser keeps line ends within the text of a flag, and before a line that begins with no letter.
+    take.__doc__ = re.sub(r"\n(?: {8}(?=\S)|(?=--))", " ", inspect.cleandoc(command.__doc__ or ""))
     return take
 
 
