@@ -106,7 +106,7 @@ def by_flags(text: str) -> str:
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """The same signature and help, but the work is returned: parsing and work are two things then."""
 
-    # The parser reads the docstring of the command itself, and keeps its line ends within the text of a flag and
+    # The parser reads the docstring of the command itself. It keeps line ends within the text of a flag, and
     # before a line that begins with no letter.
     command.__doc__ = re.sub(r"\n(?: {8}(?=\S)|(?=--))", " ", inspect.cleandoc(command.__doc__ or ""))
 
