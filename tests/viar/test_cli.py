@@ -104,6 +104,12 @@ def test_help_tells_what_each_recipe_makes() -> None:
     assert "8 pixels in 21 tokens of 64 codes; 600 steps of 64 images" in output
 
 
+def test_help_breaks_no_sentence_where_its_source_does() -> None:
+    _, output, _ = call("train", "--help")
+    assert "of the tokenizer, unless --model.num-classes" in output
+    assert "published checkpoint. Its settings are kept" in output
+
+
 def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None:
     _, output, _ = call("generate", "--help")
     text = " ".join(output.replace("│", " ").split())

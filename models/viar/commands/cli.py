@@ -5,6 +5,7 @@ A new command is a function in a file of its own and a line of `COMMANDS`.
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import sys
@@ -104,6 +105,10 @@ def by_flags(text: str) -> str:
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """The same signature and help, but the work is returned: parsing and work are two things then."""
+
+    # The parser reads the docstring of the command itself. It keeps line ends within the text of a flag, and
+    # before a line that begins with no letter.
+    command.__doc__ = re.sub(r"\n(?: {8}(?=\S)|(?=--))", " ", inspect.cleandoc(command.__doc__ or ""))
 
     @wraps(command)
     def take(*values: Any, **settings: Any) -> Callable[[], None]:

@@ -139,7 +139,7 @@ class ImplicitTrunkConfig:
     """A few blocks, one implicit block solved for its fixed point, a few blocks (VIAR)."""
 
     num_pre: int = 5  # explicit blocks before the implicit one
-    num_post: int = 5  # and after it
+    num_post: int = 5  # explicit blocks after it
     no_grad: tuple[int, int] = (0, 10)  # training: least and most iterations without gradient
     grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
     # Training: weight in the loss of the squared relative residual where the drawn iterations end

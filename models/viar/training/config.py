@@ -24,14 +24,14 @@ class TrainConfig:
         ValueError: neither `steps` nor `seconds` is given, or a setting is out of range.
     """
 
-    steps: int | None = None  # of the optimiser, at which the run ends
-    seconds: float | None = None  # of training, after which it ends
+    steps: int | None = None  # of the optimiser, after which the run ends
+    seconds: float | None = None  # of training, after which the run ends
     batch_size: int = 512  # images a step, of all processes together
     lr: float = 1.6e-4  # highest learning rate; published: 8e-5 per 256 images of a batch (VAR: 1e-4)
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW's two moments
     weight_decay: tuple[float, float] = (0.05, 0.08)  # at the first step and at the last
     clip: float = 2.0  # largest gradient norm
-    accumulate: int = 1  # batches are processed in so many parts
+    accumulate: int = 1  # parts that a batch is worked off in, one after another
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
     # "none": each process has the whole model. "full": each has a share of weights, gradients and moments, so
     # that they need less memory together (FSDP2); for the transformer. One process has all of them anyway.
@@ -46,7 +46,8 @@ class TrainConfig:
     ema: float = 0.0  # decay of the average of the weights that is measured, drawn and saved; 0 for none
     max_skipped: int = 50  # steps in a row with a loss or gradient that is not finite, at which the run ends
     compile: bool = False  # the model's blocks, by `torch.compile`
-    trackers: tuple[str, ...] = ("tensorboard",)  # where it is installed; "wandb" must be if it is asked for
+    # Who is told the numbers: "tensorboard", where it is installed, and "wandb", which must be
+    trackers: tuple[str, ...] = ("tensorboard",)
     seed: int = 0  # of weights, batches and random depth
 
     def __post_init__(self) -> None:

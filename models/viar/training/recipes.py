@@ -48,7 +48,9 @@ class TokenizerRecipe:
 class TransformerRecipe:
     """A transformer, whose `model` holds sizes and trunk, and its training."""
 
-    data: str  # as of viar tokenize, or the folder that it wrote
+    # Images: digits, mnist, emoji, hub:NAME, or a folder with a sub-folder a class; or what viar tokenize
+    # wrote
+    data: str
     model: TransformerConfig
     train: TrainConfig
     augment: int = 0  # changed versions added of each training image of a source that is held in memory
