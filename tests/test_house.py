@@ -39,6 +39,7 @@ ROOMS = {
         "tokenizer",
         "model",
         "pretrained",
+        "cards",
         "files",
         "seeds",
     )

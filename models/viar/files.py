@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,17 +45,23 @@ def _check_regular(path: Path, owner: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and is gone if it never is.
 
     Of a link, what it leads to is replaced.
+
+    Args:
+        path: of the file.
+        apart: until then it has a name that no other process gives, on this machine or on another; of a
+            process that is killed it stays. Else it has one that the next to write it takes over.
 
     Raises:
         ValueError: `path` is a device or a pipe.
     """
     path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
-    partial = path.with_name(f"{path.name}.partial")
+    owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
+    partial = path.with_name(f"{path.name}{owner}.partial")
     try:
         with partial.open("wb") as file:
             yield file
@@ -86,3 +93,18 @@ def replacing_path(path: Path) -> Iterator[Path]:
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or of a folder the names in it, would outlive a loss of power.
+
+    Args:
+        path: of a file that is written and closed, or of a folder.
+    """
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

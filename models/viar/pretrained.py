@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -14,12 +15,15 @@ from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-CONFIG, WEIGHTS, STATE = "config.json", "model.safetensors", "state"
+from .cards import model_card
+from .files import flush
+
+CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
 KINDS = {"trunk": "a transformer (VAR or VIAR)", "multipliers": "a tokenizer"}
 # What other work leaves in its folder, and what that is; the first that is there is named.
@@ -78,6 +82,39 @@ class Pretrained(PyTorchModelHubMixin):
             reason = f"no model can be made of {CONFIG} and {WEIGHTS} ({_first_line(error)})"
             raise ValueError(f"{source}: {reason}") from error
         return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
+        """Write config.json, model.safetensors and, where there is none, README.md: each whole or not at all.
+
+        Args:
+            save_directory: made if it is not there.
+            options: of `huggingface_hub.ModelHubMixin.save_pretrained`; `model_card_kwargs={"run": ...}` has
+                what run.json tells of the training.
+        """
+        folder = Path(save_directory)
+        fresh = folder / ".saving"
+        shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
+        try:
+            pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
+            if (folder / CARD).exists():
+                (fresh / CARD).unlink()
+            for path in fresh.iterdir():
+                flush(path)
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        flush(folder)
+        return pushed
+
+    def generate_model_card(self, run: Mapping[str, Any] | None = None) -> ModelCard:
+        """README.md of the model, see `viar.cards`.
+
+        Args:
+            run: what run.json has of its training; default: that is not known.
+        """
+        assert isinstance(self, nn.Module)
+        num_parameters = sum(p.numel() for p in self.parameters())
+        return model_card(self.config.to_dict(), num_parameters, run)  # type: ignore[operator, union-attr]
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:

@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.case import Row, Run
 from benchmarks.suites.recipes import knob, mnist, running
-from viar.training import TRANSFORMERS, TransformerPreset
+from viar.training import TRANSFORMERS, TransformerRecipe
 
 RUN = Run(torch.device("cpu"), 1, False)
 QUICK = replace(RUN, quick=True)
 
 
-def a_recipe(**train: Any) -> TransformerPreset:
+def a_recipe(**train: Any) -> TransformerRecipe:
     recipe = TRANSFORMERS["digits-viar"]
     model = replace(recipe.model, depth=3, width=16, num_heads=2, label_dropout=0.0)
     return replace(recipe, model=model, train=replace(recipe.train, batch_size=8, **train))

@@ -28,6 +28,7 @@ from benchmarks.suites.viar import (
     knob,
     models,
     paper,
+    shards,
     speed,
     tokenizer,
     training,
@@ -394,6 +395,25 @@ def test_memory_of_a_training_step_grows_with_iterations_on_the_tape_alone() -> 
         "FAIL"
     ]
     assert verdicts(training.bars(rows[:1])) == ["not measured"]
+
+
+def test_the_bar_of_shards_is_the_point_that_gains_least() -> None:
+    rows = [
+        {
+            "contender": name,
+            "images_of": where,
+            "ladder": "21 tokens",
+            "model": "VIAR",
+            "batch": 64,
+            "seconds": [time],
+        }
+        for where, times in (("in memory", (1.0, 0.7)), ("a folder", (3.0, 1.5)))
+        for name, time in zip(("images", "shards"), times, strict=True)
+    ]
+    (bar,) = shards.bars(rows)
+    assert (bar.value, bar.verdict, bar.note) == (0.7, "FAIL", "in memory, 21 tokens, VIAR")
+    rows[1]["seconds"] = [0.6]
+    assert verdicts(shards.bars(rows)) == ["pass"]
 
 
 def test_attention_compares_the_same_numbers_and_leaves_bfloat16_to_a_gpu() -> None:

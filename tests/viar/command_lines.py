@@ -181,6 +181,8 @@ def _flags_of(
         own = [
             (Flag("--crops", [(1,), (2,)], COUNTS), False),
             (Flag("--augment", [(0,)], [("-1",), ("2",)]), False),
+            (Flag("--augmentations", [("flip", "crop"), ("rotate",)], [("flop",), ("flip", "flip")]), False),
+            (Flag("--processes", [(1,)], COUNTS), False),
             (Flag("--shard-size", [(4,)], COUNTS), False),
             (Flag("--batch-size", [(2,)], COUNTS), False),
             (
@@ -285,11 +287,15 @@ def _training_flags(
     if command == "train":
         tokens = [(world / name,) for name in ("foreign_tokens", "damaged_tokens")]
         data = Flag("--data", [*data.right, (world / "tokens",)], [*data.wrong, *tokens])
-    preset = {"train-tokenizer": "digits", "train": "digits-viar"}[command]
+    recipe = {"train-tokenizer": "digits", "train": "digits-viar"}[command]
     seconds = (Flag("--train.seconds", [("None",)], [("0",), ("nan",), ("-1",)]), True)
-    augment = [] if command == "train" else [(Flag("--augment", [(0,)], [("-1",), ("2",)]), True)]
+    augment = [
+        (Flag("--augment", [(0,)], [("-1",), ("2",)]), True),
+        (Flag("--augmentations", [("flip",), ("crop",)], [("flop",)]), False),
+    ]
+    augment = [] if command == "train" else augment
     training = [entry for entry in training if not augment or entry[0].name != "--augment"]
-    return [(data, True), seconds, *augment, *own[command], *training], [preset], out
+    return [(data, True), seconds, *augment, *own[command], *training], [recipe], out
 
 
 def did_what_was_asked(line: Line, output: str) -> bool:

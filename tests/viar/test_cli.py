@@ -96,6 +96,14 @@ def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> Non
         assert flag in output, flag
 
 
+def test_help_tells_what_each_recipe_makes() -> None:
+    _, output, _ = call("train", "--help")
+    assert "emoji-viar" in output
+    assert "5 + implicit + 5 blocks of width 1920; 1,376,253 steps of 512 images" in output
+    _, output, _ = call("train-tokenizer", "--help")
+    assert "8 pixels in 21 tokens of 64 codes; 600 steps of 64 images" in output
+
+
 def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None:
     _, output, _ = call("generate", "--help")
     text = " ".join(output.replace("│", " ").split())
@@ -125,12 +133,12 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
 # The pipeline
 
 
-def test_training_leaves_models_of_the_preset_and_its_changes(trained: Path) -> None:
+def test_training_leaves_models_of_the_recipe_and_its_changes(trained: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(trained / "tokenizer")
     assert tokenizer.config == TOKENIZERS["digits"].model
     model = NextScaleTransformer.from_pretrained(trained / "viar")
-    preset = TRANSFORMERS["digits-viar"].model
-    assert model.config == dataclasses.replace(preset, width=16, num_heads=2)
+    recipe = TRANSFORMERS["digits-viar"].model
+    assert model.config == dataclasses.replace(recipe, width=16, num_heads=2)
     assert isinstance(model.config.trunk, ImplicitTrunkConfig)
 
 

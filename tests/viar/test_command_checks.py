@@ -64,14 +64,14 @@ def test_a_model_gets_as_many_classes_as_the_folder_has_and_says_so(
 ) -> None:
     code, output, errors = train(world, tmp_path / "run", *SIZES, data=f"data{classes}")
     assert (code, errors) == (0, "")
-    assert f"num_classes is {classes} as in the data, instead of the preset's 10" in output
+    assert f"num_classes is {classes} as in the data, instead of the recipe's 10" in output
     assert NextScaleTransformer.from_pretrained(tmp_path / "run").config.num_classes == classes
 
 
 def test_tokens_on_disk_say_as_well_how_many_classes_there_are(world: Path, tmp_path: Path) -> None:
     code, output, errors = train(world, tmp_path / "run", *SIZES, data="tokens")
     assert (code, errors) == (0, "")
-    assert "num_classes is 3 as in the data, instead of the preset's 10" in output
+    assert "num_classes is 3 as in the data, instead of the recipe's 10" in output
     assert NextScaleTransformer.from_pretrained(tmp_path / "run").config.num_classes == 3
     code, _, errors = train(world, tmp_path / "given", *SIZES, "--model.num-classes", 10, data="tokens")
     assert code == 2
@@ -82,12 +82,25 @@ def test_tokens_on_disk_say_as_well_how_many_classes_there_are(world: Path, tmp_
 def test_classes_that_were_given_and_are_not_those_of_the_folder_are_refused(
     given: str, world: Path, tmp_path: Path
 ) -> None:
-    flag = (given,) if "=" in given else (given, 10)  # the preset's own number, but given
+    flag = (given,) if "=" in given else (given, 10)  # the recipe's own number, but given
     code, _, errors = train(world, tmp_path / "run", *SIZES, *flag)
     assert code == 2
     assert "--model.num-classes:" in errors
     assert "has 3 classes, got 10" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_gets_the_scales_and_codes_of_its_tokenizer_and_says_so(world: Path, tmp_path: Path) -> None:
+    small = ("--model.width", 16, "--model.num-heads", 2, "--model.depth", 3)
+    code, output, errors = train(world, tmp_path / "run", *small)
+    assert (code, errors) == (0, "")
+    assert "codebook_size is 16 as in the tokenizer, instead of the recipe's 64" in output
+    assert "code_channels is 4 as in the tokenizer, instead of the recipe's 8" in output
+    assert "sides is" not in output  # the same in both
+    assert NextScaleTransformer.from_pretrained(tmp_path / "run").config.codebook_size == 16
+    code, _, errors = train(world, tmp_path / "given", *small, "--model.codebook-size", 64)
+    assert code == 2
+    assert "its codebook_size is 16, the model's is 64" in errors
 
 
 @pytest.mark.parametrize("kind", ["memory", "folder", "served"])
@@ -319,7 +332,7 @@ def test_training_from_a_checkpoint_takes_the_sides_of_its_tokenizer(world: Path
         (("--model.depth", 4), "depth: 3 there, 4 asked for"),
         (("--model.no-qk-norm",), "qk_norm: True there, False asked for"),
         (("--model.trunk.num-pre", 0), "trunk.num_pre: 1 there, 0 asked for"),
-        (("--from", "var"), "its weights have an explicit trunk, the preset's is implicit"),
+        (("--from", "var"), "its weights have an explicit trunk, the recipe's is implicit"),
         (("--from", "tokenizer"), "expected a transformer (VAR or VIAR), found a tokenizer"),
         (("--from", "unfinished"), "an unfinished training run"),
     ],

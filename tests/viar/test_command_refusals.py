@@ -186,14 +186,14 @@ def test_nothing_is_written_among_the_pictures_themselves(command: str, world: P
     pictures = tmp_path / "own"
     write_pictures(pictures, classes=2)
     before = sorted(pictures.rglob("*"))
-    preset = {"train-tokenizer": ["digits"], "train": ["digits-viar"], "tokenize": []}[command]
+    recipe = {"train-tokenizer": ["digits"], "train": ["digits-viar"], "tokenize": []}[command]
     codec = [] if command == "train-tokenizer" else ["--tokenizer", world / "tokenizer"]
-    said = refusal(command, *preset, "--data", pictures, *codec, "--out", tmp_path / "own" / ".")
+    said = refusal(command, *recipe, "--data", pictures, *codec, "--out", tmp_path / "own" / ".")
     assert "is the folder of the data" in said
     assert sorted(pictures.rglob("*")) == before
 
 
-def test_a_presets_augment_is_not_for_a_folder(world: Path, tmp_path: Path) -> None:
+def test_a_recipes_augment_is_not_for_a_folder(world: Path, tmp_path: Path) -> None:
     sizes = ("--model.base-channels", 4, "--model.num-groups", 2, "--model.sides", *SIDES)
     start = ("train-tokenizer", "digits", "--data", world / "data3", *sizes, *SHORT, 1)
     code, _, errors = call(*start, "--out", tmp_path / "run")

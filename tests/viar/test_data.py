@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import (
+    AUGMENTATIONS,
+    AugmentedImages,
     EndlessBatches,
     ImageFolder,
     TensorImages,
@@ -26,8 +28,9 @@ from viar.data import (
     all_batches,
     augmented,
     load_data,
+    rows_of,
 )
-from viar.data.sources import EMBEDDED, held_out
+from viar.data.sources import IN_MEMORY, held_out
 from viar.evaluation import accuracy
 from viar.training import TOKENIZERS, TRANSFORMERS, validation_loss
 
@@ -230,9 +233,131 @@ def test_a_source_without_pictures_is_named(source: str, tmp_path: Path) -> None
     (tmp_path / "empty" / "class").mkdir(parents=True)
     save_picture(tmp_path / "flat" / "a.png", (8, 8), (0, 0, 0))
     with pytest.raises(
-        ValueError, match=f"source: expected one of {re.escape(str(sorted(EMBEDDED)))} or .*{source}"
+        ValueError, match=f"source: expected one of {re.escape(str(IN_MEMORY))}, hub:NAME, or .*{source}"
     ):
         load_data(str(tmp_path / source), 8)
+
+
+@given(
+    st.lists(st.integers(0, 10**9), min_size=1, max_size=6),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from(list(AUGMENTATIONS)), unique=True, min_size=1),
+)
+def test_a_row_is_changed_alike_in_any_batch_and_moves_no_generator(
+    rows: list[int], seed: int, names: list[str]
+) -> None:
+    data = AugmentedImages(TensorImages(torch.rand(7, 3, 8, 8) * 2 - 1, torch.arange(7)), names)
+    before = torch.get_rng_state()
+    images, labels = rows_of(data, rows, seed)
+    assert torch.get_rng_state().equal(before)
+    assert labels.tolist() == [row % 7 for row in rows]
+    assert -1 <= images.min() <= images.max() <= 1
+    for place, row in enumerate(rows):
+        assert rows_of(data, [row], seed)[0][0].equal(images[place])
+
+
+class Drawn:
+    """What a data set draws by PyTorch's own generator, and nothing else."""
+
+    def __init__(self, **settings: bool) -> None:
+        vars(self).update(settings)
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.rand(len(indices), 2), torch.tensor(indices)
+
+
+def test_what_any_data_set_draws_is_a_function_of_seed_and_row() -> None:
+    draws, indices = rows_of(Drawn(), [3, 8, 3], 1)
+    assert indices.tolist() == [3, 3, 3]
+    assert draws[0].equal(draws[2])
+    assert not draws[0].equal(draws[1])
+    assert draws[1].equal(torch.rand(2, generator=torch.Generator().manual_seed(1_000_003 + 8)))
+    assert not rows_of(Drawn(), [3], 2)[0].equal(draws[:1])
+    torch.manual_seed(0)
+    plain, _ = rows_of(Drawn(at_random=False), [3, 8, 3], 1)
+    assert not plain[0].equal(plain[2])  # served as it is
+    torch.manual_seed(0)
+    assert plain.equal(torch.rand(3, 2))
+
+
+class Marked(Drawn):
+    """A ramp from left to right, and a label that tells what was drawn for it."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.arange(8.0).div(8).expand(len(indices), 3, 8, 8), torch.rand(len(indices))
+
+
+def test_what_a_data_set_draws_and_the_changes_after_it_are_drawn_apart() -> None:
+    images, drawn = rows_of(AugmentedImages(Marked(), ["rotate"]), range(300), 0)
+    turn = images[:, 0, 6, 4] - images[:, 0, 2, 4]
+    assert turn.std() > 0.02
+    assert abs(torch.stack([turn, drawn]).corrcoef()[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_each_augmentation_does_what_its_name_says(name: str) -> None:
+    side = 64
+    places = (torch.arange(side) + 0.5) / side * 2 - 1
+    across, down = places.expand(side, side), places[:, None].expand(side, side)
+    # Red and green tell where a pixel of the middle came from.
+    image = torch.stack([across, down, across])[None].mul(0.5).repeat(300, 1, 1, 1)
+    changed, _ = rows_of(AugmentedImages(TensorImages(image, torch.zeros(300)), [name]), range(300), 0)
+    inner = slice(16, 48)
+    x, y = (changed[:, channel, inner, inner] * 2 for channel in (0, 1))
+    width = places[inner][-1] - places[inner][0]
+    along = (x[:, 16, -1] - x[:, 16, 0]) / width  # of the picture that is passed per pixel to the right
+    sideways, slant = (y[:, 16, -1] - y[:, 16, 0]) / width, (x[:, -1, 16] - x[:, 0, 16]) / width
+    shift = torch.stack([x.mean((1, 2)), y.mean((1, 2))]).abs()
+    if name == "flip":
+        assert {round(float(value), 3) for value in along} == {-1.0, 1.0}
+        assert 100 < (along < 0).sum() < 200
+        return
+    largest = {
+        "rotate": sideways.abs(),
+        "shear": slant.abs(),
+        "scale": (along - 1).abs(),
+        "shift": shift,
+        "crop": shift,
+    }
+    bounds = {"rotate": 0.1392, "shear": 0.1, "scale": 0.1, "shift": 0.1, "crop": 1 / 9}  # sin of 8 degrees
+    assert 0.9 * bounds[name] < largest[name].max() < bounds[name] + 1e-3
+    torch.testing.assert_close(shift.mean() > 0.01, torch.tensor(name in ("shift", "crop")))
+    assert ((along - 1).abs().max() > 0.02) == (name in ("scale", "crop"))
+    assert (slant.abs().max() > 0.02) == (name in ("rotate", "shear"))
+    assert (sideways.abs().max() > 0.02) == (name == "rotate")
+
+
+def test_augmentations_are_of_training_images_of_any_source_and_are_told(folder: Path) -> None:
+    for source, side in (("digits", 8), (str(folder), 8)):
+        plain, changed = load_data(source, side), load_data(source, side, augmentations=("flip", "shear"))
+        assert isinstance(changed.train, AugmentedImages)
+        assert changed.train.augmentations == ("shear", "flip")
+        assert type(changed.validation) is type(plain.validation)
+        assert not changed.validation.at_random  # type: ignore[attr-defined]
+    assert load_data(str(folder), 8).train.augmentations == ("crop",)  # type: ignore[attr-defined]
+    cut = load_data(str(folder), 8, augmentations=("flip", "crop")).train
+    assert cut.augmentations == ("crop", "flip")  # type: ignore[attr-defined]
+    assert cut.data.train  # type: ignore[attr-defined]
+    assert not load_data(str(folder), 8, augmentations=()).train.at_random  # type: ignore[attr-defined]
+    kept = load_data("digits", 8, augment=1, augmentations=("flip",)).train
+    count = len(kept) // 2
+    same = (kept.images[:count] == kept.images[count:]).flatten(1).all(1)  # type: ignore[attr-defined]
+    mirrored = (kept.images[:count].flip(-1) == kept.images[count:]).flatten(1).all(1)  # type: ignore[attr-defined]
+    assert (same | mirrored).all()
+    assert 0.4 < same.float().mean() < 0.6
+    assert kept.augmentations == ("flip",)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("flop",), "expected some of rotate, .* got 'flop'"), (("flip", "flip"), "expected each name once")],
+)
+def test_augmentations_that_there_are_not_are_named(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"augmentations: {message}"):
+        load_data("digits", 8, augmentations=names)
 
 
 # The order of batches
@@ -255,6 +380,15 @@ def test_every_epoch_is_a_permutation_and_no_two_are_alike(size: int, batch_size
     if size >= 20:
         assert epochs[0] != epochs[1] != epochs[2]
         assert stream != joined(batches(count, size=size, batch_size=batch_size, seed=seed + 1))
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 1000))
+def test_rows_are_the_indices_each_once_ever(size: int, batch_size: int, seed: int) -> None:
+    settings = {"size": size, "batch_size": batch_size, "seed": seed}
+    count = -(-3 * size // batch_size)
+    rows = joined(batches(count, rows=True, **settings))
+    assert [row % size for row in rows] == joined(batches(count, **settings))
+    assert [row // size for row in rows] == [place // size for place in range(len(rows))]
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 20))

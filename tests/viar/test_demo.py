@@ -33,13 +33,13 @@ def second_each(tasks: Sequence[Callable[[], Any]]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def small_demo() -> Any:
-    """Presets of a demo that takes a second or two."""
+    """Recipes of a demo that takes a second or two."""
     patch = pytest.MonkeyPatch()
     for name in ("viar", "var"):
-        preset = viar.commands.demo.TRANSFORMERS[f"digits-{name}"]
-        model = dataclasses.replace(preset.model, depth=3, width=16, num_heads=2)
-        train = dataclasses.replace(preset.train, batch_size=32)
-        small = dataclasses.replace(preset, model=model, train=train, augment=0)
+        recipe = viar.commands.demo.TRANSFORMERS[f"digits-{name}"]
+        model = dataclasses.replace(recipe.model, depth=3, width=16, num_heads=2)
+        train = dataclasses.replace(recipe.train, batch_size=32)
+        small = dataclasses.replace(recipe, model=model, train=train, augment=0)
         patch.setitem(viar.commands.demo.TRANSFORMERS, f"digits-{name}", small)
     codec = dataclasses.replace(viar.commands.demo.TOKENIZERS["digits"], augment=0)
     patch.setitem(viar.commands.demo.TOKENIZERS, "digits", codec)

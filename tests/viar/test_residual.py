@@ -184,8 +184,8 @@ def test_a_weight_is_kept_with_the_model_and_models_saved_before_there_was_one_h
     assert TransformerConfig.from_dict(values) == dataclasses.replace(TRANSFORMER, trunk=IMPLICIT)
 
 
-def test_published_presets_have_no_weight() -> None:
-    trunks = {name: preset.model.trunk for name, preset in TRANSFORMERS.items() if "imagenet" in name}
+def test_published_recipes_have_no_weight() -> None:
+    trunks = {name: recipe.model.trunk for name, recipe in TRANSFORMERS.items() if "imagenet" in name}
     assert len(trunks) == 7
     for name, trunk in trunks.items():
         assert isinstance(trunk, ExplicitTrunkConfig) or trunk.residual_weight == 0, name

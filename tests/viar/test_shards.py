@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,32 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killed_shards import Ending
 from PIL import Image
 from test_cli import call
 from test_train import Interrupted, assert_same, fresh_transformer, pictures, settings
 from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer, uniform
 
 import viar.commands.cli
+import viar.data.shard_writer
 import viar.data.shards
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import (
+    AugmentedImages,
     Batch,
     ImageData,
+    ImageFolder,
     TokenizedImages,
     TokenShards,
     from_rows,
     is_shards,
     load_data,
+    rows_of,
     tokenize,
     write_shards,
 )
 from viar.training import train_transformer
+from viar.training.settings import describe_data
 
 PATIENCE = 120.0  # seconds after which a process is taken to hang
 
@@ -151,16 +157,16 @@ def test_an_interrupted_folder_goes_on_to_the_same_bytes(
     calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "whole", crops=2)
-    replacing, begun = viar.data.shards.replacing, []
+    replacing, begun = viar.data.shard_writer.replacing, []
 
-    def interrupting(path: Path) -> Any:
+    def interrupting(path: Path, **settings: Any) -> Any:
         begun.append(path)
         if len(begun) == calls:
             raise Interrupted
-        return replacing(path)
+        return replacing(path, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(viar.data.shards, "replacing", interrupting)
+        patch.setattr(viar.data.shard_writer, "replacing", interrupting)
         with pytest.raises(Interrupted):
             write(tmp_path / "parts", crops=2)
     if calls > 1:
@@ -184,7 +190,7 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path: Path) -> None:
     ):
         spoil(tmp_path / "train-00001.npy")
         with pytest.raises(ValueError, match=r"1 of the 3 files .* the first of them train-00001.npy"):
-            TokenShards(tmp_path)
+            TokenShards(tmp_path).verify()
         assert write(tmp_path).made == 1
         assert files(tmp_path) == whole
 
@@ -245,10 +251,12 @@ def test_settings_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> No
         ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"processes": 0}, "processes must be at least 1, got 0"),
+        ({"rank": 2, "num_ranks": 2}, r"expected a rank in \[0, 2\), got 2"),
         ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
         (
             {"crops": 2, "images": ImageData(pictures(), pictures(), 3)},
-            "crops: expected 1 for images that are",
+            "crops: expected 1 for images that are the same whenever they are drawn, got 2; name aug",
         ),
     ],
 )
@@ -256,6 +264,163 @@ def test_settings_that_make_no_sense_are_named(changes: dict[str, Any], message:
     with pytest.raises(ValueError, match=message):
         write(tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+# Several processes
+
+
+def test_ranks_make_files_of_their_own_and_together_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "whole", crops=2)
+    for rank in (2, 0, 1):
+        report = write(tmp_path / "parts", crops=2, rank=rank, num_ranks=3)
+        assert (report.made, report.found) == (2, 0)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    report = write(tmp_path / "parts", crops=2, rank=1, num_ranks=3)
+    assert (report.rows, report.made, report.found) == ((46, 5), 0, 2)
+
+
+class Ends:
+    """Both ends of a pipe, of which another process has one."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.told, self.broken = list[Any](), broken
+
+    def send(self, thing: Any) -> None:
+        if self.broken:
+            raise BrokenPipeError
+        self.told.append(thing)
+
+
+def test_what_a_process_does_is_make_its_files_and_tell_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(viar.data.shard_writer.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    write(tmp_path / "whole")
+    write(tmp_path / "parts", rank=1, num_ranks=4)
+    found = TokenShards(tmp_path / "whole").settings
+    shards = [("train", name, rows) for name, rows in found.shards("train")]
+    work = viar.data.shard_writer._Work(tiny_tokenizer(), data(), tmp_path / "parts", found)
+    told = Ends()
+    viar.data.shard_writer._make_apart(told, work, shards[::2], torch.device("cpu"))  # type: ignore[arg-type]
+    assert told.told == ["file", "file", "done"]
+    write(tmp_path / "parts", rank=3, num_ranks=4)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    told = Ends(broken=True)  # whom it would tell was killed: it ends after the file that it is at
+    (tmp_path / "parts" / "train-00002.npy").unlink()
+    (tmp_path / "parts" / "train-00000.npy").unlink()
+    viar.data.shard_writer._make_apart(told, work, shards[::2], torch.device("cpu"))  # type: ignore[arg-type]
+    assert [path.name for path in sorted(tmp_path.glob("parts/train*.npy"))] == [
+        "train-00000.npy",
+        "train-00001.npy",
+    ]
+    told, broken = Ends(), dataclasses.replace(work, folder=tmp_path / "nowhere")
+    viar.data.shard_writer._make_apart(told, broken, shards[:1], torch.device("cpu"))  # type: ignore[arg-type]
+    assert isinstance(told.told[0], FileNotFoundError)
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_bytes_as_one(tmp_path: Path) -> None:
+    images = ImageData(AugmentedImages(pictures(30), ["rotate"]), pictures(5), 3)
+    reports = [write(tmp_path / str(n), images, crops=2, processes=n) for n in (1, 2)]
+    assert reports[0] == reports[1]
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_a_process_is_told_where_it_was_started(tmp_path: Path) -> None:
+    missing = ImageFolder([(tmp_path / f"{n}.png", 0) for n in range(30)], 6, train=False)
+    with pytest.raises(FileNotFoundError, match=r"0.png: no such file"):
+        write(tmp_path / "a", ImageData(missing, missing, 3), processes=2)
+    with pytest.raises(BrokenProcessPool, match="ended before its work did"):
+        write(tmp_path / "b", ImageData(Ending(30), pictures(5), 3), processes=2)
+
+
+def test_files_half_written_by_killed_processes_are_tidied_up_by_whom_they_belong_to(tmp_path: Path) -> None:
+    names = ["shards.json", *(f"train-0000{n}.{ending}" for n in range(3) for ending in ("npy", "sha256"))]
+    tmp_path.joinpath("diary.txt.partial").touch()
+    for name in names:
+        tmp_path.joinpath(f"{name}.elsewhere-7.partial").touch()
+    write(tmp_path, rank=1, num_ranks=4)  # of four files the second
+    left = {path.name.partition(".elsewhere")[0] for path in tmp_path.glob("*.elsewhere-7.partial")}
+    assert left == {name for name in names if "00001" not in name}
+    write(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["diary.txt.partial"]
+
+
+def test_processes_killed_at_random_instants_leave_what_can_be_gone_on_with(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_shards.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "3"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert any(0 < int(line.split()[0]) < 47 for line in done.stdout.splitlines()), done.stdout
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+# Opening
+
+
+def test_opening_reads_no_rows_and_reading_maps_the_files_that_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    mapped, load = list[str](), np.load
+    monkeypatch.setattr(np, "load", lambda path, **how: mapped.append(path.name) or load(path, **how))
+    monkeypatch.setattr(viar.data.shards, "_checksum", None)  # it would be called in vain
+    rows = TokenShards(tmp_path)
+    assert not mapped
+    rows.__getitems__([21, 20, 22])
+    assert mapped == ["train-00002.npy"]
+    rows.__getitems__([3, 20])
+    assert mapped == ["train-00002.npy", "train-00000.npy"]
+
+
+def test_each_rank_verifies_files_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "train-00001.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    rows = TokenShards(tmp_path)
+    rows.verify(0, 2)
+    for rank, num_ranks in ((1, 2), (0, 1)):
+        with pytest.raises(ValueError, match=r"1 of the 3 files .* the first of them train-00001.npy"):
+            rows.verify(rank, num_ranks)
+    with pytest.raises(ValueError, match=r"missing or damaged, the first of them train-00001.npy"):
+        train_transformer(fresh_transformer(), tiny_tokenizer(), rows, tmp_path / "run", settings())
+
+
+def test_a_folder_of_an_earlier_release_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    write(tmp_path)
+    told = tmp_path / "shards.json"
+    found = json.loads(told.read_text())
+    assert (found.pop("class_names"), found.pop("augmentations")) == ([], [])
+    told.write_text(json.dumps(found))
+    assert len(TokenShards(tmp_path)) == 23
+    (tmp_path / "train-00001.npy").unlink()
+    named = dataclasses.replace(data(), class_names=("a", "b", "c"))
+    assert write(tmp_path, named).made == 1
+    assert json.loads(told.read_text()) == found
+
+
+def test_what_images_went_through_and_what_classes_are_called_is_kept(tmp_path: Path) -> None:
+    images = AugmentedImages(pictures(9), ["flip", "shift"])
+    write(tmp_path, ImageData(images, pictures(5), 3, ("cat", "dog", "owl")), crops=3, seed=5)
+    rows = TokenShards(tmp_path)
+    assert rows.settings.class_names == ("cat", "dog", "owl")
+    assert rows.settings.augmentations == ("shift", "flip")
+    assert describe_data(rows)["augmentations"] == ("shift", "flip")
+    tokens, labels = rows.__getitems__(range(27))
+    for row in range(27):
+        image, label = rows_of(images, [row], 5)
+        assert tokens[row].equal(torch.cat(tiny_tokenizer().encode(image), 1)[0])
+        assert labels[row] == label
+    other = ImageData(AugmentedImages(pictures(9), ["shift"]), pictures(5), 3, ("cat", "dog", "owl"))
+    with pytest.raises(ValueError, match=r"augmentations: \['shift', 'flip'\] there, \['shift'\] now"):
+        write(tmp_path, other, crops=3, seed=5)
 
 
 # Training
@@ -382,28 +547,3 @@ def test_the_command_takes_crops_of_a_folder_and_says_what_is_wrong(saved: Path,
         assert "Traceback" not in errors
     with pytest.raises(ValueError, match="source: "):  # tokens are not pictures
         load_data(str(tmp_path / "t"), 8)
-
-
-@pytest.mark.slow
-def test_a_command_that_is_killed_goes_on_to_the_same_bytes(saved: Path, tmp_path: Path) -> None:
-    def command(out: Path) -> list[str]:
-        flags = {"--tokenizer": saved / "tokenizer", "--data": "digits", "--out": out, "--augment": 3}
-        flags |= {"--shard-size": 300, "--batch-size": 20}
-        return [sys.executable, "-m", "viar", "tokenize", *(str(x) for pair in flags.items() for x in pair)]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    worker = subprocess.Popen(
-        command(tmp_path / "parts"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    end = time.monotonic() + PATIENCE
-    while not list(tmp_path.glob("parts/*.sha256")) and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait()
-    found = len(list(tmp_path.glob("parts/*.sha256")))
-    assert found > 0
-    for name in ("parts", "whole"):
-        done = subprocess.run(command(tmp_path / name), env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "shards.json").read_text())["images"] == [1612 * 4, 185]

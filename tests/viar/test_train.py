@@ -18,14 +18,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from tiny_models import TOKENIZER, tiny_config, tiny_tokenizer, tiny_transformer, uniform
 from torch import Tensor, nn
 
 import viar.training.loop
 import viar.training.losses
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Tokenizer
-from viar.data import Batch, TensorImages, TokenizedImages, tokenize
+from viar.data import (
+    AugmentedImages,
+    Batch,
+    ImageFolder,
+    TensorImages,
+    TokenizedImages,
+    save_picture,
+    tokenize,
+)
 from viar.tokenizer.quantizer import perplexity
 from viar.training import TrainConfig, cross_entropy, train_tokenizer, train_transformer, validation_loss
 
@@ -63,9 +70,9 @@ def fresh_transformer(seed: int = 0, **changes: Any) -> NextScaleTransformer:
     return NextScaleTransformer(tiny_config(**{"label_dropout": 0.5, "drop_path": 0.3, **changes}))
 
 
-def fresh_tokenizer(seed: int = 0) -> Tokenizer:
+def fresh_tokenizer(seed: int = 0, dropout: float = 0.1) -> Tokenizer:
     torch.manual_seed(seed)
-    return Tokenizer(dataclasses.replace(TOKENIZER, dropout=0.1))
+    return Tokenizer(dataclasses.replace(TOKENIZER, dropout=dropout))
 
 
 Run = Callable[[Path, TrainConfig], nn.Module]
@@ -83,8 +90,8 @@ def run_transformer_from_disk(folder: Path, config: TrainConfig) -> NextScaleTra
     return model
 
 
-def run_tokenizer(folder: Path, config: TrainConfig) -> Tokenizer:
-    tokenizer = fresh_tokenizer()
+def run_tokenizer(folder: Path, config: TrainConfig, dropout: float = 0.1) -> Tokenizer:
+    tokenizer = fresh_tokenizer(dropout=dropout)
     train_tokenizer(tokenizer, pictures(), folder, config, revive_every=2)
     return tokenizer
 
@@ -268,6 +275,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1]
 
 
+def interrupt(folder: Path, config: TrainConfig, run: Run, at_step: int = 5) -> None:
+    """Leave a run that was interrupted at the beginning of that step, counted from 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, at_step, viar.training.loop, "set_progress", after=False)
+        with pytest.raises(Interrupted):
+            run(folder, config)
+
+
 @pytest.fixture(scope="module")
 def five_steps(tmp_path_factory: pytest.TempPathFactory) -> NextScaleTransformer:
     return run_transformer(tmp_path_factory.mktemp("whole"), settings(steps=5))
@@ -276,8 +291,8 @@ def five_steps(tmp_path_factory: pytest.TempPathFactory) -> NextScaleTransformer
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
     [
-        (Accelerator, "save_state", 3, False),
-        (Accelerator, "save_state", 3, True),
+        (torch, "save", 3, False),
+        (torch, "save", 3, True),
         (Path, "rename", 4, False),  # the old state, out of the way
         (Path, "rename", 4, True),
         (Path, "rename", 5, True),  # the new one, into its place
@@ -347,6 +362,14 @@ def gradients_of(run: Run, folder: Path, config: TrainConfig, monkeypatch: pytes
 
 def run_without_dropout(folder: Path, config: TrainConfig) -> nn.Module:
     return run_transformer(folder, config, label_dropout=0.0, drop_path=0.0)
+
+
+def run_averaged(folder: Path, config: TrainConfig) -> nn.Module:
+    """With averaged weights, of which those are kept that do best on held-out pictures."""
+    model = fresh_transformer(label_dropout=0.0, drop_path=0.0)
+    config = dataclasses.replace(config, ema=0.5, validate_every=2, patience=1)
+    train_transformer(model, tiny_tokenizer(), pictures(), folder, config, held_out=pictures(5))
+    return model
 
 
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(
@@ -465,6 +488,9 @@ def test_validation_loss_is_that_of_all_images_in_evaluation_mode() -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder in which two processes have trained together, see `train_worker.py`."""
     folder = tmp_path_factory.mktemp("two")
+    for sharding in ("none", "full"):
+        config = settings(steps=6, save_every=1e-9, sample_every=2)
+        interrupt(folder / sharding / "of one", config, run_without_dropout)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -523,6 +549,58 @@ def test_two_processes_train_what_one_trains_on_the_same_batches(
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_codebook_that_one_does(two_processes: Path, tmp_path: Path) -> None:
+    expected = run_tokenizer(tmp_path, settings(steps=4), dropout=0.0)
+    together = Tokenizer.from_pretrained(two_processes / "tokenizer without dropout")
+    expected.quantizer.usage /= 2  # the mean of the processes' hits
+    assert_same(together, expected, atol=1e-4, rtol=1e-4)
+
+
+SHARDINGS = pytest.mark.parametrize("sharding", ["none", "full"])
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_processes_that_share_one_set_of_weights_train_the_same_model_and_draw(
+    sharding: str, two_processes: Path, tmp_path: Path
+) -> None:
+    folder = two_processes / sharding / "plain"
+    together = NextScaleTransformer.from_pretrained(folder)
+    assert_same(together, run_without_dropout(tmp_path, settings(steps=6)), atol=1e-5, rtol=1e-4)
+    averaged = NextScaleTransformer.from_pretrained(folder.with_name("averaged"))
+    expected = run_averaged(tmp_path / "averaged", settings(steps=6))
+    assert_same(averaged, expected, atol=1e-5, rtol=1e-4)
+    drawn = sorted(path.name for path in (folder / "samples").iterdir())
+    assert drawn == [f"step-{step:06d}.png" for step in (2, 4, 6)]
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_two_processes_go_on_bit_for_bit_without_a_common_folder(sharding: str, two_processes: Path) -> None:
+    whole, parts = (
+        NextScaleTransformer.from_pretrained(two_processes / sharding / name) for name in ("whole", "parts")
+    )
+    assert_same(parts, whole)
+    assert not list((two_processes / "elsewhere").rglob("*.*"))
+
+
+@pytest.mark.slow
+@SHARDINGS
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+    sharding: str, two_processes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run_without_dropout(tmp_path, settings(steps=6))
+    two_after_one = NextScaleTransformer.from_pretrained(two_processes / sharding / "of one")
+    assert_same(two_after_one, expected, atol=1e-5, rtol=1e-4)
+    folder = two_processes / sharding / "for one"
+    assert (folder / "state").is_dir()
+    capsys.readouterr()
+    one_after_two = run_without_dropout(folder, settings(steps=6))
+    assert_same(one_after_two, expected, atol=1e-5, rtol=1e-4)
+    assert "the run goes on in 1 processes instead of 2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_main_process_alone_draws_and_the_model_is_the_same(two_processes: Path) -> None:
     assert [path.name for path in (two_processes / "pictures" / "samples").iterdir()] == ["step-000002.png"]
     for rank in range(2):
@@ -578,3 +656,18 @@ def test_a_tokenizer_of_other_sizes_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train_transformer(fresh_transformer(**changes), tiny_tokenizer(), pictures(), tmp_path, settings())
+
+
+def test_crops_of_a_folder_are_the_same_with_any_number_of_workers(tmp_path: Path) -> None:
+    files = []
+    for index, image in enumerate(uniform(6, 3, 9, 12)):
+        save_picture(image, tmp_path / f"{index}.png")
+        files.append((tmp_path / f"{index}.png", 0))
+    models = []
+    for workers in (0, 2):
+        tokenizer, data = fresh_tokenizer(), AugmentedImages(ImageFolder(files, 6, train=True), ["flip"])
+        train_tokenizer(tokenizer, data, tmp_path / str(workers), settings(workers=workers))
+        models.append(tokenizer)
+    assert_same(*models)
+    told = json.loads((tmp_path / "0" / "run.json").read_text())
+    assert told["data"]["augmentations"] == ["crop", "flip"]

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from test_adversarial import run_without_chance
 from test_train import (
     fresh_transformer,
+    interrupt,
     pictures,
+    run_averaged,
     run_tokenizer,
     run_transformer,
     run_without_dropout,
@@ -79,6 +81,19 @@ def train(rank: int, folder: Path, port: str) -> None:
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")
+    run_tokenizer(folder / "tokenizer without dropout", settings(steps=4), dropout=0.0)
+    # Saved by the main process alone, to a folder that no other one sees.
+    own = folder if rank == 0 else folder / "elsewhere"
+    for sharding in ("none", "full"):
+        how = settings(steps=6, sharding=sharding, save_every=1e-9, sample_every=2)
+        run_without_dropout(own / sharding / "plain", how)
+        run_averaged(own / sharding / "averaged", how)
+        run_transformer(own / sharding / "whole", how)
+        interrupt(own / sharding / "parts", how, run_transformer)
+        run_transformer(own / sharding / "parts", how)
+        interrupt(own / sharding / "for one", how, run_without_dropout)
+        # What one process left, which is in the main one's folder alone.
+        run_without_dropout(own / sharding / "of one", how)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from viar import ImplicitTrunkConfig, NextScaleTransformer
 from viar.data import TensorImages, TokenizedImages
 from viar.model.config import TransformerConfig
-from viar.training import TRANSFORMERS, TransformerPreset
+from viar.training import TRANSFORMERS, TransformerRecipe
 
 from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product, worst_of
 from ...measure import interleaved, peak_bytes, ratio, with_spread
@@ -67,7 +67,7 @@ def build(run: Run, model: str, seed: int) -> Iterator[Row]:
     }
 
 
-def recipe_of(model: str) -> TransformerPreset:
+def recipe_of(model: str) -> TransformerRecipe:
     """Of VIAR or VAR."""
     return TRANSFORMERS[f"mnist-{model.lower()}"]
 
@@ -93,7 +93,7 @@ def _take(steps: Iterator[int]) -> None:
         next(steps)
 
 
-def deepest_step_bytes(recipe: TransformerPreset, tokens: TokenizedImages, no_grad: int | None = None) -> int:
+def deepest_step_bytes(recipe: TransformerRecipe, tokens: TokenizedImages, no_grad: int | None = None) -> int:
     """Weights, moments, gradients and the peak of the deepest step that training may draw.
 
     Args:

@@ -17,7 +17,7 @@ from viar import NextScaleTransformer, Tokenizer
 from viar.data import EndlessBatches, TensorImages, TokenizedImages, load_data
 from viar.training import (
     TOKENIZERS,
-    TransformerPreset,
+    TransformerRecipe,
     train_tokenizer,
     train_transformer,
     validation_loss,
@@ -102,7 +102,7 @@ def _trained_tokenizer(data: str) -> Tokenizer:
 
 
 def trained(
-    recipe: TransformerPreset, material: Material, name: str, *, seed: int, steps: int, run: Run
+    recipe: TransformerRecipe, material: Material, name: str, *, seed: int, steps: int, run: Run
 ) -> Outcome:
     """The model of a recipe, trained as that says; goes on where it was interrupted.
 
@@ -151,7 +151,7 @@ def _temporary_folder() -> Path:
 
 
 def single_steps(
-    model: NextScaleTransformer, recipe: TransformerPreset, tokens: TokenizedImages, steps: int
+    model: NextScaleTransformer, recipe: TransformerRecipe, tokens: TokenizedImages, steps: int
 ) -> Iterator[int]:
     """Take the steps of a training one by one, to measure them; gives how many were taken.
 

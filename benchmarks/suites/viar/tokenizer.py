@@ -29,7 +29,7 @@ from ...measure import interleaved, milliseconds, ratio
 from ...rows import by_contender, having
 from ...show import listing
 
-PRESET = TOKENIZERS["mnist"]
+RECIPE = TOKENIZERS["mnist"]
 CONTENDERS: dict[str, dict[str, Any]] = {
     "patch 1": {"patch": 1, "multipliers": (1, 2, 2)},
     "patch 2": {"patch": 2, "multipliers": (1, 2)},
@@ -46,7 +46,7 @@ def build(run: Run, steps: int, batch: int) -> Iterator[Row]:
         steps: of training at full resolution.
         batch: images a step.
     """
-    data = load_data(PRESET.data, PRESET.model.image_side)
+    data = load_data(RECIPE.data, RECIPE.model.image_side)
     if run.quick:
         data = replace(data, validation=TensorImages(*data.validation.__getitems__(range(8))))
     counts = {name: round(steps * more) for name, more in MORE_STEPS.items()}
@@ -67,11 +67,11 @@ def build(run: Run, steps: int, batch: int) -> Iterator[Row]:
 
 def _trained(changes: dict[str, Any], data: ImageData, steps: int, batch: int) -> Tokenizer:
     torch.manual_seed(0)
-    tokenizer = Tokenizer(replace(PRESET.model, **changes))
-    config = replace(PRESET.train, steps=steps, seconds=None, batch_size=batch)
+    tokenizer = Tokenizer(replace(RECIPE.model, **changes))
+    config = replace(RECIPE.train, steps=steps, seconds=None, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(file=io.StringIO())
-        train_tokenizer(tokenizer, data.train, Path(folder), config, loss=PRESET.loss, console=quiet)
+        train_tokenizer(tokenizer, data.train, Path(folder), config, loss=RECIPE.loss, console=quiet)
     return tokenizer
 
 
@@ -81,12 +81,12 @@ def _step(tokenizer: Tokenizer, data: ImageData, batch: int) -> Callable[[], Non
     device = tokenizer.quantizer.codebook.weight.device
     images = data.train.__getitems__(range(batch))[0].to(device)
     optimizer = build_optimizer(tokenizer, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01)
-    step_loss = tokenizer_loss(tokenizer, kind=PRESET.loss, revive_every=2, init_codebook=False, seed=0)
+    step_loss = tokenizer_loss(tokenizer, kind=RECIPE.loss, revive_every=2, init_codebook=False, seed=0)
 
     def step() -> None:
         loss, _ = step_loss(tokenizer, [images], 0)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), PRESET.train.clip)
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), RECIPE.train.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

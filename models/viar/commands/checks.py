@@ -31,7 +31,9 @@ def check_picture(out: Path) -> None:
 def check_run(out: Path) -> None:
     """Raise `ValueError` unless a run may live in `out`: new, or one that was interrupted."""
     check_writable(out, "--out", folder=True)
-    if (out / "model.safetensors").exists():
+    # With a state beside it the model is that of a run that was interrupted at its very end.
+    unfinished = any((out / name).is_dir() for name in ("state", "state.old"))
+    if (out / "model.safetensors").exists() and not unfinished:
         raise ValueError(f"--out: {out} holds a finished run; give another folder, or remove this one")
     _check_no_work(out, OTHER_WORK)
 

@@ -40,9 +40,9 @@ from ..tokenizer import Tokenizer
 from ..training import (
     TOKENIZERS,
     TRANSFORMERS,
-    TokenizerPreset,
+    TokenizerRecipe,
     TrainConfig,
-    TransformerPreset,
+    TransformerRecipe,
     cross_entropy,
     train_tokenizer,
     train_transformer,
@@ -58,18 +58,13 @@ PACKAGES = (Path(deqlib.__file__).parent, Path(__file__).parents[1])  # deqlib a
 DISTRIBUTIONS = ("torch", "scikit-learn", "numpy")
 
 
-def _training_seconds(preset: TokenizerPreset | TransformerPreset) -> float:
-    assert preset.train.seconds is not None  # presets of digits end by the clock
-    return preset.train.seconds
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Settings of the demo."""
 
     out: Path = Path("runs/demo")
-    tokenizer_seconds: float = _training_seconds(TOKENIZERS["digits"])
-    transformer_seconds: float = _training_seconds(TRANSFORMERS["digits-viar"])  # of each of the two
+    tokenizer_seconds: float = 60.0
+    transformer_seconds: float = 180.0  # of each of the two: of a demo one knows before how long it takes
     classifier_steps: int = 600
     per_class: int = 50  # generated images a class and setting
     iterations: tuple[int, ...] = (1, 2, 3, 5, 8, 12)  # points of the knob
@@ -157,34 +152,36 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 
 
 def _first_stages(config: DemoConfig) -> dict[str, Stage]:
-    preset = TOKENIZERS["digits"]
-    train = replace(preset.train, seconds=config.tokenizer_seconds, seed=config.seed)
-    preset = replace(preset, train=train)
-    settings = (preset.data, config.classifier_steps, config.seed)
+    recipe = TOKENIZERS["digits"]
+    train = replace(recipe.train, steps=None, seconds=config.tokenizer_seconds, seed=config.seed)
+    recipe = replace(recipe, train=train)
+    settings = (recipe.data, config.classifier_steps, config.seed)
     return {
-        "tokenizer": Stage(partial(_train_tokenizer, preset), asdict(preset)),
+        "tokenizer": Stage(partial(_train_tokenizer, recipe), asdict(recipe)),
         "classifier": Stage(partial(_train_classifier, *settings), settings),
     }
 
 
 def _transformer_stage(name: str, config: DemoConfig) -> Stage:
-    preset = TRANSFORMERS[f"digits-{name}"]
-    train = replace(preset.train, seconds=config.transformer_seconds, seed=config.seed)
-    preset = replace(preset, train=train)
-    work = partial(_train_transformer, preset, config.out / "tokenizer")
-    return Stage(work, asdict(preset), ("tokenizer",))
+    recipe = TRANSFORMERS[f"digits-{name}"]
+    train = replace(recipe.train, steps=None, seconds=config.transformer_seconds, seed=config.seed)
+    recipe = replace(recipe, train=train)
+    work = partial(_train_transformer, recipe, config.out / "tokenizer")
+    return Stage(work, asdict(recipe), ("tokenizer",))
 
 
-def _train_tokenizer(preset: TokenizerPreset, folder: Path) -> Result:
-    torch.manual_seed(preset.train.seed)
-    data = load_data(preset.data, preset.model.image_side, augment=preset.augment)
-    tokenizer = Tokenizer(preset.model)
+def _train_tokenizer(recipe: TokenizerRecipe, folder: Path) -> Result:
+    torch.manual_seed(recipe.train.seed)
+    data = load_data(
+        recipe.data, recipe.model.image_side, augment=recipe.augment, augmentations=recipe.augmentations
+    )
+    tokenizer = Tokenizer(recipe.model)
     return train_tokenizer(
         tokenizer,
         data.train,
         folder,
-        preset.train,
-        loss=preset.loss,
+        recipe.train,
+        loss=recipe.loss,
         held_out=data.validation,
         console=Console(quiet=True),
     )
@@ -199,17 +196,19 @@ def _train_classifier(source: str, steps: int, seed: int, folder: Path) -> Resul
     return {"held_out_accuracy": accuracy(classifier, data.validation)}
 
 
-def _train_transformer(preset: TransformerPreset, tokenizer: Path, folder: Path) -> Result:
-    torch.manual_seed(preset.train.seed)
+def _train_transformer(recipe: TransformerRecipe, tokenizer: Path, folder: Path) -> Result:
+    torch.manual_seed(recipe.train.seed)
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(preset.data, codec.config.image_side, augment=preset.augment)
-    model = NextScaleTransformer(preset.model)
+    data = load_data(
+        recipe.data, codec.config.image_side, augment=recipe.augment, augmentations=recipe.augmentations
+    )
+    model = NextScaleTransformer(recipe.model)
     return train_transformer(
         model,
         codec,
         data.train,
         folder,
-        preset.train,
+        recipe.train,
         held_out=data.validation,
         console=Console(quiet=True),
     )

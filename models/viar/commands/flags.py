@@ -19,7 +19,7 @@ no_prefix = tyro.conf.arg(name="")  # --cfg, not --sampling.cfg
 def given_flags() -> set[str]:
     """Names of the flags on the command line, as in Python: "model.num_classes" for --model.num-classes.
 
-    A default that a preset fills in, and the same value given by the user, are two things: the one may be
+    A default that a recipe fills in, and the same value given by the user, are two things: the one may be
     fitted to what is found, the other may not.
     """
     flags = (argument[2:].split("=")[0] for argument in sys.argv[1:] if argument.startswith("--"))

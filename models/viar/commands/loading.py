@@ -14,7 +14,7 @@ from rich.markup import escape
 from ..checkpoints.convert import load_official
 from ..data import ImageData, load_data
 from ..data.decoding import shown
-from ..data.sources import EMBEDDED
+from ..data.sources import is_in_memory
 from ..generation.inference import prepare_inference
 from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
@@ -140,7 +140,13 @@ def _other_device(device: torch.device) -> torch.device:
 
 
 def load_images(
-    source: str, image_side: int, console: Console, *, augment: int = 0, batch_size: int = 1
+    source: str,
+    image_side: int,
+    console: Console,
+    *,
+    augment: int = 0,
+    augmentations: tuple[str, ...] | None = None,
+    batch_size: int = 1,
 ) -> ImageData:
     """Images that `--data` names, and what a folder was found to hold, said before time is spent on it.
 
@@ -149,19 +155,23 @@ def load_images(
         image_side: pixels a side.
         console: where to say what was found; the first of several processes does.
         augment: changed versions to add of each training image; of a folder none, unless the user gave it.
+        augmentations: names of those that training images go through; of a folder in place of a preset's own
+            images "crop", unless the user gave them.
         batch_size: images that are learnt from at a time.
 
     Raises:
         ValueError, PermissionError: what cannot be served; the flag is named.
     """
-    if source not in EMBEDDED and "augment" not in given_flags():
-        augment = 0  # a preset's is for the images that it names
+    if not is_in_memory(source):  # a recipe's are for the images that it names
+        augment = augment if "augment" in given_flags() else 0
+        others = "data" in given_flags() and "augmentations" not in given_flags()
+        augmentations = None if others else augmentations
     try:
-        data = load_data(source, image_side, augment=augment)
+        data = load_data(source, image_side, augment=augment, augmentations=augmentations)
     except (ValueError, PermissionError) as error:
         owner, _, text = str(error).partition(": ")
-        flag = "--augment" if owner == "augment" else "--data"
-        text = text if owner in ("augment", "source") else str(error)
+        flag = f"--{owner}" if owner in ("augment", "augmentations") else "--data"
+        text = text if owner in ("augment", "augmentations", "source") else str(error)
         kind = PermissionError if isinstance(error, PermissionError) else ValueError
         raise kind(f"{flag}: {text}") from error
     if process_index():
@@ -173,6 +183,11 @@ def load_images(
             f"note: a batch of {batch_size} holds some of the {len(data.train)} pictures several times"
         )
     return data
+
+
+def num_processes() -> int:
+    """How many processes a launcher started together, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def process_index() -> int:

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..data.decoding import shown
-from ..data.shards import write_shards
+from ..data.shard_writer import write_shards
 from ..files import check_writable
 from ..tokenizer import Tokenizer
 from .checks import check_beside_data
-from .loading import find_device, load_images, load_model
+from .loading import find_device, load_images, load_model, num_processes, process_index
 
 
 def tokenize_command(
@@ -21,25 +21,31 @@ def tokenize_command(
     out: Path,
     crops: int = 1,
     augment: int = 0,
+    augmentations: tuple[str, ...] | None = None,
     seed: int = 0,
     shard_size: int = 8192,
     batch_size: int = 64,
+    processes: int = 1,
     device: str = "auto",
 ) -> None:
     """Write the tokens of a data set into a folder, for viar train --data FOLDER.
 
     Training from tokens spares reading pictures and the tokenizer's encoder in every epoch. The same command
-    goes on where it was stopped, and gives the same files.
+    goes on where it was stopped, and gives the same files. Started by torchrun, on one machine or several
+    that share the folder, each process makes files of its own.
 
     Args:
         tokenizer: Folder, hub id or published checkpoint of the tokenizer.
-        data: Source of images: digits, mnist, or a folder with a sub-folder a class.
+        data: Source of images: digits, mnist, emoji, hub:NAME, or a folder with a sub-folder a class.
         out: Folder of the tokens.
-        crops: Of a folder of pictures: squares cut at random out of each training picture.
-        augment: Of digits and mnist: changed versions added of each training image.
-        seed: Of the crops.
+        crops: Rows of each training image, each cut or changed anew as --augmentations say.
+        augment: Of digits, mnist and emoji: changed versions added of each training image.
+        augmentations: What changes training images: rotate, shear, scale, shift, crop, flip. Of folders and
+            the hub crop is the default.
+        seed: Of crops and augmentations.
         shard_size: Images in a file.
         batch_size: Images encoded at a time.
+        processes: That share the work, about one a core, or one a GPU. The files are the same.
         device: cpu, cuda, or cuda:1; auto is cuda where there is one.
     """
     console = Console()
@@ -47,7 +53,8 @@ def tokenize_command(
     check_beside_data(out, data)
     where = find_device(device)
     codec = load_model(Tokenizer, tokenizer, "--tokenizer").to(where)
-    images = load_images(data, codec.config.image_side, console, augment=augment)
+    side = codec.config.image_side
+    images = load_images(data, side, console, augment=augment, augmentations=augmentations)
     report = write_shards(
         codec,
         images,
@@ -57,9 +64,15 @@ def tokenize_command(
         seed=seed,
         shard_size=shard_size,
         batch_size=batch_size,
+        processes=processes,
+        rank=process_index(),
+        num_ranks=num_processes(),
         console=console,
     )
+    if process_index():
+        return
     train, validation = report.rows
     rows = f"{train} rows of tokens to train on and {validation} held out in {shown(out)}"
-    files = f"{report.made} files made now, {report.found} were there"
+    whose = f" by the first of {num_processes()} processes" if num_processes() > 1 else ""
+    files = f"{report.made} files made now{whose}, {report.found} were there"
     console.print(escape(f"{rows};\n{files}"), soft_wrap=True, highlight=False)

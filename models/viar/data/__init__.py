@@ -1,21 +1,26 @@
 """Images to train on, as pixels and as tokens, and pictures read and written."""
 
-from .augment import augmented
-from .batches import EndlessBatches, all_batches
+from .augment import AUGMENTATIONS, AugmentedImages, augmented
+from .batches import EndlessBatches, all_batches, rows_of
 from .dataset import Batch, BatchedDataset, ImageData, TensorImages
 from .folders import ImageFolder
+from .hub import HubImages
 from .masks import read_mask
 from .pictures import cut_square, read_picture, save_edit, save_grid, save_picture
 from .report import FolderReport, Skipped
-from .shards import ShardReport, ShardSettings, TokenShards, is_shards, write_shards
+from .shard_writer import ShardReport, write_shards
+from .shards import ShardSettings, TokenShards, is_shards
 from .sources import load_data
 from .tokens import TokenBatch, TokenizedImages, from_rows, tokenize
 
 __all__ = [
+    "AUGMENTATIONS",
+    "AugmentedImages",
     "Batch",
     "BatchedDataset",
     "EndlessBatches",
     "FolderReport",
+    "HubImages",
     "ImageData",
     "ImageFolder",
     "ShardReport",
@@ -33,6 +38,7 @@ __all__ = [
     "load_data",
     "read_mask",
     "read_picture",
+    "rows_of",
     "save_edit",
     "save_grid",
     "save_picture",

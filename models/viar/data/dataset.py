@@ -20,7 +20,9 @@ T_co = TypeVar("T_co", covariant=True)
 class BatchedDataset(Protocol[T_co]):
     """A number of samples that are served a batch at a time: `Batch` for images with labels.
 
-    `torch.utils.data.DataLoader` with a batch sampler asks for no more than these two methods.
+    `torch.utils.data.DataLoader` with a batch sampler asks for no more than these two methods. One that draws
+    nothing at random may say so by an attribute `at_random` that is false: it is served a batch at a time
+    then, others row by row, see `rows_of`.
     """
 
     def __len__(self) -> int: ...
@@ -36,14 +38,18 @@ class TensorImages(Dataset[Batch]):
     Args:
         images: (N, 3, H, W) in [-1, 1].
         labels: (N,) classes.
+        augmentations: names of those that some of the images have gone through.
     """
+
+    at_random = False
 
     def __init__(
         self,
         images: Tensor,  # (N, 3, H, W) in [-1, 1]
         labels: Tensor,  # (N,)
+        augmentations: tuple[str, ...] = (),
     ) -> None:
-        self.images, self.labels = images, labels.long()
+        self.images, self.labels, self.augmentations = images, labels.long(), augmentations
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,7 +69,7 @@ class ImageData:
         validation: those held out.
         num_classes: N; labels are 0 to N - 1.
         class_names: of label 0, 1, ...
-        report: what was found in the folder that they are from; None for other sources.
+        report: what was found in the folder or on the hub, or left out; None where there is nothing to tell.
     """
 
     train: BatchedDataset[Batch]

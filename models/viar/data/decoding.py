@@ -71,6 +71,21 @@ def decode_picture(path: Path) -> Image.Image:
         return to_rgb(image, path)
 
 
+def decode_bytes(content: bytes, name: object) -> Image.Image:
+    """The picture in the bytes of a file, as `decode_picture` gives it.
+
+    Args:
+        content: of the file.
+        name: what it is called in errors.
+
+    Raises:
+        ValueError: it is no picture, or broken.
+    """
+    with _named(name):
+        image = Image.open(BytesIO(content))
+    return to_rgb(image, name)
+
+
 @contextmanager
 def open_picture(path: Path, *, any_range: bool = False) -> Iterator[Image.Image]:
     """A picture file, its header read and found to be of a kind that is read.

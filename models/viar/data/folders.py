@@ -24,11 +24,21 @@ class ImageFolder(Dataset[Batch]):
     Args:
         files: path and label of each picture.
         image_side: pixels a side of what is served.
-        train: cut at random, by PyTorch's own generator, which a data loader seeds in each of its processes.
+        train: cut at random, by PyTorch's own generator, which `rows_of` seeds.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], image_side: int, *, train: bool) -> None:
         self.files, self.image_side, self.train = list(files), image_side, train
+
+    @property
+    def at_random(self) -> bool:
+        """Whether pictures are cut at random."""
+        return self.train
+
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """Names of those that are at work."""
+        return ("crop",) if self.train else ()
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,8 +1,8 @@
-"""What was found in folders of pictures, for people to read before hours are spent on it."""
+"""What was found in folders and data sets of pictures, for people to read before hours are spent on it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class FolderReport:
     """What a folder of pictures holds; `str` of it is a text of at most 100 columns.
 
     Attributes:
-        root: the folder.
+        root: the folder; of other sources what they are called.
         class_names: of label 0, 1, ...
         train_counts: pictures to learn from, of each class.
         validation_counts: pictures held out, of each class.
@@ -49,6 +49,28 @@ class FolderReport:
     validation_counts: tuple[int, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        class_names: tuple[str, ...],
+        train: Iterable[tuple[object, int]],
+        validation: Iterable[tuple[object, int]],
+        skipped: Iterable[Skipped],
+        notes: Iterable[str] = (),
+    ) -> FolderReport:
+        """A report of `train` and `validation`: pictures with their labels, whatever a picture is."""
+        counts, held = (Counter(label for _, label in part) for part in (train, validation))
+        labels = range(len(class_names))
+        return cls(
+            root,
+            class_names,
+            tuple(counts[label] for label in labels),
+            tuple(held[label] for label in labels),
+            tuple(skipped),
+            tuple(notes),
+        )
 
     def __str__(self) -> str:
         train, validation = sum(self.train_counts), sum(self.validation_counts)

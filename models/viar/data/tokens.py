@@ -63,6 +63,8 @@ class TokenizedImages(Dataset[TokenBatch]):
         ValueError: `data` is empty, or its images have another size than the tokenizer's.
     """
 
+    at_random = False
+
     def __init__(self, tokenizer: Tokenizer, data: BatchedDataset[Batch], batch_size: int = 256) -> None:
         if not len(data):
             raise ValueError("data: expected at least 1 image to tokenize, got 0")

@@ -59,13 +59,13 @@ class TokenizerConfig:
     """
 
     sides: tuple[int, ...] = SIDES_256  # side of each of the K token maps, rising
-    codebook_size: int = 4096  # V
-    code_channels: int = 32  # Z
+    codebook_size: int = 4096  # V, number of codes
+    code_channels: int = 32  # Z, channels of a code
     base_channels: int = 160  # channels of the first level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of base_channels
     patch: int = 1  # pixels a side that become the channels of one position before the first level
-    num_residual_blocks: int = 2  # a level; the decoder has one more
-    num_groups: int = 32  # of every GroupNorm
+    num_residual_blocks: int = 2  # of each level; the decoder's have one more
+    num_groups: int = 32  # of channels in every GroupNorm
     dropout: float = 0.0  # rate in every residual block, in [0, 1)
     num_phi: int = 4  # Q, number of refinement convolutions shared by the scales; 0: one a scale
     phi_ratio: float = 0.5  # r in (1 - r) h + r conv(h)
@@ -177,11 +177,11 @@ class TransformerConfig:
     """Next-scale transformer: VAR with an explicit trunk, VIAR with an implicit one."""
 
     depth: int = 16  # D: blocks of the explicit trunk; also sets drop path and initial weights of both
-    width: int | None = None  # C; default 64 * depth
-    num_heads: int | None = None  # H; default depth
+    width: int | None = None  # C, channels of a token; default 64 * depth
+    num_heads: int | None = None  # H, heads of attention; default depth
     sides: tuple[int, ...] = SIDES_256  # side of each of the K token maps, rising
-    codebook_size: int = 4096  # V
-    code_channels: int = 32  # Z
+    codebook_size: int = 4096  # V, number of codes
+    code_channels: int = 32  # Z, channels of a code
     num_classes: int = 1000  # N; index N is the null class of guidance
     mlp_ratio: float = 4.0  # hidden width of every MLP, in units of C
     qk_norm: bool = True  # normalised queries and keys with a learned scale a head

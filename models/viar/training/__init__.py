@@ -7,7 +7,7 @@ from .health import cell_health
 from .loop import check_device
 from .losses import cross_entropy, loss_terms, reconstruction_loss, validation_loss
 from .perceptual import FeatureDistance, lpips_distance
-from .presets import TOKENIZERS, TRANSFORMERS, TokenizerPreset, TransformerPreset
+from .recipes import TOKENIZERS, TRANSFORMERS, TokenizerRecipe, TransformerRecipe
 from .train import train_tokenizer, train_transformer
 from .validation import tokenizer_validation
 
@@ -16,9 +16,9 @@ __all__ = [
     "TRANSFORMERS",
     "AdversarialConfig",
     "FeatureDistance",
-    "TokenizerPreset",
+    "TokenizerRecipe",
     "TrainConfig",
-    "TransformerPreset",
+    "TransformerRecipe",
     "adapt_tokenizer",
     "adapt_transformer",
     "cell_health",

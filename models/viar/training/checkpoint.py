@@ -1,18 +1,30 @@
-"""The state of a run, kept on disk so that a run that is interrupted can go on."""
+"""The state of a run, kept on disk so that a run that is interrupted can go on.
+
+It holds every tensor whole, however many processes trained it and however they shared the weights, and the
+main process alone reads and writes it: a run may go on with another number of processes, and their machines
+need no common folder.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
-SIZES = "sizes.json"  # of a state: bytes of each of its files
+from ..files import flush
+from ..seeds import LARGEST_SEED, seed_at
+from .earlier import is_earlier, read_earlier
+from .processes import from_main, to_main
+
+FILE, DIGEST = "state.pt", "state.sha256"  # in the folder of a state
 
 
 @dataclass
@@ -40,28 +52,34 @@ class TrainState:
 
 
 class Checkpoint:
-    """A folder with all that a run needs to go on as if nothing had happened: weights, moments, generators.
+    """A folder with all that a run needs to go on as if nothing had happened.
 
-    It is replaced in steps of which each leaves one whole state behind: the new state is written to
-    `folder.new`, the old one is moved to `folder.old`, the new one takes its place, the old one is removed.
+    That is what the accelerator has prepared (models and optimisers, the scaler of float16) or was given to
+    register, and the generators of every process. It is replaced in steps of which each leaves one whole
+    state behind: the new state is written to `folder.new`, the old one is moved to `folder.old`, the new one
+    takes its place, the old one is removed. Each step is on the disk before the next.
 
     All processes of a run call every method together.
 
     Args:
-        accelerator: with model and optimiser prepared.
-        folder: where the state is kept; it need not exist.
+        accelerator: with models and optimisers prepared.
+        folder: where the state is kept; it need not exist. The main process's alone.
         every: seconds between two states.
+        seed: of the run, for the generators of processes that the state does not know.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, *, every: float) -> None:
-        self.accelerator, self.folder, self.every = accelerator, folder, every
+    def __init__(self, accelerator: Accelerator, folder: Path, *, every: float, seed: int) -> None:
+        self.accelerator, self.folder, self.every, self.seed = accelerator, folder, every, seed
         self.state = TrainState()
         self._fresh, self._old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
         self._saved_at, self._saved_step = time.monotonic(), 0
         accelerator.register_for_checkpointing(self.state)
 
-    def restore(self) -> TrainState:
-        """Put everything where the last whole state has it, if there is one, and return where the run is.
+    def restore(self) -> list[str]:
+        """Put everything where the last whole state has it, if there is one.
+
+        Returns:
+            Lines of text to say.
 
         Raises:
             ValueError: the state is of another model, or its files are damaged.
@@ -71,11 +89,10 @@ class Checkpoint:
                 self._old.rename(self.folder)
             for left in (self._fresh, self._old):
                 shutil.rmtree(left, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.folder.is_dir():
-            self._load()
+        [found] = broadcast_object_list([self.folder.is_dir()])
+        lines = self._load() if found else []
         self._note()
-        return self.state
+        return lines
 
     def is_due(self) -> bool:
         """Whether the last state is older than `every` by this process's clock, and not the present one."""
@@ -83,14 +100,14 @@ class Checkpoint:
 
     def save(self) -> None:
         """Replace the state on disk by the present one."""
-        self.accelerator.save_state(str(self._fresh))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (self._fresh / SIZES).write_text(json.dumps(_sizes(self._fresh)))
-            if self.folder.is_dir():
-                self.folder.rename(self._old)
-            self._fresh.rename(self.folder)
-            shutil.rmtree(self._old, ignore_errors=True)
+        is_main = self.accelerator.is_main_process
+        held = {
+            name: to_main([part.state_dict() for part in parts], is_main=is_main)
+            for name, parts in self._parts().items()
+        }
+        held["generators"] = gather_object([self._generators()])
+        if is_main:
+            self._write(held)
         self.accelerator.wait_for_everyone()
         self._note()
 
@@ -99,36 +116,116 @@ class Checkpoint:
         if self.folder.is_dir():  # moved first: removed half way, it would not be a state to go on from
             shutil.rmtree(self.folder.rename(self._fresh))
 
-    def _load(self) -> None:
+    def _write(self, held: dict[str, Any]) -> None:
+        self._fresh.mkdir(parents=True)
+        torch.save(held, self._fresh / FILE)
+        (self._fresh / DIGEST).write_text(_digest(self._fresh / FILE))
+        for path in (self._fresh / FILE, self._fresh / DIGEST, self._fresh):
+            flush(path)
+        if self.folder.is_dir():
+            self.folder.rename(self._old)
+            flush(self.folder.parent)
+        self._fresh.rename(self.folder)
+        flush(self.folder.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _load(self) -> list[str]:
+        """What to say of it. The main process reads and tells the others, also of what went wrong."""
+        held: dict[str, Any] | str | None = None
+        if self.accelerator.is_main_process:
+            try:
+                held = _read(self.folder)
+            except Exception as error:  # whatever a reader of the file makes of damage
+                held = _first_line(error)
         try:
-            _check_sizes(self.folder)
-            self.accelerator.load_state(str(self.folder))
+            held = from_main(held, self._likes(), self.accelerator.device)
+            if isinstance(held, str):
+                raise ValueError(held)
+            return self._put(held)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a reader of one of the files makes of damage
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+        except Exception as error:
             raise ValueError(
                 f"{self.folder}: expected the state of this run, found one of another model or damaged files "
-                f"({lines[0]}); remove that folder to start over, or give another for the run"
+                f"({_first_line(error)}); remove that folder to start over, or give another for the run"
             ) from error
+
+    def _parts(self) -> dict[str, list[Any]]:
+        """What has a state, by kind, in the order in which the accelerator came by it."""
+        # It has no public names for these: its own way of saving needs a folder that all processes see, and
+        # the same number of them.
+        accelerator = self.accelerator
+        models = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in accelerator._models]
+        scalers = [] if accelerator.scaler is None else [accelerator.scaler]
+        return {
+            "models": models,
+            "optimizers": accelerator._optimizers,
+            "scalers": scalers,
+            "registered": accelerator._custom_objects,
+        }
+
+    def _likes(self) -> dict[str, Any]:
+        """Tensors that are shared among the processes as those of a state should be, see `from_main`."""
+        parts = self._parts()
+        moments = [
+            {"state": dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))}
+            for optimizer in parts["optimizers"]
+        ]
+        return {"models": [model.state_dict() for model in parts["models"]], "optimizers": moments}
+
+    def _put(self, held: dict[str, Any]) -> list[str]:
+        for kind, parts in self._parts().items():
+            for part, state in zip(parts, held[kind], strict=True):
+                part.load_state_dict(state)
+        generators, count = held["generators"], self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        # What a state does not have starts elsewhere than it did when the run began.
+        torch.manual_seed(seed_at((self.seed + rank) % (LARGEST_SEED + 1), self.state.step))
+        if rank < len(generators):
+            self._put_generators(generators[rank])
+        if count == len(generators):
+            return []
+        anew = f"; the generators of the last {count - len(generators)} begin anew"
+        more = anew if count > len(generators) else ""
+        return [f"the run goes on in {count} processes instead of {len(generators)}{more}"]
+
+    def _generators(self) -> dict[str, torch.Tensor]:
+        """States of PyTorch's generators in this process, by kind of device."""
+        states, kind = {"cpu": torch.get_rng_state()}, self.accelerator.device.type
+        if kind != "cpu":
+            states[kind] = torch.get_device_module(kind).get_rng_state()
+        return states
+
+    def _put_generators(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        kind = self.accelerator.device.type
+        if kind != "cpu" and kind in states:
+            torch.get_device_module(kind).set_rng_state(states[kind])
 
     def _note(self) -> None:
         self._saved_at, self._saved_step = time.monotonic(), self.state.step
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SIZES)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def _read(folder: Path) -> dict[str, Any]:
+    """The state in a folder, as it was written.
 
-
-def _check_sizes(folder: Path) -> None:
-    """Raise `ValueError` unless all files are there to their end.
-
-    Accelerate goes on without a word where it cannot read the states of the generators.
+    Raises:
+        ValueError: it is not as it was written.
     """
-    if not (folder / SIZES).exists():  # a state of a release that kept none
-        return
-    found = _sizes(folder)
-    for name, size in json.loads((folder / SIZES).read_text()).items():
-        if found.get(name) != size:
-            raise ValueError(f"{name}: {found.get(name, 'no')} bytes instead of {size}")
+    if is_earlier(folder):
+        return read_earlier(folder)
+    path, wanted = folder / FILE, (folder / DIGEST).read_text()
+    if (found := _digest(path)) != wanted:
+        raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")
+    held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return held
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -9,6 +9,7 @@ from ..model.config import check_at_least, check_fraction
 from ..seeds import LARGEST_SEED
 
 PRECISIONS = ("no", "bf16", "fp16")
+SHARDINGS = ("none", "full")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -23,15 +24,18 @@ class TrainConfig:
         ValueError: neither `steps` nor `seconds` is given, or a setting is out of range.
     """
 
-    steps: int | None = None
-    seconds: float | None = None
-    batch_size: int = 512  # of all processes together, a step
-    lr: float = 1.6e-4  # published: 8e-5 per 256 images of a batch (VAR: 1e-4)
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: tuple[float, float] = (0.05, 0.08)  # first and last
+    steps: int | None = None  # of the optimiser, at which the run ends
+    seconds: float | None = None  # of training, after which it ends
+    batch_size: int = 512  # images a step, of all processes together
+    lr: float = 1.6e-4  # highest learning rate; published: 8e-5 per 256 images of a batch (VAR: 1e-4)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW's two moments
+    weight_decay: tuple[float, float] = (0.05, 0.08)  # at the first step and at the last
     clip: float = 2.0  # largest gradient norm
     accumulate: int = 1  # batches are processed in so many parts
     mixed_precision: str = "no"  # "no", "bf16" or "fp16"
+    # "none": each process has the whole model. "full": each has a share of weights, gradients and moments, so
+    # that they need less memory together (FSDP2); for the transformer. One process has all of them anyway.
+    sharding: str = "none"
     # Blocks of a transformer are evaluated again in the backward pass: less memory, more time, same losses
     checkpoint_activations: bool = False
     workers: int = 0  # processes that read pictures
@@ -75,6 +79,8 @@ class TrainConfig:
                 f"TrainConfig: mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}"
             )
 
+        if self.sharding not in SHARDINGS:
+            raise ValueError(f"TrainConfig: sharding must be 'none' or 'full', got {self.sharding!r}")
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             raise ValueError(f"TrainConfig: trackers must be out of {TRACKERS}, got {unknown}")
 

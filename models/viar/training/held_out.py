@@ -104,7 +104,7 @@ def measured(
     rank, num_ranks = (0, 1) if together is None else (together.rank(), together.size())
     shares = list(_shares(len(held_out.data), batch_size, rank, num_ranks))
     batches = load_batches(
-        held_out.data, [share or [0] for share in shares], workers=workers, device=device, seed=0
+        held_out.data, [share or [0] for share in shares], workers=workers, device=device, seed=0, draws=0
     )
     names: list[str] = []
     columns = []
@@ -153,11 +153,11 @@ class BestWeights:
         """Of the best weights; there once `state.best_step` is not 0."""
         return self._of(self.state.best_step)
 
-    def offer(self, save: Callable[[Path], None], loss: float) -> bool:
+    def offer(self, weights: Callable[[], Any], loss: float) -> bool:
         """Keep the present weights if theirs is the least loss so far; whether it is.
 
         Args:
-            save: writes them into a folder.
+            weights: gives the model that has them, in the main process; all processes call it together.
             loss: of held-out data.
         """
         state = self.state
@@ -166,9 +166,10 @@ class BestWeights:
             state.stale += 1
             return False
         state.best_loss, state.best_step, state.stale = loss, state.step, 0
+        model = weights()
         if self.is_main:
             with replacing_path(self.path) as fresh:
-                save(fresh)
+                model.save_pretrained(fresh)
             self._keep({self._in_state, state.best_step})
         return True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data import BatchedDataset
+from ..data import BatchedDataset, rows_of
 
 
 def load_batches(
@@ -19,18 +19,20 @@ def load_batches(
     workers: int,
     device: torch.device,
     seed: int,
+    draws: int,
 ) -> Iterator[list[Tensor]]:
     """The tensors of each batch, on the device.
 
     Args:
         data: what to read.
-        indices: of the samples of each batch.
+        indices: rows of each batch, see `rows_of`.
         workers: processes that read.
         device: where the batches go.
         seed: of the workers' generators; the process's own is not drawn from.
+        draws: seed of what the data draws for each row.
     """
     loader = DataLoader(
-        _ErrorsAsSamples(data),
+        _ErrorsAsSamples(data, draws),
         batch_sampler=indices,
         num_workers=workers,
         # One of its own: it seeds the workers, and must not move the generator that was just restored.
@@ -44,12 +46,12 @@ def load_batches(
 class _ErrorsAsSamples(Dataset[Any]):
     """Gives an error in place of a batch: one raised in a worker would bring the traceback in its text."""
 
-    def __init__(self, data: BatchedDataset[Any]) -> None:
-        self.data = data
+    def __init__(self, data: BatchedDataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
 
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, rows: list[int]) -> Any:
         try:
-            return self.data.__getitems__(indices)
+            return rows_of(self.data, rows, self.seed)
         except (ValueError, OSError) as error:
             return error
 

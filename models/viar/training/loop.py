@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, is_bf16_available, parse_flag_from_env, set_seed
+from accelerate.utils import is_bf16_available, parse_flag_from_env, reduce, set_seed
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..data import BatchedDataset, EndlessBatches
+from ..pretrained import WEIGHTS
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -35,8 +37,10 @@ from .loading import load_batches
 from .log import RunLog, is_logged, read_metrics
 from .losses import StepLoss
 from .optim import build_optimizer, set_progress
+from .processes import from_main, gathered
 from .samples import Draw, RunSamples, undisturbed
 from .settings import compare_settings, keep_settings
+from .sharding import prepared, resting, whole
 from .trackers import check_trackers, start_trackers
 
 SCALE_HALVINGS = 16  # of float16's gradient scale, which starts at 2 ** 16 and may have to go down to 1
@@ -88,10 +92,11 @@ def fit(
             f"TrainConfig: patience={config.patience} counts measurements of held-out data, and none are "
             "made; give held-out data and validate_every, or leave patience at 0"
         )
-    for line in compare_settings(folder, settings):
-        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    lines = compare_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
+    for line in (*lines, *run.lines) if run.is_main else ():
+        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with run.log.shown():
         run.train()
         metrics = run.finish()
@@ -120,23 +125,25 @@ class _Run:
         self.held_out = held_out if config.validate_every else None
         self.accelerator = _accelerator(config)
         self.is_main = self.accelerator.is_main_process
+        self.wrapped = prepared(model, self.accelerator, config.sharding)
         optimizer = build_optimizer(
             model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0]
         )
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         if critic is not None:
             critic.prepare(self.accelerator)
-        self.checkpoint = Checkpoint(self.accelerator, folder / "state", every=config.save_every)
+        self.checkpoint = Checkpoint(
+            self.accelerator, folder / "state", every=config.save_every, seed=config.seed
+        )
         self.average = AveragedWeights(model, config.ema) if config.ema else None
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
-        self.state = self.checkpoint.restore()
+        self.lines, self.state = self.checkpoint.restore(), self.checkpoint.state
         self.together = dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.guard = StepGuard(self.accelerator.device, self.state)
         self.best = BestWeights(folder / "best", self.state, is_main=self.is_main)
-        self.samples = RunSamples(
-            folder / "samples", draw if self.is_main else None, config.sample_every, self.state.step
-        )
+        every = 0 if draw is None else config.sample_every
+        self.samples = RunSamples(folder / "samples", draw if self.is_main else None, every, self.state.step)
         self.batches = self._batches(data)
         if self.is_main:
             keep_settings(folder, settings)
@@ -173,9 +180,10 @@ class _Run:
         weights = self._choose()
         if state.best_step:
             result |= {"best_step": state.best_step, "validation_loss": state.best_loss}
+        full: Any = whole(self.model, is_main=self.is_main)
         if self.is_main:
-            self.model.save_pretrained(self.folder)  # type: ignore[operator]  # of Pretrained
-            keep_settings(self.folder, self.settings, {"weights": weights, **result})
+            run = keep_settings(self.folder, self.settings, {"weights": weights, **result})
+            full.save_pretrained(self.folder, model_card_kwargs={"run": run})
             draw_curve(read_metrics(self.log.path), self.folder / "curve.png")
             self.checkpoint.remove()
             self.best.remove()
@@ -199,8 +207,7 @@ class _Run:
                 loss, numbers = self.step_loss(self.wrapped, batch, self.state.step)
             accelerator.backward(poisoned(loss))
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = gathered(norm)
         moved = self.guard.step(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -225,7 +232,8 @@ class _Run:
         with self._at_rest():
             if held_out is not None:
                 self._measure(held_out)
-            self.samples.look(self.model, step)
+            if self.samples.is_due(step) and (full := whole(self.model, is_main=self.is_main)):
+                self.samples.look(full, step)
 
     def _measure(self, held_out: HeldOut) -> None:
         """Measure held-out data, and keep the weights if they are the best so far."""
@@ -238,9 +246,11 @@ class _Run:
             device=self.accelerator.device,
             together=self.together,
         )
-        is_best = self.best.offer(self.model.save_pretrained, numbers["loss"])  # type: ignore[arg-type]
-        if held_out.inspect is not None and self.is_main:
-            numbers |= held_out.inspect(self.model)
+        is_best = self.best.offer(partial(whole, self.model, is_main=self.is_main), numbers["loss"])
+        if held_out.inspect is not None:
+            full = whole(self.model, is_main=self.is_main)
+            if full is not None and self.is_main:
+                numbers |= held_out.inspect(full)
         note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"
         self.log.write_held_out(state.step, numbers, note)
         if self.is_main:
@@ -254,17 +264,15 @@ class _Run:
                 stack.enter_context(self.average.in_place())
             if self.config.compile:  # what is compiled is for batches of the training
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(resting(self.model))
             stack.enter_context(undisturbed(self.model))
             yield
 
     def _choose(self) -> str:
         """Give the model the weights that the run ends with; which they are, in words."""
         if self.state.best_step:
-            if self.is_main:
-                best = type(self.model).from_pretrained(self.best.path)  # type: ignore[attr-defined]
-                self.model.load_state_dict(best.state_dict())
-            for tensor in self.model.state_dict().values():
-                broadcast(tensor)
+            best = load_file(self.best.path / WEIGHTS) if self.is_main else None
+            self.model.load_state_dict(from_main(best, self.model.state_dict(), self.accelerator.device))
             return f"the weights after step {self.state.best_step}, the best on held-out data"
         if self.average is not None:
             self.average.put()
@@ -309,9 +317,12 @@ class _Run:
             start=step * config.accumulate,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
+            rows=True,
         )
         seed = seed_at(config.seed, step)
-        return load_batches(data, indices, workers=config.workers, device=accelerator.device, seed=seed)
+        return load_batches(
+            data, indices, workers=config.workers, device=accelerator.device, seed=seed, draws=config.seed
+        )
 
     def _log(self, console: Console | None) -> RunLog:
         config, state = self.config, self.state
@@ -342,6 +353,11 @@ def check_device(config: TrainConfig) -> None:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config.part_size(state.num_processes)
     check_trackers(config.trackers)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "TrainConfig: sharding is what spreads the weights over processes, the launcher asks for FSDP; "
+            f"launch without that, and use sharding='full' for it, got {config.sharding!r}"
+        )
     if config.mixed_precision == "fp16" and state.device.type == "cpu":
         raise ValueError(
             "TrainConfig: mixed_precision='fp16' needs a GPU, and there is none: on a CPU all would run in "
@@ -365,7 +381,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _on_host(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Plain numbers, which the host waits for once."""
+    """Plain numbers, the mean of all processes, which the host waits for once."""
     on_device = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
-    read = torch.stack([value.double() for value in on_device.values()]).tolist()
+    read = reduce(torch.stack([value.double() for value in on_device.values()]), reduction="mean").tolist()
     return {**numbers, **dict(zip(on_device, read, strict=True))}

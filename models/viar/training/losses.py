@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast, extract_model_from_parallel
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather, reduce
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
@@ -68,14 +69,17 @@ def tokenizer_loss(
     def step_loss(model: nn.Module, batch: Sequence[Tensor], step: int) -> LossAndNumbers:
         images = batch[0]
         output = model(images)
+        _share_usage(quantizer.usage)
         generator.manual_seed(seed_at(seed, step))
         metrics: dict[str, float | Tensor] = {}
         if init_codebook and step == 0 and len(output.vectors) >= quantizer.codebook.num_embeddings:
             for _ in range(KMEANS_ROUNDS):
-                quantizer.init_codebook(_of_main_process(output.vectors), generator=generator)
+                vectors = _of_all_processes(output.vectors, quantizer.sides)
+                quantizer.init_codebook(vectors, generator=generator)
                 output = model(images)
+                _share_usage(quantizer.usage)
         elif (step + 1) % revive_every == 0:
-            vectors = _of_main_process(output.vectors)
+            vectors = _of_all_processes(output.vectors, quantizer.sides)
             metrics["revived"] = quantizer.revive_dead_codes(vectors, generator=generator)
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
@@ -107,10 +111,33 @@ def _health(output: TokenizerOutput, usage_KV: Tensor) -> dict[str, float | Tens
     return {f"{name}_{k}": value for name, values in found.items() for k, value in enumerate(values, start=1)}
 
 
-def _of_main_process(vectors: Tensor) -> Tensor:
-    """The main process's vectors: codebooks must change alike everywhere."""
-    shared: Tensor = broadcast(vectors.contiguous())
-    return shared
+def _of_all_processes(
+    vectors_NZ: Tensor,  # (B * L, Z), scale by scale, of this process's images
+    sides: Sequence[int],
+) -> Tensor:
+    """The vectors of the whole batch in the order of one process: codebooks must change alike everywhere.
+
+    Each process has every so-manieth image of the batch.
+    """
+    num_processes = PartialState().num_processes
+    if num_processes == 1:
+        return vectors_NZ
+    length, channels = sum(side * side for side in sides), vectors_NZ.shape[1]
+    num_images = len(vectors_NZ) // length  # of each process
+    parts = torch.split(vectors_NZ, [num_images * side * side for side in sides])
+    all_parts = [
+        gather(part.contiguous())
+        .view(num_processes, num_images, side * side, channels)
+        .transpose(0, 1)
+        .reshape(-1, channels)
+        for part, side in zip(parts, sides, strict=True)
+    ]
+    return torch.cat(all_parts)
+
+
+def _share_usage(usage_KV: Tensor) -> None:
+    """Make hits of codes those of all processes, on average: each has counted those of its own images."""
+    usage_KV.copy_(reduce(usage_KV, reduction="mean"))
 
 
 def transformer_loss(to_tokens: ToTokens | None, *, seed: int) -> StepLoss:

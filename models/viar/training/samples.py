@@ -89,8 +89,8 @@ class RunSamples:
                     path.unlink()
 
     def is_due(self, step: int) -> bool:
-        """Whether something is to be drawn after `step` steps."""
-        return self.draw is not None and bool(self.every) and step % self.every == 0
+        """Whether something is to be drawn after `step` steps, by this process or by the main one."""
+        return bool(self.every) and step % self.every == 0
 
     def look(self, model: nn.Module, step: int) -> None:
         """Draw after `step` steps, if it is time to."""

@@ -10,7 +10,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..data import Batch, BatchedDataset, ImageFolder, TensorImages, TokenShards
+from ..data import (
+    AugmentedImages,
+    Batch,
+    BatchedDataset,
+    HubImages,
+    ImageFolder,
+    TensorImages,
+    TokenShards,
+)
 from ..files import replacing
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
@@ -24,6 +32,7 @@ FREE = {
     "train.steps",
     "train.seconds",
     "train.accumulate",
+    "train.sharding",
     "train.checkpoint_activations",
     "train.workers",
     "train.save_every",
@@ -58,13 +67,17 @@ def run_settings(
 
 
 def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
-    """How many images there are and, where they tell it, a hash of what tells them apart.
+    """How many images there are, what they go through and, where they tell it, a hash of what they are.
 
-    That is the numbers of pixels in memory, the names of files, and the settings of tokens on disk.
+    That is the numbers of pixels in memory, the names of files, the rows of a data set of the hub, and the
+    settings of tokens on disk.
 
     Args:
         data: images (B, 3, H, W) with labels, or their tokens.
     """
+    if isinstance(data, AugmentedImages):
+        return {**describe_data(data.data), "augmentations": data.augmentations}
+    about = {"images": len(data), "augmentations": getattr(data, "augmentations", ())}
     digest = hashlib.sha256()
     if isinstance(data, TensorImages):
         for tensor in (data.images, data.labels):
@@ -74,17 +87,21 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
         names = [(os.path.relpath(path, root), label) for path, label in data.files]
         digest.update(json.dumps([data.image_side, sorted(names)]).encode())
     elif isinstance(data, TokenShards):
-        digest.update(json.dumps(asdict(data.settings), sort_keys=True).encode())
+        about["augmentations"] = data.settings.augmentations
+        settings = {name: value for name, value in asdict(data.settings).items() if value != ()}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+    elif isinstance(data, HubImages):
+        digest.update(json.dumps([data.name, data.image_side, data.rows]).encode())
     else:
-        return {"images": len(data)}
-    return {"images": len(data), "fingerprint": digest.hexdigest()[:32]}
+        return about
+    return {**about, "fingerprint": digest.hexdigest()[:32]}
 
 
 def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """What to say before a run in `folder` goes on with other settings than it was started with.
 
     What `FREE` lists may be another: where the run ends, how its work is spread and kept, and how it is
-    followed.
+    followed. So may be the number of processes, which is no setting.
 
     Args:
         folder: of the run; one without a state is a run that starts anew.
@@ -123,8 +140,10 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"the run goes on with another {text}" for text in listed.values()]
 
 
-def keep_settings(folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:
-    """Write run.json.
+def keep_settings(
+    folder: Path, settings: Mapping[str, Any], result: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write run.json, and return what is in it.
 
     Args:
         folder: of the run.
@@ -132,8 +151,9 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], result: Mapping[str
         result: how the run ended; default: it has not yet.
     """
     with replacing(folder / FILE) as file:
-        kept = settings if result is None else {**settings, "result": result}
+        kept = dict(settings) if result is None else {**settings, "result": result}
         file.write(json.dumps(kept, indent=1).encode())
+    return kept
 
 
 def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:

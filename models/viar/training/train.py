@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ from ..data import (
     TokenizedImages,
     TokenShards,
     from_rows,
+    rows_of,
     tokenize,
 )
 from ..data.tokens import TokenBatch
@@ -85,16 +87,12 @@ def train_tokenizer(
     Raises:
         ValueError: a term of `loss` is unknown, `perceptual_weight` is negative, the images are too small for
             the discriminator, the batch does not divide into parts and among processes, `folder` has an
-            interrupted run of other settings, or `config.checkpoint_activations` is set, which is for
-            transformers.
-        FloatingPointError: the loss is not finite; nothing is saved then.
+            interrupted run of other settings, or `config` has sharding or checkpoint_activations, which are
+            for transformers.
+        FloatingPointError: too many steps in a row are not finite, see `fit`.
     """
     check_device(config)
-    if config.checkpoint_activations:
-        raise ValueError(
-            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
-            "none; leave it at False, and raise accumulate where memory is short"
-        )
+    _check_for_tokenizer(config)
     check_at_least("train_tokenizer", 0, perceptual_weight=perceptual_weight)
     critic = _critic(tokenizer, adversarial, config)
     others: dict[str, Any] = {}  # absent where they are not used: a run of an earlier release goes on
@@ -137,6 +135,20 @@ def train_tokenizer(
     return metrics | {"codebook_usage": tokenizer.quantizer.total_codebook_usage()}
 
 
+def _check_for_tokenizer(config: TrainConfig) -> None:
+    """Raise `ValueError` where settings are for transformers alone."""
+    if config.sharding != "none":
+        raise ValueError(
+            f"TrainConfig: a tokenizer is trained with sharding='none', every process with all of it, got "
+            f"{config.sharding!r}"
+        )
+    if config.checkpoint_activations:
+        raise ValueError(
+            "TrainConfig: checkpoint_activations is for the blocks of a transformer, and a tokenizer has "
+            "none; leave it at False, and raise accumulate where memory is short"
+        )
+
+
 def _critic(
     tokenizer: Tokenizer, adversarial: AdversarialConfig | None, config: TrainConfig
 ) -> Critic | None:
@@ -161,6 +173,7 @@ def train_transformer(
     config: TrainConfig,
     *,
     held_out: BatchedDataset[Batch] | TokenShards | None = None,
+    class_names: Sequence[str] = (),
     origin: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -179,6 +192,7 @@ def train_transformer(
         config: settings.
         held_out: images or tokens to measure, which decide what weights the run ends with, see `fit`;
             default none.
+        class_names: of label 0, 1, ..., kept with the run's settings.
         origin: what the model was started from, kept with the run's settings.
         console: where progress is shown; default standard output.
 
@@ -189,7 +203,7 @@ def train_transformer(
         ValueError: model and tokenizer differ in size, a label is not one of the model's classes, tokens are
             of another tokenizer or of another number of classes, the batch does not divide into parts and
             among processes, or `folder` has an interrupted run of other settings.
-        FloatingPointError: the loss is not finite; nothing is saved then.
+        FloatingPointError: too many steps in a row are not finite, see `fit`.
     """
     check_device(config)
     check_pair(model, tokenizer)
@@ -198,7 +212,14 @@ def train_transformer(
             _check_source(source, model, tokenizer)
     tokenizer.eval().requires_grad_(False)
     model.checkpoint_activations(config.checkpoint_activations)
-    settings = run_settings(model, data, config, tokenizer=fingerprint(tokenizer), origin=dict(origin or {}))
+    settings = run_settings(
+        model,
+        data,
+        config,
+        tokenizer=fingerprint(tokenizer),
+        class_names=class_names,
+        origin=dict(origin or {}),
+    )
     compare_settings(folder, settings)  # before images are tokenized
     samples, to_tokens = _tokens_of(data, model, tokenizer)
     measure = None
@@ -247,9 +268,15 @@ class _OfClasses(Dataset[Any]):
         return len(self.data)
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        samples, labels = self.data.__getitems__(indices)
-        check_classes(labels, self.num_classes)
-        return samples, labels
+        return self._checked(self.data.__getitems__(indices))
+
+    def draw(self, rows: Sequence[int], seed: int) -> Any:
+        """What `rows_of` gives of `data`."""
+        return self._checked(rows_of(self.data, rows, seed))
+
+    def _checked(self, batch: Any) -> Any:
+        check_classes(batch[1], self.num_classes)
+        return batch
 
 
 def _check_source(
@@ -259,6 +286,8 @@ def _check_source(
     num_classes = model.config.num_classes
     if isinstance(data, TokenShards):
         data.check(tokenizer)
+        processes = PartialState()
+        data.verify(processes.process_index, processes.num_processes)
     if isinstance(data, TensorImages):
         check_classes(data.labels, num_classes)
     elif isinstance(data, ImageFolder):

@@ -1,0 +1,42 @@
+"""States of runs that releases up to 0.2.0 left, in the files that Accelerate made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import load
+from safetensors.torch import load_file
+
+
+def is_earlier(folder: Path) -> bool:
+    """Whether a folder has a state of an earlier release."""
+    return (folder / "optimizer.bin").is_file()
+
+
+def read_earlier(folder: Path) -> dict[str, Any]:
+    """Such a state as `viar.training.checkpoint` has it: one model, one optimiser, and where the run was."""
+    weights: dict[str, Any] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    scaler = folder / "scaler.pt"
+    return {
+        "models": [weights],
+        "optimizers": [load(folder / "optimizer.bin", map_location="cpu")],
+        "scalers": [load(scaler)] if scaler.is_file() else [],
+        "registered": [load(folder / "custom_checkpoint_0.pkl")],
+        "generators": list(_generators(folder)),
+    }
+
+
+def _generators(folder: Path) -> Iterator[dict[str, Any]]:
+    """Of each process in turn."""
+    rank = 0
+    while (path := folder / f"random_states_{rank}.pkl").is_file():
+        held = load(path)
+        states = {"cpu": held["torch_manual_seed"]}
+        if on_devices := held.get("torch_cuda_manual_seed"):  # of all that a process sees, its own among them
+            states["cuda"] = on_devices[rank % len(on_devices)]
+        yield states
+        rank += 1
