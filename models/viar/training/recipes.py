@@ -207,7 +207,15 @@ def mnist(recipe: TransformerRecipe) -> TransformerRecipe:
 def emoji(recipe: TransformerRecipe) -> TransformerRecipe:
     """Small colour pictures, 64 pixels: emoji, or a folder of one's own."""
     recipe = mnist(recipe)
-    model = replace(recipe.model, width=128, num_heads=4, **_sizes(TOKENIZERS["emoji"]))
+    model = replace(
+        recipe.model,
+        depth=16,
+        width=128,
+        num_heads=4,
+        drop_path=None,
+        trunk=ImplicitTrunkConfig(num_pre=3, num_post=2, no_grad=(0, 3), grad=(2, 3), iterations=6),
+        **_sizes(TOKENIZERS["emoji"]),
+    )
     train = replace(recipe.train, steps=6000, batch_size=16, lr=2e-3)
     return replace(recipe, data="emoji", model=model, train=train)
 
