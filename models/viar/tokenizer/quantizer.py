@@ -244,7 +244,7 @@ class MultiScaleQuantizer(nn.Module):
 
         A vector of scale k weighs (p_K / p_k) ** 2, the positions of the feature map that it stands for. Each
         scale then counts as much as any other. Unweighted, the last scale, with half of the vectors, would
-        take almost all codes, and the first begin with one or two.
+        take almost all codes, and the first begin with one or two. Vectors that are not finite count nothing.
 
         Args:
             vectors_NZ: at least V vectors, `QuantizerOutput.vectors` of a first batch.
@@ -254,7 +254,7 @@ class MultiScaleQuantizer(nn.Module):
             ValueError: fewer than V vectors, not Z channels, or not all vectors of a batch.
         """
         num_codes = self.codebook.num_embeddings
-        weights_N = self._areas(vectors_NZ, least=num_codes)
+        vectors_NZ, weights_N = _finite(vectors_NZ, self._areas(vectors_NZ, least=num_codes))
         self.codebook.weight.copy_(kmeans(vectors_NZ, weights_N, num_codes, generator=generator))
         self.usage.zero_()
 
@@ -268,7 +268,8 @@ class MultiScaleQuantizer(nn.Module):
         becomes one of `vectors_NZ`, each used at most once, and its usage becomes the uniform share of
         every scale, so that it has time to find its place. Vectors are drawn by their squared distance from
         the nearest code times the positions they stand for, see `init_codebook`. With fewer vectors than dead
-        codes the rest stay dead until the next call. Before the first training step no code is dead.
+        codes the rest stay dead until the next call; of none that is finite nothing comes. Before the first
+        training step no code is dead.
 
         An optimiser's moments of the revived rows are not touched. Where several processes hold the
         codebook, give each the same vectors and a generator in the same state.
@@ -284,11 +285,13 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: no vectors, not Z channels, or not all vectors of a batch.
         """
-        weights_N, codes_VZ = self._areas(vectors_NZ, least=1), self.codebook.weight
+        vectors_NZ, weights_N = _finite(vectors_NZ, self._areas(vectors_NZ, least=1))
+        codes_VZ = self.codebook.weight
         hits_V = self.usage.sum(0)
         squares_N, _ = nearest(vectors_NZ, codes_VZ.to(vectors_NZ.dtype))
         far_NZ = vectors_NZ[drawn_order(weights_N * squares_N, generator)]
-        new_VZ, revived_V = replaced(codes_VZ, hits_V < threshold * hits_V.mean(), far_NZ)
+        is_dead_V = (hits_V < threshold * hits_V.mean()) & (weights_N > 0).any()
+        new_VZ, revived_V = replaced(codes_VZ, is_dead_V, far_NZ)
         codes_VZ.copy_(new_VZ)
         self.usage.copy_(torch.where(revived_V, self.usage.mean(1, keepdim=True), self.usage))
         return revived_V.sum()
@@ -406,6 +409,15 @@ class MultiScaleQuantizer(nn.Module):
             vectors_NZ.new_full((batch * side * side,), (self.sides[-1] / side) ** 2) for side in self.sides
         ]
         return torch.cat(parts)
+
+
+def _finite(vectors_NZ: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors and weights without those that are not finite: zeros of weight 0. The host does not wait.
+
+    The codebook is written to beside the gradient, and would keep what a step that is left out brought in.
+    """
+    is_finite_N = vectors_NZ.isfinite().all(1)
+    return vectors_NZ.where(is_finite_N.unsqueeze(1), 0.0), weights_N * is_finite_N
 
 
 def _identity_conv(channels: int) -> nn.Conv2d:
