@@ -586,7 +586,7 @@ def test_the_time_in_which_the_host_waits_for_the_device_counts_as_training(
 def test_processes_that_would_train_each_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device(settings())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"2 processes were started.*ACCELERATE_USE_CPU=true"):
+    with pytest.raises(ValueError, match=r"2 processes started.*ACCELERATE_USE_CPU=true"):
         check_device(settings())
 
 

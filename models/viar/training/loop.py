@@ -370,7 +370,7 @@ def check_device(config: TrainConfig) -> None:
     started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if started > 1 and state.num_processes == 1:
         raise ValueError(
-            f"TrainConfig: {started} processes were started (WORLD_SIZE), but on this device, {state.device}, "
+            f"TrainConfig: {started} processes started (WORLD_SIZE), but on this device ({state.device}) "
             "they do not know of one another, and each would train alone, into one folder; on CPUs set "
             "ACCELERATE_USE_CPU=true or use accelerate launch --cpu"
         )
