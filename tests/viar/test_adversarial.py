@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def test_settings_that_make_no_sense_are_named(changes: dict[str, Any], message:
 
 # The two players
 
+SOUND = torch.ones(())  # the tokenizer's step was not left out
+
 
 def prepared(num_parts: int) -> tuple[Critic, Accelerator]:
     AcceleratorState._reset_state()
@@ -166,11 +169,36 @@ def test_no_player_leaves_a_gradient_with_the_other() -> None:
     assert decoder.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in critic.module.parameters())
     before, decoder.weight.grad = copy.deepcopy(critic.module), None
-    numbers = critic.step(accelerator, 0.5, 2.0)
+    numbers = critic.step(accelerator, 0.5, 2.0, SOUND)
     assert decoder.weight.grad is None
     assert any(not a.equal(b) for a, b in zip(critic.module.parameters(), before.parameters(), strict=True))
-    assert numbers.keys() == {"discriminator"}
-    assert critic.step(accelerator, 0.5, 2.0) == {}  # there is nothing new to learn from
+    assert numbers.keys() == {"discriminator", "discriminator_skipped"}
+    assert critic.step(accelerator, 0.5, 2.0, SOUND) == {}  # there is nothing new to learn from
+
+
+def test_a_discriminator_leaves_out_the_steps_of_the_tokenizer_and_its_own_and_counts_them() -> None:
+    critic, accelerator = prepared(1)
+    decoder = nn.Conv2d(3, 3, 1)
+
+    def weights_after(images: Tensor, sound: float) -> tuple[Tensor, float]:
+        shown(critic, images, decoder)
+        numbers = critic.step(accelerator, 0.5, 2.0, torch.tensor(sound))
+        flat = torch.cat([p.detach().flatten() for p in critic.module.parameters()])
+        return flat, float(numbers["discriminator_skipped"])
+
+    images = uniform(4, 3, 6, 6)
+    first, skipped = weights_after(images, 1.0)
+    assert skipped == 0
+    for broken, sound, expected in ((images, 0.0, 1), (images * math.nan, 1.0, 2)):
+        after, skipped = weights_after(broken, sound)
+        assert after.equal(first)
+        assert skipped == expected
+    again, _ = prepared(1)
+    again.load_state_dict(critic.state_dict())
+    assert again.state_dict() == {"skipped": 2}
+    after, skipped = weights_after(images, 1.0)
+    assert not after.equal(first)
+    assert skipped == 2
 
 
 def test_a_discriminator_that_learns_in_parts_learns_what_one_of_the_whole_does() -> None:
@@ -181,7 +209,7 @@ def test_a_discriminator_that_learns_in_parts_learns_what_one_of_the_whole_does(
         for _ in range(2):
             for part in images.chunk(num_parts):
                 shown(critic, part, decoder)
-            critic.step(accelerator, 0.5, 2.0)
+            critic.step(accelerator, 0.5, 2.0, SOUND)
         trained.append(critic.module)
     assert_same(*trained, atol=1e-5, rtol=1e-4)
 
@@ -194,7 +222,7 @@ def test_a_discriminator_learns_to_tell_pictures_from_blurred_ones() -> None:
     losses = []
     for _ in range(40):
         shown(critic, images, blur)
-        losses.append(float(critic.step(accelerator, 0.05, 2.0)["discriminator"]))
+        losses.append(float(critic.step(accelerator, 0.05, 2.0, SOUND)["discriminator"]))
     assert losses[-1] < 0.2 * losses[0]
 
 

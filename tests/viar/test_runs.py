@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
 from test_train import (
@@ -47,6 +48,8 @@ from viar.training.curve import draw_curve
 from viar.training.ema import AveragedWeights
 from viar.training.guard import StepGuard, poisoned
 from viar.training.held_out import BestWeights, HeldOut, measured, tokenizer_measure, transformer_measure
+from viar.training.loop import check_device
+from viar.training.settings import compare_settings, run_settings
 
 STEP = "set_progress"  # what the loop calls once a step, before it
 
@@ -335,7 +338,24 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest
     for name in ("validate_every", "patience", "ema", "max_skipped", "compile", "trackers", "sharding"):
         del run["train"][name]
     (tmp_path / "parts" / "run.json").write_text(json.dumps(run))
-    assert_same(train(tmp_path / "parts", steps=4), expected)
+    text, console = written()
+    assert_same(train(tmp_path / "parts", None, console, steps=4), expected)
+    assert text.getvalue().splitlines()[0] == "transformer  goes on after step 2"
+
+
+def test_settings_that_an_earlier_release_did_not_keep_are_taken_at_their_defaults(tmp_path: Path) -> None:
+    now = run_settings(fresh_transformer(), pictures(), settings(), class_names=["a"], origin={"name": "b"})
+    (tmp_path / "state").mkdir()
+    older = json.loads(json.dumps(now))
+    for part, name in ((older, "class_names"), (older, "origin"), (older["data"], "augmentations")):
+        del part[name]
+    del older["train"]["ema"]
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    assert compare_settings(tmp_path, now) == []
+    now["data"]["augmentations"] = ["flip"]
+    now["train"]["ema"] = 0.9
+    with pytest.raises(ValueError, match=r"train.ema: 0.0 there, 0.9 now; data.augmentations: \[\] there"):
+        compare_settings(tmp_path, now)
 
 
 # Steps that are not finite
@@ -375,13 +395,13 @@ def test_steps_that_are_not_finite_move_nothing_and_are_counted(
     seen: list[Any] = []
     step = StepGuard.step
 
-    def noting(self: StepGuard, optimizer: Any, norm: Tensor) -> Tensor:
-        moved = step(self, optimizer, norm)
+    def noting(self: StepGuard, optimizer: Any, *arguments: Any) -> Any:
+        moved, sound = step(self, optimizer, *arguments)
         inner = optimizer.optimizer
         held = [p.detach() for group in inner.param_groups for p in group["params"]]
         held += [value for state in inner.state.values() for value in state.values()]
         seen.append((float(moved), torch.cat([value.flatten() for value in held])))
-        return moved
+        return moved, sound
 
     monkeypatch.setattr(StepGuard, "step", noting)
     break_steps(monkeypatch, {3, 4, 9})
@@ -414,6 +434,53 @@ def test_too_many_such_steps_in_a_row_end_the_run_and_the_last_state_stays(
         train(tmp_path, **changes)
     assert not (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "state").is_dir() == (changes["steps"] > 2)
+
+
+def test_steps_for_which_the_scale_of_float16_was_too_high_are_counted_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optimizer: Any = SimpleNamespace(scaler=object(), step=lambda: None, optimizer=None)
+    state = TrainState()
+    guard = StepGuard(torch.device("cpu"), state)
+    number = torch.tensor
+    told = []
+    for norm, losses in (
+        (1.0, [1.0, 1.0]),
+        (math.inf, [1.0, 2.0]),  # the scale
+        (math.nan, [1.0, math.nan]),
+        (math.inf, [-math.inf, 1.0]),
+        (1.0, [1.0]),
+    ):
+        moved, sound = guard.step(optimizer, number(norm), [number(loss) for loss in losses])
+        told.append((float(moved), float(sound)))
+    assert told == [(1, 1), (0, 1), (0, 0), (0, 0), (1, 1)]
+    guard.note(state)
+    assert (state.skipped, state.rescaled, state.skipped_in_row, state.skipped_longest) == (2, 1, 0, 3)
+    again = TrainState()
+    StepGuard(torch.device("cpu"), state).note(again)
+    assert again == state
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_step_that_is_not_finite_leaves_the_codebook_finite(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0]
+    step, forward = viar.training.loop._Run._step, Tokenizer.forward
+
+    def noting(self: Any, progress: float) -> Any:
+        now[0] = self.state.step
+        return step(self, progress)
+
+    monkeypatch.setattr(viar.training.loop._Run, "_step", noting)
+    monkeypatch.setattr(
+        Tokenizer, "forward", lambda self, images: forward(self, images * (math.nan if now[0] == at else 1))
+    )
+    tokenizer = fresh_tokenizer()
+    config = settings(steps=6, batch_size=24)
+    result = train_tokenizer(tokenizer, pictures(), tmp_path, config, revive_every=2)
+    assert result["skipped"] == 1
+    assert all(value.isfinite().all() for value in tokenizer.state_dict().values())
 
 
 def test_fewer_such_steps_in_a_row_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +542,52 @@ def test_a_curve_is_drawn_of_what_was_measured(tmp_path: Path) -> None:
     assert not (tmp_path / "one.png").exists()
     draw_curve([*rows, {"step": 21, "loss": math.nan, "validation_loss": math.nan}], tmp_path / "some.png")
     assert (tmp_path / "some.png").exists()
+
+
+def test_a_curve_shows_of_the_training_what_is_measured_of_held_out_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+    plot = Axes.plot
+
+    def noting(self: Axes, steps: Any, values: Any, *others: Any, **options: Any) -> Any:
+        drawn.append(list(values))
+        return plot(self, steps, values, *others, **options)
+
+    monkeypatch.setattr(Axes, "plot", noting)
+    config = settings(steps=10, batch_size=24, validate_every=10, accumulate=1, lr=1e-9)
+    tokenizer = fresh_tokenizer(dropout=0.0)
+    train_tokenizer(tokenizer, pictures(), tmp_path / "tokenizer", config, held_out=pictures())
+    training, held_out = drawn[-2:]
+    assert training[-1] == pytest.approx(held_out[-1], rel=1e-3)
+    rows = [{"step": step, "loss": 9.0, "cross_entropy": 1.0 + step} for step in (1, 10)]
+    draw_curve([*rows, {"step": 10, "validation_loss": 3.0}], tmp_path / "penalty.png")
+    assert drawn[-2:] == [[2.0, 11.0], [3.0]]
+
+
+def test_the_time_in_which_the_host_waits_for_the_device_counts_as_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(viar.training.loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    on_host = viar.training.loop._on_host
+
+    def waiting(numbers: Any) -> dict[str, float]:
+        now[0] += 5.0
+        return on_host(numbers)
+
+    monkeypatch.setattr(viar.training.loop, "_on_host", waiting)
+    result = train_transformer(
+        fresh_transformer(), tiny_tokenizer(), pictures(), tmp_path, settings(steps=10)
+    )
+    assert result["seconds"] == 10.0  # the first step and the tenth are read
+
+
+def test_processes_that_would_train_each_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device(settings())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes started.*ACCELERATE_USE_CPU=true"):
+        check_device(settings())
 
 
 def test_trackers_get_all_of_it_and_are_told_where_a_run_goes_on(

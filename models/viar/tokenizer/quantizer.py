@@ -288,7 +288,8 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: no vectors, not Z channels, or not all vectors of a batch.
         """
-        weights_N, codes_VZ = self._areas(vectors_NZ, least=1), self.codebook.weight
+        weights_N = self._areas(vectors_NZ, least=1)
+        codes_VZ = self.codebook.weight
         hits_V = self.usage.sum(0)
         squares_N, _ = nearest(vectors_NZ, codes_VZ.to(vectors_NZ.dtype))
         far_NZ = vectors_NZ[drawn_order(weights_N * squares_N, generator)]

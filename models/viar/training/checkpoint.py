@@ -34,8 +34,9 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0  # spent training, before interruptions included
     skipped: int = 0  # steps left out, as their loss or gradient was not finite
-    skipped_in_row: int = 0  # of those, the last ones
-    skipped_longest: int = 0  # of those, the longest row
+    rescaled: int = 0  # steps left out, as float16's scale of gradients was too high for them
+    skipped_in_row: int = 0  # of both, the last ones
+    skipped_longest: int = 0  # of both, the longest row
     measured: int = 0  # step after which held-out data was measured last
     best_loss: float = math.inf  # least loss of held-out data
     best_step: int = 0  # after which that was measured; 0 for none

@@ -31,11 +31,22 @@ class Critic:
         self.module, self.config = module, config
         self.lr = lr if config.lr is None else config.lr
         self._shown: list[tuple[Tensor, Tensor]] = []
+        self._skipped = torch.zeros(())  # steps left out
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Hand module and optimiser to Accelerate, whose checkpoints have them from then on."""
         optimizer = build_optimizer(self.module, lr=self.lr, betas=self.config.betas, weight_decay=0.0)
         self._wrapped, self._optimizer = accelerator.prepare(self.module, optimizer)
+        self._skipped = self._skipped.to(accelerator.device)
+        accelerator.register_for_checkpointing(self)
+
+    def state_dict(self) -> dict[str, int]:
+        """For Accelerate's checkpoint, which has module and optimiser from `prepare`."""
+        return {"skipped": int(self._skipped)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """For Accelerate's checkpoint."""
+        self._skipped = torch.full_like(self._skipped, state["skipped"])
 
     def against(
         self, images: Tensor, reconstruction: Tensor, *, others: Tensor, last_layer: Tensor
@@ -56,13 +67,23 @@ class Critic:
         weight = self.config.weight * adaptive_weight(others, loss, last_layer)
         return weight * loss, {"adversarial": loss.detach(), "adversarial_weight": weight}
 
-    def step(self, accelerator: Accelerator, progress: float, clip: float) -> dict[str, float | Tensor]:
+    def step(
+        self,
+        accelerator: Accelerator,
+        progress: float,
+        clip: float,
+        sound: Tensor,  # scalar, 0 where the tokenizer's step was left out, else 1
+    ) -> dict[str, float | Tensor]:
         """Learn from what was shown since the last call, if anything was.
+
+        A step is left out where the tokenizer's was, or where its own loss or gradient is not finite, and
+        counted; that count is of the whole run.
 
         Args:
             accelerator: of `prepare`.
             progress: how far the run is, 0 to 1; the learning rate follows the tokenizer's schedule.
             clip: largest gradient norm.
+            sound: on the device, for which the host does not wait.
 
         Returns:
             Numbers to log.
@@ -75,7 +96,8 @@ class Critic:
             with accelerator.accumulate(self._wrapped), accelerator.autocast():
                 both = torch.cat([images.to(reconstruction.dtype), reconstruction])
                 loss = discriminator_loss(*self._wrapped(both).chunk(2))
-            accelerator.backward(poisoned(loss))
-        step_if_finite(self._optimizer, accelerator.clip_grad_norm_(self._wrapped.parameters(), clip))
+            accelerator.backward(poisoned(loss / sound))
+        norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), clip)
+        self._skipped = self._skipped + (1 - step_if_finite(self._optimizer, norm))
         self._optimizer.zero_grad(set_to_none=True)
-        return {"discriminator": loss.detach()}
+        return {"discriminator": loss.detach(), "discriminator_skipped": self._skipped}

@@ -7,8 +7,11 @@ the same. The optimiser's kernel takes the answer from the device, as from the g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import reduce
 from torch import Tensor
 
 from .checkpoint import TrainState
@@ -45,23 +48,38 @@ class StepGuard:
     """
 
     def __init__(self, device: torch.device, state: TrainState) -> None:
-        counted = [state.skipped, state.skipped_in_row, state.skipped_longest]
+        counted = [state.skipped, state.rescaled, state.skipped_in_row, state.skipped_longest]
         self._counts = torch.tensor(counted, device=device)
 
-    def step(self, optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> Tensor:
-        """What `step_if_finite` does and returns, counted.
+    def step(
+        self, optimizer: AcceleratedOptimizer, grad_norm: Tensor, losses: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What `step_if_finite` does, counted.
 
         Args:
             optimizer: as prepared, a fused one.
             grad_norm: scalar, the same in all processes.
+            losses: scalars, of this process, which the gradient is of.
+
+        Returns:
+            Two scalars on the device, 1 or 0: whether the step moved the weights, and whether it did or would
+            have with a lower scale of float16's gradients, which the scaler sees to.
         """
         moved = step_if_finite(optimizer, grad_norm)
-        broken = (1 - moved).to(self._counts.dtype)
-        total, in_row, longest = self._counts.unbind()
-        in_row = (in_row + 1) * broken
-        self._counts = torch.stack([total + broken, in_row, torch.maximum(longest, in_row)])
-        return moved
+        sound = moved
+        if optimizer.scaler is not None:
+            are_finite = torch.stack(list(losses)).detach().isfinite().all().float()
+            sound = torch.maximum(moved, (reduce(are_finite, reduction="mean") == 1).float())
+        skipped, rescaled, in_row, longest = self._counts.unbind()
+        in_row = (in_row + 1) * (1 - moved).to(self._counts.dtype)
+        left_out = [1 - sound, sound - moved]
+        skipped, rescaled = (
+            count + more.to(count.dtype) for count, more in zip((skipped, rescaled), left_out, strict=True)
+        )
+        self._counts = torch.stack([skipped, rescaled, in_row, torch.maximum(longest, in_row)])
+        return moved, sound
 
     def note(self, state: TrainState) -> None:
         """Write into `state` what was counted; the host waits for the device here."""
-        state.skipped, state.skipped_in_row, state.skipped_longest = self._counts.tolist()
+        counted = self._counts.tolist()
+        state.skipped, state.rescaled, state.skipped_in_row, state.skipped_longest = counted

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import is_bf16_available, parse_flag_from_env, reduce, set_seed
+from accelerate.utils import get_int_from_env, is_bf16_available, parse_flag_from_env, reduce, set_seed
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -97,6 +97,8 @@ def fit(
     run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
     for line in (*lines, *run.lines) if run.is_main else ():
         (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if run.state.step:
+        run.log.say(f"{settings['kind']}  goes on after step {run.state.step}")
     with run.log.shown():
         run.train()
         metrics = run.finish()
@@ -164,9 +166,11 @@ class _Run:
             start = time.monotonic()
             numbers = self._step(progress)
             self.state.step += 1
+            if is_logged(self.state.step):
+                self._read(numbers)
             self.state.seconds += time.monotonic() - start
             if is_logged(self.state.step):
-                self._write(numbers)
+                self._write()
             self._look()
 
     def finish(self) -> dict[str, float]:
@@ -188,7 +192,7 @@ class _Run:
             self.checkpoint.remove()
             self.best.remove()
         self.log.finish(f"{state.step} steps done, saved: {weights}")
-        return {**self.metrics, **result, "skipped": state.skipped}
+        return {**self.metrics, **result, **self._left_out()}
 
     def close(self) -> None:
         """Wait for the others, and let go of what the run held."""
@@ -201,25 +205,36 @@ class _Run:
         """Move the weights by the gradient of one batch; what is logged, of its last part."""
         config, accelerator = self.config, self.accelerator
         set_progress(self.optimizer, progress, lr=config.lr, weight_decay=config.weight_decay)
+        losses = []
         for _ in range(config.accumulate):
             batch = next(self.batches)
             with accelerator.accumulate(self.wrapped), accelerator.autocast():
                 loss, numbers = self.step_loss(self.wrapped, batch, self.state.step)
             accelerator.backward(poisoned(loss))
+            losses.append(loss.detach())
         norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip)
         norm = gathered(norm)
-        moved = self.guard.step(self.optimizer, norm)
+        moved, sound = self.guard.step(self.optimizer, norm, losses)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.state.step + 1, moved)
-        beside = {} if self.critic is None else self.critic.step(accelerator, progress, config.clip)
+        critic = self.critic
+        beside = {} if critic is None else critic.step(accelerator, progress, config.clip, sound)
         return {"loss": loss.detach(), **numbers, **beside, "grad_norm": norm}
 
-    def _write(self, numbers: Mapping[str, float | Tensor]) -> None:
-        """Log what a step gave; the host waits for the device here."""
-        state = self.state
+    def _read(self, numbers: Mapping[str, float | Tensor]) -> None:
+        """Take what a step gave; the host waits for the device here, for all steps since it did so last."""
         self._check_skipped()
-        self.metrics = {**_on_host(numbers), "skipped": state.skipped}
+        self.metrics = {**_on_host(numbers), **self._left_out()}
+
+    def _left_out(self) -> dict[str, float]:
+        """Steps left out so far; in float16 those are told apart for which its scale was too high."""
+        rescaled = {} if self.accelerator.scaler is None else {"rescaled": self.state.rescaled}
+        return {"skipped": self.state.skipped, **rescaled}
+
+    def _write(self) -> None:
+        """Log what was read of a step."""
+        state = self.state
         progress = self.config.progress(state.step, state.seconds)
         self.log.write(state.step, state.seconds, progress, self.metrics)
 
@@ -284,7 +299,8 @@ class _Run:
         state = self.state
         self.guard.note(state)
         most = self.config.max_skipped + (SCALE_HALVINGS if self.accelerator.scaler is not None else 0)
-        if state.skipped_longest < most and not (at_end and state.skipped == state.step > 0):
+        left_out = state.skipped + state.rescaled
+        if state.skipped_longest < most and not (at_end and left_out == state.step > 0):
             return
         raise FloatingPointError(
             f"training: {state.skipped_longest} steps in a row, up to step {state.step}, were left out, as "
@@ -351,6 +367,13 @@ def check_device(config: TrainConfig) -> None:
     """
     # As an Accelerator makes it: the first one made decides whether processes know of one another.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if started > 1 and state.num_processes == 1:
+        raise ValueError(
+            f"TrainConfig: {started} processes started (WORLD_SIZE), but on this device ({state.device}) "
+            "they do not know of one another, and each would train alone, into one folder; on CPUs set "
+            "ACCELERATE_USE_CPU=true or use accelerate launch --cpu"
+        )
     config.part_size(state.num_processes)
     check_trackers(config.trackers)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):

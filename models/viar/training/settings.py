@@ -120,7 +120,7 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
     try:
-        found = _flat(_completed(json.loads(path.read_text())))
+        found = _flat(_completed(json.loads(path.read_text()), settings))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
@@ -156,12 +156,18 @@ def keep_settings(
     return kept
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run of an earlier release, with what it had for settings that came later."""
+def _completed(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run of an earlier release, with what it had for settings that came later.
+
+    That is their default; what is only kept, and decides nothing, is as it is now.
+    """
+    kept = {name: now[name] for name in ("class_names", "origin") if name in now}
     config = TokenizerConfig if settings["kind"] == "tokenizer" else TransformerConfig
     known = {field.name: field.default for field in fields(TrainConfig)}
     model, train = config.from_dict(settings["model"]).to_dict(), {**known, **settings["train"]}
-    plain: dict[str, Any] = json.loads(json.dumps({**settings, "model": model, "train": train}))
+    data = {"augmentations": (), **settings.get("data", {})}
+    completed = {**kept, **settings, "model": model, "train": train, "data": data}
+    plain: dict[str, Any] = json.loads(json.dumps(completed))
     return plain
 
 
