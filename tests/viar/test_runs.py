@@ -320,6 +320,21 @@ def test_a_run_that_is_killed_ends_with_every_file_of_one_that_is_not(
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 3, 6, 9, 10, 12]
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_that_is_killed_while_its_model_is_written_goes_on(
+    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 3, "save_every": 1e-9}
+    train(tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, NextScaleTransformer, "save_pretrained", after=after)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "parts", **changes)
+    assert "result" in json.loads((tmp_path / "parts" / "run.json").read_text())
+    train(tmp_path / "parts", **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
 def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train(tmp_path / "whole", steps=4)
     with monkeypatch.context() as patch:

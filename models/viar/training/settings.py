@@ -162,6 +162,7 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name: field.default for field in fields(TrainConfig)}
     model, train = config.from_dict(settings["model"]).to_dict(), {**known, **settings["train"]}
     plain: dict[str, Any] = json.loads(json.dumps({**settings, "model": model, "train": train}))
+    plain.pop("result", None)  # no setting, and there where a run was killed after it was written
     return plain
 
 
