@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_train import (
     Disk,
     Interrupted,
@@ -284,6 +285,14 @@ def test_patience_without_measurements_is_refused(held_out: Any, every: int, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_block_is_inspected_in_full_precision_whatever_the_training_runs_in(tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        train(tmp_path / precision, pictures(6), validate_every=3, lr=1e-9, mixed_precision=precision)
+    full, low = (logged(tmp_path / precision)[-1] for precision in ("no", "bf16"))
+    for name in ("validation_residual", "validation_spectral_radius"):
+        assert low[name] == pytest.approx(full[name], rel=1e-4)
+
+
 # Interruptions
 
 
@@ -335,7 +344,10 @@ def test_a_run_that_is_killed_while_its_model_is_written_goes_on(
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
-def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", ["of one process", "of DDP"])
+def test_a_run_of_an_earlier_release_goes_on(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = train(tmp_path / "whole", steps=4)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "is_due", lambda self: self.state.step == 2)
@@ -346,6 +358,9 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "parts" / "state" / "custom_checkpoint_0.pkl"
     held = torch.load(path, weights_only=True)
     torch.save({"step": held["step"], "seconds": held["seconds"]}, path)
+    if names == "of DDP":
+        weights = path.with_name("model.safetensors")
+        save_file({f"module.{name}": value for name, value in load_file(weights).items()}, weights)
     run = json.loads((tmp_path / "parts" / "run.json").read_text())
     for name in ("validate_every", "patience", "ema", "max_skipped", "compile", "trackers", "sharding"):
         del run["train"][name]

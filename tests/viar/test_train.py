@@ -43,7 +43,7 @@ from viar.training import (
     validation_loss,
 )
 
-DEADLOCK = 180.0  # seconds after which two processes are taken to wait for each other
+DEADLOCK = 600.0  # seconds after which two processes are taken to wait for each other
 FINISHED = {"README.md", "config.json", "metrics.jsonl", "model.safetensors", "run.json"}
 
 
