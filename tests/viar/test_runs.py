@@ -246,9 +246,13 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
     state = TrainState(step=4)
     best = BestWeights(tmp_path / "best", state, is_main=True)
 
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+
     def offer(step: int, loss: float) -> list[str]:
         state.step = step
-        best.offer(lambda: SimpleNamespace(save_pretrained=Path.mkdir), loss)
+        best.offer(lambda: SimpleNamespace(save_pretrained=save), loss)
         return sorted(path.name for path in best.folder.iterdir())
 
     assert offer(4, 3.0) == ["step-000004"]
@@ -257,14 +261,17 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
     assert offer(6, 1.0) == ["step-000004", "step-000006"]
     (best.folder / ".step-000007.abc").mkdir()  # as a kill while writing leaves it
     (best.folder / "notes").mkdir()
-    restored = TrainState(step=4, best_step=4, best_loss=3.0)
+    restored = TrainState(step=4, best_step=4, best_loss=3.0, best_digest=state.best_digest)
     BestWeights(tmp_path / "best", restored, is_main=False)
     assert len(list(best.folder.iterdir())) == 4
     again = BestWeights(tmp_path / "best", restored, is_main=True)
     assert sorted(path.name for path in best.folder.iterdir()) == ["notes", "step-000004"]
-    shutil.rmtree(again.path)
-    with pytest.raises(ValueError, match=r"expected the best weights so far.*found nothing"):
-        BestWeights(tmp_path / "best", restored, is_main=True)
+    (again.path / "model.safetensors").write_bytes(b"Weights")
+    for found in ("damaged ones", "nothing"):
+        for again_or_at_the_end in (lambda: BestWeights(again.folder, restored, is_main=True), again.read):
+            with pytest.raises(ValueError, match=f"expected the best weights so far.*found {found}"):
+                again_or_at_the_end()
+        shutil.rmtree(again.path, ignore_errors=True)
 
 
 def test_a_tokenizer_ends_with_the_weights_that_did_best(
