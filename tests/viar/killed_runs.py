@@ -3,13 +3,15 @@
     python tests/viar/killed_runs.py FOLDER [KILLS] [SEED]
 
 It is a program of its own because it forks, which saves loading everything for each life of a run and must
-happen before any gradient is computed. A state is saved after every step, so that many kills fall into that.
+happen before any gradient is computed. A state is saved after every step, and a kill comes at a random
+instant after the first state is there, so that kills fall into training and saving, not into the start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import multiprocessing
 import random
 import shutil
@@ -35,9 +37,16 @@ def live(arguments: list[str], out: Path) -> None:
 
 
 def life(arguments: list[str], out: Path, seconds: float | None) -> bool:
-    """Whether a run came to its end within so many seconds, after which it is killed."""
+    """Whether a run came to its end within so many seconds of its first state, after which it is killed.
+
+    A run that goes on has a state: its seconds begin when that is replaced.
+    """
     process = multiprocessing.get_context("fork").Process(target=live, args=(arguments, out))
     process.start()
+    if seconds is not None:
+        before, limit = saved_at(out), time.monotonic() + LIMIT
+        while process.is_alive() and saved_at(out) in (None, before) and time.monotonic() < limit:
+            time.sleep(0.002)
     process.join(LIMIT if seconds is None else seconds)
     if process.exitcode is None:
         process.kill()
@@ -48,13 +57,21 @@ def life(arguments: list[str], out: Path, seconds: float | None) -> bool:
     return True
 
 
+def saved_at(out: Path) -> int | None:
+    """When the state that is there was written, in nanoseconds."""
+    try:
+        return (out / "state").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def killed(arguments: list[str], folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
     """How many kills fell where; raises `AssertionError` unless the outcome is that of a run left alone."""
-    start = time.monotonic()
     life(arguments, folder / "whole", None)
-    lasted, out, places = time.monotonic() - start, folder / "parts", dict[str, int]()
-    for _ in range(kills):
-        if not life(arguments, out, draw.uniform(0, lasted)):
+    trained = json.loads((folder / "whole" / "run.json").read_text())["result"]["seconds"]
+    out, places = folder / "parts", dict[str, int]()
+    while sum(places.values()) < kills:
+        if not life(arguments, out, draw.uniform(0, trained)):
             place = where(out)
             places[place] = places.get(place, 0) + 1
         if finished(out):

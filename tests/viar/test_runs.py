@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_train import (
     Disk,
     Interrupted,
@@ -248,9 +249,13 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
     state = TrainState(step=4)
     best = BestWeights(tmp_path / "best", state, is_main=True)
 
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+
     def offer(step: int, loss: float) -> list[str]:
         state.step = step
-        best.offer(lambda: SimpleNamespace(save_pretrained=Path.mkdir), loss)
+        best.offer(lambda: SimpleNamespace(save_pretrained=save), loss)
         return sorted(path.name for path in best.folder.iterdir())
 
     assert offer(4, 3.0) == ["step-000004"]
@@ -259,14 +264,17 @@ def test_best_weights_that_the_state_names_stay_until_another_state_is_saved(tmp
     assert offer(6, 1.0) == ["step-000004", "step-000006"]
     (best.folder / ".step-000007.abc").mkdir()  # as a kill while writing leaves it
     (best.folder / "notes").mkdir()
-    restored = TrainState(step=4, best_step=4, best_loss=3.0)
+    restored = TrainState(step=4, best_step=4, best_loss=3.0, best_digest=state.best_digest)
     BestWeights(tmp_path / "best", restored, is_main=False)
     assert len(list(best.folder.iterdir())) == 4
     again = BestWeights(tmp_path / "best", restored, is_main=True)
     assert sorted(path.name for path in best.folder.iterdir()) == ["notes", "step-000004"]
-    shutil.rmtree(again.path)
-    with pytest.raises(ValueError, match=r"expected the best weights so far.*found nothing"):
-        BestWeights(tmp_path / "best", restored, is_main=True)
+    (again.path / "model.safetensors").write_bytes(b"Weights")
+    for found in ("damaged ones", "nothing"):
+        for again_or_at_the_end in (lambda: BestWeights(again.folder, restored, is_main=True), again.read):
+            with pytest.raises(ValueError, match=f"expected the best weights so far.*found {found}"):
+                again_or_at_the_end()
+        shutil.rmtree(again.path, ignore_errors=True)
 
 
 def test_a_tokenizer_ends_with_the_weights_that_did_best(
@@ -285,6 +293,14 @@ def test_patience_without_measurements_is_refused(held_out: Any, every: int, tmp
     with pytest.raises(ValueError, match="patience=2 counts measurements of held-out"):
         train(tmp_path / "run", held_out, validate_every=every, patience=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_block_is_inspected_in_full_precision_whatever_the_training_runs_in(tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        train(tmp_path / precision, pictures(6), validate_every=3, lr=1e-9, mixed_precision=precision)
+    full, low = (logged(tmp_path / precision)[-1] for precision in ("no", "bf16"))
+    for name in ("validation_residual", "validation_spectral_radius"):
+        assert low[name] == pytest.approx(full[name], rel=1e-4)
 
 
 # Interruptions
@@ -323,7 +339,25 @@ def test_a_run_that_is_killed_ends_with_every_file_of_one_that_is_not(
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 3, 6, 9, 10, 12]
 
 
-def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_that_is_killed_while_its_model_is_written_goes_on(
+    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 3, "save_every": 1e-9}
+    train(tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, NextScaleTransformer, "save_pretrained", after=after)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "parts", **changes)
+    assert "result" in json.loads((tmp_path / "parts" / "run.json").read_text())
+    train(tmp_path / "parts", **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("names", ["of one process", "of DDP"])
+def test_a_run_of_an_earlier_release_goes_on(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = train(tmp_path / "whole", steps=4)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "is_due", lambda self: self.state.step == 2)
@@ -334,6 +368,9 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "parts" / "state" / "custom_checkpoint_0.pkl"
     held = torch.load(path, weights_only=True)
     torch.save({"step": held["step"], "seconds": held["seconds"]}, path)
+    if names == "of DDP":
+        weights = path.with_name("model.safetensors")
+        save_file({f"module.{name}": value for name, value in load_file(weights).items()}, weights)
     run = json.loads((tmp_path / "parts" / "run.json").read_text())
     for name in ("validate_every", "patience", "ema", "max_skipped", "compile", "trackers", "sharding"):
         del run["train"][name]

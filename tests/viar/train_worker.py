@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_adversarial import run_without_chance
 from test_train import (
     fresh_transformer,
     interrupt,
     pictures,
+    run_against,
     run_averaged,
     run_tokenizer,
     run_transformer,
@@ -74,10 +74,7 @@ def train(rank: int, folder: Path, port: str) -> None:
         "pictures": run_without_dropout(folder / "pictures", settings(sample_every=2)),
         "tokenizer": run_tokenizer(folder / "tokenizer", settings(steps=4)),
         "measured": run_measured(folder / "measured", rank),
-        "adversarial": run_without_chance(folder / "adversarial", settings(steps=4)),
-        "adversarial parts": run_without_chance(
-            folder / "adversarial parts", settings(steps=4, accumulate=2)
-        ),
+        "adversarial": run_against(folder / "adversarial", settings()),
     }
     for name, model in models.items():
         torch.save(model.state_dict(), folder / f"{name}.{rank}.pt")

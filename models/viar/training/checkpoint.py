@@ -40,13 +40,14 @@ class TrainState:
     measured: int = 0  # step after which held-out data was measured last
     best_loss: float = math.inf  # least loss of held-out data
     best_step: int = 0  # after which that was measured; 0 for none
+    best_digest: str = ""  # SHA-256 of the weights that had it; empty where that is not known
     stale: int = 0  # measurements since
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | str]:
         """For Accelerate's checkpoint."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float | str]) -> None:
         """For Accelerate's checkpoint; what a state of an earlier release does not tell stays as it is."""
         for field in fields(self):
             setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
@@ -120,7 +121,7 @@ class Checkpoint:
     def _write(self, held: dict[str, Any]) -> None:
         self._fresh.mkdir(parents=True)
         torch.save(held, self._fresh / FILE)
-        (self._fresh / DIGEST).write_text(_digest(self._fresh / FILE))
+        (self._fresh / DIGEST).write_text(file_digest(self._fresh / FILE))
         for path in (self._fresh / FILE, self._fresh / DIGEST, self._fresh):
             flush(path)
         if self.folder.is_dir():
@@ -216,13 +217,14 @@ def _read(folder: Path) -> dict[str, Any]:
     if is_earlier(folder):
         return read_earlier(folder)
     path, wanted = folder / FILE, (folder / DIGEST).read_text()
-    if (found := _digest(path)) != wanted:
+    if (found := file_digest(path)) != wanted:
         raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")
     held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return held
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -19,7 +19,8 @@ def read_earlier(folder: Path) -> dict[str, Any]:
     """Such a state as `viar.training.checkpoint` has it: one model, one optimiser, and where the run was."""
     weights: dict[str, Any] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        weights |= load_file(path)
+        # of several processes under the names that DDP gives
+        weights |= {name.removeprefix("module."): value for name, value in load_file(path).items()}
     scaler = folder / "scaler.pt"
     return {
         "models": [weights],

@@ -57,7 +57,8 @@ def cell_health(
     try:
         # What is compiled would not know of the hook.
         with undisturbed(model), torch.compiler.set_stance("force_eager"):
-            model(labels, inputs, iterations)
+            # Not by a call: what Accelerate puts around that runs in the precision of the training.
+            NextScaleTransformer.forward(model, labels, inputs, iterations)
             z_BLC, *others = last[0]
             with torch.enable_grad():
                 return _health(trunk, z_BLC.detach().requires_grad_(), others)

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data import BatchedDataset
-from ..files import replacing_path
+from ..files import flush, replacing_path
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import WEIGHTS
 from ..tokenizer import Tokenizer
-from .checkpoint import TrainState
+from .checkpoint import TrainState, file_digest
 from .health import NUM_SAMPLES, cell_health
 from .loading import load_batches
 from .losses import ToTokens, token_numbers
@@ -136,16 +138,13 @@ class BestWeights:
         is_main: whether this is the main process.
 
     Raises:
-        ValueError: the weights that the state names are gone.
+        ValueError: the weights that the state names are gone or damaged.
     """
 
     def __init__(self, folder: Path, state: TrainState, *, is_main: bool) -> None:
         self.folder, self.state, self.is_main = folder, state, is_main
-        if is_main and state.best_step and not self.path.is_dir():
-            raise ValueError(
-                f"{self.path}: expected the best weights so far, which the state of this run names, found "
-                "nothing; put them back, or remove state/ beside them to start over"
-            )
+        if is_main and state.best_step:
+            self._check()
         self.saved()
 
     @property
@@ -170,8 +169,20 @@ class BestWeights:
         if self.is_main:
             with replacing_path(self.path) as fresh:
                 model.save_pretrained(fresh)
+            for path in (self.folder, self.folder.parent):  # a state on the disk may name them from now on
+                flush(path)
+            state.best_digest = file_digest(self.path / WEIGHTS)
             self._keep({self._in_state, state.best_step})
         return True
+
+    def read(self) -> dict[str, Tensor]:
+        """The best weights, on the CPU.
+
+        Raises:
+            ValueError: they are gone or damaged.
+        """
+        self._check()
+        return load_file(self.path / WEIGHTS)
 
     def saved(self) -> None:
         """Take note that the state on disk is the present one."""
@@ -183,6 +194,18 @@ class BestWeights:
         self._keep(set())
         if self.is_main and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
+
+    def _check(self) -> None:
+        path, wanted = self.path / WEIGHTS, self.state.best_digest
+        found = "nothing"
+        if path.is_file():
+            if not wanted or (digest := file_digest(path)) == wanted:
+                return
+            found = f"damaged ones (SHA-256 {digest[:8]}... instead of {wanted[:8]}...)"
+        raise ValueError(
+            f"{path}: expected the best weights so far, which the state of this run names, found {found}; "
+            "put them back, or remove state/ beside best/ to start over"
+        )
 
     def _keep(self, steps: set[int]) -> None:
         if not (self.is_main and self.folder.is_dir()):

@@ -20,11 +20,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env, is_bf16_available, parse_flag_from_env, reduce, set_seed
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data import BatchedDataset, EndlessBatches
-from ..pretrained import WEIGHTS
 from ..seeds import seed_at
 from .checkpoint import Checkpoint
 from .config import TrainConfig
@@ -286,9 +284,10 @@ class _Run:
     def _choose(self) -> str:
         """Give the model the weights that the run ends with; which they are, in words."""
         if self.state.best_step:
-            best = load_file(self.best.path / WEIGHTS) if self.is_main else None
+            best = self.best.read() if self.is_main else None
             self.model.load_state_dict(from_main(best, self.model.state_dict(), self.accelerator.device))
-            return f"the weights after step {self.state.best_step}, the best on held-out data"
+            of = "the weights" if self.average is None else "the averaged weights"
+            return f"{of} after step {self.state.best_step}, the best on held-out data"
         if self.average is not None:
             self.average.put()
             return "the averaged weights"

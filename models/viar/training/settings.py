@@ -168,6 +168,7 @@ def _completed(settings: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     data = {"augmentations": (), **settings.get("data", {})}
     completed = {**kept, **settings, "model": model, "train": train, "data": data}
     plain: dict[str, Any] = json.loads(json.dumps(completed))
+    plain.pop("result", None)  # no setting, and there where a run was killed after it was written
     return plain
 
 
