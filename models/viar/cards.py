@@ -19,6 +19,8 @@ KINDS = {  # of a model in words, by its tag
 PAPERS = {"viar": "2605.01220", "var": "2404.02905", "tokenizer": "2404.02905"}  # of arXiv
 CLASSES = {"viar": "NextScaleTransformer", "var": "NextScaleTransformer", "tokenizer": "Tokenizer"}
 SETTINGS = ("steps", "batch_size", "lr", "weight_decay", "mixed_precision", "ema", "seed")  # of the training
+LOSSES = ("loss", "perceptual", "adversarial")  # of a tokenizer
+CLASSES_NAMED = 10
 
 TEMPLATE = """---
 {metadata}
@@ -41,7 +43,7 @@ Not stated yet. Whoever publishes this model states it here, and as `license:` i
 TRAINING = """
 ## Training
 
-{images:,} images{fingerprint}. All settings are in run.json, and how it went in metrics.jsonl.
+{samples}{fingerprint}. All settings are in run.json, and how it went in metrics.jsonl.
 
 | setting | value |
 | --- | --- |
@@ -82,13 +84,18 @@ def _trunk_kind(trunk: Mapping[str, Any]) -> str:
 def _training(run: Mapping[str, Any]) -> str:
     """What a run tells of itself; what is nothing, such as no averaging, is left out."""
     data, train = run["data"], run["train"]
-    settings = {name: train[name] for name in SETTINGS if train.get(name)}
+    settings: dict[str, Any] = {name: train[name] for name in SETTINGS if train.get(name)}
+    settings["augmentations"] = ", ".join(data.get("augmentations") or ["none"])
+    settings |= {name: run[name] for name in LOSSES if run.get(name)}
+    if names := run.get("class_names"):
+        more = ", and so on" if len(names) > CLASSES_NAMED else ""
+        settings["classes"] = f"{len(names):,}: {', '.join(names[:CLASSES_NAMED])}{more}"
     if "tokenizer" in run:
         settings["tokenizer (fingerprint)"] = run["tokenizer"]
     if run.get("origin"):
         settings["started from"] = run["origin"].get("source")
     return TRAINING.format(
-        images=data["images"],
+        samples=f"{data['images']:,} {'rows of tokens' if data.get('are_tokens') else 'images'}",
         fingerprint=f" (fingerprint `{data['fingerprint']}`)" if "fingerprint" in data else "",
         settings=_rows(settings),
         # Seconds are the machine's, not the model's.
@@ -103,4 +110,6 @@ def _rows(values: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
     return str(value).replace("|", "\\|").replace("\n", " ")

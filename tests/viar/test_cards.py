@@ -13,6 +13,7 @@ from test_train import run_tokenizer, run_transformer, settings
 from tiny_models import tiny_tokenizer, tiny_transformer
 
 from viar import NextScaleTransformer
+from viar.cards import model_card
 
 
 @pytest.mark.parametrize(
@@ -45,12 +46,28 @@ def test_the_card_of_a_run_has_its_data_settings_and_figures(run: Any, tmp_path:
     kept = json.loads((tmp_path / "run.json").read_text())
     assert f"24 images (fingerprint `{kept['data']['fingerprint']}`)" in text
     assert "| batch size | 8 |" in text
+    assert "| augmentations | none |" in text
+    assert ("| loss | l1+l2 |" in text) == (run is run_tokenizer)
     assert "| ema |" not in text  # none was asked for
     assert "| seconds |" not in text  # the same run has the same card, wherever it ran
     del kept["result"]["seconds"]
     for name, value in kept["result"].items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
         assert f"| {name.replace('_', ' ')} | {shown} |" in text
+
+
+def test_the_card_of_a_model_of_tokens_counts_rows_and_names_classes(tmp_path: Path) -> None:
+    run = {
+        "data": {"images": 3600, "augmentations": ["crop", "flip"], "are_tokens": True},
+        "train": {"weight_decay": [0.05, 0.08]},
+        "class_names": [f"c{number}" for number in range(12)],
+        "result": {"weights": "the last weights"},
+    }
+    text = model_card(tiny_transformer().config.to_dict(), 1, run).text
+    assert "3,600 rows of tokens." in text
+    assert "| augmentations | crop, flip |" in text
+    assert "| weight decay | 0.05, 0.08 |" in text
+    assert "| classes | 12: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, and so on |" in text
 
 
 def test_a_card_that_is_there_is_left_alone(tmp_path: Path) -> None:

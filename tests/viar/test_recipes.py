@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from viar import ExplicitTrunkConfig, ImplicitTrunkConfig
+from viar.commands.train import _never_adversarial
 from viar.training import TOKENIZERS, TRANSFORMERS, TransformerRecipe
+from viar.training.adversarial import AdversarialConfig
 from viar.training.recipes import PUBLISHED, explicit, imagenet256, mnist
 
 SIDES = {"digits": 8, "mnist": 32, "emoji": 64, "imagenet256": 256, "imagenet512": 512}  # pixels
@@ -70,3 +72,13 @@ def test_a_recipe_of_ones_own_edits_another() -> None:
         TRANSFORMERS["mnist-viar"], model=replace(TRANSFORMERS["mnist-viar"].model, width=128)
     )
     assert TRANSFORMERS["imagenet256-viar"] == PUBLISHED  # what is edited stays as it was
+
+
+@pytest.mark.parametrize(
+    ("weight", "steps", "is_said"), [(0.8, 300, True), (0.8, 301, False), (0.0, 1, False)]
+)
+def test_an_adversarial_loss_that_never_begins_is_said(weight: float, steps: int, is_said: bool) -> None:
+    recipe = TOKENIZERS["digits"]
+    adversarial = AdversarialConfig(weight=weight, start=300)
+    recipe = replace(recipe, adversarial=adversarial, train=replace(recipe.train, steps=steps))
+    assert bool(_never_adversarial(recipe)) == is_said

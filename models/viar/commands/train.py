@@ -110,6 +110,7 @@ def train_tokenizer_command(
         told = two_steps([build], partial(train, console=Console(quiet=True)), make, recipe.train)
         _say_first(console, told.lines())
         return
+    _say(console, _never_adversarial(recipe))
     batch_size = recipe.train.batch_size
     data = load_images(
         recipe.data,
@@ -146,6 +147,17 @@ def _check_no_inert_flags(recipe: TokenizerRecipe) -> None:
         )
     if recipe.perceptual is None and "perceptual_weight" in given:
         raise ValueError("--perceptual-weight: no perceptual loss; give --perceptual")
+
+
+def _never_adversarial(recipe: TokenizerRecipe) -> list[str]:
+    """A line where the run ends before its adversarial loss begins: one may want that for a first look."""
+    adversarial, steps = recipe.adversarial, recipe.train.steps
+    if not adversarial.weight or steps is None or adversarial.start < steps:
+        return []
+    return [
+        f"no adversarial loss: it begins after step {adversarial.start:,} of {steps:,}; --adversarial.start "
+        "says when"
+    ]
 
 
 def train_command(

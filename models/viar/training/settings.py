@@ -87,7 +87,7 @@ def describe_data(data: BatchedDataset[Batch] | TokenShards) -> dict[str, Any]:
         names = [(os.path.relpath(path, root), label) for path, label in data.files]
         digest.update(json.dumps([data.image_side, sorted(names)]).encode())
     elif isinstance(data, TokenShards):
-        about["augmentations"] = data.settings.augmentations
+        about |= {"augmentations": data.settings.augmentations, "are_tokens": True}
         settings = {name: value for name, value in asdict(data.settings).items() if value != ()}
         digest.update(json.dumps(settings, sort_keys=True).encode())
     elif isinstance(data, HubImages):
