@@ -508,9 +508,9 @@ def test_tokenizers_with_patches_and_without_see_the_same_pixels(monkeypatch: py
     rows = rows_of(tokenizer.CASE, *tokenizer.CASE.quick)
     assert [row["contender"] for row in rows] == list(tokenizer.CONTENDERS)
     assert [row["trained_steps"] for row in rows] == [2, 5]
-    configs = [dataclasses.replace(tokenizer.PRESET.model, **c) for c in tokenizer.CONTENDERS.values()]
+    configs = [dataclasses.replace(tokenizer.RECIPE.model, **c) for c in tokenizer.CONTENDERS.values()]
     assert {config.image_side for config in configs} == {32}
-    assert configs[1] == tokenizer.PRESET.model
+    assert configs[1] == tokenizer.RECIPE.model
 
 
 def test_a_patch_is_judged_by_its_steps_and_by_what_it_loses() -> None:

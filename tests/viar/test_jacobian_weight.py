@@ -138,7 +138,12 @@ def test_models_saved_before_there_was_a_weight_have_none() -> None:
 
 def test_a_run_of_a_release_that_had_no_weight_goes_on(tmp_path: Path) -> None:
     train = dataclasses.asdict(TrainConfig(steps=1))
-    now = {"kind": "transformer", "model": tiny_config().to_dict(), "train": train}
+    now = {
+        "kind": "transformer",
+        "model": tiny_config().to_dict(),
+        "train": train,
+        "data": {"augmentations": []},
+    }
     before = json.loads(json.dumps(now))
     del before["model"]["trunk"]["jacobian_weight"]
     (tmp_path / "state").mkdir()

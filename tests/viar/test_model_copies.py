@@ -21,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import viar
 from viar import NextScaleTransformer, Sampling, Tokenizer, generate, prepare_inference, sample_tokens
 from viar.evaluation import Classifier
+from viar.tokenizer.discriminator import Discriminator
+from viar.training import FeatureDistance
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "tokenizer": tiny_tokenizer,
@@ -29,8 +31,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "shared modulation": lambda: tiny_transformer("implicit", shared_modulation=True),
     "no attention scale": lambda: tiny_transformer("explicit", qk_norm=False),
     "classifier": lambda: Classifier(3, 8).eval(),
+    "features": lambda: FeatureDistance(Classifier(3, 8).eval().features()),
+    "discriminator": lambda: Discriminator(8, base_channels=4),
 }
-MODELS = [kind for kind in KINDS if kind not in ("tokenizer", "classifier")]
+MODELS = [kind for kind in KINDS if kind not in ("tokenizer", "classifier", "features", "discriminator")]
 LABELS = torch.tensor([0, 2])
 
 
@@ -43,8 +47,10 @@ def run(model: nn.Module) -> Tensor:
     torch.manual_seed(5)
     if isinstance(model, Tokenizer):
         return model(images(6)).reconstruction
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier | Discriminator):
         return model(images(8))
+    if isinstance(model, FeatureDistance):
+        return model(images(8), images(8).flip(0))
     tokens = uniform(2, sum(side * side for side in SIDES) - 1, 4)
     return model(LABELS, tokens)
 
@@ -159,7 +165,7 @@ def test_an_average_follows_its_model(kind: str) -> None:
 def test_a_model_made_without_values_takes_a_state_dict(kind: str, wrap: bool, assign: bool) -> None:
     model = KINDS[kind]()
     with torch.device("meta"):
-        twin = Classifier(3, 8) if kind == "classifier" else type(model)(model.config)
+        twin = type(model)(model.config) if kind in [*MODELS, "tokenizer"] else KINDS[kind]()
     outer = nn.Sequential(twin) if wrap else twin
     if not assign:
         outer.to_empty(device="cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from viar import Tokenizer
@@ -24,10 +26,10 @@ from viar.training import TOKENIZERS, tokenizer_validation, train_tokenizer
 from viar.training.losses import tokenizer_loss
 from viar.training.optim import build_optimizer
 
-from ...case import SECONDS, Bar, Case, Metric, Row, Run, Table, product
+from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, product
 from ...measure import interleaved, milliseconds, ratio
 from ...rows import by_contender, having
-from ...show import listing
+from ...show import COLORS, listing
 
 RECIPE = TOKENIZERS["mnist"]
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -122,6 +124,16 @@ def table(rows: list[Row]) -> Table:
     return listing("training on MNIST, 32 x 32 pixels, held-out digits", rows, columns)
 
 
+def _paint(rows: list[Row], axes: list[Axes]) -> None:
+    rows = having(rows, steps=max(row["steps"] for row in rows))[::-1]
+    names = [f"{row['contender']}, {row['trained_steps']:,} steps" for row in rows]
+    quality, time = axes
+    quality.barh(names, [row["psnr"] for row in rows], color=COLORS[: len(rows)])
+    quality.set(xlabel="PSNR, dB")
+    time.barh(names, [statistics.median(row["seconds"]) * 1e3 for row in rows], color=COLORS[: len(rows)])
+    time.set(xlabel="ms a step")
+
+
 CASE = Case(
     "tokenizer",
     "training of a tokenizer with patches of pixels and without",
@@ -137,4 +149,5 @@ CASE = Case(
     },
     table=table,
     bars=bars,
+    picture=Picture(_paint, lambda rows: ("held-out digits", "training"), columns=2, size=(4.6, 2.0)),
 )
