@@ -36,8 +36,8 @@ def training(folder: Path, seed: int) -> tuple[nn.Module, torch.optim.Optimizer,
     model = nn.Linear(3, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     counter = Counter()
-    checkpoint = Checkpoint(accelerator, folder / "state", every=1.0, seed=0)
-    accelerator.register_for_checkpointing(counter)
+    checkpoint = Checkpoint(accelerator, [model], [optimizer], folder / "state", every=1.0, seed=0)
+    checkpoint.register(counter)
     return model, optimizer, counter, checkpoint
 
 

@@ -11,6 +11,7 @@ import hashlib
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ..files import flush
 from ..seeds import LARGEST_SEED, seed_at
@@ -44,11 +47,11 @@ class TrainState:
     stale: int = 0  # measurements since
 
     def state_dict(self) -> dict[str, float | str]:
-        """For Accelerate's checkpoint."""
+        """For `Checkpoint`."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float | str]) -> None:
-        """For Accelerate's checkpoint; what a state of an earlier release does not tell stays as it is."""
+        """For `Checkpoint`; what a state of an earlier release does not tell stays as it is."""
         for field in fields(self):
             setattr(self, field.name, state.get(field.name, getattr(self, field.name)))
 
@@ -56,26 +59,47 @@ class TrainState:
 class Checkpoint:
     """A folder with all that a run needs to go on as if nothing had happened.
 
-    That is what the accelerator has prepared (models and optimisers, the scaler of float16) or was given to
-    register, and the generators of every process. It is replaced in steps of which each leaves one whole
+    That is models and optimisers, the scaler of float16, what else is registered, and the generators of every
+    process. It is replaced in steps of which each leaves one whole
     state behind: the new state is written to `folder.new`, the old one is moved to `folder.old`, the new one
     takes its place, the old one is removed. Each step is on the disk before the next.
 
     All processes of a run call every method together.
 
     Args:
-        accelerator: with models and optimisers prepared.
+        accelerator: that prepared the models and optimisers.
+        models: not as wrapped.
+        optimizers: of these.
         folder: where the state is kept; it need not exist. The main process's alone.
         every: seconds between two states.
         seed: of the run, for the generators of processes that the state does not know.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, *, every: float, seed: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        folder: Path,
+        *,
+        every: float,
+        seed: int,
+    ) -> None:
         self.accelerator, self.folder, self.every, self.seed = accelerator, folder, every, seed
         self.state = TrainState()
+        scalers = [] if accelerator.scaler is None else [accelerator.scaler]
+        self._parts: dict[str, list[Any]] = {
+            "models": list(models),
+            "optimizers": list(optimizers),
+            "scalers": scalers,
+            "registered": [self.state],
+        }
         self._fresh, self._old = (folder.with_name(f"{folder.name}.{end}") for end in ("new", "old"))
         self._saved_at, self._saved_step = time.monotonic(), 0
-        accelerator.register_for_checkpointing(self.state)
+
+    def register(self, part: Stateful) -> None:
+        """Keep this too; always in the same order, before `restore`."""
+        self._parts["registered"].append(part)
 
     def restore(self) -> list[str]:
         """Put everything where the last whole state has it, if there is one.
@@ -105,7 +129,7 @@ class Checkpoint:
         is_main = self.accelerator.is_main_process
         held = {
             name: to_main([part.state_dict() for part in parts], is_main=is_main)
-            for name, parts in self._parts().items()
+            for name, parts in self._parts.items()
         }
         held["generators"] = gather_object([self._generators()])
         if is_main:
@@ -152,23 +176,9 @@ class Checkpoint:
                 f"({_first_line(error)}); remove that folder to start over, or give another for the run"
             ) from error
 
-    def _parts(self) -> dict[str, list[Any]]:
-        """What has a state, by kind, in the order in which the accelerator came by it."""
-        # It has no public names for these: its own way of saving needs a folder that all processes see, and
-        # the same number of them.
-        accelerator = self.accelerator
-        models = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in accelerator._models]
-        scalers = [] if accelerator.scaler is None else [accelerator.scaler]
-        return {
-            "models": models,
-            "optimizers": accelerator._optimizers,
-            "scalers": scalers,
-            "registered": accelerator._custom_objects,
-        }
-
     def _likes(self) -> dict[str, Any]:
         """Tensors that are shared among the processes as those of a state should be, see `from_main`."""
-        parts = self._parts()
+        parts = self._parts
         moments = [
             {"state": dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))}
             for optimizer in parts["optimizers"]
@@ -176,7 +186,7 @@ class Checkpoint:
         return {"models": [model.state_dict() for model in parts["models"]], "optimizers": moments}
 
     def _put(self, held: dict[str, Any]) -> list[str]:
-        for kind, parts in self._parts().items():
+        for kind, parts in self._parts.items():
             for part, state in zip(parts, held[kind], strict=True):
                 part.load_state_dict(state)
         generators, count = held["generators"], self.accelerator.num_processes

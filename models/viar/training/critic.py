@@ -34,18 +34,17 @@ class Critic:
         self._skipped = torch.zeros(())  # steps left out
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Hand module and optimiser to Accelerate, whose checkpoints have them from then on."""
+        """Hand module and optimiser to Accelerate."""
         optimizer = build_optimizer(self.module, lr=self.lr, betas=self.config.betas, weight_decay=0.0)
-        self._wrapped, self._optimizer = accelerator.prepare(self.module, optimizer)
+        self._wrapped, self.optimizer = accelerator.prepare(self.module, optimizer)
         self._skipped = self._skipped.to(accelerator.device)
-        accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, int]:
-        """For Accelerate's checkpoint, which has module and optimiser from `prepare`."""
+        """For `Checkpoint`, which is given module and optimiser too."""
         return {"skipped": int(self._skipped)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """For Accelerate's checkpoint."""
+        """For `Checkpoint`."""
         self._skipped = torch.full_like(self._skipped, state["skipped"])
 
     def against(
@@ -91,13 +90,13 @@ class Critic:
         if not self._shown:
             return {}
         shown, self._shown = self._shown, []
-        set_progress(self._optimizer, progress, lr=self.lr, weight_decay=(0.0, 0.0))
+        set_progress(self.optimizer, progress, lr=self.lr, weight_decay=(0.0, 0.0))
         for images, reconstruction in shown:
             with accelerator.accumulate(self._wrapped), accelerator.autocast():
                 both = torch.cat([images.to(reconstruction.dtype), reconstruction])
                 loss = discriminator_loss(*self._wrapped(both).chunk(2))
             accelerator.backward(poisoned(loss / sound))
         norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), clip)
-        self._skipped = self._skipped + (1 - step_if_finite(self._optimizer, norm))
-        self._optimizer.zero_grad(set_to_none=True)
+        self._skipped = self._skipped + (1 - step_if_finite(self.optimizer, norm))
+        self.optimizer.zero_grad(set_to_none=True)
         return {"discriminator": loss.detach(), "discriminator_skipped": self._skipped}

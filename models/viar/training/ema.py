@@ -66,14 +66,14 @@ class AveragedWeights:
             weight.copy_(self._average[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole average, on the CPU; for Accelerate's checkpoint."""
+        """The whole average, on the CPU; for `Checkpoint`."""
         return {
             name: (average.full_tensor() if isinstance(average, DTensor) else average).cpu()
             for name, average in self._average.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """For Accelerate's checkpoint.
+        """For `Checkpoint`.
 
         Raises:
             ValueError: it is the average of another model.

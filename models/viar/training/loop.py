@@ -130,14 +130,17 @@ class _Run:
             model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay[0]
         )
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        models, optimizers = [model], [self.optimizer]
         if critic is not None:
             critic.prepare(self.accelerator)
+            models, optimizers = [*models, critic.module], [*optimizers, critic.optimizer]
         self.checkpoint = Checkpoint(
-            self.accelerator, folder / "state", every=config.save_every, seed=config.seed
+            self.accelerator, models, optimizers, folder / "state", every=config.save_every, seed=config.seed
         )
         self.average = AveragedWeights(model, config.ema) if config.ema else None
-        if self.average is not None:
-            self.accelerator.register_for_checkpointing(self.average)
+        for part in (critic, self.average):
+            if part is not None:
+                self.checkpoint.register(part)
         self.lines, self.state = self.checkpoint.restore(), self.checkpoint.state
         self.together = dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
         self.guard = StepGuard(self.accelerator.device, self.state)
