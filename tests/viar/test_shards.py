@@ -372,7 +372,7 @@ def test_opening_reads_no_rows_and_reading_maps_the_files_that_have_them(
     write(tmp_path)
     mapped, load = list[str](), np.load
     monkeypatch.setattr(np, "load", lambda path, **how: mapped.append(path.name) or load(path, **how))
-    monkeypatch.setattr(viar.data.shards, "_checksum", None)  # it would be called in vain
+    monkeypatch.setattr(viar.data.shards, "file_digest", None)  # it would be called in vain
     rows = TokenShards(tmp_path)
     assert not mapped
     rows.__getitems__([21, 20, 22])

@@ -111,8 +111,8 @@ def _deepest(config: TransformerConfig, no_grad: int | None) -> TransformerConfi
     trunk = config.trunk
     if not isinstance(trunk, ImplicitTrunkConfig):
         return config
-    off, on = trunk.no_grad[1] if no_grad is None else no_grad, trunk.grad[1]
-    return replace(config, trunk=replace(trunk, no_grad=(off, off), grad=(on, on)))
+    far = trunk.deepest if no_grad is None else trunk.with_depth(no_grad, trunk.grad[1])
+    return replace(config, trunk=far)
 
 
 def bars(rows: list[Row]) -> list[Bar]:

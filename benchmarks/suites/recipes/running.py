@@ -27,7 +27,7 @@ from viar.training.losses import transformer_loss
 from viar.training.optim import build_optimizer, set_progress
 
 from ...case import Run
-from ..viar.models import random_tokenizer
+from ..viar.models import descend, random_tokenizer
 
 FOLDER = Path("runs/recipes")
 POINTS = 10  # measurements of held-out images in a training
@@ -169,8 +169,5 @@ def single_steps(
     for step in range(steps):
         set_progress(optimizer, step / steps, lr=train.lr, weight_decay=train.weight_decay)
         loss, _ = step_loss(model, tokens.__getitems__(next(batches)), step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, model, optimizer, train.clip)
         yield step + 1

@@ -79,6 +79,14 @@ def random_tokenizer(config: TokenizerConfig, device: torch.device, seed: int = 
     return tokenizer.eval().requires_grad_(False)
 
 
+def descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """Move the weights of a module by the gradient of a loss, as the training loop does."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def num_bytes(module: nn.Module) -> int:
     """Parameters and buffers."""
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,7 @@ from viar.data import (
 )
 from viar.data.tokens import TokenBatch
 from viar.model.config import TrunkConfig
+from viar.training import TOKENIZERS
 from viar.training.losses import transformer_loss
 from viar.training.optim import build_optimizer
 
@@ -45,7 +47,7 @@ from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, produc
 from ...measure import interleaved, ratio, with_spread
 from ...rows import by_contender, grouped
 from ...show import COLORS
-from .models import random_tokenizer, random_transformer
+from .models import descend, random_tokenizer, random_transformer
 
 SLOWEST = 1 / 1.5  # seconds of an image from shards / with the encoder
 STEPS = 4  # at a time
@@ -119,26 +121,14 @@ def training(
         for _ in range(STEPS):
             drawn = [part.to(run.device) for part in rows_of(data, next(batches), 0)]
             loss, _ = step_loss(transformer, drawn, 0)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(transformer.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            descend(loss, transformer, optimizer, CLIP)
 
     return compute
 
 
 def _codec(ladder: str) -> TokenizerConfig:
     sides, multipliers = LADDERS[ladder]
-    return TokenizerConfig(
-        sides=sides,
-        codebook_size=256,
-        code_channels=8,
-        base_channels=16,
-        multipliers=multipliers,
-        num_residual_blocks=1,
-        num_groups=8,
-        num_phi=0,
-    )
+    return replace(TOKENIZERS["digits"].model, sides=sides, codebook_size=256, multipliers=multipliers)
 
 
 def _in_memory(folder: Path, count: int) -> BatchedDataset[Batch]:

@@ -30,6 +30,7 @@ from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, produc
 from ...measure import interleaved, milliseconds, ratio
 from ...rows import by_contender, having
 from ...show import COLORS, listing
+from .models import descend
 
 RECIPE = TOKENIZERS["mnist"]
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -87,10 +88,7 @@ def _step(tokenizer: Tokenizer, data: ImageData, batch: int) -> Callable[[], Non
 
     def step() -> None:
         loss, _ = step_loss(tokenizer, [images], 0)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), RECIPE.train.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, tokenizer, optimizer, RECIPE.train.clip)
 
     return step
 

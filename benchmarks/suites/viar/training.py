@@ -21,7 +21,7 @@ from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Settings, Tab
 from ...measure import interleaved, peak_bytes, with_spread
 from ...rows import having
 from ...show import COLORS, curve, listing
-from .models import gigabytes, num_bytes, published, random_transformer
+from .models import descend, gigabytes, num_bytes, published, random_transformer
 
 FLAT = 1.02  # most peak / least over all numbers of iterations off the tape
 CLIP = 2.0  # of the norm of gradients, as in training
@@ -68,10 +68,7 @@ def training_step(
     def step() -> None:
         with torch.autocast(run.device.type, torch.bfloat16):
             loss, _ = step_loss(transformer, (inputs, targets, labels), 1)  # one that is not logged
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, transformer, optimizer, CLIP)
 
     trained = sum(p.nbytes for p in transformer.parameters())
     return step, num_bytes(transformer) + 2 * trained

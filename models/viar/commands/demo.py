@@ -328,10 +328,7 @@ def _default_iterations() -> int:
 def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: ImageData) -> int:
     """Memory of the deepest training step there can be, so that the draw of iterations has no say."""
     if isinstance(config.trunk, ImplicitTrunkConfig):
-        deepest = replace(
-            config.trunk, no_grad=(config.trunk.no_grad[1],) * 2, grad=(config.trunk.grad[1],) * 2
-        )
-        config = replace(config, trunk=deepest)
+        config = replace(config, trunk=config.trunk.deepest)
     model = NextScaleTransformer(config).train()
     assert isinstance(data.train, TensorImages)
     batch = data.train.__getitems__(range(TRANSFORMERS["digits-viar"].train.batch_size))

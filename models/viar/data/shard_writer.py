@@ -289,9 +289,7 @@ def _turn(device: torch.device, number: int) -> torch.device:
 
 def _make_apart(sender: Connection, work: _Work, shards: Sequence[Shard], device: torch.device) -> None:
     """What each process does: make its files, and tell of each."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C meets all of them: the one that started them ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C meets all: the one that started them ends them
     torch.set_num_threads(1)
     try:
         work.tokenizer.to(device)

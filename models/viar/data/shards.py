@@ -11,7 +11,6 @@ Shape letters: B batch, L tokens of all scales.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..files import file_digest
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 
@@ -206,17 +206,12 @@ def read_settings(folder: Path) -> ShardSettings:
 def is_whole(path: Path) -> bool:
     """Whether a file of rows is there with the content that it was written with; reads all of it."""
     told = checksum_path(path)
-    return path.is_file() and told.is_file() and told.read_text().strip() == _checksum(path)
+    return path.is_file() and told.is_file() and told.read_text().strip() == file_digest(path)
 
 
 def checksum_path(path: Path) -> Path:
     """Where the checksum of a file of rows is kept."""
     return path.with_suffix(".sha256")
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(dtype: np.dtype[np.void], num_rows: int) -> int:

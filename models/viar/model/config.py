@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from .scales import check_sides
@@ -166,6 +166,20 @@ class ImplicitTrunkConfig:
                     f"ImplicitTrunkConfig: {name} must be a finite number of at least 0, got {value}"
                 )
         check_at_least("ImplicitTrunkConfig", 1, iterations=self.iterations)
+
+    def with_depth(self, no_grad: int, grad: int) -> ImplicitTrunkConfig:
+        """The same, but training takes these numbers of iterations at every step.
+
+        Args:
+            no_grad: iterations without gradient.
+            grad: iterations with gradient, after those.
+        """
+        return replace(self, no_grad=(no_grad, no_grad), grad=(grad, grad))
+
+    @property
+    def deepest(self) -> ImplicitTrunkConfig:
+        """The same, but training takes the most iterations at every step."""
+        return self.with_depth(self.no_grad[1], self.grad[1])
 
 
 TrunkConfig = ExplicitTrunkConfig | ImplicitTrunkConfig

@@ -7,7 +7,6 @@ need no common folder.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import time
@@ -22,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ..files import flush
+from ..files import file_digest, flush
 from ..seeds import LARGEST_SEED, seed_at
 from .earlier import is_earlier, read_earlier
 from .processes import from_main, to_main
@@ -60,9 +59,9 @@ class Checkpoint:
     """A folder with all that a run needs to go on as if nothing had happened.
 
     That is models and optimisers, the scaler of float16, what else is registered, and the generators of every
-    process. It is replaced in steps of which each leaves one whole
-    state behind: the new state is written to `folder.new`, the old one is moved to `folder.old`, the new one
-    takes its place, the old one is removed. Each step is on the disk before the next.
+    process. It is replaced in steps of which each leaves one whole state behind: the new state is written to
+    `folder.new`, the old one is moved to `folder.old`, the new one takes its place, the old one is removed.
+    Each step is on the disk before the next.
 
     All processes of a run call every method together.
 
@@ -178,12 +177,11 @@ class Checkpoint:
 
     def _likes(self) -> dict[str, Any]:
         """Tensors that are shared among the processes as those of a state should be, see `from_main`."""
-        parts = self._parts
         moments = [
             {"state": dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))}
-            for optimizer in parts["optimizers"]
+            for optimizer in self._parts["optimizers"]
         ]
-        return {"models": [model.state_dict() for model in parts["models"]], "optimizers": moments}
+        return {"models": [model.state_dict() for model in self._parts["models"]], "optimizers": moments}
 
     def _put(self, held: dict[str, Any]) -> list[str]:
         for kind, parts in self._parts.items():
@@ -231,12 +229,6 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")
     held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return held
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:

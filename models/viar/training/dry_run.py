@@ -134,14 +134,8 @@ def deepest_and_mean(config: TransformerConfig) -> list[TransformerConfig]:
     trunk = config.trunk
     if not isinstance(trunk, ImplicitTrunkConfig):
         return [config]
-    ends = (
-        [trunk.no_grad[1], trunk.grad[1]],
-        [math.ceil(sum(pair) / 2) for pair in (trunk.no_grad, trunk.grad)],
-    )
-    return [
-        replace(config, trunk=replace(trunk, no_grad=(no_grad, no_grad), grad=(grad, grad)))
-        for no_grad, grad in ends
-    ]
+    mean = trunk.with_depth(*(math.ceil(sum(pair) / 2) for pair in (trunk.no_grad, trunk.grad)))
+    return [replace(config, trunk=trunk.deepest), replace(config, trunk=mean)]
 
 
 def made_up_tokenizer(config: TransformerConfig) -> Tokenizer:

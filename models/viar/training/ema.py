@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .processes import gathered
+
 
 class AveragedWeights:
     """The average of a model's trainable parameters, in float32, each part where the parameter has it.
@@ -67,10 +69,7 @@ class AveragedWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole average, on the CPU; for `Checkpoint`."""
-        return {
-            name: (average.full_tensor() if isinstance(average, DTensor) else average).cpu()
-            for name, average in self._average.items()
-        }
+        return {name: gathered(average).cpu() for name, average in self._average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """For `Checkpoint`.

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..data import BatchedDataset
-from ..files import flush, replacing_path
+from ..files import file_digest, flush, replacing_path
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import WEIGHTS
 from ..tokenizer import Tokenizer
-from .checkpoint import TrainState, file_digest
+from ..tokenizer.reconstruction import psnr, ssim
+from .checkpoint import TrainState
 from .health import NUM_SAMPLES, cell_health
 from .loading import load_batches
 from .losses import ToTokens, token_numbers
-from .validation import reconstruction_numbers
 
 NAME = re.compile(r"step-\d+|\.step-\d+\..+")  # the other is what an interruption leaves of one
 
@@ -43,9 +43,15 @@ class HeldOut:
 
 
 def tokenizer_measure(model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How close images come back from their tokens, see `reconstruction_numbers`."""
+    """How close images (B, 3, H, W) in [-1, 1] come back from their tokens.
+
+    Of each, (B,): "loss", the mean squared error of its pixels, "psnr" in dB and "ssim".
+    """
     assert isinstance(model, Tokenizer)
-    return reconstruction_numbers(model, batch[0])
+    images = batch[0]
+    made = model.decode(model.encode(images))
+    error = (images - made).square().mean((1, 2, 3))
+    return {"loss": error, "psnr": psnr(images, made), "ssim": ssim(images, made)}
 
 
 def block_inspection(data: BatchedDataset[Any], to_tokens: ToTokens | None) -> Inspect:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +262,10 @@ class _Run:
             device=self.accelerator.device,
             together=self.together,
         )
-        is_best = self.best.offer(partial(whole, self.model, is_main=self.is_main), numbers["loss"])
+        weights = cache(partial(whole, self.model, is_main=self.is_main))  # gathered at most once
+        is_best = self.best.offer(weights, numbers["loss"])
         if held_out.inspect is not None:
-            full = whole(self.model, is_main=self.is_main)
+            full = weights()
             if full is not None and self.is_main:
                 numbers |= held_out.inspect(full)
         note = "the best so far" if is_best else f"best {state.best_loss:.4g} after step {state.best_step}"

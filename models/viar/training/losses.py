@@ -93,9 +93,10 @@ def tokenizer_loss(
             metrics["revived"] = revived
         reconstruction = reconstruction_loss(images, output.reconstruction, kind)
         metrics |= {"reconstruction": reconstruction.detach(), "quantizer": output.loss.detach()}
-        if is_logged(step + 1):  # what is measured of held-out images
+        if is_logged(step + 1):
+            # As held-out images are measured.
             metrics["squared_error"] = F.mse_loss(output.reconstruction.detach().clamp(-1, 1).float(), images)
-        metrics |= _health(output, quantizer.usage)
+            metrics |= _health(output, quantizer.usage)
         others = reconstruction
         if perceptual is not None:
             distance = perceptual.to(images.device)(images, output.reconstruction).mean()

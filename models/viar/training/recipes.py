@@ -74,6 +74,11 @@ PUBLISHED = TransformerRecipe(
 )
 
 
+def _on_a_laptop(train: TrainConfig) -> TrainConfig:
+    """In small batches of data that is held in memory, in float32."""
+    return replace(train, batch_size=64, workers=0, mixed_precision="no", save_every=30)
+
+
 # Tokenizers
 
 
@@ -91,15 +96,7 @@ def digits_tokenizer(recipe: TokenizerRecipe) -> TokenizerRecipe:
         num_phi=0,  # one a scale: with fewer scales than convolutions some would never be used
     )
     train = replace(
-        recipe.train,
-        steps=600,
-        batch_size=64,
-        lr=3e-3,
-        betas=(0.9, 0.99),
-        weight_decay=(0.01, 0.01),
-        workers=0,
-        mixed_precision="no",
-        save_every=30,
+        _on_a_laptop(recipe.train), steps=600, lr=3e-3, betas=(0.9, 0.99), weight_decay=(0.01, 0.01)
     )
     return replace(
         recipe,
@@ -174,16 +171,7 @@ def digits(recipe: TransformerRecipe) -> TransformerRecipe:
         ),
         **_sizes(TOKENIZERS["digits"]),
     )
-    train = replace(
-        recipe.train,
-        steps=1500,
-        batch_size=64,
-        lr=4e-3,
-        weight_decay=(0.05, 0.05),
-        workers=0,
-        mixed_precision="no",
-        save_every=30,
-    )
+    train = replace(_on_a_laptop(recipe.train), steps=1500, lr=4e-3, weight_decay=(0.05, 0.05))
     return replace(recipe, data="digits", model=model, train=train)
 
 
