@@ -36,7 +36,11 @@ class Features:
 
     @classmethod
     def joined(cls, parts: list[Features]) -> Features:
-        """Those of several batches of one network, one after the other, float32 on the CPU."""
+        """Those of several batches of one network, one after the other, float32 on the CPU.
+
+        Args:
+            parts: of the batches, at least one.
+        """
         return cls(
             torch.cat([part.pooled.float().cpu() for part in parts]),
             _joined([part.spatial for part in parts]),

@@ -1,7 +1,7 @@
 """The judge of a data set: a classifier that is trained by one recipe, once, and kept.
 
-Its figures can be compared wherever recipe and data are the same; its features take the place of Inception's,
-which say little of small pictures.
+Its features take the place of Inception's, which say little of small pictures. Figures are compared that one
+judge gave: trained anew on another kind of machine, it is another to the last digits.
 """
 
 from __future__ import annotations

@@ -137,7 +137,11 @@ class Reference:
         return Seen(Features.joined(features), hit, near)
 
     def quality(self, seen: Seen) -> Quality:
-        """Figures of images that were seen."""
+        """Figures of images.
+
+        Args:
+            seen: what `see` saw in them.
+        """
         features, few = seen.features, len(seen.features.pooled)
         quality = Quality(
             few,
