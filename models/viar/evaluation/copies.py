@@ -30,18 +30,18 @@ def nearest_distances(
             f"shape {tuple(reference.shape)}"
         )
     reference = reference.to(images.device).flatten(1)
-    parts = [_nearest(rows, reference) for rows in images.flatten(1).split(BLOCK)]
+    parts = [_nearest(rows, reference) for rows in torch.split(images.flatten(1), BLOCK)]
     return torch.cat(parts) if parts else images.new_empty(0)
 
 
 def _nearest(rows: Tensor, reference: Tensor) -> Tensor:
     """Distance of each row to the nearest row of `reference`."""
-    blocks = [torch.cdist(rows, others).min(1) for others in reference.split(BLOCK)]
+    blocks = [torch.cdist(rows, others).min(1) for others in torch.split(reference, BLOCK)]
     distances = torch.stack([block.values for block in blocks])
     first = distances.argmin(0)
     index = torch.stack([block.indices for block in blocks]).gather(0, first[None])[0] + first * BLOCK
     # That of the nearest one anew: of a copy, rounding of large products would leave more than 0.
-    return (rows - reference[index]).norm(dim=1)
+    return torch.linalg.vector_norm(rows - reference[index], dim=1)
 
 
 def memorisation(

@@ -96,7 +96,8 @@ def _root(covariance: Tensor) -> Tensor:
     """Its symmetric root, without directions in which only rounding errors are left."""
     values, vectors = torch.linalg.eigh(covariance)
     rounding = torch.finfo(values.dtype).eps * len(values) * values[-1].clamp_min(0)
-    return vectors * torch.where(values > rounding, values, 0).sqrt() @ vectors.T
+    root: Tensor = vectors * torch.where(values > rounding, values, 0).sqrt() @ vectors.T
+    return root
 
 
 def _check_alike(a: Moments, b: Moments) -> None:

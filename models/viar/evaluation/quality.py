@@ -204,7 +204,7 @@ def evaluate_images(
     Raises:
         ValueError: no images, or another number of labels.
     """
-    seen = reference.see(images.split(BATCH) if isinstance(images, Tensor) else images, labels)
+    seen = reference.see(torch.split(images, BATCH) if isinstance(images, Tensor) else images, labels)
     generated = reference.quality(seen)
     held_out = reference.held_out
     if held_out is None:

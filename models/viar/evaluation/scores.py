@@ -39,7 +39,9 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 def _mean_kernel(a: Tensor, b: Tensor, *, paired: bool = False) -> float:
     """Mean of the kernel over all pairs; `paired`: but those of a sample with itself."""
-    total = sum(float((rows @ b.T / a.shape[1] + 1).pow(3).sum()) for rows in a.split(BLOCK))
+    total = 0.0
+    for rows in torch.split(a, BLOCK):
+        total += float((rows @ b.T / a.shape[1] + 1).pow(3).sum())
     if not paired:
         return total / (len(a) * len(b))
     total -= float((a.square().sum(1) / a.shape[1] + 1).pow(3).sum())
@@ -111,7 +113,7 @@ def _share_among(samples: Tensor, others: Tensor, k: int) -> float:
 
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Of rows of `a` to all of `b`, some rows at a time."""
-    for rows in a.split(BLOCK):
+    for rows in torch.split(a, BLOCK):
         yield torch.cdist(rows, b)
 
 
