@@ -37,11 +37,11 @@ def nearest_distances(
 def _nearest(rows: Tensor, reference: Tensor) -> Tensor:
     """Distance of each row to the nearest row of `reference`."""
     blocks = [torch.cdist(rows, others).min(1) for others in torch.split(reference, BLOCK)]
-    distances = torch.stack([block.values for block in blocks])
-    first = distances.argmin(0)
+    first = torch.stack([block.values for block in blocks]).argmin(0)
     index = torch.stack([block.indices for block in blocks]).gather(0, first[None])[0] + first * BLOCK
     # That of the nearest one anew: of a copy, rounding of large products would leave more than 0.
-    return torch.linalg.vector_norm(rows - reference[index], dim=1)
+    distances_B: Tensor = torch.linalg.vector_norm(rows - reference[index], dim=1)
+    return distances_B
 
 
 def memorisation(
