@@ -165,6 +165,7 @@ def test_what_is_no_probability_has_no_inception_score() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Metric `:UserWarning")  # that it keeps all features
+@pytest.mark.filterwarnings("ignore:std:UserWarning")  # of one part, that it has none
 def test_torchmetrics_finds_the_same_figures() -> None:
     theirs = [pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid", "inception")]
     a, b = normal(40, 6, seed=1), normal(40, 6, seed=2) * 1.5 + 0.3
