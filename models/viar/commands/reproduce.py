@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..data.decoding import shown
 from ..evaluation.features import FeatureNetwork
-from ..evaluation.inception import inception_network
+from ..evaluation.inception import inception_network, usual_weights
 from ..evaluation.published import (
     FIGURES,
     FILES,
@@ -178,8 +178,9 @@ def _files(
 
 def _network(weights: Path | None, device: torch.device, dry_run: bool, console: Console) -> FeatureNetwork:
     """Inception, whose absence ends all but a dry run."""
-    if weights is not None:
-        checked_digests({"--inception": weights})
+    path = weights or usual_weights()
+    if path.is_file():
+        checked_digests({"--inception": path})
     try:
         return inception_network(weights, device)
     except ValueError as error:
