@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def stand_in_network() -> FeatureNetwork:
 
     def see(images: Tensor) -> Features:
         images = images.cpu()
-        pooled, logits = (F.adaptive_avg_pool2d(images, SEEN).flatten(1) @ projection).split(SIZES, 1)
+        seen = F.adaptive_avg_pool2d(images, SEEN).flatten(1) @ projection
+        pooled, logits = seen[:, : SIZES[0]], seen[:, SIZES[0] :]
         places = F.adaptive_avg_pool2d(images, PLACES).permute(0, 2, 3, 1) @ mixing
         return Features(pooled, places.flatten(1), logits.softmax(1))
 
@@ -78,7 +80,7 @@ def stand_in_reference(path: Path, network: FeatureNetwork, image_side: int) -> 
         "mu_s": found.spatial.mean,
         "sigma_s": found.spatial.covariance,
     }
-    arrays = {name: value.numpy() for name, value in statistics.items()}
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in statistics.items()}
     with replacing(path) as file:
         np.savez(file, arr_0=pictures, network=np.array(network.name), **arrays)
     return path
