@@ -364,7 +364,7 @@ def test_evaluate_takes_images_that_were_made_before(
         ((*made, "--features", "vgg"), "--features: expected judge, inception or inception:FILE, got 'vgg'"),
         ((*made, "--sha256", "00"), "--sha256: this is the digest of the file --reference"),
         ((*models[:2],), "--model, --tokenizer: expected both, or --images"),
-        (("--images", trained, "--data", "digits"), "--images: "),
+        (("--images", tmp_path / "nothing", "--data", "digits"), "--images: "),
         ((*made, "--reference", tmp_path / "none.npz"), "--reference: "),
     ):
         code, _, errors = call("evaluate", *arguments)
