@@ -10,6 +10,7 @@ from types import ModuleType
 from ..case import Case
 from ..environment import ROOT
 from ..results import Results, committed
+from .claims import claims_table
 from .pictures import draw_all
 from .tables import bars_markdown, markdown_table
 
@@ -17,8 +18,8 @@ DOCS = ROOT / "docs"
 PAGE, ASSETS = DOCS / "benchmarks.md", DOCS / "assets" / "benchmarks"
 
 # <!-- figures: SUITE/CASE --> ... <!-- end --> holds the table of a case; SUITE/bars the bars, SUITE/source
-# where it was measured. With "gpu" behind it, from the figures of a GPU; while there are none,
-# gpu/source says so for all.
+# where it was measured; viar/claims what all suites show of the paper. With "gpu" behind it, from the figures
+# of a GPU; while there are none, gpu/source says so for all.
 OPEN = "*No figures of a GPU are committed yet.*"
 LEFT_OUT = "*Open: the committed run on a GPU did not get so far.*"
 _BLOCK = re.compile(r"(<!-- figures: (\w+)/([\w-]+)( gpu)? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -58,12 +59,16 @@ def _content(what: str, cases: tuple[Case, ...], path: Path, results: Results) -
         return bars_markdown(results.bars)
     if what == "source":
         return _source(path, results)
+    if what == "claims":
+        return markdown_table(claims_table())
     named = {case.name: case for case in cases}
     rows = results.rows(what)
     if what in named and not rows and results.environments[0]["gpu"]:
         return LEFT_OUT
     if what not in named or not rows:
-        raise ValueError(f"{path.name} has no figures of {what!r}, expected bars, source or a case it holds")
+        raise ValueError(
+            f"{path.name} has no figures of {what!r}, expected bars, source, claims or a case it holds"
+        )
     return markdown_table(named[what].table(rows))
 
 

@@ -23,7 +23,7 @@ from benchmarks.case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table
 from benchmarks.environment import environment, hardware
 from benchmarks.measure import marked, milliseconds, peak_rss, profiled, spread, with_spread
 from benchmarks.results import COMMITTED, Results, unused
-from benchmarks.show import compare, documents, tables
+from benchmarks.show import claims, compare, documents, tables
 from benchmarks.show.tables import bars_markdown, markdown_table
 from benchmarks.suites import scaling
 
@@ -286,6 +286,16 @@ def test_regressions_are_exact_for_counts_and_beyond_noise_for_times() -> None:
     assert compare.warnings(before, after) == []
     (warning,) = compare.warnings(before, results_of(gpu="Voodoo 2"))
     assert "voodoo-2" in warning
+
+
+def test_the_papers_claims_stand_beside_committed_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = claims.claims_table()
+    assert [line[0] for line in table.lines] == [claim.said for claim in claims.CLAIMS]
+    assert all(len(line) == len(table.head) and "{" not in line[2] for line in table.lines)
+    made_up = replace(claims.CLAIMS[0], here="{:.3g}", bars=(("viar", "dreams"),))
+    monkeypatch.setattr(claims, "CLAIMS", (made_up,))
+    with pytest.raises(ValueError, match=r"dreams: no committed figures of 'viar' have a value of this bar"):
+        claims.claims_table()
 
 
 def test_tables_of_the_documentation_are_written_from_figures(

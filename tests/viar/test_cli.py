@@ -69,6 +69,7 @@ def test_the_parser_of_the_command_line_is_needed_by_the_commands_alone() -> Non
     [
         ((), list(viar.commands.cli.COMMANDS)),
         (("train-tokenizer",), ["--out", "digits", "mnist", "imagenet256", "imagenet512"]),
+        (("reproduce",), ["--model", "--reference", "--sha256", "--dry-run", "--shape", "--cfg"]),
         (("train-tokenizer", "digits"), ["--model.codebook-size", "--train.steps", "--loss", "--data"]),
         (("train",), ["--tokenizer", "--out", "digits-viar", "digits-var", "imagenet256-viar"]),
         (("train", "digits-viar"), ["--model.trunk.num-pre", "--train.mixed-precision", "--model.depth"]),

@@ -34,7 +34,7 @@ from ..evaluation import judge as judge_of
 from ..files import check_writable, file_digest, replacing
 from ..model.config import check_at_least
 from ..training import validation_loss
-from .checks import check_classes, check_sampling
+from .checks import check_classes, check_sampling, refuse_mixtures
 from .flags import DEFAULTS, Flags, SamplingFlags, no_prefix
 from .generate import generate_batches
 from .loading import find_device, load_images, load_pair
@@ -90,7 +90,7 @@ def evaluate_command(
         flags: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
-    _refuse_mixtures(flags)
+    refuse_mixtures(flags.settings)
     _check_given(model, tokenizer, images, comparison)
     for flag, file in (("--out", out), ("--save-statistics", comparison.save_statistics)):
         if file is not None:
@@ -248,14 +248,6 @@ def _check_given(
             raise ValueError("--reference: without --data there is nothing to compare with; give one of them")
     if comparison.sha256 is not None and comparison.reference is None:
         raise ValueError("--sha256: this is the digest of the file --reference, which is not given")
-
-
-def _refuse_mixtures(flags: SamplingFlags) -> None:
-    if flags.settings.more_smooth:
-        raise ValueError(
-            "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
-            "evaluate without it"
-        )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def inception_network(weights: Path | None = None, device: torch.device | None =
         raise ValueError(
             f"features: inception needs the package torch-fidelity ({error}); pip install 'deqlib[fid]'"
         ) from error
-    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS if weights is None else weights
+    path = weights or usual_weights()
     if not path.is_file():
         raise ValueError(f"features: no weights of Inception at {path}; they are to be had at {ADDRESS}")
     try:
@@ -59,3 +59,8 @@ def inception_network(weights: Path | None = None, device: torch.device | None =
         return Features(pooled, spatial, logits.softmax(1))
 
     return FeatureNetwork(f"{INCEPTION} {file_digest(path)[:12]}", see)
+
+
+def usual_weights() -> Path:
+    """Where PyTorch's hub keeps the weights that torch-fidelity downloads, whether they are there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
