@@ -41,7 +41,7 @@ from ..recipes.running import FOLDER, Material, material_of, trained
 from .models import num_bytes
 
 DATA = "mnist"
-DEPTHS = [3, 4, 6, 8, 12]  # of the VARs
+DEPTHS = [4, 5, 6, 8, 12]  # of the VARs
 AT_ONCE = 100  # images that are made at a time; has no influence
 TIMED = 50  # images of a batch whose time and memory are taken
 MOST_LOST = 2  # of five VARs, how many VIAR may be behind
