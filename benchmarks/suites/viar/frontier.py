@@ -41,7 +41,8 @@ from ..recipes.running import FOLDER, Material, material_of, trained
 from .models import num_bytes
 
 DATA = "mnist"
-DEPTHS = [4, 5, 6, 8, 12]  # of the VARs
+DEPTH = 12  # of the recipes
+DEPTHS = [4, 5, 6, 8, DEPTH]  # of the VARs
 AT_ONCE = 100  # images that are made at a time; has no influence
 TIMED = 50  # images of a batch whose time and memory are taken
 MOST_LOST = 2  # of five VARs, how many VIAR may be behind
@@ -183,18 +184,16 @@ def _contenders(material: Material, seed: int, run: Run) -> dict[str, Contender]
         model = _model(recipe, f"var-d{depth}", material, seed, run)
         found[f"VAR, {depth} blocks"] = Contender(model, material, recipe.train.steps, {"iterations": None})
     recipe = recipe_of("VIAR")
-    model = _model(recipe, "viar", material, seed, run)
+    model = _model(recipe, f"viar-d{DEPTH}", material, seed, run)
     for name, setting in SETTINGS.items():
         sampling = {"iterations": setting.iterations, "cache": setting.cache}
         found[f"VIAR, {name}"] = Contender(model, material, recipe.train.steps, sampling)
     return found
 
 
-def recipe_of(model: str, depth: int | None = None) -> TransformerRecipe:
-    """That of MNIST, for VIAR or for a VAR of another depth, whose drop path is that of the depth."""
-    recipe = TRANSFORMERS[f"{DATA}-{model.lower()}"]
-    if depth is None:
-        return recipe
+def recipe_of(model: str, depth: int = DEPTH) -> TransformerRecipe:
+    """That of MNIST for VIAR, or for a VAR of some depth, whose drop path is that of the depth."""
+    recipe = TRANSFORMERS[f"{DATA}-{model.lower()}-d{DEPTH}"]
     return replace(recipe, model=replace(recipe.model, depth=depth, drop_path=None))
 
 
