@@ -11,6 +11,7 @@ from . import (
     digits,
     executions,
     fidelity,
+    frontier,
     identity,
     inpainting,
     knob,
@@ -36,5 +37,6 @@ CASES = (
     identity.CASE,
     inpainting.CASE,
     knob.CASE,
+    frontier.CASE,
     paper.CASE,
 )

@@ -194,6 +194,27 @@ def mnist(recipe: TransformerRecipe) -> TransformerRecipe:
     return replace(recipe, data="mnist", model=model, train=train)
 
 
+def mnist_d12(recipe: TransformerRecipe) -> TransformerRecipe:
+    """The same digits at half the depth: ten minutes on one core."""
+    recipe = mnist(recipe)
+    model = replace(
+        recipe.model,
+        depth=12,
+        drop_path=None,
+        trunk=ImplicitTrunkConfig(num_pre=2, num_post=1, no_grad=(0, 4), grad=(2, 3), iterations=8),
+    )
+    return replace(recipe, model=model, train=replace(recipe.train, steps=5000))
+
+
+def mnist_shipped(recipe: TransformerRecipe) -> TransformerRecipe:
+    """What `viar.weights` holds: four explicit blocks on either side, trained for longer."""
+    recipe = mnist_d12(recipe)
+    trunk = recipe.model.trunk
+    assert isinstance(trunk, ImplicitTrunkConfig)
+    model = replace(recipe.model, trunk=replace(trunk, num_pre=4, num_post=4))
+    return replace(recipe, model=model, train=replace(recipe.train, steps=10_000))
+
+
 def emoji(recipe: TransformerRecipe) -> TransformerRecipe:
     """Small colour pictures, 64 pixels: emoji, or a folder of one's own."""
     recipe = mnist(recipe)
@@ -252,6 +273,9 @@ TRANSFORMERS = {
     "digits-var": explicit(digits(PUBLISHED)),
     "mnist-viar": mnist(PUBLISHED),
     "mnist-var": explicit(mnist(PUBLISHED)),
+    "mnist-viar-d12": mnist_d12(PUBLISHED),
+    "mnist-var-d12": explicit(mnist_d12(PUBLISHED)),
+    "mnist-viar-shipped": mnist_shipped(PUBLISHED),
     "emoji-viar": emoji(PUBLISHED),
     "emoji-var": explicit(emoji(PUBLISHED)),
     "imagenet256-viar": imagenet256(PUBLISHED),
