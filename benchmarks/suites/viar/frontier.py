@@ -88,7 +88,7 @@ class Bench:
 
 @torch.no_grad()
 def _features(classifier: Classifier, images: Tensor) -> Tensor:
-    return torch.cat([classifier.embed(part) for part in images.split(512)])
+    return torch.cat([classifier.embed(part) for part in torch.split(images, 512)])
 
 
 @cache
@@ -180,14 +180,12 @@ class Contender:
 def _contenders(material: Material, seed: int, run: Run) -> dict[str, Contender]:
     found = {}
     for depth in DEPTHS:
-        recipe = recipe_of("VAR", depth)
-        model = _model(recipe, f"var-d{depth}", material, seed, run)
-        found[f"VAR, {depth} blocks"] = Contender(model, material, recipe.train.steps, {"iterations": None})
-    recipe = recipe_of("VIAR")
-    model = _model(recipe, f"viar-d{DEPTH}", material, seed, run)
+        model, steps = _model(recipe_of("VAR", depth), f"var-d{depth}", material, seed, run)
+        found[f"VAR, {depth} blocks"] = Contender(model, material, steps, {"iterations": None})
+    model, steps = _model(recipe_of("VIAR"), f"viar-d{DEPTH}", material, seed, run)
     for name, setting in SETTINGS.items():
         sampling = {"iterations": setting.iterations, "cache": setting.cache}
-        found[f"VIAR, {name}"] = Contender(model, material, recipe.train.steps, sampling)
+        found[f"VIAR, {name}"] = Contender(model, material, steps, sampling)
     return found
 
 
@@ -199,8 +197,11 @@ def recipe_of(model: str, depth: int = DEPTH) -> TransformerRecipe:
 
 def _model(
     recipe: TransformerRecipe, name: str, material: Material, seed: int, run: Run
-) -> NextScaleTransformer:
-    return trained(recipe, material, name, seed=seed, steps=recipe.train.steps, run=run).model
+) -> tuple[NextScaleTransformer, int]:
+    """The trained model, and in how many steps."""
+    steps = recipe.train.steps
+    assert steps is not None
+    return trained(recipe, material, name, seed=seed, steps=steps, run=run).model, steps
 
 
 def bars(rows: list[Row]) -> list[Bar]:
