@@ -41,6 +41,16 @@ def test_a_training_ends_with_its_best_weights_and_the_curve_says_where(
     record = json.loads((tmp_path / "digits" / "viar-8-steps-seed-3" / "run.json").read_text())
     assert record["train"]["seed"] == 3
 
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("it has ended")
+
+    monkeypatch.setattr(running, "train_transformer", again)
+    read = running.trained(recipe, material, "viar", seed=3, steps=8, run=RUN)
+    assert read.curve == outcome.curve
+    assert material.loss(read.model) == material.loss(outcome.model)
+    with pytest.raises(ValueError, match="expected the training of this recipe, found one of another train"):
+        running.trained(a_recipe(lr=0.4), material, "viar", seed=3, steps=8, run=RUN)
+
 
 def test_iterations_off_the_tape_cost_a_step_no_memory_and_those_on_it_do() -> None:
     tokens, recipe = mnist.timing_tokens(few_digits()), a_recipe()

@@ -24,7 +24,6 @@ from benchmarks.suites.viar import (
     executions,
     fidelity,
     identity,
-    inpainting,
     knob,
     models,
     paper,
@@ -526,45 +525,6 @@ def test_a_patch_is_judged_by_its_steps_and_by_what_it_loses() -> None:
     assert judged(0.4, 20.0) == ["pass", "pass"]
     assert judged(0.41, 19.9) == ["FAIL", "FAIL"]
     assert verdicts(tokenizer.bars([])) == ["not measured"] * 2
-
-
-def test_inpainting_hides_the_centre_of_held_out_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
-
-    def perfect(model: Any, tokenizer: Any, images: Any, mask: Any, labels: Any, **_: Any) -> torch.Tensor:
-        seen.extend([images, mask, labels])
-        return images.where(mask.bool(), 0.25)
-
-    real = rows_of(inpainting.CASE, {"iterations": 2, "images": 12})
-    errors = {row["contender"]: row["kept_region_mean_error"] for row in real}
-    assert errors[inpainting.EDITED] > 0
-    assert errors[inpainting.REAL] == errors[inpainting.GREY] == 0
-    monkeypatch.setattr(viar, "edit", perfect)
-    rows = rows_of(inpainting.CASE, {"iterations": 2, "images": 1000})
-    images, mask, labels = seen
-    assert len(images) == len(labels) == 185
-    assert mask[2:6, 2:6].sum() == 0
-    assert mask.sum() == 48
-    assert 0 <= images.min() <= images.max() <= 1
-    assert {row["kept_region_mean_error"] for row in rows} == {0}
-
-
-def test_the_bar_of_inpainting_is_the_share_that_loses_its_class_at_the_default_iterations() -> None:
-    assert models.TRANSFORMERS["digits-viar"].model.trunk.iterations == inpainting.JUDGED_AT
-
-    def judged(edited: float) -> Any:
-        shares = {inpainting.REAL: 1.0, inpainting.EDITED: edited, inpainting.GREY: 0.5}
-        rows = [
-            {"iterations": n, "contender": name, "class_consistency": share * (n == 5)}
-            for n in (1, 5)
-            for name, share in shares.items()
-        ]
-        (bar,) = inpainting.bars(rows)
-        return bar
-
-    assert judged(0.9).value == pytest.approx(0.1)
-    assert judged(0.95).verdict == "pass"
-    assert judged(0.89).verdict == "FAIL"
 
 
 def test_the_knob_counts_evaluations_of_the_implicit_block(monkeypatch: pytest.MonkeyPatch) -> None:

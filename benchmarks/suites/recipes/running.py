@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from rich.console import Console
 
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import EndlessBatches, TensorImages, TokenizedImages, load_data
+from viar.pretrained import fingerprint
 from viar.training import (
     TOKENIZERS,
+    TrainConfig,
     TransformerRecipe,
     train_tokenizer,
     train_transformer,
@@ -25,6 +28,7 @@ from viar.training import (
 from viar.training.log import read_metrics
 from viar.training.losses import transformer_loss
 from viar.training.optim import build_optimizer, set_progress
+from viar.training.settings import run_settings
 
 from ...case import Run
 from ..viar.models import descend, random_tokenizer
@@ -104,7 +108,7 @@ def _trained_tokenizer(data: str) -> Tokenizer:
 def trained(
     recipe: TransformerRecipe, material: Material, name: str, *, seed: int, steps: int, run: Run
 ) -> Outcome:
-    """The model of a recipe, trained as that says; goes on where it was interrupted.
+    """The model of a recipe, trained as that says; goes on where it was interrupted, read where it has ended.
 
     Args:
         recipe: its data is that of `material`.
@@ -113,10 +117,13 @@ def trained(
         seed: of weights, batches and random depth.
         steps: of the training, which schedules follow.
         run: a quick one takes few steps, in a folder that goes when the process ends.
+
+    Raises:
+        ValueError: the folder holds a training of other settings, whether it has ended or not.
     """
-    folder = FOLDER / recipe.data / f"{name}-{steps}-steps-seed-{seed}"
-    if run.quick:
-        folder, steps = _temporary_folder() / name, QUICK_STEPS
+    root = _temporary_folder() if run.quick else FOLDER
+    folder = root / recipe.data / f"{name}-{steps}-steps-seed-{seed}"
+    steps = QUICK_STEPS if run.quick else steps
     every = max(steps // POINTS, 1)
     config = replace(
         recipe.train,
@@ -129,18 +136,42 @@ def trained(
     )
     torch.manual_seed(seed)
     model = NextScaleTransformer(recipe.model)
-    train_transformer(
-        model,
-        material.tokenizer,
-        material.train,
-        folder,
-        config,
-        held_out=material.held_out,
-        console=Console(quiet=True),
-    )
+    if _has_ended(folder, model, material, config):
+        model = NextScaleTransformer.from_pretrained(folder)
+    else:
+        train_transformer(
+            model,
+            material.tokenizer,
+            material.train,
+            folder,
+            config,
+            held_out=material.held_out,
+            console=Console(quiet=True),
+        )
     rows = read_metrics(folder / "metrics.jsonl")
     curve = [(int(row["step"]), row["validation_loss"]) for row in rows if "validation_loss" in row]
     return Outcome(model.eval(), curve)
+
+
+def trained_by(recipe: TransformerRecipe, material: Material, name: str, *, seed: int, run: Run) -> Outcome:
+    """The same in as many steps as the recipe says."""
+    assert recipe.train.steps is not None
+    return trained(recipe, material, name, seed=seed, steps=recipe.train.steps, run=run)
+
+
+def _has_ended(folder: Path, model: NextScaleTransformer, material: Material, config: TrainConfig) -> bool:
+    """Whether this very training has: one of other settings is never taken for it, nor written over."""
+    path = folder / "run.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if "result" not in found:
+        return False
+    settings = run_settings(model, material.train, config, tokenizer=fingerprint(material.tokenizer))
+    if differ := [name for name, value in settings.items() if found.get(name) != value]:
+        raise ValueError(
+            f"{folder}: expected the training of this recipe, found one of another {' and '.join(differ)}, "
+            "which has ended; move it away to train anew"
+        )
+    return True
 
 
 @cache

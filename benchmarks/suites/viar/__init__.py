@@ -1,19 +1,21 @@
 """viar: fidelity to the published programs, speed, memory, and what its promises are worth.
 
 Models of real shape have random weights. The digits are those of the demo, read from runs/demo; it trains
-them there, which takes minutes, if they are missing. With --quick untrained models stand in, so whatever
-hangs on training (differences between caches, classes) is of no meaning and may fail its bar.
+them there, which takes minutes, if they are missing. Models of MNIST are those of runs/recipes, trained there
+by their recipes if they are missing. With --quick untrained models stand in, so whatever hangs on training
+(differences between caches, classes) is of no meaning and may fail its bar.
 """
 
 from . import (
     attention,
     cache,
+    convergence,
     digits,
+    editing,
     executions,
     fidelity,
     frontier,
     identity,
-    inpainting,
     knob,
     paper,
     shards,
@@ -35,8 +37,9 @@ CASES = (
     shards.CASE,
     digits.CASE,
     identity.CASE,
-    inpainting.CASE,
     knob.CASE,
     frontier.CASE,
+    convergence.CASE,
+    editing.CASE,
     paper.CASE,
 )

@@ -37,7 +37,7 @@ from ...case import SECONDS, Bar, Case, Metric, Picture, Row, Run, Table, produc
 from ...measure import interleaved, peak_bytes, with_spread
 from ...rows import distinct, grouped
 from ...show import COLORS
-from ..recipes.running import FOLDER, Material, material_of, trained
+from ..recipes.running import FOLDER, Material, material_of, trained_by
 from .models import num_bytes
 
 DATA = "mnist"
@@ -126,7 +126,6 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
         count = found.sampling["iterations"]
         yield {
             "contender": name,
-            "steps": found.steps,
             "parameters": sum(p.numel() for p in found.model.parameters()),
             "loss": material.loss(found.model, count) if isinstance(count, int | None) else None,
             "evaluations": evaluations,
@@ -146,7 +145,6 @@ class Contender:
 
     model: NextScaleTransformer
     material: Material
-    steps: int
     sampling: dict[str, Any]
 
     def sample(self, labels: Tensor, seed: int, first_index: int = 0, measure: bool = False) -> viar.Sample:
@@ -180,12 +178,12 @@ class Contender:
 def _contenders(material: Material, seed: int, run: Run) -> dict[str, Contender]:
     found = {}
     for depth in DEPTHS:
-        model, steps = _model(recipe_of("VAR", depth), f"var-d{depth}", material, seed, run)
-        found[f"VAR, {depth} blocks"] = Contender(model, material, steps, {"iterations": None})
-    model, steps = _model(recipe_of("VIAR"), f"viar-d{DEPTH}", material, seed, run)
+        model = trained_by(recipe_of("VAR", depth), material, f"var-d{depth}", seed=seed, run=run).model
+        found[f"VAR, {depth} blocks"] = Contender(model, material, {"iterations": None})
+    model = trained_by(recipe_of("VIAR"), material, f"viar-d{DEPTH}", seed=seed, run=run).model
     for name, setting in SETTINGS.items():
         sampling = {"iterations": setting.iterations, "cache": setting.cache}
-        found[f"VIAR, {name}"] = Contender(model, material, steps, sampling)
+        found[f"VIAR, {name}"] = Contender(model, material, sampling)
     return found
 
 
@@ -193,15 +191,6 @@ def recipe_of(model: str, depth: int = DEPTH) -> TransformerRecipe:
     """That of MNIST for VIAR, or for a VAR of some depth, whose drop path is that of the depth."""
     recipe = TRANSFORMERS[f"{DATA}-{model.lower()}-d{DEPTH}"]
     return replace(recipe, model=replace(recipe.model, depth=depth, drop_path=None))
-
-
-def _model(
-    recipe: TransformerRecipe, name: str, material: Material, seed: int, run: Run
-) -> tuple[NextScaleTransformer, int]:
-    """The trained model, and in how many steps."""
-    steps = recipe.train.steps
-    assert steps is not None
-    return trained(recipe, material, name, seed=seed, steps=steps, run=run).model, steps
 
 
 def bars(rows: list[Row]) -> list[Bar]:
@@ -261,7 +250,7 @@ def table(rows: list[Row]) -> Table:
             )
         )
     seeds = len(distinct(rows, "seed"))
-    return Table(f"MNIST, {rows[0]['steps']:,} steps each, {seeds} seeds", head, lines)
+    return Table(f"MNIST, {recipe_of('VIAR').train.steps:,} steps each, {seeds} seeds", head, lines)
 
 
 def _spread(rows: list[Row], name: str, digits: int) -> str:
@@ -325,7 +314,6 @@ CASE = Case(
     grid=product(seed=[0, 1, 2], per_class=[100]),
     quick=product(seed=[0], per_class=[1]),
     metrics={
-        "steps": Metric(None),
         "parameters": Metric(),
         "loss": Metric(noisy=True),
         "evaluations": Metric(noisy=True),
