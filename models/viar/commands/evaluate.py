@@ -19,8 +19,8 @@ from .loading import load_images, load_pair
 
 
 def evaluate_command(
-    model: str,
-    tokenizer: str,
+    model: str | None = None,
+    tokenizer: str | None = None,
     data: str = "digits",
     per_class: int = 100,
     flags: Flags = DEFAULTS,
