@@ -445,28 +445,28 @@ def test_the_bars_of_attention_judge_time_where_there_are_groups() -> None:
 # Trained models
 
 
-def test_the_demo_runs_only_where_there_are_no_trained_models(
+def test_digits_are_trained_only_where_there_are_no_trained_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Path] = []
     made = models.digits_folder(QUICK)
 
-    def demo(folder: Path) -> None:
+    def train(folder: Path) -> None:
         asked.append(folder)
         for part in made.iterdir():
             (folder / part.name).parent.mkdir(exist_ok=True)
             (folder / part.name).symlink_to(part)
 
-    monkeypatch.setattr(models, "run_demo", demo)
-    monkeypatch.setattr(models, "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(models, "train_digits", train)
+    monkeypatch.setattr(models, "DIGITS", tmp_path / "digits")
     full = Run(CPU, 1, False)
     found = models.trained_digits(full)
-    assert asked == [tmp_path / "demo"]
+    assert asked == [tmp_path / "digits"]
     assert models.trained_digits(full) is found  # for every point the same
     assert len(asked) == 1
     assert not found.viar.training
-    (tmp_path / "demo" / "var").unlink()
-    monkeypatch.setattr(models, "run_demo", asked.append)
+    (tmp_path / "digits" / "classifier").unlink()
+    monkeypatch.setattr(models, "train_digits", asked.append)
     models.digits_folder(full)
     assert len(asked) == 2
 
