@@ -86,7 +86,7 @@ def test_the_parser_of_the_command_line_is_needed_by_the_commands_alone() -> Non
             ],
         ),
         (("evaluate",), ["--model", "--tokenizer", "--data", "--per-class", "--seed"]),
-        (("demo",), ["--out", "--tokenizer-seconds", "--classifier-steps", "--iterations", "--cfg"]),
+        (("demo",), ["--out", "--steps", "--per-class", "--iterations", "--cfg"]),
     ],
 )
 def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> None:

@@ -1,7 +1,7 @@
 """viar: fidelity to the published programs, speed, memory, and what its promises are worth.
 
-Models of real shape have random weights. The trained ones are of 8 x 8 digits, read from runs/benchmarks/digits;
-if they are missing they are trained there, which takes minutes. With --quick untrained models stand in, so
+Models of real shape have random weights. The trained ones are of 8 x 8 digits, in runs/benchmarks/digits; if
+they are missing they are trained there, which takes minutes. With --quick untrained models stand in, so
 whatever hangs on training (differences between caches, classes) is of no meaning and may fail its bar.
 """
 

@@ -1,0 +1,205 @@
+"""What the demo measures of its models, and the pictures of what they make.
+
+FID here is the Fréchet distance in the features of the judge, not of Inception: the figures compare with one
+another, and with that of held-out pictures, alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch, BatchedDataset, ImageData, TensorImages, save_grid, tokenize
+from ..evaluation import (
+    Classifier,
+    Moments,
+    balanced_labels,
+    class_consistency,
+    frechet_distance,
+    memorisation,
+    seconds_of,
+    training_bytes,
+)
+from ..generation.sampling import decode_images, generate, sample_tokens
+from ..generation.settings import Sampling
+from ..model.config import ImplicitTrunkConfig, TransformerConfig
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
+from ..training import TRANSFORMERS, cross_entropy, validation_loss
+from .knob import draw_knob
+from .stages import Result
+
+AT_ONCE = 500  # pictures that the judge looks at together; has no influence
+PER_CLASS_SHOWN = 10  # of a grid of samples
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Who judges, and the real pictures that generated ones are held to."""
+
+    classifier: Classifier
+    train: TensorImages
+    validation: TensorImages
+    num_classes: int
+    moments: Moments  # of the features of the training pictures
+
+    @classmethod
+    def of(cls, classifier: Classifier, data: ImageData) -> Judged:
+        """With the features of the training pictures, which are held in memory."""
+        train, validation = data.train, data.validation
+        assert isinstance(train, TensorImages)
+        assert isinstance(validation, TensorImages)
+        moments = Moments.of(embedded(classifier, train.images))
+        return cls(classifier, train, validation, data.num_classes, moments)
+
+    def fid(self, images: Tensor) -> float:
+        """Fréchet distance of pictures (B, 3, H, W) in [-1, 1] to the training pictures, in features."""
+        return frechet_distance(Moments.of(embedded(self.classifier, images)), self.moments)
+
+    def memorisation(self, images: Tensor) -> float:
+        """How far pictures (B, 3, H, W) in [-1, 1] are from training pictures, held-out ones being 1."""
+        return memorisation(images, self.train.images, self.validation.images)
+
+
+@torch.no_grad()
+def embedded(classifier: Classifier, images: Tensor) -> Tensor:
+    """Features (B, F) of pictures (B, 3, H, W) in [-1, 1]."""
+    return torch.cat([classifier.embed(part) for part in images.split(AT_ONCE)])
+
+
+def draw_shipped(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    held_out: BatchedDataset[Batch],
+    iterations: Sequence[int],
+    sampling: dict[str, Any],
+    folder: Path,
+) -> list[Result]:
+    """Draw what a VIAR makes, all by its own iterations and one of each class by any, and measure the latter.
+
+    Args:
+        model: a VIAR in evaluation mode.
+        tokenizer: its tokenizer.
+        held_out: pictures with labels that it has not learnt from.
+        iterations: counts of the knob.
+        sampling: settings of the sampler besides them.
+        folder: where shipped.png and shipped_knob.png are written.
+
+    Returns:
+        A point of the knob for each count: loss on `held_out`, and images/s.
+    """
+    labels = balanced_labels(model.config.num_classes, PER_CLASS_SHOWN)
+    counts = all_counts(model, iterations)
+    made: dict[int, Tensor] = {}
+
+    def make(count: int) -> None:
+        made[count] = generate(model, tokenizer, labels, iterations=count, **sampling)
+
+    seconds = seconds_of([partial(make, count) for count in counts], repeats=1)
+    save_grid(made[own_iterations(model)], folder / "shipped.png", columns=PER_CLASS_SHOWN)
+    first = torch.cat([made[count][::PER_CLASS_SHOWN] for count in counts])
+    names = [str(count) for count in counts]
+    save_grid(first, folder / "shipped_knob.png", columns=model.config.num_classes, row_names=names)
+    return [
+        {
+            "iterations": count,
+            "validation_loss": validation_loss(model, tokenizer, held_out, iterations=count),
+            "images_per_second": len(labels) / taken,
+        }
+        for count, taken in zip(counts, seconds, strict=True)
+    ]
+
+
+def measure(
+    models: dict[str, NextScaleTransformer],
+    tokenizer: Tokenizer,
+    judged: Judged,
+    iterations: Sequence[int],
+    per_class: int,
+    sampling: dict[str, Any],
+    folder: Path,
+) -> Result:
+    """Measure models, and draw samples and the knob of the one that is called "viar".
+
+    Args:
+        models: "viar" and "var", and others, in evaluation mode.
+        tokenizer: of all of them.
+        judged: what they are measured by.
+        iterations: counts of the knob, of "viar" alone.
+        per_class: pictures that are made of each class, model and count.
+        sampling: settings of the sampler besides the iterations.
+        folder: where samples.png and knob.png are written.
+
+    Returns:
+        "models", "knob", and of "real", held-out pictures what can be measured of them.
+    """
+    labels = balanced_labels(judged.num_classes, per_class)
+    counts = all_counts(models["viar"], iterations)
+    settings: list[tuple[str, int | None]] = [("viar", count) for count in counts]
+    settings += [(name, None) for name in models if name != "viar"]
+    made: dict[tuple[str, int | None], tuple[Tensor, int]] = {}  # images, bytes of cache
+
+    def make(name: str, count: int | None) -> None:
+        sample = sample_tokens(models[name], tokenizer, labels, Sampling(iterations=count, **sampling))
+        made[name, count] = decode_images(tokenizer, sample), sample.cache_bytes
+
+    seconds = seconds_of([partial(make, *setting) for setting in settings], repeats=1)
+    points = [
+        {
+            "model": name,
+            "iterations": count,
+            "class_consistency": class_consistency(judged.classifier, made[name, count][0], labels),
+            "fid": judged.fid(made[name, count][0] * 2 - 1),
+            "validation_loss": validation_loss(models[name], tokenizer, judged.validation, iterations=count),
+            "images_per_second": len(labels) / taken,
+            "cache_bytes": made[name, count][1],
+        }
+        for (name, count), taken in zip(settings, seconds, strict=True)
+    ]
+    knob = [point for point in points if point["model"] in ("viar", "var")]
+    draw_knob(knob, folder / "knob.png")
+    own = own_iterations(models["viar"])
+    shown = made["viar", own][0].unflatten(0, (judged.num_classes, per_class))[:, :PER_CLASS_SHOWN]
+    save_grid(shown.flatten(0, 1), folder / "samples.png", columns=shown.shape[1])
+    at_own = {point["model"]: point for point in points if point["iterations"] in (None, own)}
+    for name, model in models.items():
+        images = made[name, at_own[name]["iterations"]][0]
+        at_own[name] = {
+            **at_own[name],
+            "memorisation": judged.memorisation(images * 2 - 1),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "training_peak_bytes": _training_bytes(model.config, tokenizer, judged.train),
+        }
+    return {
+        "models": at_own,
+        "knob": knob,
+        "real": {"fid": judged.fid(judged.validation.images)},
+    }
+
+
+def all_counts(model: NextScaleTransformer, iterations: Sequence[int]) -> list[int]:
+    """Rising counts of the knob, the model's own among them."""
+    return sorted({*iterations, own_iterations(model)})
+
+
+def own_iterations(model: NextScaleTransformer) -> int:
+    """Iterations of a VIAR where none are asked for."""
+    trunk = model.config.trunk
+    assert isinstance(trunk, ImplicitTrunkConfig)
+    return trunk.iterations
+
+
+def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: TensorImages) -> int:
+    """Memory of the deepest training step there can be, so that the draw of iterations has no say."""
+    if isinstance(config.trunk, ImplicitTrunkConfig):
+        config = replace(config, trunk=config.trunk.deepest)
+    model = NextScaleTransformer(config).train()
+    batch = data.__getitems__(range(TRANSFORMERS["mnist-viar"].train.batch_size))
+    inputs, targets, labels = tokenize(tokenizer, *batch)
+    return training_bytes(model, lambda: cross_entropy(model(labels, inputs), targets))
