@@ -15,42 +15,62 @@ from torch import Tensor, nn
 from ..data import Batch, BatchedDataset, EndlessBatches
 from ..training.optim import build_optimizer, lr_factor
 
+NUM_FEATURES = 64
+SMALL_SIDE = 16  # pixels, up to which every pixel counts
+
 
 class Classifier(nn.Module):
     """Small convolutional classifier of real images, the judge of generated ones.
+
+    Images of more than 16 pixels a side are halved after the first convolution, for speed.
 
     Args:
         num_classes: N.
         image_side: pixels a side, a multiple of 4.
         width: channels at full resolution.
 
+    Attributes:
+        num_features: F, numbers that `embed` gives of an image.
+
     Raises:
         ValueError: `image_side` is no multiple of 4.
     """
+
+    num_features = NUM_FEATURES
 
     def __init__(self, num_classes: int, image_side: int, width: int = 32) -> None:
         super().__init__()
         if image_side % 4:
             raise ValueError(f"image_side: expected a multiple of 4, got {image_side}")
-        self.layers = nn.Sequential(
+        self.convolutions = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
             nn.GELU(),
+            nn.MaxPool2d(2) if image_side > SMALL_SIDE else nn.Identity(),
             nn.Conv2d(width, 2 * width, 3, padding=1),
             nn.GELU(),
             nn.MaxPool2d(2),
             nn.Dropout2d(0.2),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1),
             nn.GELU(),
+        )
+        self.hidden = nn.Sequential(
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
             nn.Dropout(0.4),
-            nn.Linear(32 * width, num_classes),
+            nn.Linear(32 * width, NUM_FEATURES),
+            nn.GELU(),
         )
+        self.logits = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Logits (B, N) of images in [-1, 1]."""
-        logits_BN: Tensor = self.layers(images_B3HW)
+        logits_BN: Tensor = self.logits(self.hidden(self.convolutions(images_B3HW)))
         return logits_BN
+
+    def embed(self, images_B3HW: Tensor) -> Tensor:
+        """Activations (B, F) of the hidden layer, float32, of images in [-1, 1]."""
+        features_BF: Tensor = self.hidden(self.convolutions(images_B3HW))
+        return features_BF.float()
 
     def save(self, path: Path) -> None:
         """Write the weights to `path`, in safetensors' format."""
@@ -74,14 +94,25 @@ class Classifier(nn.Module):
             image_side: pixels a side, a multiple of 4.
 
         Raises:
-            ValueError: the file holds something else, or the side is no multiple of 4.
+            ValueError: the file holds something else, a classifier of an earlier version, or the side is no
+                multiple of 4.
         """
         try:
             tensors = load_file(path)
-            width, num_classes = len(tensors["layers.0.weight"]), len(tensors["layers.11.bias"])
-            return cls(num_classes, image_side, width).load(path).eval()
-        except (SafetensorError, KeyError, RuntimeError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{path}: expected the weights of a classifier, found something else") from error
+        if "layers.11.bias" in tensors:
+            raise ValueError(
+                f"{path}: expected a classifier with a hidden layer, found one of an earlier "
+                "version; train it anew"
+            )
+        try:
+            width, num_classes = len(tensors["convolutions.0.weight"]), len(tensors["logits.bias"])
+            classifier = cls(num_classes, image_side, width)
+            classifier.load_state_dict(tensors)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected the weights of a classifier, found something else") from error
+        return classifier.eval()
 
     def features(self) -> ClassifierFeatures:
         """Its convolutions as a module of feature maps, in the mode that they are in."""
@@ -97,10 +128,10 @@ class ClassifierFeatures(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*list(classifier.layers)[:-4])
+        self.layers = classifier.convolutions
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Feature maps (B, C, h, w), two at full resolution and one at half."""
+        """Feature maps (B, C, h, w), of rising depth and falling resolution."""
         maps, x = [], images_B3HW
         for layer in self.layers:
             x = layer(x)
