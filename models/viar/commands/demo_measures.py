@@ -116,6 +116,17 @@ def draw_shipped(
     ]
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a model generated with a count of iterations, None where it has none or its own."""
+
+    model: str
+    iterations: int | None
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    cache_bytes: int
+    seconds: float
+
+
 def measure(
     models: dict[str, NextScaleTransformer],
     tokenizer: Tokenizer,
@@ -137,49 +148,71 @@ def measure(
         folder: where samples.png and knob.png are written.
 
     Returns:
-        "models", "knob", and of "real", held-out pictures what can be measured of them.
+        "models"; the points of the "knob"; and of "real", held-out pictures, their FID.
     """
-    labels = balanced_labels(judged.num_classes, per_class)
-    counts = all_counts(models["viar"], iterations)
-    settings: list[tuple[str, int | None]] = [("viar", count) for count in counts]
+    own = own_iterations(models["viar"])
+    settings: list[tuple[str, int | None]] = [
+        ("viar", count) for count in all_counts(models["viar"], iterations)
+    ]
     settings += [(name, None) for name in models if name != "viar"]
-    made: dict[tuple[str, int | None], tuple[Tensor, int]] = {}  # images, bytes of cache
+    labels = balanced_labels(judged.num_classes, per_class)
+    made = _generate(models, tokenizer, labels, settings, sampling)
+    points = [_point(models[one.model], tokenizer, judged, one, labels) for one in made]
+    knob = [point for point in points if point["model"] in ("viar", "var")]
+    draw_knob(knob, folder / "knob.png")
+    at_own = {
+        one.model: (one, point)
+        for one, point in zip(made, points, strict=True)
+        if one.iterations in (None, own)
+    }
+    shown = at_own["viar"][0].images.unflatten(0, (judged.num_classes, per_class))[:, :PER_CLASS_SHOWN]
+    save_grid(shown.flatten(0, 1), folder / "samples.png", columns=shown.shape[1])
+    return {
+        "models": {
+            name: {
+                **point,
+                "memorisation": judged.memorisation(one.images * 2 - 1),
+                "parameters": sum(p.numel() for p in models[name].parameters()),
+                "training_peak_bytes": _training_bytes(models[name].config, tokenizer, judged.train),
+            }
+            for name, (one, point) in at_own.items()
+        },
+        "knob": knob,
+        "real": {"fid": judged.fid(judged.validation.images)},
+    }
+
+
+def _generate(
+    models: dict[str, NextScaleTransformer],
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    settings: Sequence[tuple[str, int | None]],
+    sampling: dict[str, Any],
+) -> list[_Made]:
+    """Pictures of `labels` (B,) by each setting, a model and a count of iterations."""
+    samples: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
 
     def make(name: str, count: int | None) -> None:
         sample = sample_tokens(models[name], tokenizer, labels, Sampling(iterations=count, **sampling))
-        made[name, count] = decode_images(tokenizer, sample), sample.cache_bytes
+        samples[name, count] = decode_images(tokenizer, sample), sample.cache_bytes
 
     seconds = seconds_of([partial(make, *setting) for setting in settings], repeats=1)
-    points = [
-        {
-            "model": name,
-            "iterations": count,
-            "class_consistency": class_consistency(judged.classifier, made[name, count][0], labels),
-            "fid": judged.fid(made[name, count][0] * 2 - 1),
-            "validation_loss": validation_loss(models[name], tokenizer, judged.validation, iterations=count),
-            "images_per_second": len(labels) / taken,
-            "cache_bytes": made[name, count][1],
-        }
-        for (name, count), taken in zip(settings, seconds, strict=True)
+    return [
+        _Made(*setting, *samples[setting], taken) for setting, taken in zip(settings, seconds, strict=True)
     ]
-    knob = [point for point in points if point["model"] in ("viar", "var")]
-    draw_knob(knob, folder / "knob.png")
-    own = own_iterations(models["viar"])
-    shown = made["viar", own][0].unflatten(0, (judged.num_classes, per_class))[:, :PER_CLASS_SHOWN]
-    save_grid(shown.flatten(0, 1), folder / "samples.png", columns=shown.shape[1])
-    at_own = {point["model"]: point for point in points if point["iterations"] in (None, own)}
-    for name, model in models.items():
-        images = made[name, at_own[name]["iterations"]][0]
-        at_own[name] = {
-            **at_own[name],
-            "memorisation": judged.memorisation(images * 2 - 1),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "training_peak_bytes": _training_bytes(model.config, tokenizer, judged.train),
-        }
+
+
+def _point(
+    model: NextScaleTransformer, tokenizer: Tokenizer, judged: Judged, made: _Made, labels: Tensor
+) -> Result:
     return {
-        "models": at_own,
-        "knob": knob,
-        "real": {"fid": judged.fid(judged.validation.images)},
+        "model": made.model,
+        "iterations": made.iterations,
+        "class_consistency": class_consistency(judged.classifier, made.images, labels),
+        "fid": judged.fid(made.images * 2 - 1),
+        "validation_loss": validation_loss(model, tokenizer, judged.validation, iterations=made.iterations),
+        "images_per_second": len(labels) / made.seconds,
+        "cache_bytes": made.cache_bytes,
     }
 
 

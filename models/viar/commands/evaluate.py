@@ -15,27 +15,31 @@ from ..training import validation_loss
 from .checks import check_classes, check_sampling
 from .flags import DEFAULTS, Flags, SamplingFlags
 from .generate import generate_images
-from .loading import load_images, load_pair
+from .loading import SHIPPED_DATA, load_images, load_pair
 
 
 def evaluate_command(
     model: str | None = None,
     tokenizer: str | None = None,
-    data: str = "digits",
+    data: str | None = None,
     per_class: int = 100,
     flags: Flags = DEFAULTS,
 ) -> None:
     """Print validation loss and class consistency as JSON.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
+            --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
-        data: Source of real images: digits, mnist, or a folder with a sub-folder a class.
+        data: Source of real images: digits, mnist, or a folder with a sub-folder a class. Default digits; of
+            the models that come with the package what they learnt from.
         per_class: Images generated of each class.
         flags: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
     _refuse_mixtures(flags)
+    if data is None:
+        data = SHIPPED_DATA if model is None else "digits"
     console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     check_sampling(transformer, sampling, ())
