@@ -70,7 +70,8 @@ class Judged:
 @torch.no_grad()
 def embedded(classifier: Classifier, images: Tensor) -> Tensor:
     """Features (B, F) of pictures (B, 3, H, W) in [-1, 1]."""
-    return torch.cat([classifier.embed(part) for part in images.split(AT_ONCE)])
+    starts = range(0, len(images), AT_ONCE)
+    return torch.cat([classifier.embed(images[start : start + AT_ONCE]) for start in starts])
 
 
 def draw_shipped(
@@ -165,8 +166,9 @@ def measure(
         for one, point in zip(made, points, strict=True)
         if one.iterations in (None, own)
     }
-    shown = at_own["viar"][0].images.unflatten(0, (judged.num_classes, per_class))[:, :PER_CLASS_SHOWN]
-    save_grid(shown.flatten(0, 1), folder / "samples.png", columns=shown.shape[1])
+    columns = min(per_class, PER_CLASS_SHOWN)
+    is_shown = torch.arange(len(labels)) % per_class < columns
+    save_grid(at_own["viar"][0].images[is_shown], folder / "samples.png", columns=columns)
     return {
         "models": {
             name: {

@@ -103,8 +103,8 @@ def ship(
             f"tokenizer: {model} was not trained on tokens of {tokenizer}; give the one that it was"
         )
     folder = Path(root) / name
-    for part, trained in {TRANSFORMER: transformer, TOKENIZER: codec}.items():
-        _write(trained, folder / part, runs[part], words[part], name)
+    _write(transformer, folder / TRANSFORMER, runs[TRANSFORMER], words[TRANSFORMER], name)
+    _write(codec, folder / TOKENIZER, runs[TOKENIZER], words[TOKENIZER], name)
     return folder
 
 
