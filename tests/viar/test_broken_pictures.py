@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import viar.commands.cli
@@ -19,6 +20,7 @@ import viar.commands.evaluate
 import viar.commands.train
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import all_batches
+from viar.evaluation import JUDGE
 from viar.training import TOKENIZERS, TRANSFORMERS
 
 SIDE = 8
@@ -204,6 +206,12 @@ SAID: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def judge_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `viar evaluate` trains is hardly trained."""
+    whole, short = viar.commands.evaluate.judge_of, replace(JUDGE, steps=2, width=4)
+    monkeypatch.setattr(viar.commands.evaluate, "judge_of", lambda *a, **k: whole(*a, **k, recipe=short))
+
+
 @pytest.fixture
 def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings that look at every picture once, and do nothing else."""
@@ -214,9 +222,10 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(viar.commands.train, "train_tokenizer", look)
     monkeypatch.setattr(viar.commands.train, "train_transformer", look)
-    monkeypatch.setattr(viar.commands.evaluate, "train_classifier", look)
-    monkeypatch.setattr(viar.commands.evaluate, "generate_images", lambda *_: np.zeros(1))
-    monkeypatch.setattr(viar.commands.evaluate, "class_consistency", lambda *_: 0.0)
+    monkeypatch.setattr(
+        viar.commands.evaluate, "generate_batches", lambda *_: iter([torch.zeros(1, 3, SIDE, SIDE)])
+    )
+    judge_of_two_steps(monkeypatch)
 
 
 def learn(command: str, data: Path, models: Path, out: Path) -> tuple[int, str, str]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from test_broken_pictures import call as command
+from test_broken_pictures import judge_of_two_steps
 
 import viar
 import viar.commands.cli
-import viar.commands.evaluate
 import viar.commands.generate
 import viar.commands.loading
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Sampling, Tokenizer
@@ -320,17 +320,55 @@ def test_editing_has_no_graphs_to_be_asked_for(trained: Path, tmp_path: Path) ->
 
 
 def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = viar.commands.evaluate.train_classifier
-    monkeypatch.setattr(
-        viar.commands.evaluate, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2})
-    )
+    judge_of_two_steps(monkeypatch)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     code, output, errors = call("evaluate", *models, "--per-class", 2, "--iterations", 1)
     assert (code, errors) == (0, "")
     measures = json.loads(output[output.index("{") :])
-    assert set(measures) == {"validation_loss", "class_consistency", "classifier_held_out_accuracy"}
+    assert {"validation_loss", "class_consistency", "classifier_held_out_accuracy"} <= set(measures)
     assert 3 < measures["validation_loss"] < 5  # hardly trained: about log 64
     assert 0 <= measures["class_consistency"] <= 1
+    assert measures["generated"] == measures["matched"]
+    assert measures["generated"]["num_images"] == measures["real"]["num_images"] == 20
+    assert measures["ratios"]["fid"] == measures["matched"]["fid"] / measures["real"]["fid"] > 1
+    assert measures["reference"]["num_images"] == 1612
+    assert "FID" in output[: output.index("{")]
+
+
+def test_evaluate_takes_images_that_were_made_before(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of a model a series, with statistics that were written; the figures are those of its images."""
+    judge_of_two_steps(monkeypatch)
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    made = ("--images", tmp_path / "series", "--data", "digits", "--judge", tmp_path / "judges")
+    call("generate", *models, "--num", 20, "--out", tmp_path / "series", "--iterations", 1)
+    code, output, errors = call("evaluate", *made, "--save-statistics", tmp_path / "digits.npz")
+    assert (code, errors) == (0, "")
+    first = json.loads(output[output.index("{") :])
+    assert first["generated"]["num_images"] == 20
+    assert first["class_consistency"] is not None  # the series tells its classes
+    assert "validation_loss" not in first
+    statistics = ("--reference", tmp_path / "digits.npz", "--out", tmp_path / "figures.json")
+    code, output, errors = call("evaluate", *made, *statistics)
+    assert (code, errors) == (0, "")
+    again = json.loads((tmp_path / "figures.json").read_text())
+    assert again["generated"] == pytest.approx(first["generated"])
+    assert len(again["reference"]["sha256"]) == 64
+    for arguments, message in (
+        ((*made, "--reference", tmp_path / "digits.npz", "--sha256", "00"), "is another file: expected 00"),
+        ((*made, *models), "--images: they are made already"),
+        ((*made[:2],), "--data: a judge learns from real images; give them, or --features inception"),
+        ((*made[:2], "--features", "inception"), "--reference: without --data there is nothing to compare"),
+        ((*made, "--features", "vgg"), "--features: expected judge, inception or inception:FILE, got 'vgg'"),
+        ((*made, "--sha256", "00"), "--sha256: this is the digest of the file --reference"),
+        ((*models[:2],), "--model: given without --tokenizer"),
+        (("--images", trained, "--data", "digits"), "--images: "),
+        ((*made, "--reference", tmp_path / "none.npz"), "--reference: "),
+    ):
+        code, _, errors = call("evaluate", *arguments)
+        assert code == 2
+        assert message in errors
 
 
 # Messages
@@ -343,7 +381,7 @@ def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.Mon
         (("generate", "--model", "m", "--tokenizer", "t", "--per-class", "many"), "many"),
         (("paint",), "paint"),
         ((), "Missing subcommand"),
-        (("generate",), "--model"),
+        (("generate", "--model", "m"), "--model: given without --tokenizer"),
         (("train", "digits-viar", "--model.trunk.num-before", "2"), "--model.trunk.num-before"),
         (("train-tokenizer", "digits", "--train.mixed-precision", "fp8", "--out", "x"), "mixed_precision"),
         (("train-tokenizer", "digits", "--train.steps", "0", "--out", "x"), "steps must be positive, got 0"),

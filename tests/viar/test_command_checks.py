@@ -123,7 +123,7 @@ def test_a_label_that_is_the_null_class_is_no_class_to_train_on(kind: str, tmp_p
 def test_evaluate_compares_classes_before_it_trains_a_classifier(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(viar.commands.evaluate, "train_classifier", None)  # would fail if it was called
+    monkeypatch.setattr(viar.commands.evaluate, "judge_of", None)  # would fail if it was called
     models = ("--model", world / "viar", "--tokenizer", world / "tokenizer")
     for flags, message in (
         (("--data", world / "data4"), "data4 has 4 classes, the model has 3"),

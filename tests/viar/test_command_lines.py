@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from command_lines import did_what_was_asked, draw_line, make_world
+from test_broken_pictures import judge_of_two_steps
 from test_cli import call
 
 import viar.commands.demo
-import viar.commands.evaluate
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 NUMBERS = range(300) if THOROUGH else range(40)
@@ -29,10 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A classifier of two steps, and of the demo all that comes before its work."""
-    train = viar.commands.evaluate.train_classifier
-    monkeypatch.setattr(
-        viar.commands.evaluate, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2})
-    )
+    judge_of_two_steps(monkeypatch)
     monkeypatch.setattr(viar.commands.demo, "run_demo", lambda *_: {})
 
 

@@ -167,12 +167,12 @@ def test_what_is_no_probability_has_no_inception_score() -> None:
 
 @pytest.mark.filterwarnings("ignore:Metric `:UserWarning")  # that it keeps all features
 def test_torchmetrics_finds_the_same_figures() -> None:
-    images = pytest.importorskip("torchmetrics.image")
+    theirs = [pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid", "inception")]
     a, b = normal(40, 6, seed=1), normal(40, 6, seed=2) * 1.5 + 0.3
     settings: dict[str, Any] = {"feature": _Itself(6), "normalize": True}
-    fid = images.fid.FrechetInceptionDistance(**settings)
-    kid = images.kid.KernelInceptionDistance(**settings, subsets=1, subset_size=40)
-    inception = images.inception.InceptionScore(**settings, splits=1)
+    fid = theirs[0].FrechetInceptionDistance(**settings)
+    kid = theirs[1].KernelInceptionDistance(**settings, subsets=1, subset_size=40)
+    inception = theirs[2].InceptionScore(**settings, splits=1)
     for metric in (fid, kid, inception):
         metric.set_dtype(torch.float64)
     for metric in (fid, kid):
@@ -243,7 +243,7 @@ def test_a_copy_is_at_no_distance_and_blocks_change_nothing(monkeypatch: pytest.
     images = torch.cat([reference[17:37].flip(0), reference[:3] + 0.1])
     expected = torch.cat([torch.zeros(20), torch.full((3,), 0.1 * math.sqrt(3 * 8 * 8))])
     for block in (1024, 7):
-        monkeypatch.setattr("viar.evaluation.memorisation.BLOCK", block)
+        monkeypatch.setattr("viar.evaluation.copies.BLOCK", block)
         torch.testing.assert_close(nearest_distances(images, reference), expected, rtol=1e-4, atol=0)
 
 

@@ -32,7 +32,7 @@ from ..training import TRANSFORMERS, TrainConfig, TransformerRecipe, train_trans
 from ..training.log import read_metrics
 from ..weights import load_shipped
 from .checks import check_run
-from .demo_measures import Judged, draw_shipped, measure
+from .demo_measures import draw_shipped, measure
 from .demo_tables import print_shipped, print_summary
 from .stages import BEGUN, Result, Stage, Stages, fingerprint_of_code
 
@@ -234,5 +234,6 @@ def _evaluate(config: DemoConfig, folder: Path) -> Result:
     models = {name: NextScaleTransformer.from_pretrained(out / name) for name in MODELS}
     models["shipped"] = load_shipped(SOURCE)[0]
     data = load_data(SOURCE, tokenizer.config.image_side)
-    judged = Judged.of(judge(data, cache=out / "judge", console=Console(quiet=True)), data)
-    return measure(models, tokenizer, judged, config.iterations, config.per_class, config.sampling, folder)
+    judged_by = judge(data, cache=out / "judge", console=Console(quiet=True))
+    settings = config.iterations, config.per_class, config.sampling
+    return measure(models, tokenizer, data, judged_by, *settings, folder)

@@ -1,13 +1,13 @@
 """What the demo measures of its models, and the pictures of what they make.
 
-FID here is the Fréchet distance in the features of the judge, not of Inception: the figures compare with one
-another, and with that of held-out pictures, alone.
+FID is the Fréchet distance in the features of the judge, not of Inception: the figures compare with one
+another, and with that of as many held-out pictures, alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Batch, BatchedDataset, ImageData, TensorImages, save_grid, tokenize
+from ..data import Batch, BatchedDataset, ImageData, save_grid, tokenize
 from ..evaluation import (
     Classifier,
-    Moments,
+    Quality,
     balanced_labels,
-    class_consistency,
-    frechet_distance,
-    memorisation,
+    data_reference,
+    evaluate_images,
     seconds_of,
     training_bytes,
 )
@@ -35,43 +34,7 @@ from ..training import TRANSFORMERS, cross_entropy, validation_loss
 from .knob import draw_knob
 from .stages import Result
 
-AT_ONCE = 500  # pictures that the judge looks at together; has no influence
 PER_CLASS_SHOWN = 10  # of a grid of samples
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Who judges, and the real pictures that generated ones are held to."""
-
-    classifier: Classifier
-    train: TensorImages
-    validation: TensorImages
-    num_classes: int
-    moments: Moments  # of the features of the training pictures
-
-    @classmethod
-    def of(cls, classifier: Classifier, data: ImageData) -> Judged:
-        """With the features of the training pictures, which are held in memory."""
-        train, validation = data.train, data.validation
-        assert isinstance(train, TensorImages)
-        assert isinstance(validation, TensorImages)
-        moments = Moments.of(embedded(classifier, train.images))
-        return cls(classifier, train, validation, data.num_classes, moments)
-
-    def fid(self, images: Tensor) -> float:
-        """Fréchet distance of pictures (B, 3, H, W) in [-1, 1] to the training pictures, in features."""
-        return frechet_distance(Moments.of(embedded(self.classifier, images)), self.moments)
-
-    def memorisation(self, images: Tensor) -> float:
-        """How far pictures (B, 3, H, W) in [-1, 1] are from training pictures, held-out ones being 1."""
-        return memorisation(images, self.train.images, self.validation.images)
-
-
-@torch.no_grad()
-def embedded(classifier: Classifier, images: Tensor) -> Tensor:
-    """Features (B, F) of pictures (B, 3, H, W) in [-1, 1]."""
-    starts = range(0, len(images), AT_ONCE)
-    return torch.cat([classifier.embed(images[start : start + AT_ONCE]) for start in starts])
 
 
 def draw_shipped(
@@ -131,7 +94,8 @@ class _Made:
 def measure(
     models: dict[str, NextScaleTransformer],
     tokenizer: Tokenizer,
-    judged: Judged,
+    data: ImageData,
+    judge: Classifier,
     iterations: Sequence[int],
     per_class: int,
     sampling: dict[str, Any],
@@ -142,23 +106,29 @@ def measure(
     Args:
         models: "viar" and "var", and others, in evaluation mode.
         tokenizer: of all of them.
-        judged: what they are measured by.
+        data: real pictures, which are held in memory.
+        judge: a classifier of them, in evaluation mode.
         iterations: counts of the knob, of "viar" alone.
         per_class: pictures that are made of each class, model and count.
         sampling: settings of the sampler besides the iterations.
         folder: where samples.png and knob.png are written.
 
     Returns:
-        "models"; the points of the "knob"; and of "real", held-out pictures, their FID.
+        "models"; the points of the "knob"; and figures of "real", held-out pictures.
     """
+    reference = data_reference(data, judge)
     own = own_iterations(models["viar"])
     settings: list[tuple[str, int | None]] = [
         ("viar", count) for count in all_counts(models["viar"], iterations)
     ]
     settings += [(name, None) for name in models if name != "viar"]
-    labels = balanced_labels(judged.num_classes, per_class)
+    labels = balanced_labels(data.num_classes, per_class)
     made = _generate(models, tokenizer, labels, settings, sampling)
-    points = [_point(models[one.model], tokenizer, judged, one, labels) for one in made]
+    seen = [evaluate_images(one.images, labels, reference) for one in made]
+    points = [
+        _point(models[one.model], tokenizer, data.validation, one, evaluation.matched)
+        for one, evaluation in zip(made, seen, strict=True)
+    ]
     knob = [point for point in points if point["model"] in ("viar", "var")]
     draw_knob(knob, folder / "knob.png")
     at_own = {
@@ -169,18 +139,19 @@ def measure(
     columns = min(per_class, PER_CLASS_SHOWN)
     is_shown = torch.arange(len(labels)) % per_class < columns
     save_grid(at_own["viar"][0].images[is_shown], folder / "samples.png", columns=columns)
+    real = seen[0].real  # the same of all
+    assert real is not None
     return {
         "models": {
             name: {
                 **point,
-                "memorisation": judged.memorisation(one.images * 2 - 1),
                 "parameters": sum(p.numel() for p in models[name].parameters()),
-                "training_peak_bytes": _training_bytes(models[name].config, tokenizer, judged.train),
+                "training_peak_bytes": _training_bytes(models[name].config, tokenizer, data.train),
             }
             for name, (one, point) in at_own.items()
         },
         "knob": knob,
-        "real": {"fid": judged.fid(judged.validation.images)},
+        "real": asdict(real),
     }
 
 
@@ -205,15 +176,18 @@ def _generate(
 
 
 def _point(
-    model: NextScaleTransformer, tokenizer: Tokenizer, judged: Judged, made: _Made, labels: Tensor
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    held_out: BatchedDataset[Batch],
+    made: _Made,
+    quality: Quality,
 ) -> Result:
     return {
         "model": made.model,
         "iterations": made.iterations,
-        "class_consistency": class_consistency(judged.classifier, made.images, labels),
-        "fid": judged.fid(made.images * 2 - 1),
-        "validation_loss": validation_loss(model, tokenizer, judged.validation, iterations=made.iterations),
-        "images_per_second": len(labels) / made.seconds,
+        **asdict(quality),
+        "validation_loss": validation_loss(model, tokenizer, held_out, iterations=made.iterations),
+        "images_per_second": len(made.images) / made.seconds,
         "cache_bytes": made.cache_bytes,
     }
 
@@ -230,7 +204,7 @@ def own_iterations(model: NextScaleTransformer) -> int:
     return trunk.iterations
 
 
-def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: TensorImages) -> int:
+def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: BatchedDataset[Batch]) -> int:
     """Memory of the deepest training step there can be, so that the draw of iterations has no say."""
     if isinstance(config.trunk, ImplicitTrunkConfig):
         config = replace(config, trunk=config.trunk.deepest)

@@ -37,7 +37,7 @@ def _comparison(summary: dict[str, Any]) -> Table:
         ("its last over its best", "last_over_best", lambda v: f"{v:.3f}"),
         (f"FID in the judge's features (held-out pictures: {fid:.3g})", "fid", lambda v: f"{v:.3g}"),
         (f"class consistency (of real pictures: {accuracy:.3f})", "class_consistency", lambda v: f"{v:.3f}"),
-        ("distance to training pictures over that of held-out ones", "memorisation", lambda v: f"{v:.2f}"),
+        ("distance to training pictures (held-out ones: 1)", "memorisation", lambda v: f"{v:.2f}"),
         ("images/s", "images_per_second", lambda v: f"{v:,.0f}"),
         ("peak cache, MB", "cache_bytes", lambda v: f"{v / 1e6:.2f}"),
         ("training peak memory, MB", "training_peak_bytes", lambda v: f"{v / 1e6:.1f}"),

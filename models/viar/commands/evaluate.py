@@ -3,67 +3,247 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch
 from rich.console import Console
+from rich.table import Table
 
 from ..data import ImageData
 from ..data.decoding import shown
-from ..evaluation import Classifier, accuracy, balanced_labels, class_consistency, train_classifier
+from ..evaluation import (
+    Evaluation,
+    Quality,
+    Reference,
+    accuracy,
+    balanced_labels,
+    data_reference,
+    evaluate_images,
+    find_pictures,
+    inception_network,
+    judge_network,
+    read_reference,
+    save_reference,
+    with_held_out,
+)
+from ..evaluation import judge as judge_of
+from ..files import check_writable, file_digest, replacing
 from ..model.config import check_at_least
 from ..training import validation_loss
 from .checks import check_classes, check_sampling
-from .flags import DEFAULTS, Flags, SamplingFlags
-from .generate import generate_images
-from .loading import SHIPPED_DATA, load_images, load_pair
+from .flags import DEFAULTS, Flags, SamplingFlags, no_prefix
+from .generate import generate_batches
+from .loading import SHIPPED_DATA, find_device, load_images, load_pair
+
+JUDGE, INCEPTION = "judge", "inception"
+TITLES = {
+    "num_images": "images",
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "Inception score",
+    "class_consistency": "class consistency",
+    "memorisation": "distance to training pictures",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonFlags:
+    """What images are compared with, and by what."""
+
+    # Source of real images: digits, mnist, emoji, or a folder with a sub-folder a class. A judge is trained
+    # on them, and their held-out ones are measured beside. Default digits; of the models that come with the
+    # package what they learnt from; with --images none.
+    data: str | None = None
+    # File of statistics or images (.npz), folder of pictures, or source of images; default the training
+    # pictures of --data.
+    reference: str | None = None
+    sha256: str | None = None  # what the digest of the file --reference begins with; another file is refused
+    features: str = JUDGE  # judge, inception, or inception:FILE with its weights
+    judge: Path | None = None  # folder where the judge of --data is kept; default it is trained anew
+    save_statistics: Path | None = None  # file (.npz) to write, for a later --reference
 
 
 def evaluate_command(
     model: str | None = None,
     tokenizer: str | None = None,
-    data: str | None = None,
+    images: Path | None = None,
     per_class: int = 100,
+    out: Path | None = None,
+    comparison: Annotated[ComparisonFlags, no_prefix] = ComparisonFlags(),
     flags: Flags = DEFAULTS,
 ) -> None:
-    """Print validation loss and class consistency as JSON.
+    """Print FID and other figures of a model's images, or of images made before, beside those of real ones.
 
     Args:
         model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
             --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
-        data: Source of real images: digits, mnist, or a folder with a sub-folder a class. Default digits; of
-            the models that come with the package what they learnt from.
+        images: In place of a model: a folder of pictures, such as viar generate --num writes, or an .npz.
         per_class: Images generated of each class.
+        out: File for all figures, as JSON; default they are printed below the table.
+        comparison: What to compare with.
         flags: How to sample.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
     _refuse_mixtures(flags)
-    if data is None:
-        data = SHIPPED_DATA if model is None else "digits"
-    console, sampling = Console(), flags.sampling
-    transformer, codec = load_pair(model, tokenizer, flags.execution)
-    check_sampling(transformer, sampling, ())
-    source = load_images(data, codec.config.image_side, console)
-    _check_held_out(source, data)
-    check_classes(transformer, data, source.num_classes)
-    torch.manual_seed(0)
-    classifier = Classifier(source.num_classes, codec.config.image_side)
-    train_classifier(classifier, source.train, console=console)
+    _check_given((model, tokenizer), images, comparison)
+    for flag, file in (("--out", out), ("--save-statistics", comparison.save_statistics)):
+        if file is not None:
+            check_writable(file, flag, folder=False)
+    console = Console()
+    if images is None:
+        result, evaluation = _evaluate_model((model, tokenizer), per_class, comparison, flags, console)
+    else:
+        result, evaluation = _evaluate_pictures(images, comparison, flags, console)
+    result |= {"settings": {name: _plain(value) for name, value in vars(comparison).items()}}
+    result |= {**asdict(evaluation), "ratios": evaluation.ratios()}
+    console.print(_table(evaluation))
+    if out is None:
+        console.print_json(json.dumps(result))
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as written:
+        written.write(json.dumps(result, indent=1).encode())
+    console.print(f"figures in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _evaluate_model(
+    pair: tuple[str | None, str | None],
+    per_class: int,
+    comparison: ComparisonFlags,
+    flags: SamplingFlags,
+    console: Console,
+) -> tuple[dict[str, Any], Evaluation]:
+    transformer, codec = load_pair(*pair, flags.execution)
+    check_sampling(transformer, flags.sampling, ())
+    name = comparison.data or (SHIPPED_DATA if pair == (None, None) else "digits")
+    source = _load_source(name, codec.config.image_side, console)
+    check_classes(transformer, name, source.num_classes)
+    reference, measures = _reference(source, codec.config.image_side, comparison, flags, console)
     labels = balanced_labels(source.num_classes, per_class)
-    images = generate_images(transformer, codec, labels, flags, console)
-    metrics = {
-        "validation_loss": validation_loss(transformer, codec, source.validation),
-        "class_consistency": class_consistency(classifier, images, labels),
-        "classifier_held_out_accuracy": accuracy(classifier, source.validation),
-    }
-    console.print_json(json.dumps(metrics))
+    images = generate_batches(transformer, codec, labels, flags, console)
+    evaluation = evaluate_images(images, labels, reference)
+    loss = validation_loss(transformer, codec, source.validation)
+    return {"validation_loss": loss, **_consistency(evaluation), **measures}, evaluation
 
 
-def _check_held_out(source: ImageData, name: str) -> None:
+def _evaluate_pictures(
+    images: Path, comparison: ComparisonFlags, flags: SamplingFlags, console: Console
+) -> tuple[dict[str, Any], Evaluation]:
+    with _of_flag("--images"):
+        pictures = find_pictures(images)
+    side, name, labels = pictures.image_side, comparison.data, pictures.labels
+    source = None if name is None else _load_source(name, side, console)
+    if source is not None and labels is not None and int(labels.max()) >= source.num_classes:
+        raise ValueError(
+            f"--data: {shown(name)} has {source.num_classes} classes, the images are of class "
+            f"{int(labels.max())}; give the images that the model was trained on"
+        )
+    reference, measures = _reference(source, side, comparison, flags, console)
+    evaluation = evaluate_images(pictures.batches(), labels, reference)
+    return {"images": str(images), **_consistency(evaluation), **measures}, evaluation
+
+
+def _reference(
+    source: ImageData | None,
+    image_side: int,
+    comparison: ComparisonFlags,
+    flags: SamplingFlags,
+    console: Console,
+) -> tuple[Reference, dict[str, Any]]:
+    """What to compare with, and what is to be said of it."""
+    device, judge = find_device(flags.execution.device), None
+    told: dict[str, Any] = {}
+    if source is not None:
+        judge = judge_of(source, cache=comparison.judge, console=console).to(device)
+        told["classifier_held_out_accuracy"] = accuracy(judge, source.validation)
+    if comparison.features == JUDGE:
+        assert judge is not None
+        network = judge_network(judge)
+    else:
+        with _of_flag("--features"):
+            weights = comparison.features.partition(":")[2]
+            network = inception_network(Path(weights) if weights else None, device)
+    if comparison.reference is None:
+        assert source is not None
+        assert judge is not None
+        reference = data_reference(source, judge, network)
+    else:
+        with _of_flag("--reference"):
+            reference = read_reference(comparison.reference, network, image_side, sha256=comparison.sha256)
+        if source is not None and judge is not None:
+            reference = with_held_out(reference, source, judge)
+    if comparison.save_statistics is not None:
+        comparison.save_statistics.parent.mkdir(parents=True, exist_ok=True)
+        save_reference(reference, comparison.save_statistics)
+    return reference, told | {"network": network.name, "reference": _told(reference, comparison)}
+
+
+def _told(reference: Reference, comparison: ComparisonFlags) -> dict[str, Any]:
+    """What tells a reference from others."""
+    told: dict[str, Any] = {"name": reference.name, "num_images": reference.moments.count}
+    file = None if comparison.reference is None else Path(comparison.reference)
+    return told if file is None or not file.is_file() else told | {"sha256": file_digest(file)}
+
+
+def _consistency(evaluation: Evaluation) -> dict[str, float | None]:
+    return {"class_consistency": evaluation.generated.class_consistency}
+
+
+def _table(evaluation: Evaluation) -> Table:
+    """All figures; those of held-out pictures beside those of as many images, and the ratio."""
+    columns: list[tuple[str, Quality]] = [("images", evaluation.generated)]
+    if evaluation.matched is not evaluation.generated:
+        columns.append((f"{evaluation.matched.num_images} of them", evaluation.matched))
+    if evaluation.real is not None:
+        columns.append(("held-out pictures", evaluation.real))
+    ratios = evaluation.ratios()
+    table = Table(title="Images against the reference, beside real ones")
+    for heading in ("", *(heading for heading, _ in columns), *(["ratio"] if ratios else [])):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, title in TITLES.items():
+        cells = [_shown(getattr(quality, name)) for _, quality in columns]
+        table.add_row(title, *cells, *([_shown(ratios.get(name))] if ratios else []))
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _load_source(name: str, image_side: int, console: Console) -> ImageData:
+    source = load_images(name, image_side, console, as_they_are=True)
     if not len(source.validation):
         raise ValueError(
             f"--data: {shown(name)} has nothing to hold out and measure; give two pictures of a class"
         )
+    return source
+
+
+def _check_given(
+    pair: tuple[str | None, str | None], images: Path | None, comparison: ComparisonFlags
+) -> None:
+    """Raise `ValueError` unless there is one thing to evaluate, and something to compare it with."""
+    if images is not None and pair != (None, None):
+        raise ValueError("--images: they are made already; give these, or --model and --tokenizer")
+    name = comparison.features.partition(":")[0]
+    if name not in (JUDGE, INCEPTION) or (name == JUDGE and comparison.features != JUDGE):
+        raise ValueError(
+            f"--features: expected {JUDGE}, {INCEPTION} or {INCEPTION}:FILE, got {comparison.features!r}"
+        )
+    if images is not None and comparison.data is None:
+        if name == JUDGE:
+            raise ValueError("--data: a judge learns from real images; give them, or --features inception")
+        if comparison.reference is None:
+            raise ValueError("--reference: without --data there is nothing to compare with; give one of them")
+    if comparison.sha256 is not None and comparison.reference is None:
+        raise ValueError("--sha256: this is the digest of the file --reference, which is not given")
 
 
 def _refuse_mixtures(flags: SamplingFlags) -> None:
@@ -72,3 +252,16 @@ def _refuse_mixtures(flags: SamplingFlags) -> None:
             "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
             "evaluate without it"
         )
+
+
+@contextmanager
+def _of_flag(flag: str) -> Iterator[None]:
+    """Say by which flag it came, where something cannot be read."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value

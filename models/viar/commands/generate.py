@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,7 +88,27 @@ def generate_images(
     Returns:
         (B, 3, H, W) in [0, 1], on the CPU.
     """
-    images, batch_size, settings = [], flags.execution.batch_size, vars(flags.sampling)
+    return torch.cat(list(generate_batches(model, tokenizer, labels, flags, console, report=report)))
+
+
+def generate_batches(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor,
+    flags: SamplingFlags,
+    console: Console,
+    *,
+    report: bool = False,
+) -> Iterator[Tensor]:
+    """The same images batch by batch, each made when it is asked for.
+
+    Args:
+        model, tokenizer, labels, flags, console, report: as in `generate_images`.
+
+    Returns:
+        Batches (B, 3, H, W) in [0, 1], on the CPU.
+    """
+    batch_size, settings = flags.execution.batch_size, vars(flags.sampling)
     for start in track(range(0, len(labels), batch_size), "generate", console=console):
         chunk = labels[start : start + batch_size]
         if report:
@@ -95,8 +116,7 @@ def generate_images(
             console.print(f"from image {start}\n{took}", highlight=False)
         else:
             made = generate(model, tokenizer, chunk, first_index=start, **settings)
-        images.append(made.cpu())
-    return torch.cat(images)
+        yield made.cpu()
 
 
 def _check_exclusions(num: int | None, per_class: int | None, formats: tuple[str, ...], report: bool) -> None:

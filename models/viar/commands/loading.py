@@ -169,6 +169,7 @@ def load_images(
     augment: int = 0,
     augmentations: tuple[str, ...] | None = None,
     batch_size: int = 1,
+    as_they_are: bool = False,
 ) -> ImageData:
     """Images that `--data` names, and what a folder was found to hold, said before time is spent on it.
 
@@ -180,6 +181,7 @@ def load_images(
         augmentations: names of those that training images go through; of a folder in place of a preset's own
             images "crop", unless the user gave them.
         batch_size: images that are learnt from at a time.
+        as_they_are: training images are not changed when they are drawn, not even cut at random.
 
     Raises:
         ValueError, PermissionError: what cannot be served; the flag is named.
@@ -188,6 +190,8 @@ def load_images(
         augment = augment if "augment" in given_flags() else 0
         others = "data" in given_flags() and "augmentations" not in given_flags()
         augmentations = None if others else augmentations
+    if as_they_are:
+        augmentations = ()
     try:
         data = load_data(source, image_side, augment=augment, augmentations=augmentations)
     except (ValueError, PermissionError) as error:

@@ -36,7 +36,7 @@ class JudgeRecipe:
     """
 
     width: int = 16
-    steps: int = 900
+    steps: int = 1500
     batch_size: int = 64
     lr: float = 3e-3
     augmentations: tuple[str, ...] = SLIGHT

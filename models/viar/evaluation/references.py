@@ -1,0 +1,244 @@
+"""References by name: statistics in a file, an archive of images, a folder of pictures, a data set.
+
+A file of statistics holds arrays of numpy without pickled objects: mu (F,) and sigma (F, F), as TTUR and ADM
+write them; mu_s and sigma_s of features with their place, as ADM does; arr_0 (N, H, H, 3) uint8, images, of
+which ADM's has 10,000. Ours has besides: count, network (its name), and pooled (M, F), features of single
+images.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import load_data, read_picture
+from ..data.decoding import decode_picture, shown
+from ..data.scan import scan
+from ..files import file_digest, replacing
+from .features import FeatureNetwork, features_of
+from .inception import INCEPTION
+from .moments import Moments
+from .quality import BATCH, Reference, images_of
+
+ARCHIVE = ".npz"
+OF_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of a folder or an archive, read a batch at a time.
+
+    Attributes:
+        num: N.
+        image_side: H = W, pixels a side.
+        labels: (N,) classes, where the files tell them.
+        path: of the folder or archive.
+    """
+
+    num: int
+    image_side: int
+    labels: Tensor | None
+    path: Path
+
+    def batches(self) -> Iterator[Tensor]:
+        """All images (B, 3, H, W) in [0, 1], in order.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        if self.path.is_dir():
+            return _read_pictures(self.path, self.image_side)
+        return _read_archive(self.path)
+
+
+def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
+    """What a folder or an archive of images holds, before it is read.
+
+    A folder is looked through with all that is in it; one that `viar generate --num` wrote may hold an
+    archive in place of pictures, and tells the classes. So does arr_1 (N,) of an archive.
+
+    Args:
+        path: of a folder, or of an .npz whose arr_0 (N, H, H, 3) is uint8.
+        image_side: pixels a side that pictures of a folder are cut to, see `viar.data.read_picture`; default
+            that of the first. An archive must have them so.
+
+    Raises:
+        ValueError: there is nothing of the kind, or another size.
+    """
+    if path.is_dir():
+        pictures = scan(path).pictures
+        archives = sorted(path.glob(f"*{ARCHIVE}"))
+        if not pictures and len(archives) == 1:
+            return find_pictures(archives[0], image_side)
+        if not pictures:
+            raise ValueError(f"{shown(path)} has no pictures and not one archive of them")
+        side = image_side or min(decode_picture(path / pictures[0]).size)
+        return Pictures(len(pictures), side, _labels_of_series(path, pictures), path)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            shape, dtype = _header(member)
+            labels = _array(path, "arr_1") if "arr_1.npy" in archive.namelist() else None
+    except OF_DAMAGE as error:
+        raise ValueError(f"{shown(path)} is no archive of images with arr_0 in it ({error})") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
+        raise ValueError(f"{shown(path)}: expected arr_0 (N, H, H, 3) in uint8, got {shape} in {dtype}")
+    if image_side not in (None, shape[1]):
+        raise ValueError(f"{shown(path)} has images of {shape[1]} pixels a side, expected {image_side}")
+    if labels is not None and labels.shape != shape[:1]:
+        raise ValueError(f"{shown(path)}: expected arr_1 of shape ({shape[0]},), got {labels.shape}")
+    return Pictures(shape[0], shape[1], None if labels is None else torch.from_numpy(labels).long(), path)
+
+
+def read_reference(
+    source: str, network: FeatureNetwork, image_side: int, *, sha256: str | None = None
+) -> Reference:
+    """The reference of that name.
+
+    Args:
+        source: a file of statistics or images (.npz), a folder of pictures, or a data set, see
+            `viar.data.load_data`, of which training pictures are taken.
+        network: whose features are compared.
+        image_side: pixels a side of the images that are compared with it.
+        sha256: what the file's digest begins with; default any.
+
+    Raises:
+        ValueError: there is no such thing, or the file has another digest, or statistics of another network.
+    """
+    path = Path(source)
+    if sha256 is not None:
+        _check_digest(path, sha256)
+    if path.suffix == ARCHIVE and path.is_file():
+        return _read_file(path, network, image_side)
+    if path.is_dir():
+        batches = find_pictures(path, image_side).batches()
+    else:
+        batches = images_of(load_data(source, image_side, augmentations=()).train)
+    return Reference.of(shown(source), network, features_of(network, batches))
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Write statistics, and features of single images where there are any, for `read_reference`.
+
+    Args:
+        reference: of at least 2 images.
+        path: of the .npz.
+    """
+    arrays: dict[str, Any] = {
+        "mu": reference.moments.mean.numpy(),
+        "sigma": reference.moments.covariance.numpy(),
+        "network": np.array(reference.network.name),
+    }
+    if reference.moments.count is not None:
+        arrays["count"] = np.array(reference.moments.count)
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean.numpy(), "sigma_s": reference.spatial.covariance.numpy()}
+    if reference.pooled is not None:
+        arrays["pooled"] = reference.pooled.numpy()
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def _read_file(path: Path, network: FeatureNetwork, image_side: int) -> Reference:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            arrays = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
+    except OF_DAMAGE as error:
+        raise ValueError(f"{shown(path)} is no archive of numpy that can be read ({error})") from error
+    features = None
+    if "arr_0" in names:
+        features = features_of(network, find_pictures(path, image_side).batches())
+    if "mu" not in names:
+        if features is None:
+            there = ", ".join(sorted(names))
+            raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
+        return Reference.of(path.name, network, features)
+    of = str(arrays["network"]) if "network" in arrays else INCEPTION
+    if of != network.name and not (of == INCEPTION and network.name.startswith(INCEPTION)):
+        raise ValueError(
+            f"{shown(path)} has statistics of the network {of}, images are seen by {network.name}; what two "
+            "networks see cannot be compared: take the same network, or a reference of images"
+        )
+    count = int(arrays["count"]) if "count" in arrays else None
+    moments = _moments(path, arrays, "", count)
+    spatial = _moments(path, arrays, "_s", count) if "mu_s" in names else None
+    pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in names else None
+    if features is not None:
+        pooled = features.pooled
+    return Reference(path.name, network, moments, spatial, pooled)
+
+
+def _moments(path: Path, arrays: dict[str, Any], ending: str, count: int | None) -> Moments:
+    mean, covariance = arrays[f"mu{ending}"], arrays.get(f"sigma{ending}", np.zeros(0))
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not np.isfinite(covariance).all():
+        raise ValueError(
+            f"{shown(path)}: expected finite mu{ending} (F,) and sigma{ending} (F, F), got {mean.shape} and "
+            f"{covariance.shape}"
+        )
+    return Moments(count, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
+
+
+def _check_digest(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"sha256: expected a file to have a digest, {shown(path)} is none")
+    found = file_digest(path)
+    if not sha256 or not found.startswith(sha256.lower()):
+        raise ValueError(
+            f"sha256: {shown(path)} is another file: expected {sha256}, got {found}; fetch it again"
+        )
+
+
+def _read_pictures(folder: Path, image_side: int) -> Iterator[Tensor]:
+    pictures = scan(folder).pictures
+    for start in range(0, len(pictures), BATCH):
+        paths = pictures[start : start + BATCH]
+        yield torch.stack([read_picture(folder / path, image_side)[0] for path in paths])
+
+
+def _read_archive(path: Path) -> Iterator[Tensor]:
+    """Batches of arr_0, of which no more is held than one."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+            (num, *shape), _ = _header(member)
+            size = int(np.prod(shape))
+            for start in range(0, num, BATCH):
+                rows = min(BATCH, num - start)
+                values = np.frombuffer(member.read(rows * size), np.uint8).reshape(rows, *shape)
+                yield torch.from_numpy(values.copy()).permute(0, 3, 1, 2).float() / 255
+    except OF_DAMAGE as error:
+        raise ValueError(f"{shown(path)} is damaged ({error}); fetch or make it again") from error
+
+
+def _header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array that begins here, whose rows follow."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(member)
+    if by_columns:
+        raise ValueError("its rows are not one after the other")
+    return shape, dtype
+
+
+def _array(path: Path, name: str) -> Any:
+    with np.load(path, allow_pickle=False) as archive:
+        return archive[name]
+
+
+def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
+    """Classes of a series of `viar generate`, which gives them in turn; its pictures' names are numbers."""
+    settings = folder / "series.json"
+    if not settings.is_file():
+        return None
+    try:
+        classes = json.loads(settings.read_text())["labels"]
+        return torch.tensor([classes[int(picture.stem) % len(classes)] for picture in pictures])
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{shown(settings)} is damaged ({error}); generate the series anew") from error
