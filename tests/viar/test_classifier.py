@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from viar.data import TensorImages
 from viar.evaluation import Classifier, accuracy, train_classifier
@@ -47,3 +48,17 @@ def test_a_classifier_survives_its_file(tmp_path: Path) -> None:
         Classifier(6, 12, width=4).load(tmp_path / "classifier.safetensors")
     with pytest.raises(ValueError, match="image_side: expected a multiple of 4, got 6"):
         Classifier(5, 6)
+    save_file({"layers.0.weight": torch.ones(4), "layers.11.bias": torch.ones(5)}, tmp_path / "earlier")
+    with pytest.raises(ValueError, match="earlier: expected a classifier with a hidden layer, found"):
+        Classifier.read(tmp_path / "earlier", 12)
+
+
+@pytest.mark.parametrize("side", [8, 32])
+def test_features_are_the_hidden_activations_that_decide(side: int) -> None:
+    classifier = Classifier(5, side, width=4).eval()
+    images = torch.randn(3, 3, side, side)
+    embedding = classifier.embed(images)
+    assert embedding.shape == (3, classifier.num_features)
+    assert embedding.dtype == torch.float32
+    torch.testing.assert_close(classifier.logits(embedding), classifier(images))
+    assert [len(maps[0]) for maps in classifier.features()(images)] == [4, 8, 8]

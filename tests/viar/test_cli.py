@@ -338,7 +338,7 @@ def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.Mon
 def test_evaluate_takes_images_that_were_made_before(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of a model a series, with statistics that were written; the figures are those of its images."""
+    """In place of a model a series, and statistics that were written in place of data."""
     judge_of_two_steps(monkeypatch)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
     made = ("--images", tmp_path / "series", "--data", "digits", "--judge", tmp_path / "judges")
@@ -363,7 +363,7 @@ def test_evaluate_takes_images_that_were_made_before(
         ((*made, "--features", "vgg"), "--features: expected judge, inception or inception:FILE, got 'vgg'"),
         ((*made, "--sha256", "00"), "--sha256: this is the digest of the file --reference"),
         ((*models[:2],), "--model: given without --tokenizer"),
-        (("--images", trained, "--data", "digits"), "--images: "),
+        (("--images", tmp_path / "nothing", "--data", "digits"), "--images: "),
         ((*made, "--reference", tmp_path / "none.npz"), "--reference: "),
     ):
         code, _, errors = call("evaluate", *arguments)

@@ -112,14 +112,13 @@ def test_samples_of_gaussians_are_as_far_apart_as_the_gaussians() -> None:
 
 def test_the_kernel_distance_is_the_estimate_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the double sum as it is written, of sets of different sizes; blocks change nothing."""
-    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
     a, b = normal(23, 5, seed=1), normal(31, 5, seed=2) * 1.2 + 0.4
 
-    def kernel(x: Tensor, y: Tensor) -> Any:
-        return pairwise.polynomial_kernel(x.numpy(), y.numpy(), degree=3, gamma=1 / 5, coef0=1)
+    def mean_kernel(x: Tensor, y: Tensor) -> float:
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(y)) if x is not y or i != j]
+        return float(np.mean([(float(x[i] @ y[j]) / 5 + 1) ** 3 for i, j in pairs]))
 
-    within = [float((kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))) for x in (a, b)]
-    expected = sum(within) - 2 * float(kernel(a, b).mean())
+    expected = mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(scores_module, "BLOCK", 4)
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
@@ -169,7 +168,7 @@ def test_what_is_no_probability_has_no_inception_score() -> None:
 def test_torchmetrics_finds_the_same_figures() -> None:
     theirs = [pytest.importorskip(f"torchmetrics.image.{name}") for name in ("fid", "kid", "inception")]
     a, b = normal(40, 6, seed=1), normal(40, 6, seed=2) * 1.5 + 0.3
-    settings: dict[str, Any] = {"feature": _Itself(6), "normalize": True}
+    settings: dict[str, Any] = {"feature": _Itself(6)}
     fid = theirs[0].FrechetInceptionDistance(**settings)
     kid = theirs[1].KernelInceptionDistance(**settings, subsets=1, subset_size=40)
     inception = theirs[2].InceptionScore(**settings, splits=1)
@@ -189,14 +188,12 @@ def test_torchmetrics_finds_the_same_figures() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_precision_and_recall_are_shares_of_balls(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    neighbours = pytest.importorskip("sklearn.neighbors")
     real, generated = normal(60, 4, seed=1), normal(45, 4, seed=2) * 0.6 + 0.5
 
     def among(samples: Tensor, others: Tensor) -> float:
-        nearest = neighbours.NearestNeighbors(n_neighbors=k).fit(others.numpy())
-        radii = nearest.kneighbors()[0][:, -1]  # without arguments a sample is no neighbour of itself
-        apart = np.linalg.norm(samples.numpy()[:, None] - others.numpy()[None], axis=2)
-        return float((apart <= radii).any(1).mean())
+        within = [sorted(float((x - y).norm()) for y in others)[k] for x in others]  # first is x itself
+        hits = [any((x - y).norm() <= r for y, r in zip(others, within, strict=True)) for x in samples]
+        return float(np.mean(hits))
 
     expected = among(generated, real), among(real, generated)
     assert precision_recall(real, generated, k) == pytest.approx(expected)

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..data import ImageData
 from ..data.decoding import shown
 from ..evaluation import (
+    Classifier,
     Evaluation,
     Quality,
     Reference,
@@ -130,7 +131,8 @@ def _evaluate_model(
     images = generate_batches(transformer, codec, labels, flags, console)
     evaluation = evaluate_images(images, labels, reference)
     loss = validation_loss(transformer, codec, source.validation)
-    return {"validation_loss": loss, **_consistency(evaluation), **measures}, evaluation
+    told = {"model": pair[0], "tokenizer": pair[1], "validation_loss": loss}
+    return {**told, **_consistency(evaluation), **measures}, evaluation
 
 
 def _evaluate_pictures(
@@ -158,7 +160,8 @@ def _reference(
     console: Console,
 ) -> tuple[Reference, dict[str, Any]]:
     """What to compare with, and what is to be said of it."""
-    device, judge = find_device(flags.execution.device), None
+    device = find_device(flags.execution.device)
+    judge: Classifier | None = None
     told: dict[str, Any] = {}
     if source is not None:
         judge = judge_of(source, cache=comparison.judge, console=console).to(device)

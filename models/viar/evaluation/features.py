@@ -37,7 +37,11 @@ class Features:
     @classmethod
     def joined(cls, parts: list[Features]) -> Features:
         """Those of several batches of one network, one after the other, float32 on the CPU."""
-        return cls(*(_joined([vars(part)[name] for part in parts]) for name in cls.__dataclass_fields__))
+        return cls(
+            torch.cat([part.pooled.float().cpu() for part in parts]),
+            _joined([part.spatial for part in parts]),
+            _joined([part.probabilities for part in parts]),
+        )
 
     def rows(self, rows: Tensor) -> Features:
         """Those of some images.
@@ -45,7 +49,10 @@ class Features:
         Args:
             rows: (N,) their indices.
         """
-        return Features(*(None if value is None else value[rows] for value in vars(self).values()))
+        spatial, probabilities = (
+            None if value is None else value[rows] for value in (self.spatial, self.probabilities)
+        )
+        return Features(self.pooled[rows], spatial, probabilities)
 
 
 @dataclass(frozen=True)

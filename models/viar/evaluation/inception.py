@@ -1,8 +1,7 @@
 """The published Inception network, whose features FID, sFID, KID and the Inception score are named after.
 
 Weights and network are those of the package torch-fidelity, which took them over from the TensorFlow graph of
-2015 that the published programs run. What they see differs from it by rounding, of the enlarging to 299 x 299
-pixels above all; figures agree to some three digits.
+2015 that the published programs run; so figures are not theirs to the last digit.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class Reference:
         Raises:
             ValueError: no images, or another number of labels.
         """
-        features, hits, nearest, count = [], [], [], 0
+        features, count = list[Features](), 0
+        hits, nearest = list[Tensor](), list[Tensor]()
         with torch.no_grad():
             for batch in map(of_8_bits, images):
                 features.append(self.network.see(batch))
@@ -132,7 +133,8 @@ class Reference:
         if not count or (labels is not None and len(labels) != count):
             told = "" if labels is None else f", with {len(labels)} labels"
             raise ValueError(f"images: expected at least one, each with its label if any, got {count}{told}")
-        return Seen(Features.joined(features), *(torch.cat(p) if p else None for p in (hits, nearest)))
+        hit, near = (torch.cat(parts) if parts else None for parts in (hits, nearest))
+        return Seen(Features.joined(features), hit, near)
 
     def quality(self, seen: Seen) -> Quality:
         """Figures of images that were seen."""

@@ -147,33 +147,44 @@ def save_reference(reference: Reference, path: Path) -> None:
 
 
 def _read_file(path: Path, network: FeatureNetwork, image_side: int) -> Reference:
+    arrays, has_images = _read_arrays(path)
+    if "mu" in arrays:
+        _check_network(path, arrays, network)
+    elif not has_images:
+        there = ", ".join(sorted(arrays))
+        raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
+    features = None
+    if has_images:
+        features = features_of(network, find_pictures(path, image_side).batches())
+        if "mu" not in arrays:
+            return Reference.of(path.name, network, features)
+    count = int(arrays["count"]) if "count" in arrays else None
+    moments = _moments(path, arrays, "", count)
+    spatial = _moments(path, arrays, "_s", count) if "mu_s" in arrays else None
+    pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None
+    return Reference(path.name, network, moments, spatial, pooled if features is None else features.pooled)
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, Any], bool]:
+    """Arrays of a file but its images, and whether it has some."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("cut off, or something else")
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)
-            arrays = {name: archive[name] for name in names - {"arr_0", "arr_1"}}
+            return {name: archive[name] for name in names - {"arr_0", "arr_1"}}, "arr_0" in names
     except OF_DAMAGE as error:
         raise ValueError(f"{shown(path)} is no archive of numpy that can be read ({error})") from error
-    features = None
-    if "arr_0" in names:
-        features = features_of(network, find_pictures(path, image_side).batches())
-    if "mu" not in names:
-        if features is None:
-            there = ", ".join(sorted(names))
-            raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
-        return Reference.of(path.name, network, features)
+
+
+def _check_network(path: Path, arrays: dict[str, Any], network: FeatureNetwork) -> None:
+    """Raise `ValueError` unless statistics are of this network; those that do not tell are Inception's."""
     of = str(arrays["network"]) if "network" in arrays else INCEPTION
     if of != network.name and not (of == INCEPTION and network.name.startswith(INCEPTION)):
         raise ValueError(
             f"{shown(path)} has statistics of the network {of}, images are seen by {network.name}; what two "
             "networks see cannot be compared: take the same network, or a reference of images"
         )
-    count = int(arrays["count"]) if "count" in arrays else None
-    moments = _moments(path, arrays, "", count)
-    spatial = _moments(path, arrays, "_s", count) if "mu_s" in names else None
-    pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in names else None
-    if features is not None:
-        pooled = features.pooled
-    return Reference(path.name, network, moments, spatial, pooled)
 
 
 def _moments(path: Path, arrays: dict[str, Any], ending: str, count: int | None) -> Moments:
