@@ -471,6 +471,26 @@ def test_digits_are_trained_only_where_there_are_no_trained_models(
     assert len(asked) == 2
 
 
+def test_what_is_trained_of_digits_is_read_and_not_trained_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for recipes in (models.TOKENIZERS, models.TRANSFORMERS):
+        for name in ("digits", "digits-viar", "digits-var"):
+            if name in recipes:
+                recipe = recipes[name]
+                short = dataclasses.replace(recipe.train, steps=2, batch_size=8)
+                monkeypatch.setitem(recipes, name, dataclasses.replace(recipe, train=short, augment=0))
+    train = models.train_classifier
+    monkeypatch.setattr(models, "train_classifier", lambda *a, **k: train(*a, **k, steps=2))
+    models.train_digits(tmp_path)
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
+    assert {path.parent.name for path in weights} == {"tokenizer", "viar", "var"}
+    models.train_digits(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    monkeypatch.setattr(models, "DIGITS", tmp_path)
+    assert models.trained_digits(Run(CPU, 1, False)).data.num_classes == 10
+
+
 def test_the_caches_agree_exactly_at_one_iteration_and_not_at_two(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [{"iterations": n, "per_class": 2} for n in (1, 2)]
     rows = one, two = rows_of(digits.CASE, *points)
