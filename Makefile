@@ -23,7 +23,7 @@ PYTEST := bin/python -m pytest -n auto --dist loadfile
 .PHONY: help demo test test-slow test-all test-versions lint format types check gpu wheels docs dist release clean
 
 help:
-	@echo "make demo           train tokenizer, VIAR and VAR on digits; pictures and table in runs/demo"
+	@echo "make demo           show the shipped VIAR, train VIAR and VAR on MNIST; all in runs/demo"
 	@echo "make test           run the quick tests, which guard all behaviour"
 	@echo "make test-slow      run the others"
 	@echo "make test-all       run all tests"

@@ -33,6 +33,7 @@ ROOMS = {
         "commands",
         "evaluation",
         "training",
+        "weights",
         "generation",
         "checkpoints",
         "data",

@@ -2,7 +2,7 @@
 
 `Tokenizer` turns images into token maps of rising size, `NextScaleTransformer` predicts each map from the
 ones before, `generate`, `generate_series` and `edit` put them to work; `load_official` reads the published
-checkpoints.
+checkpoints, `load_shipped` what comes with the package.
 """
 
 from .checkpoints.convert import export_official, load_official
@@ -20,6 +20,7 @@ from .model.schedule import Adaptive, Budget
 from .model.transformer import NextScaleTransformer
 from .model.trunk import ExplicitTrunk
 from .tokenizer import Tokenizer
+from .weights import load_shipped
 
 __all__ = [
     "Adaptive",
@@ -45,6 +46,7 @@ __all__ = [
     "generate",
     "generate_series",
     "load_official",
+    "load_shipped",
     "prepare_inference",
     "sample_tokens",
 ]

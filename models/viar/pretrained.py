@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .cards import model_card
+from .cards import ENDING, model_card
 from .files import flush
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
@@ -106,15 +106,16 @@ class Pretrained(PyTorchModelHubMixin):
         flush(folder)
         return pushed
 
-    def generate_model_card(self, run: Mapping[str, Any] | None = None) -> ModelCard:
+    def generate_model_card(self, run: Mapping[str, Any] | None = None, ending: str = ENDING) -> ModelCard:
         """README.md of the model, see `viar.cards`.
 
         Args:
             run: what run.json has of its training; default: that is not known.
+            ending: its last sections, in Markdown; default one that says that no licence is stated.
         """
         assert isinstance(self, nn.Module)
         num_parameters = sum(p.numel() for p in self.parameters())
-        return model_card(self.config.to_dict(), num_parameters, run)  # type: ignore[operator, union-attr]
+        return model_card(self.config.to_dict(), num_parameters, run, ending)  # type: ignore[operator, union-attr]
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:

@@ -444,30 +444,50 @@ def test_the_bars_of_attention_judge_time_where_there_are_groups() -> None:
 # Trained models
 
 
-def test_the_demo_runs_only_where_there_are_no_trained_models(
+def test_digits_are_trained_only_where_there_are_no_trained_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Path] = []
     made = models.digits_folder(QUICK)
 
-    def demo(folder: Path) -> None:
+    def train(folder: Path) -> None:
         asked.append(folder)
         for part in made.iterdir():
             (folder / part.name).parent.mkdir(exist_ok=True)
             (folder / part.name).symlink_to(part)
 
-    monkeypatch.setattr(models, "run_demo", demo)
-    monkeypatch.setattr(models, "DEMO", tmp_path / "demo")
+    monkeypatch.setattr(models, "train_digits", train)
+    monkeypatch.setattr(models, "DIGITS", tmp_path / "digits")
     full = Run(CPU, 1, False)
     found = models.trained_digits(full)
-    assert asked == [tmp_path / "demo"]
+    assert asked == [tmp_path / "digits"]
     assert models.trained_digits(full) is found  # for every point the same
     assert len(asked) == 1
     assert not found.viar.training
-    (tmp_path / "demo" / "var").unlink()
-    monkeypatch.setattr(models, "run_demo", asked.append)
+    (tmp_path / "digits" / "classifier").unlink()
+    monkeypatch.setattr(models, "train_digits", asked.append)
     models.digits_folder(full)
     assert len(asked) == 2
+
+
+def test_what_is_trained_of_digits_is_read_and_not_trained_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for recipes in (models.TOKENIZERS, models.TRANSFORMERS):
+        for name in ("digits", "digits-viar", "digits-var"):
+            if name in recipes:
+                recipe = recipes[name]
+                short = dataclasses.replace(recipe.train, steps=2, batch_size=8)
+                monkeypatch.setitem(recipes, name, dataclasses.replace(recipe, train=short, augment=0))
+    train = models.train_classifier
+    monkeypatch.setattr(models, "train_classifier", lambda *a, **k: train(*a, **k, steps=2))
+    models.train_digits(tmp_path)
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors")}
+    assert {path.parent.name for path in weights} == {"tokenizer", "viar", "var"}
+    models.train_digits(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    monkeypatch.setattr(models, "DIGITS", tmp_path)
+    assert models.trained_digits(Run(CPU, 1, False)).data.num_classes == 10
 
 
 def test_the_caches_agree_exactly_at_one_iteration_and_not_at_two(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,8 +239,7 @@ def _flags_of(
         ]
         return own, [world / source, target], None
     own = [
-        (Flag("--tokenizer-seconds", [(1,)], [*NUMBERS, ("0",)]), False),
-        (Flag("--classifier-steps", [(1,)], COUNTS), False),
+        (Flag("--steps", [(1,)], COUNTS), False),
         (Flag("--per-class", [(1,)], COUNTS), False),
         (Flag("--iterations", [(1, 2)], [(0,), (-1, 2), (10**23,), ()]), False),
         (Flag("--seed", [(1,)], [("-1",), ("99999999999999999999999",)]), False),

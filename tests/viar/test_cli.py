@@ -87,7 +87,7 @@ def test_the_parser_of_the_command_line_is_needed_by_the_commands_alone() -> Non
             ],
         ),
         (("evaluate",), ["--model", "--tokenizer", "--data", "--per-class", "--seed"]),
-        (("demo",), ["--out", "--tokenizer-seconds", "--classifier-steps", "--iterations", "--cfg"]),
+        (("demo",), ["--out", "--steps", "--per-class", "--iterations", "--cfg"]),
     ],
 )
 def test_help_lists_the_flags(command: tuple[str, ...], flags: list[str]) -> None:
@@ -363,7 +363,7 @@ def test_evaluate_takes_images_that_were_made_before(
         ((*made[:2], "--features", "inception"), "--reference: without --data there is nothing to compare"),
         ((*made, "--features", "vgg"), "--features: expected judge, inception or inception:FILE, got 'vgg'"),
         ((*made, "--sha256", "00"), "--sha256: this is the digest of the file --reference"),
-        ((*models[:2],), "--model, --tokenizer: expected both, or --images"),
+        ((*models[:2],), "--model: given without --tokenizer"),
         (("--images", tmp_path / "nothing", "--data", "digits"), "--images: "),
         ((*made, "--reference", tmp_path / "none.npz"), "--reference: "),
     ):
@@ -382,7 +382,7 @@ def test_evaluate_takes_images_that_were_made_before(
         (("generate", "--model", "m", "--tokenizer", "t", "--per-class", "many"), "many"),
         (("paint",), "paint"),
         ((), "Missing subcommand"),
-        (("generate",), "--model"),
+        (("generate", "--model", "m"), "--model: given without --tokenizer"),
         (("train", "digits-viar", "--model.trunk.num-before", "2"), "--model.trunk.num-before"),
         (("train-tokenizer", "digits", "--train.mixed-precision", "fp8", "--out", "x"), "mixed_precision"),
         (("train-tokenizer", "digits", "--train.steps", "0", "--out", "x"), "steps must be positive, got 0"),

@@ -1,9 +1,9 @@
 """viar: fidelity to the published programs, speed, memory, and what its promises are worth.
 
-Models of real shape have random weights. The digits are those of the demo, read from runs/demo; it trains
-them there, which takes minutes, if they are missing. Models of MNIST are those of runs/recipes, trained there
-by their recipes if they are missing. With --quick untrained models stand in, so whatever hangs on training
-(differences between caches, classes) is of no meaning and may fail its bar.
+Models of real shape have random weights. The trained ones of 8 x 8 digits are in runs/benchmarks/digits,
+those of MNIST in runs/recipes; if they are missing they are trained there by their recipes, which takes
+minutes. With --quick untrained models stand in, so whatever hangs on training (differences between caches,
+classes) is of no meaning and may fail its bar.
 """
 
 from . import (

@@ -1,4 +1,4 @@
-"""What is measured: models with random weights of real shape, and the trained models of the demo."""
+"""What is measured: models with random weights of real shape, and trained models of 8 x 8 digits."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from viar import (
     sample_tokens,
 )
 from viar.data import ImageData, load_data
-from viar.evaluation import Classifier
+from viar.evaluation import Classifier, train_classifier
 from viar.generation.sampling import decode_images
-from viar.training import TOKENIZERS, TRANSFORMERS
+from viar.training import TOKENIZERS, TRANSFORMERS, train_tokenizer, train_transformer
 
 from ...case import Run
 from ...measure import marked
 
-DEMO = Path("runs/demo")
+DIGITS = Path("runs/benchmarks/digits")  # tokenizer, viar, var and classifier, trained once
 AT_ONCE = 250  # images of digits that are made at a time; has no influence
-DIGITS_SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": None, "top_p": 0.96}  # of the demo
+DIGITS_SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": None, "top_p": 0.96}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A shape that takes next to no time, and what it has for an implicit trunk.
 QUICK_BLOCKS = {"num_pre": 1, "num_post": 1}
@@ -104,7 +104,7 @@ class Trained:
     device: torch.device
 
     def samples(self, model: NextScaleTransformer, labels: Tensor, **settings: Any) -> list[Sample]:
-        """One image a label, sampled as the demo does, `AT_ONCE` at a time."""
+        """One image a label, sampled by `DIGITS_SAMPLING`, `AT_ONCE` at a time."""
         sampling = Sampling(**settings, **DIGITS_SAMPLING)
         return [
             sample_tokens(model, self.tokenizer, labels[start : start + AT_ONCE], sampling, first_index=start)
@@ -117,23 +117,50 @@ class Trained:
 
 
 def digits_folder(run: Run) -> Path:
-    """Holds tokenizer, viar, var and classifier as the demo leaves them: its own, or untrained stand-ins."""
+    """Holds tokenizer, viar, var and classifier: trained ones, or untrained stand-ins."""
     if run.quick:
         return _stand_ins()
-    if not (DEMO / "classifier" / "classifier.safetensors").exists() or not all(
-        (DEMO / name / "model.safetensors").exists() for name in ("tokenizer", "viar", "var")
-    ):
-        print(f"{DEMO} holds no trained models: the demo trains them, which takes minutes")
-        run_demo(DEMO)
-    return DEMO
+    if not _classifier(DIGITS).exists():  # it comes last
+        print(f"{DIGITS} holds no trained models: they are trained now, which takes minutes")
+        train_digits(DIGITS)
+    return DIGITS
 
 
-def run_demo(folder: Path) -> None:
-    """Train the models of the demo there."""
-    # It needs the command line's package, which what is measured elsewhere does not.
-    from viar.commands.demo import DemoConfig, run_demo
+def train_digits(folder: Path) -> None:
+    """Train tokenizer, viar, var and classifier there by the recipes of digits; what is there goes on."""
+    console, codec = Console(quiet=True), TOKENIZERS["digits"]
+    data = load_data("digits", codec.model.image_side)
+    changed = load_data("digits", codec.model.image_side, augment=codec.augment)
+    if not _is_trained(folder / "tokenizer"):
+        torch.manual_seed(codec.train.seed)
+        train_tokenizer(
+            Tokenizer(codec.model),
+            changed.train,
+            folder / "tokenizer",
+            codec.train,
+            loss=codec.loss,
+            console=console,
+        )
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    for name in ("viar", "var"):
+        recipe, into = TRANSFORMERS[f"digits-{name}"], folder / name
+        if not _is_trained(into):
+            torch.manual_seed(recipe.train.seed)
+            model = NextScaleTransformer(recipe.model)
+            train_transformer(model, tokenizer, data.train, into, recipe.train, console=console)
+    torch.manual_seed(0)
+    classifier = Classifier(data.num_classes, codec.model.image_side)
+    train_classifier(classifier, data.train, console=console)
+    _classifier(folder).parent.mkdir(exist_ok=True)
+    classifier.save(_classifier(folder))
 
-    run_demo(DemoConfig(out=folder), Console(quiet=True))
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def _classifier(folder: Path) -> Path:
+    return folder / "classifier" / "classifier.safetensors"
 
 
 @cache
@@ -145,10 +172,10 @@ def _stand_ins() -> Path:
     random_tokenizer(codec, cpu).save_pretrained(folder / "tokenizer")
     for name in ("viar", "var"):
         random_transformer(TRANSFORMERS[f"digits-{name}"].model, cpu).save_pretrained(folder / name)
-    (folder / "classifier").mkdir()
+    _classifier(folder).parent.mkdir()
     torch.manual_seed(0)
     classifier = Classifier(TRANSFORMERS["digits-viar"].model.num_classes, codec.image_side)
-    classifier.save(folder / "classifier" / "classifier.safetensors")
+    classifier.save(_classifier(folder))
     return folder
 
 
@@ -165,7 +192,7 @@ def _loaded(folder: Path, device: torch.device) -> Trained:
     )
     data = load_data("digits", tokenizer.config.image_side)
     classifier = Classifier(data.num_classes, tokenizer.config.image_side)
-    classifier.load(folder / "classifier" / "classifier.safetensors").to(device).eval()
+    classifier.load(_classifier(folder)).to(device).eval()
     return Trained(tokenizer, viar, var, classifier, data, device)
 
 

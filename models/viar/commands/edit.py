@@ -22,8 +22,9 @@ from .loading import load_pair
 
 
 def edit_command(
-    model: str,
-    tokenizer: str,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    *,
     image: Path,
     label: int,
     box: tuple[float, float, float, float] | None = None,
@@ -40,7 +41,8 @@ def edit_command(
     Writes the result, and beside it a strip of the picture, the mask and every result.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
+            --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
         image: Picture to edit; one of another size than the model's is resized and its centre cut out.
         label: Class that guides the new part.

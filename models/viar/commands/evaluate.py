@@ -37,7 +37,7 @@ from ..training import validation_loss
 from .checks import check_classes, check_sampling, refuse_mixtures
 from .flags import DEFAULTS, Flags, SamplingFlags, no_prefix
 from .generate import generate_batches
-from .loading import find_device, load_images, load_pair
+from .loading import SHIPPED_DATA, find_device, load_images, load_pair
 
 JUDGE, INCEPTION = "judge", "inception"
 TITLES = {
@@ -58,7 +58,8 @@ class ComparisonFlags:
     """What images are compared with, and by what."""
 
     # Source of real images: digits, mnist, emoji, or a folder with a sub-folder a class. A judge is trained
-    # on them, and their held-out ones are measured beside. Default digits; with --images none.
+    # on them, and their held-out ones are measured beside. Default digits; of the models that come with the
+    # package what they learnt from; with --images none.
     data: str | None = None
     # File of statistics or images (.npz), folder of pictures, or source of images; default the training
     # pictures of --data.
@@ -81,7 +82,8 @@ def evaluate_command(
     """Print FID and other figures of a model's images, or of images made before, beside those of real ones.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
+            --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
         images: In place of a model: a folder of pictures, such as viar generate --num writes, or an .npz.
         per_class: Images generated of each class.
@@ -91,14 +93,13 @@ def evaluate_command(
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
     refuse_mixtures(flags.settings)
-    _check_given(model, tokenizer, images, comparison)
+    _check_given((model, tokenizer), images, comparison)
     for flag, file in (("--out", out), ("--save-statistics", comparison.save_statistics)):
         if file is not None:
             check_writable(file, flag, folder=False)
     console = Console()
     if images is None:
-        pair = model or "", tokenizer or ""
-        result, evaluation = _evaluate_model(pair, per_class, comparison, flags, console)
+        result, evaluation = _evaluate_model((model, tokenizer), per_class, comparison, flags, console)
     else:
         result, evaluation = _evaluate_pictures(images, comparison, flags, console)
     result |= {"settings": {name: _plain(value) for name, value in vars(comparison).items()}}
@@ -114,7 +115,7 @@ def evaluate_command(
 
 
 def _evaluate_model(
-    pair: tuple[str, str],
+    pair: tuple[str | None, str | None],
     per_class: int,
     comparison: ComparisonFlags,
     flags: SamplingFlags,
@@ -122,7 +123,7 @@ def _evaluate_model(
 ) -> tuple[dict[str, Any], Evaluation]:
     transformer, codec = load_pair(*pair, flags.execution)
     check_sampling(transformer, flags.sampling, ())
-    name = comparison.data or "digits"
+    name = comparison.data or (SHIPPED_DATA if pair == (None, None) else "digits")
     source = _load_source(name, codec.config.image_side, console)
     check_classes(transformer, name, source.num_classes)
     reference, measures = _reference(source, codec.config.image_side, comparison, flags, console)
@@ -229,12 +230,10 @@ def _load_source(name: str, image_side: int, console: Console) -> ImageData:
 
 
 def _check_given(
-    model: str | None, tokenizer: str | None, images: Path | None, comparison: ComparisonFlags
+    pair: tuple[str | None, str | None], images: Path | None, comparison: ComparisonFlags
 ) -> None:
-    """Raise `ValueError` unless there is something to evaluate, and something to compare it with."""
-    if images is None and (model is None or tokenizer is None):
-        raise ValueError("--model, --tokenizer: expected both, or --images with images made before")
-    if images is not None and (model is not None or tokenizer is not None):
+    """Raise `ValueError` unless there is one thing to evaluate, and something to compare it with."""
+    if images is not None and pair != (None, None):
         raise ValueError("--images: they are made already; give these, or --model and --tokenizer")
     name = comparison.features.partition(":")[0]
     if name not in (JUDGE, INCEPTION) or (name == JUDGE and comparison.features != JUDGE):

@@ -26,8 +26,8 @@ from .loading import load_pair, process_index
 
 
 def generate_command(
-    model: str,
-    tokenizer: str,
+    model: str | None = None,
+    tokenizer: str | None = None,
     out: Path | None = None,
     labels: tuple[int, ...] = (),
     per_class: int | None = None,
@@ -44,7 +44,8 @@ def generate_command(
     below float32 the batch size has to stay the same for that.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
+            --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
         out: PNG to write, default samples.png; with --num a folder, default samples.
         labels: Classes; default all. With --num the images get them in turn.
@@ -129,8 +130,8 @@ def _check_exclusions(num: int | None, per_class: int | None, formats: tuple[str
 
 
 def _generate_grid(
-    model: str,
-    tokenizer: str,
+    model: str | None,
+    tokenizer: str | None,
     out: Path,
     labels: tuple[int, ...],
     per_class: int,
@@ -150,8 +151,8 @@ def _generate_grid(
 
 
 def _generate_series(
-    model: str,
-    tokenizer: str,
+    model: str | None,
+    tokenizer: str | None,
     out: Path,
     labels: tuple[int, ...],
     num: int,

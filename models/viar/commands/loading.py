@@ -20,9 +20,11 @@ from ..generation.sampling import check_pair
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import CONFIG, WEIGHTS
 from ..tokenizer import Tokenizer
+from ..weights import load_shipped
 from .flags import ExecutionFlags, given_flags
 
 Model = TypeVar("Model", NextScaleTransformer, Tokenizer)
+SHIPPED_DATA = "mnist"  # of the models that commands use where none are given
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # others the hub is not asked for
 HOSTS_OF_WEIGHTS = (
     "cpu",
@@ -32,25 +34,44 @@ HOSTS_OF_WEIGHTS = (
 )  # devices that compute; "meta" and others of PyTorch's do not
 
 
-def load_pair(model: str, tokenizer: str, flags: ExecutionFlags) -> tuple[NextScaleTransformer, Tokenizer]:
+def load_pair(
+    model: str | None, tokenizer: str | None, flags: ExecutionFlags
+) -> tuple[NextScaleTransformer, Tokenizer]:
     """Model and tokenizer of the same sizes, ready to generate, on the device that is asked for.
 
     Args:
-        model: folder, hub id or published checkpoint file.
+        model: folder, hub id or published checkpoint file; without it and `tokenizer` the two that come with
+            the package, which is said.
         tokenizer: the same.
         flags: device, type of the weights, whether to compile and to capture.
 
     Raises:
-        ValueError: no such device; one of the two cannot be read or is the other, or their sizes differ.
+        ValueError: no such device; only one of the two is given, cannot be read or is the other, or their
+            sizes differ.
     """
     where = find_device(flags.device)
-    transformer = load_model(NextScaleTransformer, model, "--model")
-    codec = load_model(Tokenizer, tokenizer, "--tokenizer")
+    transformer, codec = _shipped_or_given(model, tokenizer)
     check_pair(transformer, codec)
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
     transformer, codec = transformer.to(where), codec.to(where)
     prepare_inference(transformer, codec, dtype=dtype, compile=flags.compile, graphs=flags.graphs)
     return transformer, codec
+
+
+def _shipped_or_given(model: str | None, tokenizer: str | None) -> tuple[NextScaleTransformer, Tokenizer]:
+    if model is not None and tokenizer is not None:
+        return (
+            load_model(NextScaleTransformer, model, "--model"),
+            load_model(Tokenizer, tokenizer, "--tokenizer"),
+        )
+    if model is None and tokenizer is None:
+        _say(f"the VIAR of {SHIPPED_DATA} that comes with the package; --model and --tokenizer give another")
+        return load_shipped(SHIPPED_DATA)
+    given, missing = ("--model", "--tokenizer") if tokenizer is None else ("--tokenizer", "--model")
+    raise ValueError(
+        f"{given}: given without {missing}, and a model knows the codes of its own tokenizer alone; give "
+        "both, or neither for the models that come with the package"
+    )
 
 
 def load_model(kind: type[Model], source: str, flag: str) -> Model:
@@ -90,14 +111,15 @@ def load_model(kind: type[Model], source: str, flag: str) -> Model:
 
 def _say_where(source: str, flag: str) -> None:
     """Say that the hub is asked for what is not here: without a network that takes half a minute."""
-    if os.path.exists(source) or not HUB_NAME.fullmatch(source) or process_index():
+    if os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return
-    Console().print(
-        f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it")
+
+
+def _say(line: str) -> None:
+    """The first of several processes does."""
+    if not process_index():
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:
