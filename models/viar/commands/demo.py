@@ -41,7 +41,7 @@ STAGES = ("shipped", "tokenizer", *MODELS, "judge", "evaluation")
 PACKAGES = (Path(deqlib.__file__).parent, Path(__file__).parents[1])  # deqlib and viar, every room of it
 DISTRIBUTIONS = ("torch", "mlxtend", "numpy")
 SOURCE = "mnist"  # of pictures, and the name of the shipped models
-DEPTH = 8  # of VAR: the 24 blocks of the recipe learn more slowly, and take three times as long
+DEPTH = 8  # of VAR: a step of it then takes as long as one of VIAR
 MEASUREMENTS = 6  # of held-out pictures while a model trains
 
 
@@ -175,7 +175,7 @@ def _copy_tokenizer(folder: Path) -> Result:
 
 
 def _transformer_stage(name: str, config: DemoConfig) -> Stage:
-    recipe = TRANSFORMERS[f"mnist-{name}"]
+    recipe = TRANSFORMERS[f"mnist-{name}-d12"]
     train = replace(
         recipe.train,
         steps=config.steps,

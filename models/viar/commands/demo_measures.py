@@ -209,6 +209,6 @@ def _training_bytes(config: TransformerConfig, tokenizer: Tokenizer, data: Batch
     if isinstance(config.trunk, ImplicitTrunkConfig):
         config = replace(config, trunk=config.trunk.deepest)
     model = NextScaleTransformer(config).train()
-    batch = data.__getitems__(range(TRANSFORMERS["mnist-viar"].train.batch_size))
+    batch = data.__getitems__(range(TRANSFORMERS["mnist-viar-d12"].train.batch_size))
     inputs, targets, labels = tokenize(tokenizer, *batch)
     return training_bytes(model, lambda: cross_entropy(model(labels, inputs), targets))

