@@ -20,7 +20,7 @@ from torch import Tensor
 
 import viar
 from viar.data import all_batches
-from viar.evaluation import balanced_labels, class_consistency
+from viar.evaluation import Moments, balanced_labels, class_consistency, frechet_distance
 from viar.model.schedule import Iterations
 
 from ...case import SECONDS, Case, Metric, Picture, Row, Run, Settings, Table, product
@@ -68,7 +68,7 @@ def build(
             "cache_bytes": sum(found.cache_bytes for found in samples) / len(labels),
             "evaluations": sum(evaluated) / (2 * len(labels)),  # guided: a row with its class, one without
             "class_consistency": class_consistency(trained.classifier, images, labels),
-            "frechet": frechet(logits, real),
+            "frechet": frechet_distance(Moments.of(logits), Moments.of(real)),
         }
 
 
@@ -114,22 +114,6 @@ def real_logits(trained: Trained) -> Tensor:
         for images, _ in all_batches(part, 512)
     ]
     return torch.cat(found)
-
-
-def frechet(
-    a: Tensor,  # (N, D)
-    b: Tensor,  # (M, D)
-) -> float:
-    """Squared Fréchet distance of the Gaussians with the means and covariances of two samples.
-
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Dowson and Landau 1982.
-    """
-    a, b = a.double().cpu(), b.double().cpu()
-    covariances = [torch.cov(sample.T, correction=0) for sample in (a, b)]
-    # The product of two positive semi-definite matrices has real eigenvalues of at least 0, up to rounding.
-    shared = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
-    apart = (a.mean(0) - b.mean(0)).square().sum()
-    return float(apart + covariances[0].trace() + covariances[1].trace() - 2 * shared)
 
 
 def table(rows: list[Row]) -> Table:
