@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,10 @@ def _json(value: Any, depth: int = 0) -> str:
     return opening + indent + f",{indent}".join(items) + "\n" + " " * depth + closing
 
 
-def committed(suite: str, *, gpu: bool = False) -> tuple[Path, Results] | None:
-    """The newest committed figures of a suite, on a CPU or on a GPU; None if there are none.
+def committed(suite: str, *, gpu: bool = False) -> list[tuple[Path, Results]]:
+    """Committed figures of a suite, on a CPU or on a GPU, the newest first.
+
+    A later file need not hold every case: those that it lacks are shown from the one before.
 
     Raises:
         ValueError: a file there was measured with --quick.
@@ -154,7 +157,22 @@ def committed(suite: str, *, gpu: bool = False) -> tuple[Path, Results] | None:
             raise ValueError(f"{path.name} {told} {path.parent.name}/")
         if results.suite == suite and bool(results.environments[0]["gpu"]) == gpu:
             found.append((results.environments[0]["date"], path, results))
-    return max(found)[1:] if found else None
+    return [(path, results) for _, path, results in sorted(found, key=itemgetter(0), reverse=True)]
+
+
+def newest_of(files: Iterable[tuple[Path, Results]], case: str) -> tuple[Path, Results] | None:
+    """The first of the files that holds figures of a case; None if none does."""
+    return next(((path, results) for path, results in files if results.points.get(case)), None)
+
+
+def newest_bars(files: Iterable[tuple[Path, Results]]) -> list[dict[str, Any]]:
+    """Each bar of the files by its name, from the first file that measured it."""
+    bars: dict[str, dict[str, Any]] = {}
+    for _, results in files:
+        for bar in results.bars:
+            if bars.get(bar["name"], {}).get("value") is None:
+                bars[bar["name"]] = bar
+    return list(bars.values())
 
 
 def unused(path: Path) -> Path:

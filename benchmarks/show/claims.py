@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..case import Table
-from ..results import committed
+from ..results import committed, newest_bars
 
 HEAD = ("the paper", "there: ImageNet, 256 pixels", "here", "at which scale", "measured by")
 SHAPE = "published shape, weights untrained"
@@ -158,8 +158,7 @@ def bar_value(suite: str, name: str) -> float:
     Raises:
         ValueError: there is no such bar, or it measured nothing.
     """
-    found = committed(suite)
-    values = {bar["name"]: bar["value"] for bar in found[1].bars} if found else {}
+    values = {bar["name"]: bar["value"] for bar in newest_bars(committed(suite))}
     if values.get(name) is None:
         raise ValueError(f"{name}: no committed figures of {suite!r} have a value of this bar")
     return float(values[name])

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from ..case import Case
 from ..environment import ROOT
-from ..results import Results, committed
+from ..results import Results, committed, newest_bars, newest_of
 from .claims import claims_table
 from .pictures import draw_all
 from .tables import bars_markdown, markdown_table
@@ -39,11 +39,11 @@ def written(text: str, suites: Mapping[str, ModuleType]) -> str:
         if suite not in suites:
             raise ValueError(f"{head.strip()}: no such suite, expected one of {sorted(suites)}")
         found = committed(suite, gpu=bool(gpu))
-        if found is None and not gpu:
+        if not found and not gpu:
             raise ValueError(f"{head.strip()}: benchmarks/results holds no figures of it")
-        if found is not None:
-            text = _content(what, suites[suite].CASES, *found)
-        elif committed("gpu", gpu=True) is not None:
+        if found:
+            text = _content(what, suites[suite].CASES, found)
+        elif committed("gpu", gpu=True):
             text = LEFT_OUT
         elif (suite, what) == ("gpu", "source"):
             text = OPEN
@@ -54,30 +54,47 @@ def written(text: str, suites: Mapping[str, ModuleType]) -> str:
     return _BLOCK.sub(block, text)
 
 
-def _content(what: str, cases: tuple[Case, ...], path: Path, results: Results) -> str:
+Files = list[tuple[Path, Results]]  # committed ones of a suite, the newest first
+
+
+def _content(what: str, cases: tuple[Case, ...], files: Files) -> str:
     if what == "bars":
-        return bars_markdown(results.bars)
+        return bars_markdown(newest_bars(files))
     if what == "source":
-        return _source(path, results)
+        return _sources(cases, files)
     if what == "claims":
         return markdown_table(claims_table())
     named = {case.name: case for case in cases}
-    rows = results.rows(what)
-    if what in named and not rows and results.environments[0]["gpu"]:
+    found = newest_of(files, what)
+    if what in named and found is None and files[0][1].environments[0]["gpu"]:
         return LEFT_OUT
-    if what not in named or not rows:
+    if what not in named or found is None:
+        names = ", ".join(path.name for path, _ in files)
         raise ValueError(
-            f"{path.name} has no figures of {what!r}, expected bars, source, claims or a case it holds"
+            f"{names}: no figures of {what!r}, expected bars, source, claims or a case they hold"
         )
-    return markdown_table(named[what].table(rows))
+    return markdown_table(named[what].table(found[1].rows(what)))
 
 
-def _source(path: Path, results: Results) -> str:
+def _sources(cases: tuple[Case, ...], files: Files) -> str:
+    """Where the figures come from; by case, if they come from several files."""
+    shown: dict[Path, tuple[Results, list[str]]] = {}
+    for case in cases:
+        if (found := newest_of(files, case.name)) is not None:
+            shown.setdefault(found[0], (found[1], []))[1].append(case.name)
+    if len(shown) < 2:
+        return _source(*files[0])
+    return "\n\n".join(
+        _source(path, results, f"{', '.join(names)}: measured") for path, (results, names) in shown.items()
+    )
+
+
+def _source(path: Path, results: Results, measured: str = "Measured") -> str:
     first = results.environments[0]
     where = first["gpu"] or f"{first['cores']} cores of an {first['cpu']} ({first['cpu_capability']})"
     rounds = f"{results.options['rounds']} rounds"
     return (
-        f"*Measured on {where}, PyTorch {first['packages']['torch']}, {rounds}; every figure is in "
+        f"*{measured} on {where}, PyTorch {first['packages']['torch']}, {rounds}; every figure is in "
         f"`benchmarks/results/{path.name}`.*"
     )
 
@@ -86,6 +103,8 @@ def draw(suites: Mapping[str, ModuleType]) -> list[Path]:
     """Pictures of all committed figures of a CPU, into the documentation, which shows no others."""
     paths = []
     for name, suite in suites.items():
-        if (found := committed(name)) is not None:
-            paths += draw_all(suite.CASES, found[1], ASSETS, name)
+        files = committed(name)
+        for case in suite.CASES:
+            if (found := newest_of(files, case.name)) is not None:
+                paths += draw_all([case], found[1], ASSETS, name)
     return paths

@@ -344,6 +344,27 @@ def test_tables_of_the_documentation_are_written_from_figures(
         documents.written(on_gpu.format("other"), suites)
 
 
+def test_a_case_is_shown_from_the_newest_file_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suites = {"made": SimpleNamespace(CASES=(case(), case(name="other")))}
+    monkeypatch.setattr("benchmarks.results.COMMITTED", tmp_path)
+    for day, name, count, value in (("01", "doubling", 7, 1.0), ("02", "other", 8, math.nan)):
+        results = results_of(date=f"2001-01-{day}T00:00:00")
+        results.suite, results.points = "made", {}
+        results.add(name, {"size": 1}, 1.0, [{"contender": "ours", "count": count, "seconds": [1.0]}])
+        results.judge([Bar("largest count", value, 4)])
+        results.save(tmp_path / results.file_name)
+    wanted = ("doubling", "other", "bars", "source")
+    blocks = "".join(f"<!-- figures: made/{what} -->\n<!-- end -->\n" for what in wanted)
+    shown = documents.written(blocks, suites)
+    assert "| 1 | 7 |" in shown
+    assert "| 1 | 8 |" in shown
+    assert "| largest count | 1 | 4 | pass |" in shown  # the later file measured nothing of it
+    assert "*doubling: measured on " in shown
+    assert "*other: measured on " in shown
+
+
 def test_a_missed_bar_says_by_how_much_and_long_notes_are_cut() -> None:
     found = [Bar("slow", 1.5, 1.0, "word " * 50), Bar("wrong", 2, 0), Bar("unknown", math.nan, 1.0, "why")]
     lines = bars_markdown([bar.record() for bar in found]).splitlines()[2:]
