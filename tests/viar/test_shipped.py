@@ -15,6 +15,8 @@ from test_broken_pictures import call
 from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar
+from viar.data import load_data
+from viar.evaluation import accuracy, judge
 from viar.files import file_digest
 from viar.pretrained import fingerprint
 from viar.weights import SHIPPED, load_shipped, ship, shipped_folder
@@ -46,8 +48,14 @@ def test_the_bytes_of_shipped_models_are_those_that_their_cards_tell(name: str) 
 
 
 def test_shipped_models_are_small() -> None:
-    paths = [path for name in SHIPPED for path in shipped_folder(name).rglob("*")]
+    paths = list(shipped_folder(SHIPPED[0]).parent.rglob("*"))
     assert sum(path.stat().st_size for path in paths if path.is_file()) <= MOST_BYTES
+
+
+def test_the_judge_of_the_shipped_models_pictures_comes_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("viar.evaluation.judging.train_classifier", None)  # would fail if it was called
+    data = load_data("mnist", 32)
+    assert accuracy(judge(data), data.validation) >= 0.97
 
 
 def test_a_shipped_model_loads_in_float32_and_generates() -> None:

@@ -66,7 +66,8 @@ class ComparisonFlags:
     reference: str | None = None
     sha256: str | None = None  # what the digest of the file --reference begins with; another file is refused
     features: str = JUDGE  # judge, inception, or inception:FILE with its weights
-    judge: Path | None = None  # folder where the judge of --data is kept; default it is trained anew
+    # Folder where the judge of --data is kept. By default it is trained anew; that of mnist comes along.
+    judge: Path | None = None
     save_statistics: Path | None = None  # file (.npz) to write, for a later --reference
 
 

@@ -19,6 +19,7 @@ from ..data.augment import SLIGHT
 from ..files import replacing_path
 from .classifier import Classifier, train_classifier
 
+SHIPPED = Path(__file__).parents[1] / "weights" / "judges"
 NUM_LOOKED_AT = 256  # held-out images that tell one data set from another
 
 
@@ -55,6 +56,7 @@ def judge(
 ) -> Classifier:
     """A classifier of the classes of `data`, trained on its training images, in evaluation mode on the CPU.
 
+    That of MNIST by the usual recipe comes with the package, so that figures of two machines can be compared.
     PyTorch's own generator is left as it was.
 
     Args:
@@ -69,9 +71,11 @@ def judge(
     if not len(data.validation):
         raise ValueError("data: expected held-out images, got none; give two pictures of a class")
     image_side = data.validation.__getitems__([0])[0].shape[-1]
-    path = None if cache is None else cache / f"judge-{judge_key(data, recipe)}.safetensors"
-    if path is not None and path.exists():
-        return Classifier.read(path, image_side)
+    name = f"judge-{judge_key(data, recipe)}.safetensors"
+    path = None if cache is None else cache / name
+    for kept in (path, SHIPPED / name):
+        if kept is not None and kept.exists():
+            return Classifier.read(kept, image_side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         classifier = Classifier(data.num_classes, image_side, recipe.width)
