@@ -235,6 +235,7 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
         axis.set_xticks([side * (i + 0.5) for i in range(len(asked))], asked, fontsize=8)
         axis.set_xlabel("class asked for", fontsize=8)
         axis.tick_params(length=0)
+        axis.set_anchor("E")  # leaves the room for the names of the lines
         axis.grid(False)
         for edge in axis.spines.values():
             edge.set_visible(False)
@@ -257,5 +258,5 @@ CASE = Case(
     },
     table=table,
     bars=bars,
-    picture=Picture(_paint, lambda rows: distinct(rows, "task"), columns=1, size=(6.4, 3.6)),
+    picture=Picture(_paint, lambda rows: distinct(rows, "task"), columns=1, size=(6.8, 3.6)),
 )

@@ -16,7 +16,8 @@ from ..recipes.running import FOLDER, QUICK_IMAGES, material_of, trained_by
 from .models import Trained, random_tokenizer, random_transformer
 
 DATA = "mnist"
-RECIPE, SEED = "d12", 0  # of the trainings whose models are looked at
+RECIPES = {"viar": "viar-shipped", "var": "var-d12"}  # by which the models are trained that are looked at
+SEED = 0
 
 
 def trained_mnist(run: Run) -> Trained:
@@ -40,11 +41,10 @@ def held_out(trained: Trained, images: int) -> Batch:
 
 @cache
 def _by_recipe(run: Run) -> Trained:
-    recipes = {name: TRANSFORMERS[f"{DATA}-{name}-{RECIPE}"] for name in ("viar", "var")}
-    material = material_of(DATA, recipes["viar"].augment, quick=False)
+    material = material_of(DATA, 0, quick=False)
     viar, var = (
-        trained_by(recipe, material, f"{name}-{RECIPE}", seed=SEED, run=run).model.to(run.device)
-        for name, recipe in recipes.items()
+        trained_by(TRANSFORMERS[f"{DATA}-{name}"], material, name, seed=SEED, run=run).model.to(run.device)
+        for name in (RECIPES["viar"], RECIPES["var"])
     )
     data = load_data(DATA, material.tokenizer.config.image_side)
     sees = judge(data, cache=FOLDER / DATA, console=Console(quiet=True)).to(run.device)
@@ -55,7 +55,7 @@ def _by_recipe(run: Run) -> Trained:
 def _random(device: torch.device) -> Trained:
     codec = TOKENIZERS[DATA].model
     viar, var = (
-        random_transformer(TRANSFORMERS[f"{DATA}-{name}-{RECIPE}"].model, device) for name in ("viar", "var")
+        random_transformer(TRANSFORMERS[f"{DATA}-{RECIPES[name]}"].model, device) for name in ("viar", "var")
     )
     whole = load_data(DATA, codec.image_side)
     parts = (whole.train, whole.validation)
