@@ -278,7 +278,8 @@ def _paint(rows: list[Row], axes: list[Axes]) -> None:
             _points(axis, found, cost, f"VIAR, {kind}", color, style)
         level = statistics.mean(row["frechet_real"] for row in rows)
         axis.axhline(level, color=COLORS[6], linestyle=":", label="held-out pictures")
-        axis.set(xlabel=label, yscale="log")
+        axis.set(xlabel=label)
+        axis.set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=7)
 
 
