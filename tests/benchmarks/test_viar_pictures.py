@@ -16,9 +16,11 @@ from torch import Tensor
 
 import viar
 from benchmarks.case import Row, Run
-from benchmarks.suites.viar import convergence, editing, mnist
+from benchmarks.suites.viar import convergence, editing, frontier, mnist
 from benchmarks.suites.viar.convergence import Evaluation
+from benchmarks.suites.viar.models import random_tokenizer, random_transformer
 from viar.data import ImageData
+from viar.training import TOKENIZERS, TRANSFORMERS
 
 CPU = torch.device("cpu")
 QUICK = Run(CPU, 1, True)
@@ -36,11 +38,12 @@ def as_read(rows: Any) -> list[Row]:
 def test_all_models_are_of_one_training_and_the_judge_sees_the_pictures_as_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[str, str, int, int, int]] = []
+    asked: list[tuple[str, str, int]] = []
     judged: list[ImageData] = []
 
-    def trained(recipe: Any, material: Any, name: str, *, seed: int, steps: int, run: Run) -> Any:
-        asked.append((recipe.data, name, seed, steps, material.augment))
+    def trained_by(recipe: Any, material: Any, name: str, *, seed: int, run: Run) -> Any:
+        assert recipe == mnist.TRANSFORMERS[f"mnist-{name}"]
+        asked.append((recipe.data, name, seed))
         return SimpleNamespace(model=torch.nn.Linear(1, 1))
 
     def judge(data: ImageData, **_: Any) -> torch.nn.Module:
@@ -48,11 +51,11 @@ def test_all_models_are_of_one_training_and_the_judge_sees_the_pictures_as_they_
         return torch.nn.Linear(1, 1)
 
     def material(data: str, augment: int, quick: bool) -> Any:
-        return SimpleNamespace(tokenizer=few.tokenizer, augment=augment)
+        return SimpleNamespace(tokenizer=few.tokenizer)
 
     few = mnist.trained_mnist(QUICK)
     stand_ins = {
-        "trained": trained,
+        "trained_by": trained_by,
         "judge": judge,
         "material_of": material,
         "load_data": lambda *_: few.data,
@@ -62,8 +65,7 @@ def test_all_models_are_of_one_training_and_the_judge_sees_the_pictures_as_they_
     full = Run(CPU, 7, False)
     found = mnist.trained_mnist(full)
     assert mnist.trained_mnist(full) is found  # for every point the same
-    augment = mnist.TRANSFORMERS["mnist-viar"].augment
-    assert asked == [("mnist", name, mnist.SEED, mnist.STEPS, augment) for name in ("viar", "var")]
+    assert asked == [("mnist", name, mnist.SEED) for name in mnist.RECIPES.values()]
     assert judged == [few.data] == [found.data]
     assert found.viar is not few.viar
 
@@ -272,3 +274,51 @@ def test_all_scales_count_by_their_tokens_and_solvers_meet_the_same_equations() 
     assert min(anderson[-1]["residual"]) != min(together["residual"])
     assert len(together["cosine"]) == convergence.EVALUATIONS
     assert together["cosine"][-1] == pytest.approx(1)
+
+
+# The frontier
+
+
+def a_contender(name: str, evaluations: float, size: int, distances: list[float]) -> list[Row]:
+    """One row a seed."""
+    row = {"contender": name, "evaluations": evaluations, "bytes": size, "cache_bytes": 1}
+    return [
+        {**row, "frechet": distance, "class_consistency": 1.0, "memorisation": 1.0} for distance in distances
+    ]
+
+
+def test_a_var_counts_as_lost_to_unless_viar_is_as_good_at_no_more_than_its_cost() -> None:
+    rows = [
+        *a_contender("VAR, 4 blocks", 4, 10, [5.0, 5.0, 5.0]),
+        *a_contender("VAR, 6 blocks", 6, 20, [4.0, 4.0, 4.0]),
+        *a_contender("VAR, 8 blocks", 8, 30, [3.0, 3.0, 3.0]),
+        *a_contender("VIAR, 2", 6, 11, [0.0, 4.0, 9.0]),  # the middle one counts
+        *a_contender("VIAR, 4", 8, 11, [3.6, 3.6, 3.6]),
+    ]
+    evaluations, memory = frontier.bars(rows)
+    assert (evaluations.value, memory.value) == (2, 2)
+    assert evaluations.note == "VAR, 4 blocks (no VIAR there); VAR, 8 blocks (1.20 x)"
+    assert memory.note == "VAR, 4 blocks (no VIAR there); VAR, 8 blocks (1.20 x)"
+    assert evaluations.limit == frontier.MOST_LOST
+    cheaper = [*rows, *a_contender("VIAR, 1", 4, 10, [5.0, 5.0, 5.0])]
+    assert [bar.value for bar in frontier.bars(cheaper)] == [1, 1]
+
+
+def test_evaluations_of_a_token_are_explicit_blocks_and_those_of_its_scale() -> None:
+    model = random_transformer(TRANSFORMERS["digits-viar"].model, CPU)
+    tokenizer = random_tokenizer(TOKENIZERS["digits"].model, CPU)
+    trunk, sides = model.config.trunk, model.config.sides
+    assert isinstance(trunk, viar.ImplicitTrunkConfig)
+    counts = [3, *[1] * (len(sides) - 1)]
+    material: Any = SimpleNamespace(tokenizer=tokenizer)
+    contender = frontier.Contender(model, material, {"iterations": counts})
+    images, evaluations, cache_bytes = contender.judged(torch.tensor([0, 1, 1]), 0)
+    tokens = [side**2 for side in sides]
+    inside = sum(count * number for count, number in zip(counts, tokens, strict=True)) / sum(tokens)
+    assert evaluations == pytest.approx(trunk.num_pre + trunk.num_post + inside)
+    assert contender.work(evaluations) == pytest.approx(evaluations + inside / 3 + 1 / 6)
+    assert len(images) == 3
+    assert cache_bytes > 0
+    var = random_transformer(TRANSFORMERS["digits-var"].model, CPU)
+    contender = frontier.Contender(var, material, {"iterations": None})
+    assert contender.judged(torch.tensor([0]), 0)[1] == var.config.depth == contender.work(var.config.depth)

@@ -16,7 +16,7 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar
 from viar.data import load_data
-from viar.evaluation import accuracy, judge
+from viar.evaluation import accuracy, judge, judge_network
 from viar.files import file_digest
 from viar.pretrained import fingerprint
 from viar.weights import SHIPPED, load_shipped, ship, shipped_folder
@@ -55,7 +55,9 @@ def test_shipped_models_are_small() -> None:
 def test_the_judge_of_the_shipped_models_pictures_comes_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("viar.evaluation.judging.train_classifier", None)  # would fail if it was called
     data = load_data("mnist", 32)
-    assert accuracy(judge(data), data.validation) >= 0.97
+    shipped = judge(data)
+    assert judge_network(shipped).name == "judge 3c1f72a4169b"  # by which the cards' figures are measured
+    assert accuracy(shipped, data.validation) >= 0.97
 
 
 def test_a_shipped_model_loads_in_float32_and_generates() -> None:

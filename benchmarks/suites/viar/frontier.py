@@ -7,6 +7,7 @@ pictures beside it, and the judge's share of images of the class that was asked 
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -112,10 +113,11 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
     Args:
         run: where.
         seed: of weights, batches and random depth, and of the images.
-        per_class: images of each class that are judged.
+        per_class: images of each class that are judged; distances compare at equal counts alone.
     """
     material, bench = material_of(DATA, 0, run.quick), _bench(run.quick)
-    labels = balanced_labels(10, per_class)
+    material = replace(material, tokenizer=copy.deepcopy(material.tokenizer).to(run.device))
+    labels = balanced_labels(10, per_class).to(run.device)
     contenders = _contenders(material, seed, run)
     few = labels[:: max(1, len(labels) // TIMED)][:TIMED]
     times = interleaved(
@@ -123,18 +125,20 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
     )
     for name, found in contenders.items():
         images, evaluations, cache_bytes = found.judged(labels, seed)
+        images = images.cpu()
         count = found.sampling["iterations"]
         yield {
             "contender": name,
             "parameters": sum(p.numel() for p in found.model.parameters()),
             "loss": material.loss(found.model, count) if isinstance(count, int | None) else None,
             "evaluations": evaluations,
+            "work": found.work(evaluations),
             "seconds": times[name],
             "cache_bytes": cache_bytes / len(labels),
-            "bytes": num_bytes(found.model) + peak_bytes(partial(found.sample, few, seed)),
+            "bytes": num_bytes(found.model) + peak_bytes(partial(found.sample, few, seed), run.device),
             "frechet": bench.frechet(images * 2 - 1),
             "frechet_real": bench.frechet(bench.held_out),
-            "class_consistency": class_consistency(bench.classifier, images, labels),
+            "class_consistency": class_consistency(bench.classifier, images, labels.cpu()),
             "memorisation": memorisation(images * 2 - 1, bench.train, bench.held_out),
         }
 
@@ -155,7 +159,7 @@ class Contender:
         )
 
     def judged(self, labels: Tensor, seed: int) -> tuple[Tensor, float, int]:
-        """Images in [0, 1], blocks that a token went through, and bytes of keys and values."""
+        """Images in [0, 1], evaluations of a block for a token, and bytes of keys and values."""
         samples = [
             self.sample(labels[start : start + AT_ONCE], seed, start, measure=True)
             for start in range(0, len(labels), AT_ONCE)
@@ -172,15 +176,25 @@ class Contender:
         done = sum(
             (scale.evaluations or 0) * num for scale, num in zip(sample.scales, tokens, strict=True)
         ) / sum(tokens)
-        return trunk.num_pre + trunk.num_post + done
+        return round(trunk.num_pre + trunk.num_post + done, 6)
+
+    def work(self, evaluations: float) -> float:
+        """Multiplications of a token with weights, in those of a plain block: 12 C^2.
+
+        An evaluation of the cell has its projection besides, 4 C^2, and a scale the half of u, 2 C^2.
+        """
+        trunk = self.model.config.trunk
+        if not isinstance(trunk, ImplicitTrunkConfig):
+            return evaluations
+        return evaluations + (evaluations - trunk.num_pre - trunk.num_post) / 3 + 1 / 6
 
 
 def _contenders(material: Material, seed: int, run: Run) -> dict[str, Contender]:
     found = {}
     for depth in DEPTHS:
-        model = trained_by(recipe_of("VAR", depth), material, f"var-d{depth}", seed=seed, run=run).model
-        found[f"VAR, {depth} blocks"] = Contender(model, material, {"iterations": None})
-    model = trained_by(recipe_of("VIAR"), material, f"viar-d{DEPTH}", seed=seed, run=run).model
+        var = trained_by(recipe_of("VAR", depth), material, f"var-d{depth}", seed=seed, run=run).model
+        found[f"VAR, {depth} blocks"] = Contender(var.to(run.device), material, {"iterations": None})
+    model = trained_by(recipe_of("VIAR"), material, f"viar-d{DEPTH}", seed=seed, run=run).model.to(run.device)
     for name, setting in SETTINGS.items():
         sampling = {"iterations": setting.iterations, "cache": setting.cache}
         found[f"VIAR, {name}"] = Contender(model, material, sampling)
@@ -207,7 +221,7 @@ def _lost(cost: str, vars_: dict[str, Row], viars: dict[str, Row], name: str) ->
     """VARs that have a smaller distance than VIAR at no more than their cost."""
     behind = []
     for var, theirs in vars_.items():
-        there = [ours["frechet"] for ours in viars.values() if ours[name] <= theirs[name] * 1.001]
+        there = [ours["frechet"] for ours in viars.values() if ours[name] <= theirs[name]]
         if not there:
             behind.append(f"{var} (no VIAR there)")
         elif min(there) > theirs["frechet"]:
@@ -229,8 +243,9 @@ def _median(rows: list[Row]) -> Row:
 def table(rows: list[Row]) -> Table:
     """One line a contender: the mean over seeds, and how far seeds are from it."""
     head = (
-        "model", "blocks a token", "parameters", "loss", "Fréchet distance", "of real pictures",
-        "class consistency", "memorisation", "images/s", "peak MB, 50 images", "cache, kB an image",
+        "model", "evaluations of a block", "work, in blocks", "parameters", "loss", "Fréchet distance",
+        "of real pictures", "class consistency", "memorisation", "images/s", "peak MB, 50 images",
+        "cache, kB an image",
     )  # fmt: skip
     lines = []
     for name, found in _by_name(rows).items():
@@ -238,6 +253,7 @@ def table(rows: list[Row]) -> Table:
             (
                 name,
                 f"{statistics.mean(row['evaluations'] for row in found):.1f}",
+                f"{statistics.mean(row['work'] for row in found):.1f}",
                 f"{found[0]['parameters']:,}",
                 _spread(found, "loss", 4),
                 _spread(found, "frechet", 2),
@@ -265,7 +281,7 @@ def _spread(rows: list[Row], name: str, digits: int) -> str:
 
 def _paint(rows: list[Row], axes: list[Axes]) -> None:
     columns: list[tuple[str, Callable[[Row], float]]] = [
-        ("blocks a token goes through", lambda row: row["evaluations"]),
+        ("work for a token, in blocks", lambda row: row["work"]),
         ("peak memory of 50 images, MB", lambda row: row["bytes"] / 1e6),
         ("images/s", lambda row: TIMED / statistics.median(row["seconds"])),
     ]
@@ -312,12 +328,13 @@ CASE = Case(
     "frontier",
     "one VIAR by its iterations against VARs of several depths, trained alike on MNIST: quality against cost",
     build,
-    grid=product(seed=[0, 1, 2], per_class=[100]),
+    grid=product(seed=[0, 1, 2], per_class=[50]),  # as many images as are held out
     quick=product(seed=[0], per_class=[1]),
     metrics={
         "parameters": Metric(),
         "loss": Metric(noisy=True),
         "evaluations": Metric(noisy=True),
+        "work": Metric(noisy=True),
         "seconds": SECONDS,
         "cache_bytes": Metric(),
         "bytes": Metric(),
