@@ -45,11 +45,11 @@ def small_demo() -> Any:
     patch = pytest.MonkeyPatch()
     tokenizer, model = tiny_tokenizer(sides=SIDES), tiny_transformer(sides=SIDES, num_classes=10)
     for name in ("viar", "var"):
-        recipe = viar.commands.demo.TRANSFORMERS[f"mnist-{name}"]
+        recipe = viar.commands.demo.TRANSFORMERS[f"mnist-{name}-d12"]
         sizes = {"sides": SIDES, "codebook_size": 16, "code_channels": 4, "width": 16}
         trunk = model.config.trunk if name == "viar" else recipe.model.trunk
         small = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **sizes, trunk=trunk))
-        patch.setitem(viar.commands.demo.TRANSFORMERS, f"mnist-{name}", small)
+        patch.setitem(viar.commands.demo.TRANSFORMERS, f"mnist-{name}-d12", small)
     patch.setattr(viar.commands.demo, "DEPTH", 3)
     patch.setattr(viar.commands.demo, "SOURCE", "digits")
     patch.setattr(viar.commands.demo, "load_shipped", lambda name: (model, tokenizer))
