@@ -176,7 +176,7 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
         "floats.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6, 3) in float64",
         "labels.npz": "expected arr_1 of shape (4,), got (3,)",
         "others.npz": "expected mu and sigma, or arr_0, got weights",
-        "shapes.npz": "expected finite mu (F,) and sigma (F, F), got (3,) and (2, 2)",
+        "shapes.npz": "shapes.npz: mu and sigma are no statistics of images; covariance: expected shapes (F,) and",
         "large.npz": "has images of 8 pixels a side, expected 6",
         "pickle.npz": "is no archive of numpy that can be read (Object arrays cannot be loaded",
         "cut.npz": "is no archive of numpy that can be read",
