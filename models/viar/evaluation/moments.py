@@ -39,12 +39,12 @@ class Moments:
 
     def __post_init__(self) -> None:
         """Validate what is quickly told; `check_covariance` tells the rest."""
-        for name, value, num_axes in (("mean", self.mean, 1), ("covariance", self.covariance, 2)):
-            if value.shape != num_axes * self.mean.shape or not len(value):
-                raise ValueError(
-                    f"{name}: expected shapes (F,) and (F, F) of mean and covariance, got "
-                    f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
-                )
+        if self.mean.ndim != 1 or not len(self.mean) or self.covariance.shape != 2 * self.mean.shape:
+            raise ValueError(
+                "mean, covariance: expected shapes (F,) and (F, F), F at least 1, got "
+                f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+            )
+        for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value.dtype != torch.float64:
                 raise ValueError(f"{name}: expected float64, got {value.dtype}")
             if not value.isfinite().all():
