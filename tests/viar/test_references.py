@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,9 @@ def spoiled(path: Path, field: int, value: int) -> None:
 
 
 def flip(path: Path) -> None:
-    """Spoil what is packed in the middle of a file."""
+    """Spoil the first byte that is packed, after the head of the first member, its name and what follows."""
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 100] = bytes(value ^ 255 for value in content[middle : middle + 100])
+    content[30 + sum(struct.unpack("<HH", content[26:30]))] = 255
     path.write_bytes(content)
 
 
