@@ -248,6 +248,8 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "grey.npz", arr_0=np.zeros((4, 6, 6), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=pixels(1).numpy())
+    write_folder(tmp_path / "single", pixels(1))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 6, 6, 3)))
     np.savez(tmp_path / "labels.npz", arr_0=np.zeros((4, 6, 6, 3), np.uint8), arr_1=np.zeros(3))
     np.savez(tmp_path / "others.npz", weights=np.zeros(3))
@@ -259,6 +261,8 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:-2000])
     for name, words in {
         "empty": "has no pictures and not one archive of them",
+        "one.npz": "one.npz: expected at least 2 pictures to compare with, got 1",
+        "single": "single: expected at least 2 pictures to compare with, got 1",
         "text.npz": "is no archive of numpy that can be read",
         "grey.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6) in uint8",
         "floats.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6, 3) in float64",

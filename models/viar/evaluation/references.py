@@ -134,7 +134,7 @@ def read_reference(
     if path.suffix == ARCHIVE and path.is_file():
         return _read_file(path, network, image_side)
     if path.is_dir():
-        batches = find_pictures(path, image_side).batches()
+        batches = _several(find_pictures(path, image_side)).batches()
     else:
         batches = images_of(load_data(source, image_side, augmentations=()).train)
     return Reference.of(shown(source), network, features_of(network, batches))
@@ -191,7 +191,7 @@ def _read_statistics(
 ) -> tuple[Reference | None, Pictures | None]:
     """Statistics in a file, and images that are not read yet: one of the two at least."""
     arrays, has_images = _read_arrays(path)
-    pictures = find_pictures(path, image_side) if has_images else None
+    pictures = _several(find_pictures(path, image_side)) if has_images else None
     if "mu" not in arrays:
         if pictures is None:
             there = ", ".join(sorted(arrays))
@@ -204,6 +204,13 @@ def _read_statistics(
     except ValueError as error:
         raise ValueError(f"{shown(path)}: {error}") from error
     return reference, pictures
+
+
+def _several(pictures: Pictures) -> Pictures:
+    """The same pictures, if they have a covariance."""
+    if pictures.num < 2:
+        raise ValueError(f"{shown(pictures.path)}: expected at least 2 pictures to compare with, got 1")
+    return pictures
 
 
 def _statistics(name: str, arrays: dict[str, Any], network: FeatureNetwork) -> Reference:
@@ -276,7 +283,7 @@ def _numbers(arrays: dict[str, Any], name: str) -> Tensor:
 def _count(array: Any) -> int:
     if array.dtype.kind not in "iu" or array.shape or array < 2:
         raise ValueError(
-            f"expected count, one integer of at least 2, got shape {array.shape} in {array.dtype}, or less"
+            f"expected count, one integer of at least 2, got {array.tolist()!r:.80} in {array.dtype}"
         )
     return int(array)
 
@@ -285,11 +292,12 @@ def _classes(path: Path, labels: Any, num: int) -> Tensor:
     """Classes of images from an array of them."""
     if labels.shape != (num,):
         raise ValueError(f"{shown(path)}: expected arr_1 of shape ({num},), got {labels.shape}")
-    if labels.dtype.kind not in "iu" or (classes := torch.from_numpy(labels.astype(np.int64))).min() < 0:
+    found = labels.min() if labels.dtype.kind in "iu" else labels.dtype
+    if labels.dtype.kind not in "iu" or found < 0 or labels.max() >= 2**63:
         raise ValueError(
-            f"{shown(path)}: expected arr_1 of classes, integers of at least 0, got {labels.dtype}, or less"
+            f"{shown(path)}: expected arr_1 of classes, integers of at least 0, got some of {found}"
         )
-    return classes
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _check_digest(path: Path, sha256: str) -> None:
