@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from test_broken_pictures import judge_of_two_steps
 
 import viar
 import viar.commands.cli
+import viar.commands.evaluate
 import viar.commands.generate
 import viar.commands.loading
 from viar import ImplicitTrunkConfig, NextScaleTransformer, Sampling, Tokenizer
-from viar.data import save_grid
+from viar.data import save_grid, save_picture
 from viar.generation.series.series import SeriesReport
 from viar.training import TOKENIZERS, TRANSFORMERS
 
@@ -333,6 +335,10 @@ def test_evaluate_prints_measures_as_json(trained: Path, monkeypatch: pytest.Mon
     assert measures["generated"]["num_images"] == measures["real"]["num_images"] == 20
     assert measures["ratios"]["fid"] == measures["matched"]["fid"] / measures["real"]["fid"] > 1
     assert measures["reference"]["num_images"] == 1612
+    assert "--data is not given: images are compared with digits" in output
+    assert (measures["data"], measures["per_class"], measures["dtype"]) == ("digits", 2, "float32")
+    assert measures["sampling"]["seed"] == 0
+    assert set(measures["sampling"]["iterations"]) == {1}
     assert "FID" in output[: output.index("{")]
 
 
@@ -370,6 +376,70 @@ def test_evaluate_takes_images_that_were_made_before(
         code, _, errors = call("evaluate", *arguments)
         assert code == 2
         assert message in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "iterations"),
+    [((), "default"), (("--iterations", 1), 1), (("--iterations", 3, 1), None), (("--adaptive", 0.1), None)],
+)
+def test_validation_loss_is_by_the_iterations_that_images_are_made_with(
+    flags: tuple[object, ...], iterations: Any, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_of_two_steps(monkeypatch)
+    asked = []
+    monkeypatch.setattr(
+        viar.commands.evaluate, "validation_loss", lambda *_, iterations: asked.append(iterations) or math.nan
+    )
+    models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
+    code, output, errors = call("evaluate", *models, "--per-class", 1, *flags)
+    assert (code, errors) == (0, "")
+    assert json.loads(output[output.index("{") :])["validation_loss"] is None  # nor is NaN any JSON
+    config = NextScaleTransformer.from_pretrained(trained / "viar").config.trunk
+    assert isinstance(config, ImplicitTrunkConfig)
+    expected = config.iterations if iterations == "default" else iterations
+    assert asked == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--cfg", 2, "--top-k=5"), "--cfg, --top-k: of no use with --images, which are made already"),
+        (("--iterations", 2), "--iterations: of no use with --images"),
+        (("--per-class", 2), "--per-class: of no use with --images"),
+        (("--no-warm-start",), "--no-warm-start: of no use with --images"),
+        (("--batch-size", 2), "--batch-size: of no use with --images"),
+        (("--judge", "note.txt"), "--judge: expected the name of a folder, note.txt is a file"),
+        (("--save-statistics", "stats"), "--save-statistics: expected a name that ends in .npz, got stats"),
+        (("--save-statistics", "a.npz", "--out", "./a.npz"), "--save-statistics: a.npz is --out too"),
+        (("--reference", "nowhere"), "viar: --reference: expected one of"),
+        (("--features", "inception"), "viar: --features: "),
+        (("--reference", "nowhere", "--sha256", "00"), "viar: --sha256: expected a file to have a digest"),
+        ((), "viar: --images: "),
+    ],
+)
+def test_what_evaluate_cannot_take_with_images_is_named_by_its_flag(
+    flags: tuple[object, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge_of_two_steps(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
+    Path("note.txt").touch()
+    Path("made").mkdir()
+    save_picture(torch.rand(3, 8, 8), Path("made", "0.png"))
+    Path("made", "1.png").write_bytes(Path("made", "0.png").read_bytes()[:60])
+    code, _, errors = call("evaluate", "--images", "made", "--data", "digits", *flags)
+    assert code == 2
+    assert message in errors
+    assert not any(f"{flag}: {flag[2:]}" in errors for flag in ("--features", "--sha256"))
+    assert "source:" not in errors
+
+
+def test_a_judge_is_of_data(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    flags = ("--features", "inception", "--reference", tmp_path / "made", "--judge", tmp_path / "judges")
+    code, _, errors = call("evaluate", "--images", tmp_path / "made", *flags)
+    assert code == 2
+    assert "--judge: it is of real images; give them with --data, or leave the flag" in errors
 
 
 # Messages

@@ -32,6 +32,7 @@ from viar.evaluation import (
     precision_recall,
     with_held_out,
 )
+from viar.evaluation.quality import Seen
 
 SMALL = replace(JUDGE, width=4, steps=4)
 
@@ -98,6 +99,19 @@ def test_held_out_pictures_stand_beside_in_equal_numbers(data: ImageData, classi
     itself = evaluate_images(images_like(real), real.labels, reference)
     assert itself.ratios() == pytest.approx(dict.fromkeys(itself.ratios(), 1.0))
     assert {"fid", "precision", "memorisation"} <= set(itself.ratios())
+
+
+@pytest.mark.parametrize("labels", [torch.arange(1000) % 10, torch.arange(1000) // 100])
+def test_some_of_the_images_hold_all_classes_in_whatever_order_they_stand(labels: Tensor) -> None:
+    """In turn or one after the other: no class has far more or fewer than its share of 50."""
+    seen = Seen(Features(labels.float()[:, None]), None, labels.float())
+    some = seen.some(500)
+    counts = some.features.pooled.flatten().long().bincount(minlength=10)
+    assert (int(counts.sum()), len(some.features.pooled)) == (500, 500)
+    assert counts.min() > 25
+    assert counts.max() < 75
+    assert seen.some(500).features.pooled.equal(some.features.pooled)
+    assert seen.some(1000).features.pooled.equal(seen.features.pooled)
 
 
 def test_training_pictures_themselves_are_seen_to_be_copies(data: ImageData, classifier: Classifier) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from viar.evaluation import (
     references,
     save_reference,
 )
+from viar.evaluation.references import check_reference
 
 
 def see(images: Tensor) -> Features:
@@ -149,6 +151,92 @@ def test_a_series_tells_the_classes_of_its_pictures(tmp_path: Path) -> None:
     assert (found.num, found.labels.tolist()) == (5, [1] * 5)
 
 
+def spoiled(path: Path, field: int, value: int) -> None:
+    """Put a value into a field of the heads of all members of an archive: 6 flags, 8 the way of packing."""
+    content = bytearray(path.read_bytes())
+    for head, moved in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        start = content.find(head)
+        while start >= 0:
+            content[start + field + moved] = value
+            start = content.find(head, start + 4)
+    path.write_bytes(content)
+
+
+def flip(path: Path) -> None:
+    """Spoil the first byte that is packed, after the head of the first member, its name and what follows."""
+    content = bytearray(path.read_bytes())
+    content[30 + sum(struct.unpack("<HH", content[26:30]))] = 255
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["statistics", "images"])
+@pytest.mark.parametrize("damage", ["password", "unknown packing", "flipped"])
+def test_an_archive_that_cannot_be_unpacked_is_refused_in_words(
+    kind: str, damage: str, real: Reference, tmp_path: Path
+) -> None:
+    path = tmp_path / "spoiled.npz"
+    values = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "statistics": {"mu": values.normal(size=6), "sigma": values.normal(size=(60, 60))},
+        "images": {"arr_0": pixels(40).numpy()},
+    }[kind]
+    np.savez_compressed(path, **arrays)
+    if damage == "flipped":
+        flip(path)
+    else:
+        spoiled(path, *{"password": (6, 1), "unknown packing": (8, 97)}[damage])
+    with pytest.raises(ValueError, match=r"spoiled.npz is (no archive of|damaged)"):
+        read_reference(str(path), NETWORK, 6)
+
+
+def of_numbers(**arrays: Any) -> dict[str, Any]:
+    return {"mu": np.zeros(6), "sigma": np.eye(6)} | arrays
+
+
+NO_STATISTICS: dict[str, tuple[dict[str, Any], str]] = {
+    "nan-mu": (of_numbers(mu=np.full(6, np.nan)), "mu and sigma are no statistics of images; mean: expected"),
+    "inf-sigma": (of_numbers(sigma=np.full((6, 6), np.inf)), "covariance: expected finite"),
+    "negative": (of_numbers(sigma=-np.eye(6)), "covariance: expected variances of at least 0"),
+    "triangle": (of_numbers(sigma=np.triu(np.ones((6, 6)))), "covariance: expected a symmetric matrix"),
+    "complex": (of_numbers(mu=np.zeros(6) + 1j), "expected mu of real numbers in a type of floats, got comp"),
+    "words": (of_numbers(sigma=np.full((6, 6), "x")), "expected sigma of real numbers in a type of floats"),
+    "no-sigma": ({"mu": np.zeros(6)}, "expected sigma of real numbers in a type of floats, got none"),
+    "width": (of_numbers(mu=np.zeros(5), sigma=np.eye(5)), "expected mu of 6 features, as inception 1 sees"),
+    "places": (of_numbers(mu_s=np.zeros(5), sigma_s=np.eye(5)), "expected mu_s of 6 features"),
+    "pooled": (of_numbers(pooled=np.full((9, 6), "x")), "expected pooled of real numbers"),
+    "pooled-nan": (of_numbers(pooled=np.full((9, 6), np.nan)), "expected pooled (M, F) of finite numbers"),
+    "pooled-flat": (of_numbers(pooled=np.zeros(6)), "expected pooled (M, F) of finite numbers"),
+    "pooled-width": (of_numbers(pooled=np.zeros((9, 5))), "expected pooled of 6 features"),
+    "counts": (of_numbers(count=np.array([1, 2])), "expected count, one integer of at least 2"),
+    "count": (of_numbers(count=np.array(1)), "expected count, one integer of at least 2"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATISTICS)
+def test_statistics_that_no_images_have_are_refused_before_any_is_made(name: str, tmp_path: Path) -> None:
+    arrays, words = NO_STATISTICS[name]
+    path = tmp_path / "statistics.npz"
+    np.savez(path, **arrays)
+    for read in (lambda: read_reference(str(path), NETWORK, 6), lambda: check_reference(path, NETWORK, 6)):
+        with pytest.raises(ValueError, match=f"statistics.npz: .*{re.escape(words)}"):
+            read()
+
+
+@pytest.mark.parametrize("labels", [[-1, 0, 0, 0], [np.nan] * 4, ["a"] * 4, [True] * 4])
+def test_classes_of_an_archive_are_integers(labels: list[Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", arr_0=pixels(4).numpy(), arr_1=np.array(labels))
+    with pytest.raises(ValueError, match=r"images.npz: expected arr_1 of classes, integers of at least 0"):
+        find_pictures(tmp_path / "images.npz")
+
+
+@pytest.mark.parametrize("labels", ["abc", [[1, 2]], [1.5, -3], [-3], [True], [2**70], [], None])
+def test_classes_of_a_series_are_integers(labels: Any, tmp_path: Path) -> None:
+    write_folder(tmp_path / "series", pixels(2))
+    (tmp_path / "series" / "series.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ValueError, match=r"series.json is damaged"):
+        find_pictures(tmp_path / "series")
+
+
 class _Loud:
     """Would run code when it is unpickled."""
 
@@ -160,6 +248,8 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "grey.npz", arr_0=np.zeros((4, 6, 6), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=pixels(1).numpy())
+    write_folder(tmp_path / "single", pixels(1))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 6, 6, 3)))
     np.savez(tmp_path / "labels.npz", arr_0=np.zeros((4, 6, 6, 3), np.uint8), arr_1=np.zeros(3))
     np.savez(tmp_path / "others.npz", weights=np.zeros(3))
@@ -171,12 +261,14 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:-2000])
     for name, words in {
         "empty": "has no pictures and not one archive of them",
+        "one.npz": "one.npz: expected at least 2 pictures to compare with, got 1",
+        "single": "single: expected at least 2 pictures to compare with, got 1",
         "text.npz": "is no archive of numpy that can be read",
         "grey.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6) in uint8",
         "floats.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6, 3) in float64",
         "labels.npz": "expected arr_1 of shape (4,), got (3,)",
         "others.npz": "expected mu and sigma, or arr_0, got weights",
-        "shapes.npz": "expected finite mu (F,) and sigma (F, F), got (3,) and (2, 2)",
+        "shapes.npz": "mu and sigma are no statistics of images; mean, covariance: expected shapes (F,)",
         "large.npz": "has images of 8 pixels a side, expected 6",
         "pickle.npz": "is no archive of numpy that can be read (Object arrays cannot be loaded",
         "cut.npz": "is no archive of numpy that can be read",

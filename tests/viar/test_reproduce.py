@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_cli import call
@@ -88,6 +89,12 @@ def test_the_files_of_a_dry_run_are_evaluated_as_published_ones_are(tmp_path: Pa
         code, _, errors = call(*run[:-1], "0123456789")
         assert code == 2
         assert "--sha256: expected a file with '0123456789', got --model " in errors
+        patch.setattr(reproduce, "generate_series", lambda *_, **__: pytest.fail("images before a check"))
+        np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3), network=np.array("stand-in"))
+        code, _, errors = call(*run[:5], "--reference", tmp_path / "narrow.npz", *run[7:])
+        assert code == 2
+        assert "viar: --reference: " in errors
+        assert "narrow.npz: expected mu of 6 features, as stand-in sees them, got 3" in errors
     figures = [json.loads((folder / "figures.json").read_text())["figures"] for folder in (dry, out)]
     assert figures[0] == figures[1]
 
@@ -101,6 +108,7 @@ def test_the_files_of_a_dry_run_are_evaluated_as_published_ones_are(tmp_path: Pa
         (("--dry-run", "--num", 3), "num must be at least 4, got 3"),
         (("--dry-run", "--more-smooth"), "mixtures of codes are no samples"),
         (("--shape", "viar"), "--shape: only with --dry-run"),
+        (("--dry-run", "--sha256", "00ff"), "--sha256: a dry run makes its own files"),
         (
             ("--model", "a.pth", "--tokenizer", "b.pth", "--reference", "c.npz"),
             "--inception: ",

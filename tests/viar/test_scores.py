@@ -66,6 +66,38 @@ def test_moments_say_what_they_cannot_be_of() -> None:
         one + gaussian(torch.zeros(3), torch.eye(3), None)
 
 
+NONE = {
+    "mean: expected finite": (torch.full((3,), math.nan), torch.eye(3)),
+    "covariance: expected finite": (torch.zeros(3), torch.eye(3) * math.inf),
+    "mean, covariance: expected shapes .* got .3,. and .2, 2.": (torch.zeros(3), torch.eye(2)),
+    "mean, covariance: expected shapes .* got .. and .3, 3.": (torch.tensor(0.0), torch.eye(3)),
+    "mean: expected float64, got torch.complex64": (torch.zeros(3) * 1j, torch.eye(3)),
+    "covariance: expected a symmetric matrix": (torch.zeros(3), torch.ones(3, 3).triu()),
+    "covariance: expected variances of at least 0": (torch.zeros(3), -torch.eye(3)),
+}
+
+
+@pytest.mark.parametrize("message", NONE)
+def test_what_no_samples_have_is_no_distance_of_0(message: str) -> None:
+    mean, covariance = (value if value.is_complex() else value.double() for value in NONE[message])
+    real = Moments.of(normal(9, 3))
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(Moments(9, mean, covariance), real)
+
+
+def test_covariances_that_were_written_in_less_digits_are_taken() -> None:
+    """Those of fewer samples than features: float32 brings half of the variances a little below 0."""
+    one = Moments.of(normal(20, 64))
+    rounded = Moments(20, one.mean.float().double(), one.covariance.float().double())
+    rounded.check_covariance()
+    assert frechet_distance(one, rounded) == pytest.approx(0, abs=1e-4 * float(one.covariance.trace()))
+
+
+def test_a_distance_that_is_no_number_is_not_0() -> None:
+    wide = gaussian(torch.zeros(4), torch.eye(4, dtype=torch.float64) * 1e308)  # whose trace is infinite
+    assert math.isnan(frechet_distance(wide, wide))
+
+
 # Fréchet distance
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..data import ImageData
 from ..data.decoding import shown
 from ..evaluation import (
     Classifier,
     Evaluation,
+    Pictures,
     Quality,
     Reference,
     accuracy,
@@ -31,15 +34,21 @@ from ..evaluation import (
     with_held_out,
 )
 from ..evaluation import judge as judge_of
+from ..evaluation.references import ARCHIVE
 from ..files import check_writable, file_digest, replacing
+from ..generation.settings import Sampling
 from ..model.config import check_at_least
+from ..model.schedule import Adaptive
+from ..model.transformer import NextScaleTransformer
+from ..tokenizer import Tokenizer
 from ..training import validation_loss
 from .checks import check_classes, check_sampling, refuse_mixtures
-from .flags import DEFAULTS, Flags, SamplingFlags, no_prefix
+from .flags import DEFAULTS, ExecutionFlags, Flags, SamplingFlags, given_flags, no_prefix
 from .generate import generate_batches
 from .loading import SHIPPED_DATA, find_device, load_images, load_pair
 
 JUDGE, INCEPTION = "judge", "inception"
+ARGUMENTS = ("features", "source")  # of functions whose messages begin with the argument, not with a flag
 TITLES = {
     "num_images": "images",
     "fid": "FID",
@@ -62,11 +71,12 @@ class ComparisonFlags:
     # package what they learnt from; with --images none.
     data: str | None = None
     # File of statistics or images (.npz), folder of pictures, or source of images; default the training
-    # pictures of --data.
+    # pictures of --data. Pictures of a folder that have another size than the images are cut to theirs.
     reference: str | None = None
     sha256: str | None = None  # what the digest of the file --reference begins with; another file is refused
     features: str = JUDGE  # judge, inception, or inception:FILE with its weights
-    # Folder where the judge of --data is kept. By default it is trained anew; that of mnist comes along.
+    # Folder where the judge of --data is kept; only with --data where --images are given. By default it is
+    # trained anew; that of mnist comes along.
     judge: Path | None = None
     save_statistics: Path | None = None  # file (.npz) to write, for a later --reference
 
@@ -86,32 +96,31 @@ def evaluate_command(
         model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
             --tokenizer the VIAR of handwritten digits that comes with the package.
         tokenizer: The same, of its tokenizer.
-        images: In place of a model: a folder of pictures, such as viar generate --num writes, or an .npz.
+        images: In place of a model: a folder of pictures, such as viar generate --num writes, or an .npz. All
+            pictures of a folder are cut to the size of the first.
         per_class: Images generated of each class.
         out: File for all figures, as JSON; default they are printed below the table.
         comparison: What to compare with.
-        flags: How to sample.
+        flags: How to sample; with --images only --device has a use, and the others are refused.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
     refuse_mixtures(flags.settings)
     _check_given((model, tokenizer), images, comparison)
-    for flag, file in (("--out", out), ("--save-statistics", comparison.save_statistics)):
-        if file is not None:
-            check_writable(file, flag, folder=False)
+    _check_outputs(out, comparison)
     console = Console()
     if images is None:
         result, evaluation = _evaluate_model((model, tokenizer), per_class, comparison, flags, console)
     else:
         result, evaluation = _evaluate_pictures(images, comparison, flags, console)
-    result |= {"settings": {name: _plain(value) for name, value in vars(comparison).items()}}
-    result |= {**asdict(evaluation), "ratios": evaluation.ratios()}
+    result |= {"settings": vars(comparison), **asdict(evaluation), "ratios": evaluation.ratios()}
+    result = _plain(result)
     console.print(_table(evaluation))
     if out is None:
-        console.print_json(json.dumps(result))
+        console.print_json(json.dumps(result, allow_nan=False))
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as written:
-        written.write(json.dumps(result, indent=1).encode())
+        written.write(json.dumps(result, indent=1, allow_nan=False).encode())
     console.print(f"figures in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -125,21 +134,46 @@ def _evaluate_model(
     transformer, codec = load_pair(*pair, flags.execution)
     check_sampling(transformer, flags.sampling, ())
     name = comparison.data or (SHIPPED_DATA if pair == (None, None) else "digits")
+    if comparison.data is None:
+        console.print(f"--data is not given: images are compared with {name}", soft_wrap=True)
     source = _load_source(name, codec.config.image_side, console)
     check_classes(transformer, name, source.num_classes)
     reference, measures = _reference(source, codec.config.image_side, comparison, flags, console)
     labels = balanced_labels(source.num_classes, per_class)
     images = generate_batches(transformer, codec, labels, flags, console)
     evaluation = evaluate_images(images, labels, reference)
-    loss = validation_loss(transformer, codec, source.validation)
-    told = {"model": pair[0], "tokenizer": pair[1], "validation_loss": loss}
+    told = {
+        "model": pair[0] or f"shipped {SHIPPED_DATA}",
+        "tokenizer": pair[1] or f"shipped {SHIPPED_DATA}",
+        "data": name,
+        "per_class": per_class,
+        "dtype": str(transformer.trunk.weight_type).removeprefix("torch."),
+        "sampling": _settings(transformer, flags.sampling),
+        "validation_loss": _loss(transformer, codec, source, flags.sampling),
+    }
     return {**told, **_consistency(evaluation), **measures}, evaluation
+
+
+def _settings(model: NextScaleTransformer, sampling: Sampling) -> dict[str, Any]:
+    """Settings of the sampler, with the iterations of each scale."""
+    schedule = [repr(n) if isinstance(n, Adaptive) else n for n in sampling.schedule(model.trunk)]
+    return vars(sampling) | {"iterations": schedule}
+
+
+def _loss(
+    model: NextScaleTransformer, codec: Tokenizer, source: ImageData, sampling: Sampling
+) -> float | None:
+    """Validation loss by as many iterations as images are sampled with; `None` if scales have others."""
+    first, *others = sampling.schedule(model.trunk)
+    if isinstance(first, Adaptive) or any(n != first for n in others):
+        return None
+    return validation_loss(model, codec, source.validation, iterations=first)
 
 
 def _evaluate_pictures(
     images: Path, comparison: ComparisonFlags, flags: SamplingFlags, console: Console
 ) -> tuple[dict[str, Any], Evaluation]:
-    with _of_flag("--images"):
+    with of_flag("--images"):
         pictures = find_pictures(images)
     side, name, labels = pictures.image_side, comparison.data, pictures.labels
     source = None if name is None else _load_source(name, side, console)
@@ -149,8 +183,13 @@ def _evaluate_pictures(
             f"{int(labels.max())}; give the images that the model was trained on"
         )
     reference, measures = _reference(source, side, comparison, flags, console)
-    evaluation = evaluate_images(pictures.batches(), labels, reference)
-    return {"images": str(images), **_consistency(evaluation), **measures}, evaluation
+    evaluation = evaluate_images(_batches(pictures), labels, reference)
+    return {"images": str(images), "data": name, **_consistency(evaluation), **measures}, evaluation
+
+
+def _batches(pictures: Pictures) -> Iterator[Tensor]:
+    with of_flag("--images"):
+        yield from pictures.batches()
 
 
 def _reference(
@@ -171,7 +210,7 @@ def _reference(
         assert judge is not None
         network = judge_network(judge)
     else:
-        with _of_flag("--features"):
+        with of_flag("--features"):
             weights = comparison.features.partition(":")[2]
             network = inception_network(Path(weights) if weights else None, device)
     if comparison.reference is None:
@@ -179,7 +218,7 @@ def _reference(
         assert judge is not None
         reference = data_reference(source, judge, network)
     else:
-        with _of_flag("--reference"):
+        with of_flag("--reference"):
             reference = read_reference(comparison.reference, network, image_side, sha256=comparison.sha256)
         if source is not None and judge is not None:
             reference = with_held_out(reference, source, judge)
@@ -236,6 +275,8 @@ def _check_given(
     """Raise `ValueError` unless there is one thing to evaluate, and something to compare it with."""
     if images is not None and pair != (None, None):
         raise ValueError("--images: they are made already; give these, or --model and --tokenizer")
+    if images is not None:
+        _refuse_sampling()
     name = comparison.features.partition(":")[0]
     if name not in (JUDGE, INCEPTION) or (name == JUDGE and comparison.features != JUDGE):
         raise ValueError(
@@ -246,18 +287,61 @@ def _check_given(
             raise ValueError("--data: a judge learns from real images; give them, or --features inception")
         if comparison.reference is None:
             raise ValueError("--reference: without --data there is nothing to compare with; give one of them")
+        if comparison.judge is not None:
+            raise ValueError("--judge: it is of real images; give them with --data, or leave the flag")
     if comparison.sha256 is not None and comparison.reference is None:
         raise ValueError("--sha256: this is the digest of the file --reference, which is not given")
 
 
+def _refuse_sampling() -> None:
+    """Raise `ValueError` naming flags that say how images are made, where they are made already."""
+    names = {field.name for kind in (SamplingFlags, Sampling, ExecutionFlags) for field in fields(kind)}
+    names = {"per_class", *names} - {"settings", "execution", "device"}
+    if found := sorted(given_flags() & {*names, *(f"no_{name}" for name in names)}):
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise ValueError(f"{told}: of no use with --images, which are made already; leave it")
+
+
+def _check_outputs(out: Path | None, comparison: ComparisonFlags) -> None:
+    """Raise `ValueError` unless all that is to be written can be, and can be read again."""
+    statistics, judge = comparison.save_statistics, comparison.judge
+    for flag, file in (("--out", out), ("--save-statistics", statistics)):
+        if file is not None:
+            check_writable(file, flag, folder=False)
+    if statistics is not None and statistics.suffix != ARCHIVE:
+        raise ValueError(f"--save-statistics: expected a name that ends in {ARCHIVE}, got {statistics}")
+    if statistics is not None and out is not None and statistics.resolve() == out.resolve():
+        raise ValueError(f"--save-statistics: {statistics} is --out too; give another name")
+    # A judge that was kept may be read where nothing can be written.
+    if judge is not None and not any(judge.glob("judge-*.safetensors")):
+        check_writable(judge, "--judge", folder=True)
+
+
 @contextmanager
-def _of_flag(flag: str) -> Iterator[None]:
-    """Say by which flag it came, where something cannot be read."""
+def of_flag(flag: str) -> Iterator[None]:
+    """Say by which flag it came, where something cannot be read.
+
+    Args:
+        flag: takes the place of the argument that the message names.
+
+    Raises:
+        ValueError: the one that was raised, with the flag.
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from error
+        owner, _, text = str(error).partition(": ")
+        if owner == "sha256":
+            raise ValueError(f"--{error}") from error
+        raise ValueError(f"{flag}: {text if owner in ARGUMENTS else error}") from error
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
+    """What JSON has: names in place of paths, and `None` of what is no finite number."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return str(value) if isinstance(value, Path) else value

@@ -26,7 +26,7 @@ from ..evaluation.published import (
     VIAR,
     checked_digests,
 )
-from ..evaluation.references import find_pictures, read_reference
+from ..evaluation.references import check_reference, find_pictures, read_reference
 from ..files import file_digest, replacing
 from ..generation.series.folder import SETTINGS
 from ..generation.series.series import generate_series
@@ -35,7 +35,7 @@ from ..model.config import ExplicitTrunkConfig, check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..training.recipes import TOKENIZERS, TRANSFORMERS
 from .checks import check_sampling, check_series, refuse_mixtures
-from .evaluate import TITLES
+from .evaluate import TITLES, of_flag
 from .flags import DEFAULTS, Flags, SamplingFlags, check_not_empty, given_flags
 from .loading import find_device, load_pair, process_index
 from .stand_ins import stand_in_checkpoints, stand_in_network, stand_in_reference
@@ -72,13 +72,15 @@ def reproduce_command(
         out: Folder of the images, in images/, and of figures.json.
         num: Images, default the published 50,000; a larger number goes on with the same images. torchrun
             needs it spelled out, --num-images.
-        sha256: Digests that some of the files must have.
+        sha256: Digests that some of the files must have; not with --dry-run, which makes its own.
         dry_run: Take random weights and a made-up reference, and go through all of it with 4 images.
         shape: Of the random weights of --dry-run; var-d16 is the smallest.
         flags: How to sample.
     """
     check_not_empty(sha256=sha256)
     refuse_mixtures(flags.settings)
+    if dry_run and sha256:
+        raise ValueError("--sha256: a dry run makes its own files; leave the flag, or --dry-run")
     files = _files(model, tokenizer, reference, dry_run)
     num = (NUM_DRY if dry_run else NUM_IMAGES) if num is None else num
     check_at_least("viar reproduce", NUM_DRY, num=num)
@@ -95,6 +97,9 @@ def reproduce_command(
     transformer, codec = load_pair(str(files["--model"]), str(files["--tokenizer"]), flags.execution)
     sampling = as_published(flags.sampling, transformer)
     check_sampling(transformer, sampling, ())
+    if not dry_run:
+        with of_flag("--reference"):
+            check_reference(files["--reference"], network, codec.config.image_side)
     batch_size = flags.execution.batch_size
     series = generate_series(
         transformer, codec, out / "images", num, sampling=sampling, batch_size=batch_size, console=console

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6  # of what is written in float32, relative
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -26,11 +28,36 @@ class Moments:
         count: samples, at least 1, or `None` where a file does not tell.
         mean: (F,) float64.
         covariance: (F, F) float64, unbiased: divided by one less than the count. Of one sample it is 0.
+
+    Raises:
+        ValueError: another shape or type, numbers that are not finite, or a covariance that is not symmetric.
     """
 
     count: int | None
     mean: Tensor
     covariance: Tensor
+
+    def __post_init__(self) -> None:
+        """Validate what is quickly told; `check_covariance` tells the rest."""
+        if self.mean.ndim != 1 or not len(self.mean) or self.covariance.shape != 2 * self.mean.shape:
+            raise ValueError(
+                "mean, covariance: expected shapes (F,) and (F, F), F at least 1, got "
+                f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+            )
+        for name, value in (("mean", self.mean), ("covariance", self.covariance)):
+            if value.dtype != torch.float64:
+                raise ValueError(f"{name}: expected float64, got {value.dtype}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers, got some that are not")
+        apart = (self.covariance - self.covariance.T).abs().max()
+        if apart > ROUNDING * self.covariance.abs().max():
+            raise ValueError(
+                f"covariance: expected a symmetric matrix, got numbers that are {apart:.3g} apart"
+            )
+
+    def check_covariance(self) -> None:
+        """Raise `ValueError` where the covariance is none: where some direction has a variance below 0."""
+        _check_variances(torch.linalg.eigvalsh(self.covariance))
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
@@ -81,7 +108,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         b: of the other.
 
     Raises:
-        ValueError: different numbers of features, or a set of fewer than 2 samples, which has no covariance.
+        ValueError: different numbers of features, a set of fewer than 2 samples, which has no covariance, or
+            a covariance with a variance below 0.
     """
     _check_alike(a, b)
     for moments in (a, b):
@@ -89,15 +117,24 @@ def frechet_distance(a: Moments, b: Moments) -> float:
             raise ValueError(f"count: expected at least 2 samples in each set, got {moments.count}")
     overlap = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    return max(0.0, float(distance))
+    return float(distance.clamp_min(0))
 
 
 def _root(covariance: Tensor) -> Tensor:
     """Its symmetric root, without directions in which only rounding errors are left."""
     values, vectors = torch.linalg.eigh(covariance)
+    _check_variances(values)
     rounding = torch.finfo(values.dtype).eps * len(values) * values[-1].clamp_min(0)
     root: Tensor = vectors * torch.where(values > rounding, values, 0).sqrt() @ vectors.T
     return root
+
+
+def _check_variances(values: Tensor) -> None:
+    """Raise `ValueError` where an eigenvalue, of those in rising order, is below 0 by more than rounding."""
+    if values[0] < -ROUNDING * values.abs().sum():
+        raise ValueError(
+            f"covariance: expected variances of at least 0 in every direction, got {float(values[0]):.3g}"
+        )
 
 
 def _check_alike(a: Moments, b: Moments) -> None:

@@ -22,6 +22,7 @@ from .scores import inception_score, kernel_distance, precision_recall
 
 NEIGHBOURS = 3  # of precision and recall, as published
 BATCH = 100  # images looked at together
+SEED = 0  # of which images are matched with held-out pictures
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Seen:
     hits: Tensor | None
     nearest: Tensor | None
 
-    def evenly(self, num: int) -> Seen:
-        """`num` of the images, spread over all of them, which stand class by class perhaps."""
-        rows = torch.arange(num) * len(self.features.pooled) // num
+    def some(self, num: int) -> Seen:
+        """`num` of the images, drawn at random as they may have classes in turn, and always the same ones."""
+        generator = torch.Generator().manual_seed(SEED)
+        rows = torch.randperm(len(self.features.pooled), generator=generator)[:num].sort().values
         hits, nearest = (None if value is None else value[rows] for value in (self.hits, self.nearest))
         return Seen(self.features.rows(rows), hits, nearest)
 
@@ -168,7 +170,7 @@ class Evaluation:
 
     Attributes:
         generated: of all images.
-        matched: of as many of them as there are held-out pictures, if there are more.
+        matched: of as many of them as there are held-out pictures, if there are more; drawn at random.
         real: of held-out pictures, as many as are matched, against the same reference; `None` without any.
     """
 
@@ -210,8 +212,8 @@ def evaluate_images(
     if held_out is None:
         return Evaluation(generated, generated, None)
     num = min(generated.num_images, len(held_out.features.pooled))
-    matched = generated if num == generated.num_images else reference.quality(seen.evenly(num))
-    return Evaluation(generated, matched, reference.quality(held_out.evenly(num)))
+    matched = generated if num == generated.num_images else reference.quality(seen.some(num))
+    return Evaluation(generated, matched, reference.quality(held_out.some(num)))
 
 
 def data_reference(

@@ -9,9 +9,12 @@ images.
 from __future__ import annotations
 
 import json
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,25 @@ from ..data import load_data, read_picture
 from ..data.decoding import decode_picture, shown
 from ..data.scan import scan
 from ..files import file_digest, replacing
-from .features import FeatureNetwork, features_of
+from .features import FeatureNetwork, Features, features_of
 from .inception import INCEPTION
 from .moments import Moments
 from .quality import BATCH, Reference, images_of
 
 ARCHIVE = ".npz"
-OF_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+# What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
+OF_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +82,11 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
 
     Args:
         path: of a folder, or of an .npz whose arr_0 (N, H, H, 3) is uint8.
-        image_side: pixels a side that pictures of a folder are cut to, see `viar.data.read_picture`; default
-            that of the first. An archive must have them so.
+        image_side: pixels a side that pictures of a folder are cut to where they have others, see
+            `viar.data.read_picture`; default that of the first. An archive must have them so.
 
     Raises:
-        ValueError: there is nothing of the kind, or another size.
+        ValueError: there is nothing of the kind, another size, or classes that are no integers of at least 0.
     """
     if path.is_dir():
         pictures = scan(path).pictures
@@ -92,9 +107,8 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
         raise ValueError(f"{shown(path)}: expected arr_0 (N, H, H, 3) in uint8, got {shape} in {dtype}")
     if image_side not in (None, shape[1]):
         raise ValueError(f"{shown(path)} has images of {shape[1]} pixels a side, expected {image_side}")
-    if labels is not None and labels.shape != shape[:1]:
-        raise ValueError(f"{shown(path)}: expected arr_1 of shape ({shape[0]},), got {labels.shape}")
-    return Pictures(shape[0], shape[1], None if labels is None else torch.from_numpy(labels).long(), path)
+    classes = None if labels is None else _classes(path, labels, shape[0])
+    return Pictures(shape[0], shape[1], classes, path)
 
 
 def read_reference(
@@ -106,11 +120,13 @@ def read_reference(
         source: a file of statistics or images (.npz), a folder of pictures, or a data set, see
             `viar.data.load_data`, of which training pictures are taken.
         network: whose features are compared.
-        image_side: pixels a side of the images that are compared with it.
+        image_side: pixels a side of the images that are compared with it; pictures of a folder that have
+            others are cut to it.
         sha256: what the file's digest begins with; default any.
 
     Raises:
-        ValueError: there is no such thing, or the file has another digest, or statistics of another network.
+        ValueError: there is no such thing, or the file has another digest, or statistics of another network
+            or such as no images have.
     """
     path = Path(source)
     if sha256 is not None:
@@ -118,7 +134,7 @@ def read_reference(
     if path.suffix == ARCHIVE and path.is_file():
         return _read_file(path, network, image_side)
     if path.is_dir():
-        batches = find_pictures(path, image_side).batches()
+        batches = _several(find_pictures(path, image_side)).batches()
     else:
         batches = images_of(load_data(source, image_side, augmentations=()).train)
     return Reference.of(shown(source), network, features_of(network, batches))
@@ -146,23 +162,81 @@ def save_reference(reference: Reference, path: Path) -> None:
         np.savez(file, **arrays)
 
 
+def check_reference(path: Path, network: FeatureNetwork, image_side: int) -> None:
+    """Raise where `read_reference` would, as far as can be told before images are looked at.
+
+    Args:
+        path: of the file.
+        network, image_side: as in `read_reference`.
+
+    Raises:
+        ValueError: the file cannot be a reference.
+    """
+    _read_statistics(path, network, image_side)
+
+
 def _read_file(path: Path, network: FeatureNetwork, image_side: int) -> Reference:
+    statistics, pictures = _read_statistics(path, network, image_side)
+    if pictures is None:
+        assert statistics is not None
+        return statistics
+    features = features_of(network, pictures.batches())
+    if statistics is None:
+        return Reference.of(path.name, network, features)
+    return replace(statistics, pooled=features.pooled)
+
+
+def _read_statistics(
+    path: Path, network: FeatureNetwork, image_side: int
+) -> tuple[Reference | None, Pictures | None]:
+    """Statistics in a file, and images that are not read yet: one of the two at least."""
     arrays, has_images = _read_arrays(path)
-    if "mu" in arrays:
-        _check_network(path, arrays, network)
-    elif not has_images:
-        there = ", ".join(sorted(arrays))
-        raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
-    features = None
-    if has_images:
-        features = features_of(network, find_pictures(path, image_side).batches())
-        if "mu" not in arrays:
-            return Reference.of(path.name, network, features)
-    count = int(arrays["count"]) if "count" in arrays else None
-    moments = _moments(path, arrays, "", count)
-    spatial = _moments(path, arrays, "_s", count) if "mu_s" in arrays else None
-    pooled = torch.from_numpy(arrays["pooled"]) if "pooled" in arrays else None
-    return Reference(path.name, network, moments, spatial, pooled if features is None else features.pooled)
+    pictures = _several(find_pictures(path, image_side)) if has_images else None
+    if "mu" not in arrays:
+        if pictures is None:
+            there = ", ".join(sorted(arrays))
+            raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
+        return None, pictures
+    _check_network(path, arrays, network)
+    try:
+        reference = _statistics(path.name, arrays, network)
+        _check_widths(reference, features_of(network, [torch.zeros(1, 3, image_side, image_side)]))
+    except ValueError as error:
+        raise ValueError(f"{shown(path)}: {error}") from error
+    return reference, pictures
+
+
+def _several(pictures: Pictures) -> Pictures:
+    """The same pictures, if they have a covariance."""
+    if pictures.num < 2:
+        raise ValueError(f"{shown(pictures.path)}: expected at least 2 pictures to compare with, got 1")
+    return pictures
+
+
+def _statistics(name: str, arrays: dict[str, Any], network: FeatureNetwork) -> Reference:
+    count = _count(arrays["count"]) if "count" in arrays else None
+    moments = _moments(arrays, "", count)
+    spatial = _moments(arrays, "_s", count) if "mu_s" in arrays else None
+    pooled = _numbers(arrays, "pooled").float() if "pooled" in arrays else None
+    if pooled is not None and (pooled.ndim != 2 or len(pooled) < 2 or not pooled.isfinite().all()):
+        raise ValueError(
+            f"expected pooled (M, F) of finite numbers and at least 2 images, got {tuple(pooled.shape)}"
+        )
+    return Reference(name, network, moments, spatial, pooled)
+
+
+def _check_widths(reference: Reference, seen: Features) -> None:
+    """Raise `ValueError` unless statistics are of as many features as a network sees in an image."""
+    found = {"mu": reference.moments.mean, "pooled": reference.pooled}
+    widths = {name: (value, seen.pooled.shape[1]) for name, value in found.items()}
+    if seen.spatial is not None and reference.spatial is not None:
+        widths["mu_s"] = (reference.spatial.mean, seen.spatial.shape[1])
+    for name, (value, width) in widths.items():
+        if value is not None and value.shape[-1] != width:
+            raise ValueError(
+                f"expected {name} of {width} features, as {reference.network.name} sees them, got "
+                f"{value.shape[-1]}; take the same network, or a reference of images"
+            )
 
 
 def _read_arrays(path: Path) -> tuple[dict[str, Any], bool]:
@@ -187,14 +261,43 @@ def _check_network(path: Path, arrays: dict[str, Any], network: FeatureNetwork) 
         )
 
 
-def _moments(path: Path, arrays: dict[str, Any], ending: str, count: int | None) -> Moments:
-    mean, covariance = arrays[f"mu{ending}"], arrays.get(f"sigma{ending}", np.zeros(0))
-    if mean.ndim != 1 or covariance.shape != 2 * mean.shape or not np.isfinite(covariance).all():
+def _moments(arrays: dict[str, Any], ending: str, count: int | None) -> Moments:
+    mean, covariance = _numbers(arrays, f"mu{ending}"), _numbers(arrays, f"sigma{ending}")
+    try:
+        moments = Moments(count, mean, covariance)
+        moments.check_covariance()
+    except ValueError as error:
+        raise ValueError(f"mu{ending} and sigma{ending} are no statistics of images; {error}") from error
+    return moments
+
+
+def _numbers(arrays: dict[str, Any], name: str) -> Tensor:
+    """An array of real numbers, in float64 whatever kind of float it has."""
+    array = arrays.get(name)
+    if array is None or array.dtype.kind != "f":
+        found = "none" if array is None else str(array.dtype)
+        raise ValueError(f"expected {name} of real numbers in a type of floats, got {found}")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def _count(array: Any) -> int:
+    if array.dtype.kind not in "iu" or array.shape or array < 2:
         raise ValueError(
-            f"{shown(path)}: expected finite mu{ending} (F,) and sigma{ending} (F, F), got {mean.shape} and "
-            f"{covariance.shape}"
+            f"expected count, one integer of at least 2, got {array.tolist()!r:.80} in {array.dtype}"
         )
-    return Moments(count, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
+    return int(array)
+
+
+def _classes(path: Path, labels: Any, num: int) -> Tensor:
+    """Classes of images from an array of them."""
+    if labels.shape != (num,):
+        raise ValueError(f"{shown(path)}: expected arr_1 of shape ({num},), got {labels.shape}")
+    found = labels.min() if labels.dtype.kind in "iu" else labels.dtype
+    if labels.dtype.kind not in "iu" or found < 0 or labels.max() >= 2**63:
+        raise ValueError(
+            f"{shown(path)}: expected arr_1 of classes, integers of at least 0, got some of {found}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _check_digest(path: Path, sha256: str) -> None:
@@ -250,6 +353,8 @@ def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
         return None
     try:
         classes = json.loads(settings.read_text())["labels"]
+        if not (isinstance(classes, list) and all(type(n) is int and 0 <= n < 2**63 for n in classes)):
+            raise ValueError("expected labels, integers of at least 0")
         return torch.tensor([classes[int(picture.stem) % len(classes)] for picture in pictures])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{shown(settings)} is damaged ({error}); generate the series anew") from error
