@@ -79,9 +79,7 @@ def reproduce_command(
     """
     check_not_empty(sha256=sha256)
     refuse_mixtures(flags.settings)
-    if dry_run and sha256:
-        raise ValueError("--sha256: a dry run makes its own files; leave the flag, or --dry-run")
-    files = _files(model, tokenizer, reference, dry_run)
+    files = _files(model, tokenizer, reference, sha256, dry_run)
     num = (NUM_DRY if dry_run else NUM_IMAGES) if num is None else num
     check_at_least("viar reproduce", NUM_DRY, num=num)
     check_series(out / "images")
@@ -113,20 +111,17 @@ def reproduce_command(
         files["--reference"] = stand_in_reference(path, network, codec.config.image_side)
         digests |= checked_digests({"--reference": path})
     assert series.archive is not None
-    told = {
+    told = _told(files, digests) | {
         "dry_run": dry_run,
         "network": network.name,
-        "files": {flag: {"name": path.name, "sha256": digests[flag]} for flag, path in files.items()},
         "num": num,
         "series": file_digest(out / "images" / SETTINGS),
     }
     figures = _figures(out / RECORD, told, series.archive, files["--reference"], network, console)
     published = {} if dry_run or num != NUM_IMAGES else published_figures(transformer, sampling)
     console.print(_table(figures, published))
-    _say(
-        console,
-        f"images in {shown(series.archive)}, for ADM's own evaluator too; figures in {shown(out / RECORD)}",
-    )
+    images, record = shown(series.archive), shown(out / RECORD)
+    _say(console, f"images in {images}, for ADM's own evaluator too; figures in {record}")
     if dry_run:
         _warn(console, MEANINGLESS)
 
@@ -165,14 +160,24 @@ def published_figures(model: NextScaleTransformer, sampling: Sampling) -> dict[s
     return FIGURES.get((f"VAR-d{model.config.depth}" if explicit else "VIAR", cfg, iterations), {})
 
 
+def _told(files: dict[str, Path], digests: dict[str, str]) -> dict[str, Any]:
+    """Names and digests of the files, by flag."""
+    return {"files": {flag: {"name": path.name, "sha256": digests[flag]} for flag, path in files.items()}}
+
+
 def _files(
-    model: Path | None, tokenizer: Path | None, reference: Path | None, dry_run: bool
+    model: Path | None,
+    tokenizer: Path | None,
+    reference: Path | None,
+    sha256: tuple[str, ...],
+    dry_run: bool,
 ) -> dict[str, Path]:
     """The files that flags name, all of them or, in a dry run, none."""
     named = {"--model": model, "--tokenizer": tokenizer, "--reference": reference}
     given = {flag: path for flag, path in named.items() if path is not None}
-    if dry_run and given:
-        raise ValueError(f"{', '.join(given)}: a dry run makes its own files; leave the flag, or --dry-run")
+    if dry_run and (given or sha256):
+        told = ", ".join([*given, *["--sha256"] * bool(sha256)])
+        raise ValueError(f"{told}: a dry run makes its own files; leave the flag, or --dry-run")
     if not dry_run and "shape" in given_flags():
         raise ValueError("--shape: only with --dry-run; files have a shape of their own")
     for flag, name in {"--model": VIAR, "--tokenizer": TOKENIZER, "--reference": REFERENCE}.items():
