@@ -20,16 +20,8 @@ from torch import Tensor
 
 import viar
 from viar import ImplicitTrunkConfig, NextScaleTransformer
-from viar.data import all_batches, load_data
-from viar.evaluation import (
-    Classifier,
-    Moments,
-    balanced_labels,
-    class_consistency,
-    frechet_distance,
-    judge,
-    memorisation,
-)
+from viar.data import ImageData, load_data
+from viar.evaluation import Classifier, Reference, balanced_labels, data_reference, judge
 from viar.generation.sampling import decode_images
 from viar.model.schedule import Adaptive, Budget, Iterations
 from viar.training import TRANSFORMERS, TransformerRecipe
@@ -39,15 +31,13 @@ from ...measure import interleaved, peak_bytes, with_spread
 from ...rows import distinct, grouped
 from ...show import COLORS
 from ..recipes.running import FOLDER, Material, material_of, trained_by
-from .models import num_bytes
+from .models import AT_ONCE, DIGITS_SAMPLING, num_bytes
 
 DATA = "mnist"
 DEPTH = 12  # of the recipes
 DEPTHS = [4, 5, 6, 8, DEPTH]  # of the VARs
-AT_ONCE = 100  # images that are made at a time; has no influence
 TIMED = 50  # images of a batch whose time and memory are taken
 MOST_LOST = 2  # of five VARs, how many VIAR may be behind
-SAMPLING: dict[str, Any] = {"cfg": 1.5, "top_k": None, "top_p": 0.96}
 
 
 @dataclass(frozen=True)
@@ -73,38 +63,17 @@ SETTINGS: dict[str, Setting] = {
 KINDS = list(dict.fromkeys(setting.kind for setting in SETTINGS.values()))
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What images are judged by."""
-
-    classifier: Classifier
-    train: Tensor  # pictures in [-1, 1]
-    held_out: Tensor
-    moments: Moments  # of the judge's features of `train`
-
-    def frechet(self, images: Tensor) -> float:
-        """Distance of images in [-1, 1] to the training pictures."""
-        return frechet_distance(self.moments, Moments.of(_features(self.classifier, images)))
-
-
-@torch.no_grad()
-def _features(classifier: Classifier, images: Tensor) -> Tensor:
-    return torch.cat([classifier.embed(part) for part in torch.split(images, 512)])
-
-
 @cache
-def _bench(quick: bool) -> Bench:
+def _reference(quick: bool) -> Reference:
+    """The training pictures, with the judge and the held-out pictures."""
     material = material_of(DATA, 0, quick)
-    train, held_out = (
-        torch.cat([images for images, _ in all_batches(part, 512)])
-        for part in (material.train, material.held_out)
-    )
+    side = material.tokenizer.config.image_side
     if quick:
         torch.manual_seed(0)
-        classifier = Classifier(10, train.shape[-1]).eval()
-    else:
-        classifier = judge(load_data(DATA, train.shape[-1]), cache=FOLDER / DATA)
-    return Bench(classifier, train, held_out, Moments.of(_features(classifier, train)))
+        few = ImageData(material.train, material.held_out, 10)
+        return data_reference(few, Classifier(10, side).eval())
+    data = load_data(DATA, side)
+    return data_reference(data, judge(data, cache=FOLDER / DATA))
 
 
 def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
@@ -115,7 +84,9 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
         seed: of weights, batches and random depth, and of the images.
         per_class: images of each class that are judged; distances compare at equal counts alone.
     """
-    material, bench = material_of(DATA, 0, run.quick), _bench(run.quick)
+    material, reference = material_of(DATA, 0, run.quick), _reference(run.quick)
+    assert reference.held_out is not None
+    real = reference.quality(reference.held_out)
     material = replace(material, tokenizer=copy.deepcopy(material.tokenizer).to(run.device))
     labels = balanced_labels(10, per_class).to(run.device)
     contenders = _contenders(material, seed, run)
@@ -125,7 +96,8 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
     )
     for name, found in contenders.items():
         images, evaluations, cache_bytes = found.judged(labels, seed)
-        images = images.cpu()
+        seen = reference.see(torch.split(images.cpu(), AT_ONCE), labels.cpu())
+        quality = reference.quality(seen)
         count = found.sampling["iterations"]
         yield {
             "contender": name,
@@ -136,10 +108,10 @@ def build(run: Run, seed: int, per_class: int) -> Iterator[Row]:
             "seconds": times[name],
             "cache_bytes": cache_bytes / len(labels),
             "bytes": num_bytes(found.model) + peak_bytes(partial(found.sample, few, seed), run.device),
-            "frechet": bench.frechet(images * 2 - 1),
-            "frechet_real": bench.frechet(bench.held_out),
-            "class_consistency": class_consistency(bench.classifier, images, labels.cpu()),
-            "memorisation": memorisation(images * 2 - 1, bench.train, bench.held_out),
+            "frechet": quality.fid,
+            "frechet_real": real.fid,
+            "class_consistency": quality.class_consistency,
+            "memorisation": quality.memorisation,
         }
 
 
@@ -153,7 +125,7 @@ class Contender:
 
     def sample(self, labels: Tensor, seed: int, first_index: int = 0, measure: bool = False) -> viar.Sample:
         """One image a label."""
-        sampling = viar.Sampling(**SAMPLING, **self.sampling, seed=seed)
+        sampling = viar.Sampling(**DIGITS_SAMPLING, **self.sampling, seed=seed)
         return viar.sample_tokens(
             self.model, self.material.tokenizer, labels, sampling, first_index=first_index, measure=measure
         )
@@ -236,7 +208,7 @@ def _by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _median(rows: list[Row]) -> Row:
     """Of every figure over seeds."""
-    names = ("evaluations", "bytes", "cache_bytes", "frechet", "class_consistency", "memorisation")
+    names = ("evaluations", "bytes", "frechet")
     return {name: statistics.median(row[name] for row in rows) for name in names}
 
 

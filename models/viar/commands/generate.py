@@ -66,31 +66,6 @@ def generate_command(
         _generate_series(model, tokenizer, folder, labels, num, format or FORMATS, flags)
 
 
-def generate_images(
-    model: NextScaleTransformer,
-    tokenizer: Tokenizer,
-    labels: Tensor,
-    flags: SamplingFlags,
-    console: Console,
-    *,
-    report: bool = False,
-) -> Tensor:
-    """Images of all labels, a batch at a time, with a progress bar.
-
-    Args:
-        model: VAR or VIAR.
-        tokenizer: its tokenizer.
-        labels: (B,) classes.
-        flags: how to sample, and how many at a time.
-        console: where progress is shown.
-        report: print what each scale of each batch took.
-
-    Returns:
-        (B, 3, H, W) in [0, 1], on the CPU.
-    """
-    return torch.cat(list(generate_batches(model, tokenizer, labels, flags, console, report=report)))
-
-
 def generate_batches(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
@@ -100,10 +75,15 @@ def generate_batches(
     *,
     report: bool = False,
 ) -> Iterator[Tensor]:
-    """The same images batch by batch, each made when it is asked for.
+    """Images of all labels batch by batch, each made when it is asked for, with a progress bar.
 
     Args:
-        model, tokenizer, labels, flags, console, report: as in `generate_images`.
+        model: VAR or VIAR.
+        tokenizer: its tokenizer.
+        labels: (B,) classes.
+        flags: how to sample, and how many at a time.
+        console: where progress is shown.
+        report: print what each scale of each batch took.
 
     Returns:
         Batches (B, 3, H, W) in [0, 1], on the CPU.
@@ -144,7 +124,8 @@ def _generate_grid(
     transformer, codec = load_pair(model, tokenizer, flags.execution)
     check_sampling(transformer, sampling, labels)
     classes = torch.tensor(labels or range(transformer.config.num_classes)).repeat_interleave(per_class)
-    images = generate_images(transformer, codec, classes, flags, console, report=report)
+    batches = generate_batches(transformer, codec, classes, flags, console, report=report)
+    images = torch.cat(list(batches))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images, out, columns=per_class)
     console.print(f"{len(images)} images in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
