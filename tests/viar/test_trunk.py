@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
+from tiny_models import IMPLICIT, SIDES, enlarge, tiny_config, tiny_transformer, uniform
 from torch import Tensor, nn
 
 import viar.model.implicit
 import viar.model.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
-from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
+from viar import (
+    Adaptive,
+    EquilibriumCache,
+    ImplicitTrunk,
+    ImplicitTrunkConfig,
+    IterateCache,
+    NextScaleTransformer,
+)
 from viar.model.execution import CPU_CHUNK, row_chunks
 from viar.model.scales import block_causal, scale_slices
 from viar.model.transformer import build_trunk
@@ -559,3 +568,32 @@ def test_the_iterate_cache_refuses_adaptive_counts() -> None:
     trunk = tiny_transformer().trunk
     with pytest.raises(ValueError, match="cache: 'iterate' needs fixed counts, got Adaptive"):
         trunk.new_cache("iterate", trunk.schedule(Adaptive()))
+
+
+def test_a_projection_that_starts_as_the_identity_passes_on_a_mix_of_state_and_input() -> None:
+    """Beside 0.3 of the random weights that the same seed gives a published start."""
+    made = {}
+    for how in ("random", "identity"):
+        torch.manual_seed(0)
+        made[how] = NextScaleTransformer(tiny_config(trunk=replace(IMPLICIT, projection=how)))
+    identity, random = made["identity"], made["random"]
+    own, published = (dict(model.named_parameters()) for model in (identity, random))
+    for name, weight in own.items():
+        if not name.endswith(("projection_in.weight", "projection_out.weight")):
+            assert torch.equal(weight, published[name]), name
+    cell, start = identity.trunk.layer.cell, random.trunk.layer.cell
+    through_in, through_out = (
+        (ours.weight - 0.3 * theirs.weight).double()
+        for ours, theirs in (
+            (cell.projection_in, start.projection_in),
+            (cell.projection_out, start.projection_out),
+        )
+    )
+    z, u = uniform(5, 16, seed=1).double() - 0.5, uniform(5, 16, seed=2).double() - 0.5
+    passed = F.gelu(torch.cat([z, u], 1) @ through_in.T, approximate="tanh") @ through_out.T
+    torch.testing.assert_close(passed, 0.3 * z + 0.7 * u, rtol=0, atol=1e-6)
+
+
+def test_another_start_of_the_projection_is_refused() -> None:
+    with pytest.raises(ValueError, match="projection must be one of random, identity, got 'zero'"):
+        ImplicitTrunkConfig(projection="zero")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .scales import check_sides
 
 T = TypeVar("T")
+
+Projection = Literal["random", "identity"]  # initial weights of what joins state and input
 
 BEFORE: dict[str, Any] = {"patch": 1}  # settings of a `TokenizerConfig` that came later, as all were before
 
@@ -142,6 +144,8 @@ class ImplicitTrunkConfig:
     num_post: int = 5  # explicit blocks after it
     no_grad: tuple[int, int] = (0, 10)  # training: least and most iterations without gradient
     grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
+    # Initial weights of what joins state and input: random, as published, or identity, which passes on both
+    projection: Projection = "random"
     # Training: weight in the loss of the squared relative residual where the drawn iterations end
     residual_weight: float = 0.0
     # Training: weight in the loss of the mean square size of the block's Jacobian there
@@ -158,6 +162,11 @@ class ImplicitTrunkConfig:
                     f"ImplicitTrunkConfig: {name} must be (least, most) with "
                     f"{minimum} <= least <= most, got {pair}"
                 )
+        if self.projection not in get_args(Projection):
+            raise ValueError(
+                f"ImplicitTrunkConfig: projection must be one of {', '.join(get_args(Projection))}, "
+                f"got {self.projection!r}"
+            )
         check_at_least("ImplicitTrunkConfig", 0, num_pre=self.num_pre, num_post=self.num_post)
         for name in ("residual_weight", "jacobian_weight"):
             value = getattr(self, name)

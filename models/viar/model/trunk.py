@@ -111,6 +111,9 @@ class Trunk(nn.Module, ABC):
             ValueError: no such kind, or one that does not go with the trunk or the schedule.
         """
 
+    def init_own(self) -> None:
+        """Give initial weights of the trunk's own to what is to have others than `init_weights` gave."""
+
     @abstractmethod
     def blocks_before(self) -> Iterator[tuple[str, Block]]:
         """The explicit blocks before the middle, each under the name of its modulation, keys and values."""
