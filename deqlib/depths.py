@@ -240,6 +240,8 @@ def between(start: Depth, end: Depth, fraction: float) -> Depth:
     Raises:
         TypeError, ValueError: they are of different kinds, see `DepthDistribution.towards`.
     """
+    if start == end:
+        return start
     if isinstance(start, int) and isinstance(end, int):
         return round(start + fraction * (end - start))
     if isinstance(start, int) or isinstance(end, int):
