@@ -144,9 +144,12 @@ def trajectory(
         # Evaluations after the last step are those of the backward mode.
         taken = int(solution.num_steps.max()) if solution.num_steps.numel() else 0
         end = tree_map(torch.Tensor.detach, solution.value)
+        at_end = recorder.given
+        if layer.with_step:
+            at_end = {**at_end, "step": at_end["step"]._replace(number=solution.num_steps)}
         images = []
         for step in steps:
-            state, given = recorder.states[step] if step < taken else (end, recorder.given)
+            state, given = recorder.states[step] if step < taken else (end, at_end)
             f, flat = flatten(layer.cell, state, inputs, keywords=given, has_aux=layer.has_aux)
             images.append(f.layout.unravel(f(flat)))
     return [*images, solution.value]
