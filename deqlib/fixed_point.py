@@ -75,8 +75,9 @@ def fixed_point(
             learnt; pass its `value` as `z0`. For when f changed a little since. Not under `torch.func`
             transforms, where `Solution.state` is `None`.
         has_aux: `f` returns a tuple `(z, aux)`, aux whatever else it has to tell: losses, keys and values.
-            `Solution.aux` is that of one more evaluation, at the value that is returned, and carries
-            gradient as that does. Default `False`.
+            `Solution.aux` is that of an evaluation at the value that is returned, and carries gradient as
+            that does. It is one more evaluation, unless autograd does not record and the last one of the
+            solve was at the value. Default `False`.
         with_step: `f` is called with a keyword `step`, a `Step` that says how many steps each sample has
             taken, and of how many. Such an f is another map at every step: a tolerance is met where f at a
             sample's own step changes it little. Not with `Reversible`, nor under `torch.vmap`. Default
@@ -173,7 +174,7 @@ def solve_for(
     )
     solution = backward.apply(flat_f, flat_z0, solve)
     if has_aux:
-        solution = _with_aux(flat_f, solution)
+        solution = _with_aux(flat_f, solution, stopping)
     value = layout.unravel(solution.value)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
@@ -184,10 +185,20 @@ def solve_for(
     return solution
 
 
-def _with_aux(f: FlatMap, solution: Solution) -> Solution:
+def _with_aux(f: FlatMap, solution: Solution, stopping: Stopping) -> Solution:
     """The solution, and what the cell returns beside the state at its value."""
-    aux = f.with_aux(solution.value)[1]
+    value, last = solution.value, f.last
+    assert last is not None
+    is_constant = not (torch.is_grad_enabled() or is_transformed())
+    if is_constant and last.point is not None and _is_same(last.point, value, may_wait=not stopping.is_fixed):
+        return replace(solution, aux=last.aux)
+    aux = f.with_aux(value)[1]
     return replace(solution, aux=aux, nfe=solution.nfe + 1, sample_nfe=solution.sample_nfe + 1)
+
+
+def _is_same(point: Tensor, value: Tensor, *, may_wait: bool) -> bool:
+    """Whether the host knows that two states are equal, by waiting for a device if it may."""
+    return point is value or (may_wait and torch.equal(point, value))
 
 
 def _axes(compact: Compact, args: Any, kwargs: Any) -> tuple[int | None, ...] | None:

@@ -41,8 +41,8 @@ class ImplicitLayer(nn.Module):
         init: callable `init(*inputs, **keywords) -> z0`; default zeros shaped like the first input.
         compact: let finished samples leave the batch that the cell sees: `True`, or a tuple with the batch
             axis of every input; see `deqlib.fixed_point`.
-        has_aux: the cell returns `(z, aux)`, and `solve(...).aux` has what it returned at the fixed point, by
-            one more evaluation; see `deqlib.fixed_point`.
+        has_aux: the cell returns `(z, aux)`, and `solve(...).aux` has what it returned at the fixed point;
+            see `deqlib.fixed_point`.
         with_step: the cell is called with a keyword `step` that says how many steps each sample has taken;
             see `deqlib.fixed_point` and `Step`.
 

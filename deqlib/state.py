@@ -135,6 +135,14 @@ class Layout:
         return leaf.to(self.dtype)
 
 
+@dataclass
+class LastAux:
+    """What a cell returned beside the state at its last evaluation off the tape."""
+
+    point: Tensor | None = None  # (B, D), where that was; `None`: there was none
+    aux: Any = None
+
+
 # Equal to itself alone: the compilers of PyTorch below 2.12 hash it before it has its fields.
 @dataclass(frozen=True, eq=False)
 class FlatMap:
@@ -147,7 +155,7 @@ class FlatMap:
     keywords: dict[str, Any] = field(default_factory=dict)  # further inputs, by name
     is_cut: bool = False  # to some samples of the batch
     scope: Scope = field(default_factory=current_or_new)  # what modules in the cell remember
-    has_aux: bool = False  # whether the cell returns something beside the state
+    last: LastAux | None = None  # if the cell returns something beside the state
     clock: Clock | None = None  # where to find the step, if the cell asks for it
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -156,6 +164,8 @@ class FlatMap:
 
     def with_aux(self, z: Tensor) -> tuple[Tensor, Any]:
         """The cell at `z`, (B, D), and what it returns beside the state; `None` where it does not."""
+        if self.last is not None:
+            self.last.point = self.last.aux = None  # before as much memory is asked for again
         before = _version(z)
         outer, current.scope = current.scope, self.scope
         try:
@@ -165,7 +175,10 @@ class FlatMap:
             current.scope = outer
         if not torch.is_grad_enabled():
             # A cell that takes gradients inside records what nobody asked for: every iterate would keep it.
-            image, aux = _bare(image), tree_map(_bare, aux) if self.has_aux else None
+            image = _bare(image)
+            if self.last is not None:
+                self.last.point, self.last.aux = z, tree_map(_bare, aux)
+                aux = self.last.aux
         if _version(z) != before:
             raise ValueError(
                 "cell: the state must not be changed in place, got a cell that writes to its argument; "
@@ -184,7 +197,7 @@ class FlatMap:
             if said is None:
                 raise
             raise type(error)(said) from error
-        if self.has_aux:
+        if self.last is not None:
             image, aux = _parted(image)
         try:
             return self.layout.ravel(image), aux
@@ -219,10 +232,10 @@ class FlatMap:
         keywords = {name: cut(x, AUTOMATIC, batch, samples) for name, x in self.keywords.items()}
         scope = self.scope.take(samples, batch)
         layout = self.layout.of_batch(len(samples))
+        last = None if self.last is None else LastAux()
         clock = None if self.clock is None else self.clock.take(samples)
-        return replace(
-            self, inputs=inputs, keywords=keywords, layout=layout, is_cut=True, scope=scope, clock=clock
-        )
+        part = replace(self, inputs=inputs, keywords=keywords, layout=layout, last=last, clock=clock)
+        return replace(part, is_cut=True, scope=scope)
 
     @property
     def guess(self) -> str | None:
@@ -336,7 +349,8 @@ def flatten(
         is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
     clock = Clock() if with_step else None
-    f = FlatMap(cell, inputs, layout, axes, dict(keywords or {}), has_aux=has_aux, clock=clock)
+    last = LastAux() if has_aux else None
+    f = FlatMap(cell, inputs, layout, axes, dict(keywords or {}), last=last, clock=clock)
     return f, layout.ravel(z0)
 
 

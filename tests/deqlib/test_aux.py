@@ -71,8 +71,9 @@ def test_the_auxiliary_output_is_the_cells_at_the_value_that_is_returned(name: s
         assert torch.equal(solution.value, alone.value)
         assert torch.equal(solution.aux["product"], solution.value * x)
         assert (solution.aux["name"], solution.aux["none"]) == ("told", None)
-        assert solution.nfe == alone.nfe + 1
-        assert torch.equal(solution.sample_nfe, alone.sample_nfe + 1)
+        # Off the tape, the solve ends with an evaluation at the value.
+        assert solution.nfe == alone.nfe + records
+        assert torch.equal(solution.sample_nfe, alone.sample_nfe + records)
         assert solution.aux["product"].requires_grad == records
 
 
@@ -119,6 +120,18 @@ def test_a_finished_sample_that_left_the_batch_has_its_part_of_it() -> None:
         )
     assert int(solution.sample_nfe.min()) < solution.nfe
     assert torch.equal(solution.aux, rates * solution.value)
+
+
+def test_a_fixed_number_of_steps_takes_one_more_evaluation_for_it_unless_one_measures() -> None:
+    for measure, more in ((False, 1), (True, 0)):
+        stopping = Stopping.steps(4, measure=measure)
+        with torch.no_grad():
+            alone = fixed_point(plain, torch.zeros_like(X), (X,), solver=Picard(), stopping=stopping)
+            solution = fixed_point(
+                told, torch.zeros_like(X), (X,), solver=Picard(), stopping=stopping, has_aux=True
+            )
+        assert solution.nfe == alone.nfe + more
+        assert torch.equal(solution.aux["product"], solution.value * X)
 
 
 def test_what_modules_drew_is_the_same_for_the_auxiliary_output() -> None:
