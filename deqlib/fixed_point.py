@@ -22,8 +22,8 @@ from .recording import is_recording, note
 from .reporting import FORWARD, Attempt, FailurePolicy, check_on_failure, report_failure
 from .solution import NonConvergenceError, OnFailure, Solution
 from .solvers import Auto, Solver
-from .state import FlatMap, Layout, Map, flatten
-from .steps import Clock, Course
+from .state import FlatMap, Map, flatten
+from .steps import Course
 from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
@@ -136,12 +136,7 @@ def solve_for(
     settings |= {"on_failure": on_failure, "compact": compact}
     owner = "fixed_point" if layer is None else "ImplicitLayer"
     check_settings(owner, **settings)
-    check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
-    if with_step and "step" in kwargs:
-        raise TypeError(
-            f"{owner}: with_step=True gives the cell its step by the name step, got an input of that name; "
-            "call the input something else, or leave with_step out"
-        )
+    _check_cell(owner, kwargs, has_aux=has_aux, with_step=with_step)
     axes = _axes(compact, args, kwargs)
     run = outside_of_graphs(stopping, backward)
     if run is not None:
@@ -159,18 +154,9 @@ def solve_for(
     caller = dtype = None
     if not torch.compiler.is_compiling():
         caller, dtype = Caller.now(f, layer), coarsest_dtype(layout.dtypes, layout.device.type)
+    compacts = compact is not False
     solve = _Solve(
-        solver,
-        stopping,
-        backward,
-        on_failure,
-        layout,
-        compact is not False,
-        state,
-        caller,
-        dtype,
-        transformed,
-        flat_f.clock,
+        solver, stopping, backward, on_failure, flat_f, compacts, state, caller, dtype, transformed
     )
     solution = backward.apply(flat_f, flat_z0, solve)
     if has_aux:
@@ -183,6 +169,16 @@ def solve_for(
     if caller is not None and not transformed and is_recording():
         note(caller.label, "forward", solution)
     return solution
+
+
+def _check_cell(owner: str, kwargs: Any, *, has_aux: bool, with_step: bool) -> None:
+    """Raise `TypeError` unless what a cell is told and tells is said by two bools, and fits its inputs."""
+    check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
+    if with_step and "step" in kwargs:
+        raise TypeError(
+            f"{owner}: with_step=True gives the cell its step by the name step, got an input of that name; "
+            "call the input something else, or leave with_step out"
+        )
 
 
 def _with_aux(f: FlatMap, solution: Solution, stopping: Stopping) -> Solution:
@@ -239,13 +235,12 @@ class _Solve:
     stopping: Stopping
     backward: Backward
     on_failure: OnFailure | FailurePolicy
-    layout: Layout
+    whole: FlatMap  # the map of the whole batch
     compact: bool
     state: Any
     caller: Caller | None  # `None`: a compiler traces it, and there is nobody to tell anything
     dtype: torch.dtype | None  # the coarsest that the cell computes in; `None` likewise
     transformed: bool
-    clock: Clock | None  # of the map
 
     def __call__(
         self, f: Map, z0: Tensor, *, stopping: Stopping | None = None, course: Course | None = None
@@ -291,11 +286,11 @@ class _Solve:
             unit_norms=norms,
             compact=cut,
             course=course,
-            clock=self.clock,
+            clock=self.whole.clock,
         )
 
     def _unit_norms(self, stopping: Stopping) -> UnitNorms | None:
-        layout, axes = self.layout, stopping.norm_axes
+        layout, axes = self.whole.layout, stopping.norm_axes
         return None if axes is None else lambda z: layout.norms(z, axes)
 
     def _told(
@@ -331,7 +326,7 @@ class _Solve:
 
     def _unraveled(self, value: Tensor) -> Any:
         # Under `vmap` one solve holds the samples of many batches.
-        return self.layout.of_batch(value.shape[0]).unravel(value)
+        return self.whole.layout.of_batch(value.shape[0]).unravel(value)
 
 
 def _refuse_meta(z0: Tensor, stopping: Stopping, name: str) -> None:

@@ -163,7 +163,11 @@ class FlatMap:
         return self.with_aux(z)[0]
 
     def with_aux(self, z: Tensor) -> tuple[Tensor, Any]:
-        """The cell at `z`, (B, D), and what it returns beside the state; `None` where it does not."""
+        """The cell at `z`, (B, D), and what it returns beside the state; `None` where it does not.
+
+        Raises:
+            TypeError, ValueError: the cell breaks the contract.
+        """
         if self.last is not None:
             self.last.point = self.last.aux = None  # before as much memory is asked for again
         before = _version(z)

@@ -45,27 +45,27 @@ class Clock:
         return Clock(None if now is None else Step(now.number[samples], now.total[samples]))
 
 
+Steps = int | list[int]  # the same for all samples, or one number each
+
+
 @dataclass(frozen=True, eq=False)
 class Course:
     """A fixed number of steps, sample by sample, which may be a part of more.
 
     Attributes:
-        steps: to be taken: the same by all samples, or int64, (B,), on the CPU. A sample that has taken its
-            own stands still.
-        before: taken before, likewise.
-        total: of all parts, likewise.
+        steps: to be taken. A sample that has taken its own stands still.
+        before: taken before.
+        total: of all parts.
     """
 
-    steps: int | Tensor
-    before: int | Tensor
-    total: int | Tensor
+    steps: Steps
+    before: Steps
+    total: Steps
 
     @property
     def most(self) -> int:
         """Steps until all samples have taken theirs."""
-        if isinstance(self.steps, int):
-            return self.steps
-        return int(self.steps.max()) if self.steps.numel() else 0
+        return self.steps if isinstance(self.steps, int) else max(self.steps, default=0)
 
 
 class Pace:
@@ -99,11 +99,11 @@ class Pace:
             return new
         return torch.where((self.steps > step).unsqueeze(1), new, old)
 
-    def _of_samples(self, numbers: int | Tensor) -> Tensor:
+    def _of_samples(self, numbers: Steps) -> Tensor:
         """One number for each row of the state, int64, (B,), on its device."""
         batch, device = self._like.shape[0], self._like.device
         if isinstance(numbers, int):
             return torch.zeros(batch, dtype=torch.int64, device=device) + numbers
         if len(numbers) != batch:  # `vmap` makes one batch of many, one after the other
-            numbers = numbers.repeat(batch // len(numbers))
-        return numbers.to(device, non_blocking=True)
+            numbers = numbers * (batch // len(numbers))
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

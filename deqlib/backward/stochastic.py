@@ -122,12 +122,11 @@ class StochasticJFB(Backward):
         """Steps off the tape, then steps on it; a plain solve where autograd does not record."""
         if not torch.is_grad_enabled():
             return solve(f, z0)
-        free, taped = self._drawn_for_each(len(z0)) if self.per_sample else self._drawn_once()
-        total = free + taped
-        off = solve_off_tape(f, z0, solve, course=Course(free, before=0, total=total))
+        free, taped = self._courses(len(z0))
+        off = solve_off_tape(f, z0, solve, course=free)
         if self.checkpoint:
             f = replace(f, cell=Checkpointed(f.cell, "StochasticJFB"))
-        solution = solve(f, off.value, course=Course(taped, before=free, total=total))
+        solution = solve(f, off.value, course=taped)
         return replace(
             solution,
             value=first_order_only(solution.value),
@@ -135,6 +134,15 @@ class StochasticJFB(Backward):
             nfe=solution.nfe + off.nfe,
             sample_nfe=solution.sample_nfe + off.sample_nfe,
         )
+
+    def _courses(self, batch: int) -> tuple[Course, Course]:
+        """The steps without gradient, and those with."""
+        if not self.per_sample:
+            a, b = self._drawn_once()
+            return Course(a, before=0, total=a + b), Course(b, before=a, total=a + b)
+        free, taped = self._drawn_for_each(batch)
+        total = [a + b for a, b in zip(free, taped, strict=True)]
+        return Course(free, before=0, total=total), Course(taped, before=free, total=total)
 
     def _drawn_once(self) -> tuple[int, int]:
         """Steps without and with gradient."""
@@ -147,15 +155,16 @@ class StochasticJFB(Backward):
     def _draw(self, depth: Depth) -> int:
         return int(draw(depth, (), self.generator))
 
-    def _drawn_for_each(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Steps without and with gradient, (B,) each, by a generator that is seeded by one draw of ours.
+    def _drawn_for_each(self, batch: int) -> tuple[list[int], list[int]]:
+        """Steps without and with gradient of each sample, by a generator that one draw of ours seeds.
 
         Else processes whose batches were once of different sizes would not draw alike any more.
         """
         seed = torch.randint(2**62, (), generator=self.generator, device="cpu")
         generator = torch.Generator().manual_seed(int(seed))
+        first = draw(self.no_grad if self.total is None else self.total, (batch,), generator).tolist()
+        grad = draw(self.grad, (batch,), generator).tolist()
         if self.total is None:
-            return draw(self.no_grad, (batch,), generator), draw(self.grad, (batch,), generator)
-        total = draw(self.total, (batch,), generator)
-        taped = torch.minimum(total, draw(self.grad, (batch,), generator))
-        return total - taped, taped
+            return first, grad
+        taped = [min(pair) for pair in zip(first, grad, strict=True)]
+        return [total - b for total, b in zip(first, taped, strict=True)], taped
