@@ -4,6 +4,7 @@
 differentiate through it, `Stopping` says when it is good enough, `Solution` what was found.
 """
 
+from . import loops as loops
 from . import nn as nn  # not in __all__: a star import must not hide torch.nn
 from . import regularizers as regularizers
 from .backward import (
@@ -19,6 +20,7 @@ from .backward import (
     StochasticJFB,
     Unroll,
 )
+from .depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uniform
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
@@ -35,6 +37,7 @@ from .solvers import (
     ReversiblePicard,
     Solver,
 )
+from .steps import Step
 from .stopping import Stopping
 
 __version__ = "0.2.0"
@@ -47,16 +50,20 @@ __all__ = [
     "Auto",
     "Backward",
     "Broyden",
+    "DepthDistribution",
     "Diagnosis",
     "FailurePolicy",
+    "Geometric",
     "ImplicitDifferentiation",
     "ImplicitLayer",
+    "LogNormalPoisson",
     "NewtonKrylov",
     "NonConvergenceError",
     "NonConvergenceWarning",
     "OnFailure",
     "PhantomGradient",
     "Picard",
+    "Poisson",
     "ReconstructionError",
     "ReconstructionWarning",
     "RecordedSolve",
@@ -67,8 +74,10 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "Step",
     "StochasticJFB",
     "Stopping",
+    "Uniform",
     "Unroll",
     "ablate",
     "diagnose",

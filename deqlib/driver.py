@@ -27,6 +27,7 @@ from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
 from .solvers.base import Query, Seen, overrides
 from .state import Map
+from .steps import Clock, Course, Pace
 from .stopping import Stopping
 
 
@@ -51,6 +52,8 @@ def approach(
     state: Any = None,
     unit_norms: UnitNorms | None = None,
     compact: Takeable | None = None,
+    course: Course | None = None,
+    clock: Clock | None = None,
 ) -> Claim:
     """Iterate `solver` on `f` from `z0` until `stopping` says so; the solution's value is flat.
 
@@ -62,6 +65,8 @@ def approach(
         state: of an earlier solve, to go on with what it learnt.
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
         compact: `f` again if finished samples are to leave the batch that it sees.
+        course: how many steps each sample takes, with a fixed number of them; default all of them.
+        clock: of `f`, if it is to be told which step an evaluation belongs to.
 
     Returns:
         What was found, to be settled: by an evaluation of `f` at the value that the caller makes anyway, or
@@ -70,10 +75,11 @@ def approach(
     """
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
-        found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
+        pace = Pace(z0, stopping.max_steps, course, clock)
+        found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms, pace)
         return Claim(found, f, stopping, unit_norms, is_open=False)
     record = _record(z0, solver, stopping, unit_norms)
-    return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state)
+    return _iterate_to_tolerance(Batch(f, record, compact, clock), z0, solver, state)
 
 
 def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
@@ -86,17 +92,26 @@ def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorm
 
 
 def _iterate_fixed(
-    f: Map, z: Tensor, solver: Solver, state: Any, stopping: Stopping, unit_norms: UnitNorms | None
+    f: Map,
+    z: Tensor,
+    solver: Solver,
+    state: Any,
+    stopping: Stopping,
+    unit_norms: UnitNorms | None,
+    pace: Pace,
 ) -> Solution:
     """A fixed number of steps: the value is the last iterate."""
     trace, asks = [], overrides(solver, "query")
-    for _ in range(stopping.max_steps):
+    for step in range(stopping.max_steps):
         query = solver.query(state) if asks else None
-        point = z if query is None or query.point is None else query.point
+        point = z if query is None or query.point is None else pace.hold(step, query.point, z)
+        pace.tell(step)
         fz, image = _evaluate(f, point, query)
         if stopping.measure:
             trace.append(relative(*measure(fz.detach() - point.detach(), fz, unit_norms)))
-        z, state = _step(solver, point, image, state)
+        z_next, state = _step(solver, point, image, state)
+        z = pace.hold(step, z_next, z)
+    pace.tell(stopping.max_steps)
     residual = None
     if stopping.measure:
         fz = f(z)
@@ -109,7 +124,7 @@ def _iterate_fixed(
         value=z,
         residual=residual,
         relative_residual=trace[-1] if trace else None,
-        num_steps=zeros + stopping.max_steps,
+        num_steps=pace.steps,
         status=zeros + int(Status.COMPLETED),
         nfe=nfe,
         sample_nfe=zeros + nfe,
@@ -129,6 +144,7 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
         query = solver.query(state) if asks else None
         if query is not None and query.point is not None:
             z = batch.hold(query.point)
+        batch.tell()
         fz, image = _evaluate(batch.f, z, query)
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)

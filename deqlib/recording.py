@@ -129,6 +129,7 @@ def _kept(solution: Solution, values: bool) -> Solution:
         value=tree_map(lambda leaf: _bare(leaf.clone()), solution.value) if values else None,
         rejections={cause: _bare(counts) for cause, counts in solution.rejections.items()},
         state=None,
+        aux=None,
         **measured,
     )
 

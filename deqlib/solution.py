@@ -56,6 +56,8 @@ class Solution:
         rejections: by cause, how many steps of each sample were refused, int64, shape (B,).
         state: the solver's last state; given to another solve it goes on with what was learnt. `None` where
             the solve ran under `torch.func` transforms.
+        aux: what a cell of `has_aux=True` returned beside the state when it was evaluated at `value`; carries
+            gradient as `value` does. Else `None`.
     """
 
     value: Any
@@ -70,6 +72,7 @@ class Solution:
     methods: tuple[str, ...]
     rejections: dict[str, Tensor]
     state: Any
+    aux: Any = None
 
     @property
     def converged(self) -> Tensor:
@@ -92,9 +95,10 @@ class Solution:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which can be neither pickled nor copied."""
-        rest = {name: detached(known) for name, known in self.__dict__.items() if name != "value"}
-        cut = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self.value)
-        return {"value": cut, **rest}
+        trees = ("value", "aux")
+        rest = {name: detached(known) for name, known in self.__dict__.items() if name not in trees}
+        cut = {name: tree_map(_detached, getattr(self, name)) for name in trees}
+        return {**cut, **rest}
 
     def __copy__(self) -> Solution:
         """The same tensors, graphs and all."""
@@ -111,6 +115,10 @@ class Solution:
         if int(self.method.max() if self.method.numel() else 0) > 0:
             text += ", by " + ", ".join(f"{name} {n}" for name, n in self.method_counts().items())
         return text + ")"
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 class NonConvergenceWarning(UserWarning):
