@@ -4,6 +4,7 @@
 differentiate through it, `Stopping` says when it is good enough, `Solution` what was found.
 """
 
+from . import loops as loops
 from . import nn as nn  # not in __all__: a star import must not hide torch.nn
 from . import regularizers as regularizers
 from .backward import (
@@ -22,6 +23,8 @@ from .backward import (
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
+from .loops import HaltingScore, OutputDifference, PredictionEntropy, PredictionKL, StableArgMax
+from .readout import Readout
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
@@ -49,14 +52,19 @@ __all__ = [
     "Broyden",
     "Diagnosis",
     "FailurePolicy",
+    "HaltingScore",
     "ImplicitDifferentiation",
     "ImplicitLayer",
     "NewtonKrylov",
     "NonConvergenceError",
     "NonConvergenceWarning",
     "OnFailure",
+    "OutputDifference",
     "PhantomGradient",
     "Picard",
+    "PredictionEntropy",
+    "PredictionKL",
+    "Readout",
     "ReconstructionError",
     "ReconstructionWarning",
     "RecordedSolve",
@@ -66,6 +74,7 @@ __all__ = [
     "SharedInverse",
     "Solution",
     "Solver",
+    "StableArgMax",
     "Status",
     "StochasticJFB",
     "Stopping",
