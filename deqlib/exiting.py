@@ -132,7 +132,17 @@ class ExitingRecord(Record):
         """What the head makes of a state, (B, ...)."""
         assert self._layout is not None
         assert self.rule.readout is not None
-        reading = self.rule.readout.head(self._layout.of_batch(len(flat)).unravel(flat.detach()))
+        state = self._layout.of_batch(len(flat)).unravel(flat.detach())
+        try:
+            reading = self.rule.readout.head(state)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{type(self.rule.readout).__name__}: head uses tensors that torch.func.vmap batches, and a "
+                "solve, which holds the samples of all batches, cannot tell which is whose; leave the "
+                "readout out there"
+            ) from error
         if not isinstance(reading, Tensor) or reading.dim() == 0 or len(reading) != len(flat):
             got = f"shape {tuple(reading.shape)}" if isinstance(reading, Tensor) else type(reading).__name__
             raise ValueError(
@@ -151,7 +161,7 @@ class ExitingRecord(Record):
         if number not in (1, places):
             raise ValueError(
                 f"{type(self.rule.readout).__name__}: with norm_axes={self.rule.norm_axes} is_done must "
-                f"return one answer a sample or one for each of {places} places, got shape {tuple(said.shape)}"
+                f"return one answer a sample or one for each of {places} places, got {tuple(said.shape)}"
             )
         return answers
 

@@ -120,8 +120,8 @@ class ImplicitDifferentiation(Backward):
         if self.stopping.readout is not None or self.stopping.hold_places:
             raise ValueError(
                 "ImplicitDifferentiation: stopping is the rule of the adjoint, which is no state to be read "
-                f"and has no places to hold, got {self.stopping}; give readout and hold_places to the layer's "
-                "stopping"
+                f"and has no places to hold, got {self.stopping}; give readout and hold_places to the rule "
+                "of the layer"
             )
         if self.warm_start is not None:
             hint = "a deqlib.AdjointStart() or None"
