@@ -137,6 +137,23 @@ def test_tokens_stand_still_where_a_loop_by_hand_holds_them(
     assert (~(residual <= rtol * scale).all(1) | ~exits).all()
 
 
+def test_a_token_that_others_left_behind_is_done_and_its_sample_has_not_converged() -> None:
+    # The first goes to 10 slowly. The second hardly moves at any step, and by 2 percent in the end.
+    def cell(z: Tensor) -> Tensor:
+        return torch.cat([0.9 * z[:, :1] + 1, 0.01 * z[:, :1] + 5], 1)
+
+    rule = Stopping(rtol=1e-2, norm_axes=(-1,), hold_places=True)
+    found = fixed_point(cell, torch.zeros(1, 2, 1), solver=Picard(), stopping=rule, on_failure="raise")
+    first = next(k for k in range(99) if 0.9**k <= 1e-2 * 10 * (1 - 0.9 ** (k + 1)))
+    assert found.place_steps.tolist() == [[first, 1]]
+    assert found.status == Status.EXITED
+    assert found.value[0, 1] == 5
+    left_behind = 0.01 * found.value[:, 0, 0]
+    torch.testing.assert_close(found.residual, left_behind)
+    torch.testing.assert_close(found.relative_residual, left_behind / (5 + left_behind))
+    assert found.relative_residual > 1e-2
+
+
 def test_tokens_that_know_nothing_of_one_another_are_solved_as_if_each_were_a_sample() -> None:
     tokens = Tokens.draw(0, 3, 5, reach=0.0)
     as_tokens = tokens.solve(Stopping(rtol=1e-5, norm_axes=(-1,), hold_places=True))

@@ -232,7 +232,7 @@ def test_of_a_sample_that_diverged_the_best_iterate_is_kept_whatever_is_asked() 
     x = torch.tensor([[1.0], [1.0], [1.0]])
     rate = torch.tensor([[1e4], [float("nan")], [0.5]])
     readout = StableArgMax(head=lambda z: torch.cat([z, -z], 1), num_in_a_row=2)
-    for rule in (Stopping(keep="last"), Stopping(rtol=0, keep="last", readout=readout, min_steps=3)):
+    for rule in (Stopping(keep="last"), Stopping(rtol=0, keep="last", readout=readout, min_steps=2)):
         found = fixed_point(
             lambda z, x, rate: rate * z + x,
             torch.zeros(3, 1),
