@@ -24,6 +24,8 @@ from .depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uni
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
+from .loops import HaltingScore, OutputDifference, PredictionEntropy, PredictionKL, StableArgMax
+from .readout import Readout
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
@@ -54,6 +56,7 @@ __all__ = [
     "Diagnosis",
     "FailurePolicy",
     "Geometric",
+    "HaltingScore",
     "ImplicitDifferentiation",
     "ImplicitLayer",
     "LogNormalPoisson",
@@ -61,9 +64,13 @@ __all__ = [
     "NonConvergenceError",
     "NonConvergenceWarning",
     "OnFailure",
+    "OutputDifference",
     "PhantomGradient",
     "Picard",
     "Poisson",
+    "PredictionEntropy",
+    "PredictionKL",
+    "Readout",
     "ReconstructionError",
     "ReconstructionWarning",
     "RecordedSolve",
@@ -73,6 +80,7 @@ __all__ = [
     "SharedInverse",
     "Solution",
     "Solver",
+    "StableArgMax",
     "Status",
     "Step",
     "StochasticJFB",

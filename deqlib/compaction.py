@@ -121,15 +121,17 @@ class Batch:
         self._left = put_samples(left, self._rows, now, batch)
         self._state = put_samples(self._state, self._rows, state, batch)
 
-    def claim(self, fz: Tensor, state: Any, name: str) -> Claim:
+    def claim(self, z: Tensor, fz: Tensor, state: Any, name: str) -> Claim:
         """What was found, once the loop has ended.
 
         Args:
+            z: where the last evaluation was, of the samples that are still in the batch, (B, D).
             fz: images of the last evaluation, of the samples that are still in the batch.
             state: the solver's last.
             name: the solver's.
         """
         record = self.record
+        record.end(z)
         self._put_aside(state)
         found = self._left
         assert found is not None
@@ -151,13 +153,15 @@ class Batch:
             methods=record.methods or (name,),
             rejections=found.refused,
             state=self._state,
+            place_steps=_place_steps(found),
         )
         is_open, is_last = False, not self._cuts and record.is_best()
         objection = self._objection()
         if not is_last:
-            is_open = objection is not None or bool((found.status == Status.CONVERGED).any())
+            is_measured_anew = objection is not None or record.holds_places
+            is_open = is_measured_anew or bool((found.status == Status.CONVERGED).any())
         claim = Claim(solution, self._whole, record.rule, record.unit_norms, is_open, objection)
-        if not (is_last and self._holds):
+        if not (is_last and (self._holds or record.holds_places)):
             return claim
         # The last evaluation was of the whole batch at the value, and is measured already. Of a few samples
         # nobody has looked whether norms of finished ones are within the range of float32.
@@ -197,6 +201,12 @@ class Batch:
                 parts.append(part)
             start, rows = end, following
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _place_steps(found: Samples) -> Tensor | None:
+    """Steps of each place, int64, (B, U), where places stand still one by one."""
+    held_at = found.held_at
+    return None if held_at is None else torch.where(held_at < 0, found.num_steps.unsqueeze(1), held_at)
 
 
 def _tried(compact: Takeable, part: Map, number: int) -> Map:

@@ -20,13 +20,14 @@ from torch import Tensor
 from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
+from .exiting import ExitingRecord
 from .fused import is_available
 from .fused.record import MOST_NUMBERS, FusedRecord
 from .progress import Record, UnitNorms, measure, relative
 from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
 from .solvers.base import Query, Seen, overrides
-from .state import Map
+from .state import Layout, Map
 from .steps import Clock, Course, Pace
 from .stopping import Stopping
 
@@ -51,6 +52,7 @@ def approach(
     *,
     state: Any = None,
     unit_norms: UnitNorms | None = None,
+    layout: Layout | None = None,
     compact: Takeable | None = None,
     course: Course | None = None,
     clock: Clock | None = None,
@@ -64,6 +66,7 @@ def approach(
         stopping: the rule.
         state: of an earlier solve, to go on with what it learnt.
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
+        layout: how a state lies in (B, D); for a rule with a readout or with places that stand still.
         compact: `f` again if finished samples are to leave the batch that it sees.
         course: how many steps each sample takes, with a fixed number of them; default all of them.
         clock: of `f`, if it is to be told which step an evaluation belongs to.
@@ -78,17 +81,22 @@ def approach(
         pace = Pace(z0, stopping.max_steps, course, clock)
         found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms, pace)
         return Claim(found, f, stopping, unit_norms, is_open=False)
-    record = _record(z0, solver, stopping, unit_norms)
+    record = _record(z0, solver, stopping, unit_norms, layout)
     return _iterate_to_tolerance(Batch(f, record, compact, clock), z0, solver, state)
 
 
-def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
+def _record(
+    z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None, layout: Layout | None
+) -> Record:
     """What keeps the books, with kernels of its own where there are any."""
+    may_recover = overrides(solver, "observe")
+    if not stopping.is_by_residual:
+        return ExitingRecord(z0, stopping, unit_norms, may_recover=may_recover, layout=layout)
     fits = unit_norms is None and z0.numel() > 0 and z0.shape[1] <= MOST_NUMBERS
     # No numbers of it: how a starting point lies in memory says nothing about the iterates.
     is_fused = fits and is_available(z0[:0])
     kind = FusedRecord if is_fused else Record
-    return kind(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
+    return kind(z0, stopping, unit_norms, may_recover=may_recover)
 
 
 def _iterate_fixed(
@@ -143,9 +151,9 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
     while True:
         query = solver.query(state) if asks else None
         if query is not None and query.point is not None:
-            z = batch.hold(query.point)
+            z, record.follows_image = batch.hold(query.point), False
         batch.tell()
-        fz, image = _evaluate(batch.f, z, query)
+        fz, image = _evaluate(batch.f, z, query, record)
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)
         if record.step == stopping.max_steps or (at_check and record.count() == 0):
@@ -156,20 +164,24 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
             state, z, image = batch.drop_finished(state, z, image)
         del fz, query  # before more memory is asked for
         z_next, state = _step(solver, z, image, state)
+        record.follows_image = z_next is image
         del image, z
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-    return batch.claim(fz, state, type(solver).__name__)
+    return batch.claim(z, fz, state, type(solver).__name__)
 
 
-def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
-    """f(z), and what the solver is to get: J times its direction, where it asked for that, else f(z)."""
+def _evaluate(f: Map, z: Tensor, query: Query | None, record: Record | None = None) -> tuple[Tensor, Tensor]:
+    """f(z), and what the solver is to get: J times its direction, where it asked for that, else f(z).
+
+    Where the record has places that stand still, that is of the map that leaves them as they are.
+    """
     if query is None or query.direction is None:
         if query is not None and query.wanted is not None:
             raise ValueError("Query: wanted says who gets J v, so it needs a direction v; leave it out")
         fz = f(z)
-        return fz, fz
+        return fz, fz if record is None else record.moving(z, fz)
     try:
         fz, product = torch.func.jvp(f, (z,), (query.direction,))[:2]
     except (NonConvergenceError, torch.OutOfMemoryError):
@@ -181,7 +193,10 @@ def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
             f"does something there that PyTorch refuses ({str(error).strip()}); use "
             "NewtonKrylov(derivative='difference') or another solver"
         ) from error
-    return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, fz)
+    image = fz
+    if record is not None:
+        product, image = record.moving(query.direction, product), record.moving(z, fz)
+    return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, image)
 
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._autocast import coarsest_dtype
 from ._checks import check_instance, plain
 from ._compiler import run_eagerly
-from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map
+from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map, tree_unflatten
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
@@ -161,11 +161,14 @@ def solve_for(
     solution = backward.apply(flat_f, flat_z0, solve)
     if has_aux:
         solution = _with_aux(flat_f, solution, stopping)
-    value = layout.unravel(solution.value)
+    value, place_steps = layout.unravel(solution.value), solution.place_steps
+    if place_steps is not None:
+        assert stopping.norm_axes is not None
+        place_steps = tree_unflatten(layout.by_place(place_steps, stopping.norm_axes), layout.spec)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
         value = tree_map(torch.clone, value)
-    solution = replace(solution, value=value)
+    solution = replace(solution, value=value, place_steps=place_steps)
     if caller is not None and not transformed and is_recording():
         note(caller.label, "forward", solution)
     return solution
@@ -277,17 +280,9 @@ class _Solve:
         rule = self.stopping if stopping is None else stopping
         _refuse_meta(z0, rule, FORWARD)
         norms = self._unit_norms(rule)
-        return approach(
-            f,
-            z0,
-            self.solver,
-            rule,
-            state=self.state,
-            unit_norms=norms,
-            compact=cut,
-            course=course,
-            clock=self.whole.clock,
-        )
+        how: dict[str, Any] = {"unit_norms": norms, "layout": self.whole.layout, "compact": cut}
+        how |= {"course": course, "clock": self.whole.clock}
+        return approach(f, z0, self.solver, rule, state=self.state, **how)
 
     def _unit_norms(self, stopping: Stopping) -> UnitNorms | None:
         layout, axes = self.whole.layout, stopping.norm_axes

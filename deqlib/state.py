@@ -6,6 +6,7 @@ tensor of shape (B, D).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -111,6 +112,33 @@ class Layout:
             found = torch.linalg.vector_norm(leaf, dim=axes, dtype=small_dtype(flat)).to(flat.dtype)
             norms.append(found.flatten(1) if found.dim() > 1 else found.unsqueeze(1))
         return torch.cat(norms, 1)
+
+    def spread(
+        self,
+        places: Tensor,  # (B, places), as `norms` orders them
+        axes: tuple[int, ...],
+    ) -> Tensor:
+        """What is known of each place, for each of its numbers: (B, D)."""
+        parts = []
+        for leaf, shape in zip(self.by_place(places, axes), self.shapes, strict=True):
+            for axis in sorted(axis % len(shape) for axis in axes):
+                leaf = leaf.unsqueeze(axis)
+            parts.append(leaf.expand(len(places), *shape[1:]).flatten(1))
+        return torch.cat(parts, 1)
+
+    def by_place(
+        self,
+        places: Tensor,  # (B, places), as `norms` orders them
+        axes: tuple[int, ...],
+    ) -> list[Tensor]:
+        """What is known of each place, leaf by leaf: of its shape without `axes`."""
+        dropped = [{axis % len(shape) for axis in axes} for shape in self.shapes]
+        shapes = [
+            [size for axis, size in enumerate(shape) if axis > 0 and axis not in gone]
+            for shape, gone in zip(self.shapes, dropped, strict=True)
+        ]
+        parts = torch.split(places, [math.prod(shape) for shape in shapes], 1)
+        return [part.reshape(len(places), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _checked(self, index: int, leaf: Any) -> Tensor:
         """Leaf `index` of a cell's output, compared with the state's, in the flat dtype."""
