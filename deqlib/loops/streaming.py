@@ -13,9 +13,8 @@ import torch
 
 from .._autocast import coarsest_dtype
 from .._checks import check_instance, check_integer
-from .._compiler import uncompiled
 from .._torch import tree_map
-from ..fixed_point import check_setting
+from ..fixed_point import check_setting, outside_of_graphs
 from ..layer import ImplicitLayer, refuse_sharded
 from ..naming import Caller
 from ..recording import is_recording, note
@@ -150,7 +149,6 @@ class Stream(Iterator[Solution]):
         self._confirmed: deque[tuple[Cohort, Solution]] = deque()
         self._due: deque[Solution] = deque()
 
-    @uncompiled
     def __next__(self) -> Solution:
         """The next sample's.
 
@@ -159,6 +157,10 @@ class Stream(Iterator[Solution]):
             NonConvergenceError: samples that entered together failed. It has the solution of all of these;
                 the stream goes on behind them.
         """
+        run = outside_of_graphs(self._stopping, self._layer.backward)
+        if run is not None:
+            found: Solution = run(self.__next__)
+            return found
         began = time.perf_counter()
         try:
             with torch.no_grad():
