@@ -125,7 +125,14 @@ class StreamReport:
 
 
 class Stream(Iterator[Solution]):
-    """Solutions in the order of the samples, see `solve_stream`.
+    """Solutions in the order of the samples; made by `solve_stream`, whose arguments it has.
+
+    Args:
+        layer: whose fixed points are wanted.
+        samples: an iterator over them.
+        batch_size: most samples that the cell is evaluated on together.
+        stopping: the rule.
+        kwargs: inputs of the cell by name, which all samples share.
 
     Attributes:
         report: what was done so far.
