@@ -24,7 +24,17 @@ from .depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uni
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
-from .loops import HaltingScore, OutputDifference, PredictionEntropy, PredictionKL, StableArgMax
+from .loops import (
+    HaltingScore,
+    OutputDifference,
+    PredictionEntropy,
+    PredictionKL,
+    StableArgMax,
+    Stream,
+    StreamReport,
+    deep_supervision,
+    solve_stream,
+)
 from .readout import Readout
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
@@ -85,10 +95,14 @@ __all__ = [
     "Step",
     "StochasticJFB",
     "Stopping",
+    "Stream",
+    "StreamReport",
     "Uniform",
     "Unroll",
     "ablate",
+    "deep_supervision",
     "diagnose",
     "fixed_point",
     "record",
+    "solve_stream",
 ]

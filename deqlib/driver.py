@@ -11,6 +11,7 @@ states (B, D).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +82,53 @@ def approach(
         pace = Pace(z0, stopping.max_steps, course, clock)
         found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms, pace)
         return Claim(found, f, stopping, unit_norms, is_open=False)
-    record = _record(z0, solver, stopping, unit_norms, layout)
-    return _iterate_to_tolerance(Batch(f, record, compact, clock), z0, solver, state)
+    record = record_of(z0, solver, stopping, unit_norms, layout)
+    batch, exchange = Batch(f, record, compact, clock), Exchange()
+    for _ in iterations(batch, z0, solver, state, exchange):
+        exchange.answer(batch.f)
+    assert exchange.claim is not None
+    return exchange.claim
 
 
-def _record(
-    z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None, layout: Layout | None
+@dataclass(eq=False)
+class Exchange:
+    """Where the iterations of a solve wait for its map, and leave what they found.
+
+    Whoever answers may evaluate the points of several solves together. Either side clears what it takes, so
+    that a state lives no longer than it is needed.
+
+    Attributes:
+        point: where the map is wanted, (B, D).
+        query: what the solver wants to know there, if it asks.
+        images: the map there, (B, D), and what the solver is to get, (B, D).
+        claim: what was found, once the iterations have ended.
+    """
+
+    point: Tensor | None = None
+    query: Query | None = None
+    images: tuple[Tensor, Tensor] | None = None
+    claim: Claim | None = None
+
+    def answer(self, f: Map) -> None:
+        """Evaluate the map for the iterations."""
+        assert self.point is not None
+        self.images = _evaluate(f, self.point, self.query)
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The images, which are not kept."""
+        images, self.point, self.query, self.images = self.images, None, None, None
+        assert images is not None
+        return images
+
+
+def record_of(
+    z0: Tensor,  # (B, D)
+    solver: Solver,
+    stopping: Stopping,
+    unit_norms: UnitNorms | None,
+    layout: Layout | None,
 ) -> Record:
-    """What keeps the books, with kernels of its own where there are any."""
+    """What keeps the books, with kernels of its own where there are any; see `approach`."""
     may_recover = overrides(solver, "observe")
     if not stopping.is_by_residual:
         return ExitingRecord(z0, stopping, unit_norms, may_recover=may_recover, layout=layout)
@@ -144,8 +184,24 @@ def _iterate_fixed(
     )
 
 
-def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -> Claim:
-    """Until every sample is finished: the value is each sample's best iterate."""
+def iterations(
+    batch: Batch,
+    z: Tensor,  # (B, D)
+    solver: Solver,
+    state: Any,
+    exchange: Exchange,
+) -> Iterator[None]:
+    """Until every sample is finished: the value is each sample's best iterate.
+
+    Waits wherever the map is wanted; the exchange must have been answered before it goes on.
+
+    Args:
+        batch: the samples, and what is known of them.
+        z: where they begin, (B, D).
+        solver: the method.
+        state: the solver's.
+        exchange: where the map is asked for, and the claim is left.
+    """
     record, stopping = batch.record, batch.record.rule
     observes, asks = overrides(solver, "observe"), overrides(solver, "query")
     while True:
@@ -153,7 +209,11 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
         if query is not None and query.point is not None:
             z, record.follows_image = batch.hold(query.point), False
         batch.tell()
-        fz, image = _evaluate(batch.f, z, query, record)
+        exchange.point, exchange.query = z, query
+        yield
+        fz, image = exchange.taken()
+        if record.holds_places:
+            image = record.moving(_seen_at(z, query), image)
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)
         if record.step == stopping.max_steps or (at_check and record.count() == 0):
@@ -169,19 +229,16 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-    return batch.claim(z, fz, state, type(solver).__name__)
+    exchange.claim = batch.claim(z, fz, state, type(solver).__name__)
 
 
-def _evaluate(f: Map, z: Tensor, query: Query | None, record: Record | None = None) -> tuple[Tensor, Tensor]:
-    """f(z), and what the solver is to get: J times its direction, where it asked for that, else f(z).
-
-    Where the record has places that stand still, that is of the map that leaves them as they are.
-    """
+def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
+    """f(z), and what the solver is to get: J times its direction, where it asked for that, else f(z)."""
     if query is None or query.direction is None:
         if query is not None and query.wanted is not None:
             raise ValueError("Query: wanted says who gets J v, so it needs a direction v; leave it out")
         fz = f(z)
-        return fz, fz if record is None else record.moving(z, fz)
+        return fz, fz
     try:
         fz, product = torch.func.jvp(f, (z,), (query.direction,))[:2]
     except (NonConvergenceError, torch.OutOfMemoryError):
@@ -193,10 +250,18 @@ def _evaluate(f: Map, z: Tensor, query: Query | None, record: Record | None = No
             f"does something there that PyTorch refuses ({str(error).strip()}); use "
             "NewtonKrylov(derivative='difference') or another solver"
         ) from error
-    image = fz
-    if record is not None:
-        product, image = record.moving(query.direction, product), record.moving(z, fz)
-    return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, image)
+    return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, fz)
+
+
+def _seen_at(z: Tensor, query: Query | None) -> Tensor:
+    """What the map that leaves everything as it is gives the solver where `_evaluate` gives it an image."""
+    if query is None or query.direction is None:
+        return z
+    return (
+        query.direction
+        if query.wanted is None
+        else torch.where(query.wanted.unsqueeze(1), query.direction, z)
+    )
 
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:

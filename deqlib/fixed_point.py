@@ -22,7 +22,7 @@ from .recording import is_recording, note
 from .reporting import FORWARD, Attempt, FailurePolicy, check_on_failure, report_failure
 from .solution import NonConvergenceError, OnFailure, Solution
 from .solvers import Auto, Solver
-from .state import FlatMap, Map, flatten
+from .state import FlatMap, Layout, Map, flatten
 from .steps import Course
 from .stopping import Stopping
 
@@ -161,17 +161,23 @@ def solve_for(
     solution = backward.apply(flat_f, flat_z0, solve)
     if has_aux:
         solution = _with_aux(flat_f, solution, stopping)
-    value, place_steps = layout.unravel(solution.value), solution.place_steps
-    if place_steps is not None:
-        assert stopping.norm_axes is not None
-        place_steps = tree_unflatten(layout.by_place(place_steps, stopping.norm_axes), layout.spec)
+    shaped = in_shape(solution, layout, stopping)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
-        value = tree_map(torch.clone, value)
-    solution = replace(solution, value=value, place_steps=place_steps)
+        shaped = replace(shaped, value=tree_map(torch.clone, shaped.value))
+    solution = shaped
     if caller is not None and not transformed and is_recording():
         note(caller.label, "forward", solution)
     return solution
+
+
+def in_shape(solution: Solution, layout: Layout, stopping: Stopping) -> Solution:
+    """The same solution, what is flat in it in the structure of the starting point."""
+    place_steps = solution.place_steps
+    if place_steps is not None:
+        assert stopping.norm_axes is not None
+        place_steps = tree_unflatten(layout.by_place(place_steps, stopping.norm_axes), layout.spec)
+    return replace(solution, value=layout.unravel(solution.value), place_steps=place_steps)
 
 
 def _check_cell(owner: str, kwargs: Any, *, has_aux: bool, with_step: bool) -> None:

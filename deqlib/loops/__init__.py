@@ -1,8 +1,10 @@
-"""For those who loop a block: random depths, what a cell may know of its loop, and when to leave it."""
+"""For those who loop a block: random depths, when to leave, streams of samples, caches, supervision on the way."""
 
 from ..depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uniform
 from ..steps import Step
 from .readouts import HaltingScore, OutputDifference, PredictionEntropy, PredictionKL, StableArgMax
+from .streaming import Stream, StreamReport, solve_stream
+from .supervision import deep_supervision
 
 __all__ = [
     "DepthDistribution",
@@ -15,5 +17,9 @@ __all__ = [
     "PredictionKL",
     "StableArgMax",
     "Step",
+    "Stream",
+    "StreamReport",
     "Uniform",
+    "deep_supervision",
+    "solve_stream",
 ]
