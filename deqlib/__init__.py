@@ -22,6 +22,7 @@ from .backward import (
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
+from .loops import EquilibriumCache, KeyValueCache, StepCache, causal_mask
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
@@ -48,9 +49,11 @@ __all__ = [
     "Backward",
     "Broyden",
     "Diagnosis",
+    "EquilibriumCache",
     "FailurePolicy",
     "ImplicitDifferentiation",
     "ImplicitLayer",
+    "KeyValueCache",
     "NewtonKrylov",
     "NonConvergenceError",
     "NonConvergenceWarning",
@@ -67,10 +70,12 @@ __all__ = [
     "Solution",
     "Solver",
     "Status",
+    "StepCache",
     "StochasticJFB",
     "Stopping",
     "Unroll",
     "ablate",
+    "causal_mask",
     "diagnose",
     "fixed_point",
     "record",
