@@ -286,22 +286,42 @@ class StepCache(KeyValueCache):
 
 
 def causal_mask(
-    queries: Tensor,  # (..., l, any)
-    keys: Tensor,  # (..., L, any)
+    queries: Tensor,  # (B, ..., l, any)
+    keys: Tensor,  # (B, ..., L, any)
+    first: Tensor | None = None,  # (B,)
 ) -> Tensor | None:
-    """Which keys each query sees, bool (l, L), where the queries are the last l of L tokens; `None`: all.
+    """Which keys each query sees, bool, where the queries are the last l of L tokens; `None`: all.
 
     For `attn_mask` of `torch.nn.functional.scaled_dot_product_attention`, whose `is_causal` takes the queries
     for the first l tokens instead.
 
     Args:
-        queries: (..., l, any), of new tokens.
-        keys: (..., L, any), of all tokens up to them.
+        queries: (B, ..., l, any), of new tokens.
+        keys: (B, ..., L, any), of all tokens up to them.
+        first: (B,) integers, which of the L tokens each sequence begins with, where sequences of several
+            lengths were padded on the left; padding sees itself. Default: all begin with the first. Pass it
+            on as an input of the cell; after `evict(n)` it is n less, and 0 at least.
+
+    Returns:
+        (l, L), or with `first` (B, 1, l, L).
+
+    Raises:
+        ValueError: `first` of another shape.
     """
     num_new, num_tokens = queries.shape[-2], keys.shape[-2]
-    if num_new == 1:
+    if first is None and num_new == 1:
         return None
-    return torch.ones(num_new, num_tokens, dtype=torch.bool, device=keys.device).tril(num_tokens - num_new)
+    last = num_tokens - num_new  # what the first query sees
+    seen = torch.ones(num_new, num_tokens, dtype=torch.bool, device=keys.device).tril(last)
+    if first is None:
+        return seen
+    if first.shape != queries.shape[:1]:
+        raise ValueError(
+            f"causal_mask: first must have shape (B,) = {tuple(queries.shape[:1])}, got {tuple(first.shape)}"
+        )
+    begun = torch.arange(num_tokens, device=keys.device) >= first.view(-1, 1, 1, 1)
+    # A query without any key gets no number where the softmax is spelled out, and its sequence fails.
+    return seen & begun | seen.triu(last)
 
 
 def _allocated(like: Tensor, max_tokens: int) -> Tensor:
