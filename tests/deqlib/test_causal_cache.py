@@ -188,19 +188,24 @@ def test_memory_does_not_grow_with_steps_nor_with_tokens() -> None:
     assert sizes == [6 * one_token, 8 * 6 * one_token]
 
 
-@given(kept=st.integers(1, 4), num_tokens=st.integers(1, 7), seed=st.integers(0, 99))
-def test_an_evicted_prefix_is_no_longer_attended_to(kept: int, num_tokens: int, seed: int) -> None:
+@given(
+    room=st.integers(1, 4), evicted=st.integers(1, 4), num_tokens=st.integers(1, 7), seed=st.integers(0, 99)
+)
+def test_an_evicted_prefix_is_no_longer_attended_to(
+    room: int, evicted: int, num_tokens: int, seed: int
+) -> None:
     """Against lists of keys and values, token by token, and a plain loop."""
     cell, x = Looped(seed=seed), tokens(2, num_tokens, seed)
     layer = ImplicitLayer(cell, solver=Picard(), stopping=TIGHT)
-    cache, past = EquilibriumCache(kept), []
+    cache, past = EquilibriumCache(room), []
     with torch.no_grad():
         for i in range(num_tokens):
-            cache.evict(max(cache.num_tokens + 1 - kept, 0))
+            leaving = min(evicted, room) if cache.num_tokens == room else 0
+            cache.evict(leaving)
             cache.open(1)
             decoded = layer(x[:, i : i + 1], cache)
             z = torch.zeros(2, 1, WIDTH, dtype=torch.float64)
-            past = past[max(len(past) + 1 - kept, 0) :]
+            past = past[leaving:]
             for _ in range(40):
                 q, k, v = (cell.project(z, w, 0) for w in (cell.queries, cell.keys, cell.values))
                 ks, vs = (torch.cat(parts, 2) for parts in zip(*past, (k, v), strict=True))
@@ -208,7 +213,7 @@ def test_an_evicted_prefix_is_no_longer_attended_to(kept: int, num_tokens: int, 
                 z = torch.tanh(x[:, i : i + 1] + attended.transpose(1, 2).flatten(2) @ cell.out)
             past.append((k, v))
             assert (decoded - z).abs().max() < 1e-9
-    assert (cache.num_tokens, cache.num_seen) == (min(kept, num_tokens), num_tokens)
+    assert (cache.num_tokens, cache.num_seen) == (len(past), num_tokens)
     assert cache.used_bytes == cache.num_tokens * 2 * HEADS * (HEAD + VALUE) * 8
 
 
