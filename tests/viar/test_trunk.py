@@ -18,7 +18,6 @@ import viar.model.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
 from viar import (
     Adaptive,
-    EquilibriumCache,
     ImplicitTrunk,
     ImplicitTrunkConfig,
     IterateCache,
@@ -333,26 +332,6 @@ def test_the_equilibrium_cache_does_not_grow_with_iterations(iterations: Any) ->
 )
 def test_the_iterate_cache_holds_what_each_iteration_of_each_scale_saw(iterations: Any, sets: int) -> None:
     assert bytes_after(tiny_transformer().trunk, iterations, "iterate") == (2 * 14 + sets) * TOKEN
-
-
-def test_a_slot_holds_what_was_written_before_and_room_for_the_open_scale() -> None:
-    cache, like = EquilibriumCache((1, 2, 3)), torch.empty(2, 3, 0, 4, dtype=torch.float64)
-    pieces = [[torch.randn(2, 3, tokens, 4).double() for _ in range(2)] for tokens in (1, 4)]
-    for count, (piece, tokens) in enumerate(zip(pieces, (1, 4), strict=True), start=1):
-        cache.open_scale(tokens, like)
-        for rows in (slice(0, 1), slice(1, 2)):
-            for buffer, new in zip(cache.slot("a", rows), piece, strict=True):
-                buffer[:, :, -tokens:] = new[rows]
-        for buffer, whole in zip(cache.slot("a"), zip(*pieces[:count], strict=True), strict=True):
-            assert buffer.dtype == torch.float64
-            assert buffer.equal(torch.cat(whole, 2))
-    assert cache.slot("b")[0].shape == (2, 3, 5, 4)
-    cache.slot("b")[0].fill_(0)
-    assert cache.slot("a", evaluation=1)[0].data_ptr() == cache.slot("a")[0].data_ptr()  # the same set
-    assert cache.slot("a")[0][:, :, :1].equal(pieces[0][0])
-    one_token = 2 * 2 * 3 * 4 * 8  # keys and values, 2 samples, 3 heads 4 wide, float64
-    assert cache.num_bytes == 2 * 14 * one_token
-    assert cache.used_bytes == 2 * 5 * one_token
 
 
 def test_a_cache_serves_one_generation() -> None:

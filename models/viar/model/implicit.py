@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deqlib import ImplicitLayer, Picard, StochasticJFB, Stopping
+from deqlib import EquilibriumCache, ImplicitLayer, KeyValueCache, Picard, StochasticJFB, Stopping
 from deqlib.regularizers import jacobian_penalty
 
 from .attention import KeyValue
 from .blocks import Block, gelu
-from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name, check_iterate_schedule
+from .cache import IterateCache, check_cache_name, check_iterate_schedule, tokens_of
 from .config import ImplicitTrunkConfig, TransformerConfig, filled
 from .execution import in_type_of, joined, row_chunks
 from .scales import BlockCausal, resize_tokens
@@ -218,9 +218,9 @@ class ImplicitTrunk(Trunk):
         """Of the kind "equilibrium" or "iterate"; see `Trunk.new_cache` and `viar.model.cache`."""
         check_cache_name(kind)
         if kind == "equilibrium":
-            return EquilibriumCache(self.sides)
+            return EquilibriumCache(tokens_of(self.sides))
         check_iterate_schedule(schedule)
-        return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)], LAYER)
+        return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)])
 
     def init_own(self) -> None:
         """See `Trunk.init_own`."""
