@@ -240,9 +240,13 @@ def _by_sample(solution: Solution) -> Iterator[Solution]:
     steps, evaluations = solution.num_steps.tolist(), solution.sample_nfe.tolist()
     for i, (num_steps, nfe) in enumerate(zip(steps, evaluations, strict=True)):
         one = slice(i, i + 1)
+        value, place_steps = (
+            None if tree is None else tree_map(lambda leaf, one=one: leaf[one], tree)
+            for tree in (solution.value, solution.place_steps)
+        )
         yield replace(
             solution,
-            value=tree_map(lambda leaf, one=one: leaf[one], solution.value),
+            value=value,
             residual=solution.residual[one],
             relative_residual=solution.relative_residual[one],
             num_steps=solution.num_steps[one],
@@ -252,6 +256,6 @@ def _by_sample(solution: Solution) -> Iterator[Solution]:
             trace=None if solution.trace is None else solution.trace[: num_steps + 1, one],
             method=solution.method[one],
             rejections={cause: counts[one] for cause, counts in solution.rejections.items()},
-            place_steps=tree_map(lambda leaf, one=one: leaf[one], solution.place_steps),
+            place_steps=place_steps,
             state=None,
         )

@@ -279,3 +279,29 @@ def test_steps_of_tokens_are_recorded_and_mapped_over() -> None:
     assert torch.equal(mapped[0], found.place_steps)
     assert torch.equal(mapped[1], tokens.solve(rule, twice[1]).place_steps)
     assert tokens.solve(Stopping(norm_axes=(-1,))).place_steps is None
+
+
+def test_a_stream_has_the_places_of_each_sample_stand_still_as_it_does_alone() -> None:
+    tokens = Tokens.draw(3, batch=7, length=4)
+    for readout in (None, PredictionKL(head=tokens.head, threshold=1e-4)):
+        for solver in (Picard(), deqlib.Anderson(memory=3)):
+            rule = Stopping(
+                rtol=1e-6, max_steps=200, norm_axes=(-1,), hold_places=True, min_steps=2, readout=readout
+            )
+            layer = deqlib.ImplicitLayer(tokens.cell, solver=solver, stopping=rule)
+            samples = list(zip(tokens.x, tokens.rate, strict=True))
+            with torch.no_grad():
+                found = list(deqlib.solve_stream(layer, samples, batch_size=3))
+                alone = [layer.solve(x[None], rate[None]) for x, rate in samples]
+            assert len({tuple(solution.place_steps.flatten().tolist()) for solution in alone}) > 1
+            for one, expected in zip(found, alone, strict=True):
+                assert one.place_steps.equal(expected.place_steps)
+                assert one.status.equal(expected.status)
+                torch.testing.assert_close(one.value, expected.value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("option", ["has_aux", "with_step"])
+def test_a_stream_refuses_cells_that_know_or_tell_more(option: str) -> None:
+    layer = deqlib.ImplicitLayer(lambda z, x: z, solver=Picard(), **{option: True})
+    with torch.no_grad(), pytest.raises(ValueError, match=f"a layer of {option}=True"):
+        deqlib.solve_stream(layer, torch.ones(3, 2), batch_size=2)
