@@ -22,6 +22,7 @@ from viar import (
     ImplicitTrunkConfig,
     IterateCache,
     NextScaleTransformer,
+    TransformerConfig,
 )
 from viar.model.execution import CPU_CHUNK, row_chunks
 from viar.model.scales import block_causal, scale_slices
@@ -576,3 +577,12 @@ def test_a_projection_that_starts_as_the_identity_passes_on_a_mix_of_state_and_i
 def test_another_start_of_the_projection_is_refused() -> None:
     with pytest.raises(ValueError, match="projection must be one of random, identity, got 'zero'"):
         ImplicitTrunkConfig(projection="zero")
+
+
+def test_a_config_says_how_the_projection_starts_only_where_it_is_not_as_all_were_before() -> None:
+    """So that models, runs and series of before stay what they were."""
+    plain, changed = (tiny_config(trunk=replace(IMPLICIT, projection=how)) for how in ("random", "identity"))
+    assert "projection" not in plain.to_dict()["trunk"]
+    assert changed.to_dict()["trunk"]["projection"] == "identity"
+    for config in (plain, changed):
+        assert TransformerConfig.from_dict(config.to_dict()) == config

@@ -18,11 +18,17 @@ T = TypeVar("T")
 
 Projection = Literal["random", "identity"]  # initial weights of what joins state and input
 
-BEFORE: dict[str, Any] = {"patch": 1}  # settings of a `TokenizerConfig` that came later, as all were before
+# Settings of a tokenizer and of a trunk that came later, as all were before.
+BEFORE: dict[str, Any] = {"patch": 1, "projection": "random"}
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def _as_before(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that came later, where they are as all were before."""
+    return {name: value for name, value in values.items() if BEFORE.get(name) != value}
 
 
 def check_at_least(owner: str, minimum: int | float, **values: int | float) -> None:
@@ -114,8 +120,7 @@ class TokenizerConfig:
         A setting of a later release is left out at the value that all tokenizers had before, so that
         fingerprints, and what runs and shards were made with, stay what they were.
         """
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if BEFORE.get(name) != value}
+        return _as_before(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
@@ -253,10 +258,10 @@ class TransformerConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON; the trunk carries its kind."""
+        """Plain values only, ready for JSON, later settings as `TokenizerConfig.to_dict` has them; the trunk has its kind."""
         values = dataclasses.asdict(self)
         kind = next(name for name, cls in _TRUNKS.items() if type(self.trunk) is cls)
-        values["trunk"] = {"kind": kind, **values["trunk"]}
+        values["trunk"] = {"kind": kind, **_as_before(values["trunk"])}
         return values
 
     @classmethod
