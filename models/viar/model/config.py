@@ -258,7 +258,10 @@ class TransformerConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON, later settings as `TokenizerConfig.to_dict` has them; the trunk has its kind."""
+        """Plain values only, ready for JSON; the trunk carries its kind.
+
+        Settings of a later release are left out as those of `TokenizerConfig.to_dict` are.
+        """
         values = dataclasses.asdict(self)
         kind = next(name for name, cls in _TRUNKS.items() if type(self.trunk) is cls)
         values["trunk"] = {"kind": kind, **_as_before(values["trunk"])}
