@@ -71,6 +71,10 @@ def make_backward(name: str) -> tuple[Backward, Any]:
         "jfb": (JFB(), Anderson()),
         "phantom": (PhantomGradient(steps=2), Anderson()),
         "stochastic": (StochasticJFB(no_grad=(0, 2), grad=(1, 3), generator=generator), Picard()),
+        "stochastic, each sample": (
+            StochasticJFB(no_grad=(0, 2), grad=(1, 3), per="sample", generator=generator),
+            Picard(),
+        ),
         "unroll": (Unroll(), Picard()),
     }[name]
 
