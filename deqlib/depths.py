@@ -151,7 +151,8 @@ class LogNormalPoisson(_Tailed):
 
     Mostly few steps and sometimes many: with m = `mean - least` the rate is m exp(sigma n - sigma^2 / 2), n
     normal, and the variance of the number of steps is m + m^2 (exp(sigma^2) - 1).
-    (Recurrent depth, Geiping et al. 2025, arXiv 2502.05171, section 3.3.)
+    (Recurrent depth, Geiping et al. 2025, arXiv 2502.05171, section 3.3: there one step is added to a Poisson
+    number of mean r, which is `LogNormalPoisson(r + 1, least=1)`.)
 
     Args:
         mean: of the number of steps, at least `least`.

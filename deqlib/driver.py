@@ -172,7 +172,7 @@ def _iterate_fixed(
         value=z,
         residual=residual,
         relative_residual=trace[-1] if trace else None,
-        num_steps=pace.steps,
+        num_steps=zeros + stopping.max_steps if pace.steps is None else pace.steps,
         status=zeros + int(Status.COMPLETED),
         nfe=nfe,
         sample_nfe=zeros + nfe,

@@ -21,7 +21,7 @@ from .progress import UnitNorms
 from .recording import is_recording, note
 from .reporting import FORWARD, Attempt, FailurePolicy, check_on_failure, report_failure
 from .solution import NonConvergenceError, OnFailure, Solution
-from .solvers import Auto, Solver
+from .solvers import Auto, Picard, Solver
 from .state import FlatMap, Layout, Map, flatten
 from .steps import Course
 from .stopping import Stopping
@@ -79,9 +79,10 @@ def fixed_point(
             that does. It is one more evaluation, unless autograd does not record and the last one of the
             solve was at the value. Default `False`.
         with_step: `f` is called with a keyword `step`, a `Step` that says how many steps each sample has
-            taken, and of how many. Such an f is another map at every step: a tolerance is met where f at a
-            sample's own step changes it little. Not with `Reversible`, nor under `torch.vmap`. Default
-            `False`.
+            taken, and of how many. Such an f may be another map at every step and have no one fixed point, so
+            the solver must be `Picard()`, and where gradients are recorded the backward mode `Unroll`,
+            `StochasticJFB` or `JFB`, which differentiates the map of the step after the last. A tolerance is
+            met where f at a sample's own step changes it little. Not under `torch.vmap`. Default `False`.
 
     Returns:
         `Solution`, whose `value` has the structure of `z0` and carries gradient.
@@ -136,7 +137,9 @@ def solve_for(
     settings |= {"on_failure": on_failure, "compact": compact}
     owner = "fixed_point" if layer is None else "ImplicitLayer"
     check_settings(owner, **settings)
-    _check_cell(owner, kwargs, has_aux=has_aux, with_step=with_step)
+    check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
+    if with_step:
+        _check_changing(owner, solver, backward, kwargs)
     axes = _axes(compact, args, kwargs)
     run = outside_of_graphs(stopping, backward)
     if run is not None:
@@ -180,13 +183,28 @@ def in_shape(solution: Solution, layout: Layout, stopping: Stopping) -> Solution
     return replace(solution, value=layout.unravel(solution.value), place_steps=place_steps)
 
 
-def _check_cell(owner: str, kwargs: Any, *, has_aux: bool, with_step: bool) -> None:
-    """Raise `TypeError` unless what a cell is told and tells is said by two bools, and fits its inputs."""
-    check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
-    if with_step and "step" in kwargs:
+def _check_changing(owner: str, solver: Solver, backward: Backward, kwargs: Any) -> None:
+    """Raise unless the settings suit a cell that is told its step, and so may be another map at every step.
+
+    Raises:
+        TypeError: the cell has an input of the same name.
+        ValueError: the solver or the backward mode takes the map for one.
+    """
+    if "step" in kwargs:
         raise TypeError(
             f"{owner}: with_step=True gives the cell its step by the name step, got an input of that name; "
             "call the input something else, or leave with_step out"
+        )
+    if not isinstance(solver, Picard):
+        raise ValueError(
+            f"{owner}: a cell of with_step=True may be another map at every step, and this solver learns "
+            f"from earlier steps as if it were one, got solver={solver}; use solver=Picard()"
+        )
+    if (torch.is_grad_enabled() or is_transformed()) and not backward.may_change_by_step:
+        raise ValueError(
+            f"{owner}: a cell of with_step=True may be another map at every step and has then no one fixed "
+            f"point to differentiate, got backward={backward}; use Unroll(), StochasticJFB() or JFB(), or "
+            "solve under torch.no_grad()"
         )
 
 

@@ -50,6 +50,8 @@ class ImplicitLayer(nn.Module):
         TypeError, ValueError: a setting of the wrong kind.
     """
 
+    has_aux = with_step = False  # of layers read from pickles that are older than these
+
     def __init__(
         self,
         cell: Callable[..., Any],

@@ -264,9 +264,8 @@ class FlatMap:
         keywords = {name: cut(x, AUTOMATIC, batch, samples) for name, x in self.keywords.items()}
         scope = self.scope.take(samples, batch)
         layout = self.layout.of_batch(len(samples))
-        last = None if self.last is None else LastAux()
         clock = None if self.clock is None else self.clock.take(samples)
-        part = replace(self, inputs=inputs, keywords=keywords, layout=layout, last=last, clock=clock)
+        part = replace(self, inputs=inputs, keywords=keywords, layout=layout, clock=clock)
         return replace(part, is_cut=True, scope=scope)
 
     @property

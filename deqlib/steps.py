@@ -81,8 +81,7 @@ class Pace:
     def __init__(self, z0: Tensor, num_steps: int, course: Course | None, clock: Clock | None) -> None:
         self._like, self._clock = z0, clock
         asked = num_steps if course is None else course.steps
-        self.steps = self._of_samples(asked)  # (B,)
-        self._differ = not isinstance(asked, int)
+        self.steps = None if isinstance(asked, int) else self._of_samples(asked)  # (B,), where they differ
         if clock is not None:
             self._before = self._of_samples(0 if course is None else course.before)
             self._total = self._of_samples(num_steps if course is None else course.total)
@@ -90,12 +89,12 @@ class Pace:
     def tell(self, step: int) -> None:
         """Say that the next evaluation comes after so many steps of this solve."""
         if self._clock is not None:
-            taken = self.steps.clamp_max(step) if self._differ else step
+            taken = step if self.steps is None else self.steps.clamp_max(step)
             self._clock.step = Step(self._before + taken, self._total)
 
     def hold(self, step: int, new: Tensor, old: Tensor) -> Tensor:
         """The new points, (B, D), but the old ones of samples that had taken their steps before this one."""
-        if not self._differ:
+        if self.steps is None:
             return new
         return torch.where((self.steps > step).unsqueeze(1), new, old)
 

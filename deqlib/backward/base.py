@@ -98,6 +98,11 @@ class Backward(Settings, ABC):
         """Whether it can under a transform of `torch.func` and in forward mode, recorded or not."""
         return False
 
+    @property
+    def may_change_by_step(self) -> bool:
+        """Whether what it computes has a meaning where the map is another at every step of the solve."""
+        return False
+
     @abstractmethod
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
         """Solve for the fixed point and attach the gradient to its value.

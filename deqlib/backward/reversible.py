@@ -124,18 +124,9 @@ class Reversible(Backward):
             )
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
-        """Solve off the tape, find what the cell uses, leave the rest to the backward pass.
-
-        Raises:
-            ValueError: the cell asks for its step.
-        """
+        """Solve off the tape, find what the cell uses, leave the rest to the backward pass."""
         if not torch.is_grad_enabled():
             return solve_off_tape(f, z0, solve)
-        if f.clock is not None:
-            raise ValueError(
-                "Reversible: it undoes steps of one map, got with_step=True, a cell that is another at every "
-                "step; use backward=Unroll(checkpoint=True)"
-            )
         solution, confirm = solve_unconfirmed(f, z0, solve)
         explicit, image = _explicit(f, solution.value)
         solution = confirm(image)

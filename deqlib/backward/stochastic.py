@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from ..steps import Course
 from .base import Backward, Solve
 from .checkpointing import Checkpointed
 from .tape import first_order_only, solve_off_tape
+
+_PER = ("batch", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,13 @@ class StochasticJFB(Backward):
             other alike, or a distribution such as `deqlib.Poisson`.
         grad: steps with gradient, likewise, at least 1.
         total: steps in all, likewise, at least 1, in place of `no_grad`; default `None`.
-        per_sample: every sample draws its own numbers, and stands still when it has taken its steps: first
-            until all have taken theirs without gradient, then until all have taken theirs with. Its value
-            and gradient are those that it would have alone. Default `False`: one draw a batch.
+        per: "batch", one draw for all samples, the default; or "sample": every sample draws its own numbers,
+            and stands still when it has taken its steps: first until all have taken theirs without
+            gradient, then until all have taken theirs with. Its value and gradient are those that it would
+            have alone. It is evaluated with the others all the same.
         generator: draws, on the CPU; `None` uses PyTorch's default generator. It moves on alike whatever the
             number of samples. Processes that train one model together must draw the same: give each a
-            generator of the same seed, and with `per_sample` batches of one size.
+            generator of the same seed, and with `per="sample"` batches of one size.
         checkpoint: keep of each of the b evaluations only the state that it was made at, and evaluate
             again in the backward pass, as `Unroll(checkpoint=True)` does. Same gradient; memory: b states
             and one evaluation; cost: b evaluations more. Default `False`.
@@ -61,15 +65,16 @@ class StochasticJFB(Backward):
     no_grad: Depth = (0, 10)
     grad: Depth = (1, 12)
     total: Depth | None = None
-    per_sample: bool = False
+    per: Literal["batch", "sample"] = "batch"
     generator: torch.Generator | None = None
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
         settle_numbers(self)
-        hint = "True or False"
-        check_instance("StochasticJFB", bool, hint, per_sample=self.per_sample, checkpoint=self.checkpoint)
+        check_instance("StochasticJFB", bool, "True or False", checkpoint=self.checkpoint)
+        if self.per not in _PER:
+            raise ValueError(f"StochasticJFB: per must be one of {_PER}, got {self.per!r}")
         check_depths("StochasticJFB", 0, no_grad=self.no_grad)
         check_depths("StochasticJFB", 1, grad=self.grad)
         if self.total is not None:
@@ -88,6 +93,11 @@ class StochasticJFB(Backward):
                 f"StochasticJFB: generator must be on the CPU, got {self.generator.device}; "
                 "drawing on a device would wait for it at every step"
             )
+
+    @property
+    def may_change_by_step(self) -> bool:
+        """See `Backward`."""
+        return True
 
     def towards(self, end: StochasticJFB, fraction: float) -> StochasticJFB:
         """This mode with depths a fraction of the way to those of another: a curriculum.
@@ -137,7 +147,7 @@ class StochasticJFB(Backward):
 
     def _courses(self, batch: int) -> tuple[Course, Course]:
         """The steps without gradient, and those with."""
-        if not self.per_sample:
+        if self.per == "batch":
             a, b = self._drawn_once()
             return Course(a, before=0, total=a + b), Course(b, before=a, total=a + b)
         free, taped = self._drawn_for_each(batch)

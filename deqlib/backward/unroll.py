@@ -56,6 +56,11 @@ class Unroll(Backward):
         """See `Backward`."""
         return True
 
+    @property
+    def may_change_by_step(self) -> bool:
+        """See `Backward`."""
+        return True
+
     def apply(self, f: FlatMap, z0: torch.Tensor, solve: Solve) -> Solution:
         """Just the solve, and a step for samples that took none."""
         is_recorded = torch.is_grad_enabled()

@@ -167,6 +167,12 @@ def test_a_copy_and_a_pickle_of_a_solution_have_it_without_its_graph() -> None:
         assert not twin.aux["product"].requires_grad
 
 
+def test_layers_of_pickles_that_know_neither_are_as_they_were() -> None:
+    layer = ImplicitLayer(plain)
+    del layer.__dict__["has_aux"], layer.__dict__["with_step"]
+    assert torch.equal(layer(X), ImplicitLayer(plain)(X))
+
+
 def test_a_record_keeps_none_of_it() -> None:
     with deqlib.record(values=True) as solves:
         fixed_point(told, torch.zeros_like(X), (X,), has_aux=True)

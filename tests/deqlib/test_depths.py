@@ -79,12 +79,12 @@ def test_numbers_of_steps_have_the_mean_and_variance_that_are_documented(name: s
     near(drawn, mean, variance)
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_a_layer_takes_as_many_steps_as_its_distributions_say(per_sample: bool) -> None:
-    x = torch.ones(200 if per_sample else 1, 1, requires_grad=True)
-    mode = StochasticJFB(no_grad=Poisson(3), grad=Geometric(2), per_sample=per_sample, generator=seeded(3))
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_a_layer_takes_as_many_steps_as_its_distributions_say(per: Any) -> None:
+    x = torch.ones(200 if per == "sample" else 1, 1, requires_grad=True)
+    mode = StochasticJFB(no_grad=Poisson(3), grad=Geometric(2), per=per, generator=seeded(3))
     layer = ImplicitLayer(lambda z, x: 0.5 * z + x, solver=Picard(), backward=mode)
-    taken = torch.cat([layer.solve(x).num_steps for _ in range(5 if per_sample else 300)])
+    taken = torch.cat([layer.solve(x).num_steps for _ in range(5 if per == "sample" else 300)])
     near(taken, 5.0, 3.0 + 2.0)
 
 
@@ -124,8 +124,8 @@ def test_a_fixed_number_of_steps_draws_nothing() -> None:
 # Total --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_of_a_total_the_last_steps_have_gradient_and_all_if_they_are_fewer(per_sample: bool) -> None:
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_of_a_total_the_last_steps_have_gradient_and_all_if_they_are_fewer(per: Any) -> None:
     a, x = matrix().requires_grad_(), inputs()
     taped: list[bool] = []
 
@@ -135,7 +135,7 @@ def test_of_a_total_the_last_steps_have_gradient_and_all_if_they_are_fewer(per_s
 
     for total, grad, expected in ((5, 1, [4, 1]), (5, 3, [2, 3]), (2, 4, [0, 2])):
         taped.clear()
-        mode = StochasticJFB(total=total, grad=grad, per_sample=per_sample)
+        mode = StochasticJFB(total=total, grad=grad, per=per)
         solution = fixed_point(cell, torch.zeros_like(x), solver=Picard(), backward=mode)
         assert taped == [False] * expected[0] + [True] * expected[1]
         assert solution.num_steps.tolist() == [total] * 6
@@ -145,7 +145,7 @@ def test_of_a_total_the_last_steps_have_gradient_and_all_if_they_are_fewer(per_s
 
 def test_a_drawn_total_is_the_number_of_steps_taken() -> None:
     x = torch.ones(300, 1, requires_grad=True)
-    mode = StochasticJFB(total=Poisson(6, least=1), grad=(1, 3), per_sample=True, generator=seeded(5))
+    mode = StochasticJFB(total=Poisson(6, least=1), grad=(1, 3), per="sample", generator=seeded(5))
     solution = fixed_point(lambda z: 0.5 * z + x, torch.zeros(300, 1), solver=Picard(), backward=mode)
     near(solution.num_steps, 6.0, 5.0)
     assert int(solution.num_steps.min()) >= 1
@@ -170,7 +170,7 @@ def test_each_sample_has_the_value_and_gradient_of_its_own_depth_alone(name: str
     """The reference solves every sample by itself, a fixed number of steps off the tape, then on it."""
     solver, x, a = SOLVERS[name], inputs().requires_grad_(), matrix().requires_grad_()
     mode = StochasticJFB(
-        no_grad=Poisson(2), grad=Uniform(1, 4), per_sample=True, generator=seeded(6), checkpoint=checkpoint
+        no_grad=Poisson(2), grad=Uniform(1, 4), per="sample", generator=seeded(6), checkpoint=checkpoint
     )
     z0 = torch.zeros_like(x)
     solution = fixed_point(lambda z, x: torch.tanh(z @ a + x), z0, (x,), solver=solver, backward=mode)
@@ -198,7 +198,7 @@ def test_each_sample_has_the_value_and_gradient_of_its_own_depth_alone(name: str
 
 def test_a_sample_that_is_not_finite_spoils_no_other() -> None:
     x = inputs().float().index_fill(0, torch.tensor([2]), torch.inf).requires_grad_()
-    mode = StochasticJFB(no_grad=2, grad=Uniform(1, 4), per_sample=True, generator=seeded(8))
+    mode = StochasticJFB(no_grad=2, grad=Uniform(1, 4), per="sample", generator=seeded(8))
     value = fixed_point(
         lambda z, x: 0.5 * z + x, torch.zeros(6, 4), (x,), solver=Picard(), backward=mode
     ).value
@@ -212,7 +212,7 @@ def test_the_generator_moves_on_alike_whatever_the_number_of_samples() -> None:
     """Else processes with batches of different sizes would never draw alike again."""
 
     def after(batch: int, depth: Any) -> Tensor:
-        mode = StochasticJFB(no_grad=depth, grad=depth, per_sample=True, generator=seeded(9))
+        mode = StochasticJFB(no_grad=depth, grad=depth, per="sample", generator=seeded(9))
         fixed_point(lambda z: 0.5 * z + 1, torch.zeros(batch, 1), solver=Picard(), backward=mode)
         assert mode.generator is not None
         return mode.generator.get_state()
@@ -223,7 +223,7 @@ def test_the_generator_moves_on_alike_whatever_the_number_of_samples() -> None:
 
 def test_under_vmap_every_batch_has_the_depths_that_are_drawn() -> None:
     a, many = matrix(), torch.stack([inputs(3), inputs(3).flip(0)])
-    mode = StochasticJFB(no_grad=Uniform(0, 3), grad=Uniform(1, 4), per_sample=True, generator=seeded(10))
+    mode = StochasticJFB(no_grad=Uniform(0, 3), grad=Uniform(1, 4), per="sample", generator=seeded(10))
 
     def value(x: Tensor) -> Tensor:
         found: Tensor = fixed_point(
@@ -241,7 +241,7 @@ def test_under_vmap_every_batch_has_the_depths_that_are_drawn() -> None:
 
 
 def test_an_empty_batch_draws_for_nobody() -> None:
-    mode = StochasticJFB(no_grad=Poisson(3), grad=2, per_sample=True)
+    mode = StochasticJFB(no_grad=Poisson(3), grad=2, per="sample")
     solution = fixed_point(lambda z: 0.5 * z, torch.zeros(0, 3), solver=Picard(), backward=mode)
     assert solution.nfe == 0
     assert solution.value.shape == (0, 3)
@@ -297,7 +297,11 @@ def test_a_curriculum_between_depths_of_different_kinds_is_refused() -> None:
         (lambda: StochasticJFB(no_grad=3, total=4), ValueError, "no_grad=3 has no effect beside total=4"),
         (lambda: StochasticJFB(no_grad=True), TypeError, "no_grad must be an int, got True"),
         (lambda: StochasticJFB(no_grad="3"), TypeError, "no_grad must be a tuple .* deqlib.Poisson"),
-        (lambda: StochasticJFB(per_sample=1), TypeError, "per_sample must be True or False"),
+        (
+            lambda: StochasticJFB(per="token"),
+            ValueError,
+            r"per must be one of \('batch', 'sample'\), got 'token'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(make: Any, error: type[Exception], words: str) -> None:
@@ -307,7 +311,7 @@ def test_settings_out_of_range_are_refused_by_name(make: Any, error: type[Except
 
 def test_settings_read_back_from_their_text() -> None:
     for depth in (Poisson(6, least=1), LogNormalPoisson(8, 0.3), Geometric(4, most=9), Uniform(0, 4)):
-        mode = StochasticJFB(no_grad=depth, per_sample=True)
+        mode = StochasticJFB(no_grad=depth, per="sample")
         assert eval(repr(mode), vars(deqlib).copy()) == mode
 
 
@@ -321,8 +325,8 @@ def test_a_distribution_of_ones_own_is_a_class_with_one_method() -> None:
         def draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
             return torch.full(shape, 2)
 
-    for per_sample in (False, True):
-        mode = StochasticJFB(no_grad=Twos(), grad=Twos(), per_sample=per_sample)
+    for per in ("batch", "sample"):
+        mode = StochasticJFB(no_grad=Twos(), grad=Twos(), per=per)
         solution = fixed_point(lambda z: 0.5 * z + 1, torch.zeros(3, 1), solver=Picard(), backward=mode)
         assert solution.num_steps.tolist() == [4, 4, 4]
 
@@ -333,7 +337,7 @@ def test_a_trained_layer_draws_for_each_sample_of_a_structured_state() -> None:
         lambda z, x: {"a": torch.tanh(cell(z["b"]) + x), "b": 0.5 * z["a"]},
         init=lambda x: {"a": torch.zeros_like(x), "b": torch.zeros_like(x)},
         solver=Picard(),
-        backward=StochasticJFB(total=Poisson(5, least=1), grad=2, per_sample=True, generator=seeded(1)),
+        backward=StochasticJFB(total=Poisson(5, least=1), grad=2, per="sample", generator=seeded(1)),
     )
     value = layer(torch.randn(5, 4))
     value["a"].sum().backward()

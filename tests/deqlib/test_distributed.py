@@ -71,6 +71,10 @@ def make_backward(name: str) -> tuple[Backward, Any]:
         "jfb": (JFB(), Anderson()),
         "phantom": (PhantomGradient(steps=2), Anderson()),
         "stochastic": (StochasticJFB(no_grad=(0, 2), grad=(1, 3), generator=generator), Picard()),
+        "stochastic, each sample": (
+            StochasticJFB(no_grad=(0, 2), grad=(1, 3), per="sample", generator=generator),
+            Picard(),
+        ),
         "unroll": (Unroll(), Picard()),
     }[name]
 
@@ -134,7 +138,7 @@ WRAPS: dict[str, Callable[[Any], nn.Module]] = {
     "fsdp layer": fsdp_layer,
     "fsdp model": fsdp_model,
 }
-MODES = ("implicit", "jfb", "phantom", "stochastic", "unroll")
+MODES = ("implicit", "jfb", "phantom", "stochastic", "stochastic, each sample", "unroll")
 CASES = [
     *(Case(wrap, mode) for wrap in ("ddp", "fsdp layer") for mode in MODES),
     *(Case(wrap, "implicit") for wrap in WRAPS if wrap not in ("ddp", "fsdp layer")),
@@ -278,7 +282,17 @@ def trapped(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_averaged_gradients_are_those_of_one_process_on_the_joint_batch(folder: Path, case: Case) -> None:
+def test_averaged_gradients_are_those_of_one_process_on_the_joint_batch(
+    folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = StochasticJFB._drawn_for_each
+
+    def alike(mode: StochasticJFB, batch: int) -> tuple[list[int], list[int]]:
+        """Every process draws the same for the samples that it has."""
+        free, taped = drawn(mode, batch // WORLD)
+        return free * WORLD, taped * WORLD
+
+    monkeypatch.setattr(StochasticJFB, "_drawn_for_each", alike)
     batches = [joint(make_batch(step), case.micro) for step in range(STEPS)]
     alone = train(make_model(case.mode), batches)
     for rank in range(WORLD):
@@ -293,7 +307,7 @@ def test_averaged_gradients_are_those_of_one_process_on_the_joint_batch(folder: 
 def test_the_processes_took_different_numbers_of_steps(folder: Path, case: Case) -> None:
     """Else the tests above say nothing about waiting for one another."""
     first, second = (torch.load(folder / f"{case}{rank}.pt", weights_only=True) for rank in range(WORLD))
-    if case.mode == "stochastic":  # drawn alike
+    if case.mode.startswith("stochastic"):  # drawn alike
         assert first["evaluations"] == second["evaluations"]
         return
     assert all(a != b for a, b in zip(first["evaluations"], second["evaluations"], strict=True))

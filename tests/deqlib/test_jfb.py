@@ -27,7 +27,7 @@ def test_the_adjoint_is_one_step_no_longer_than_the_clip_allows(seed: int, size:
     matrix = size * torch.randn(3, 3, generator=generator, dtype=torch.float64)
     g = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     u = g + g @ matrix.T
-    for row, stepped, gradient in zip(adjoint(matrix, g, JFB(adjoint_clip=clip)), u, g, strict=True):
+    for row, stepped, gradient in zip(adjoint(matrix, g, JFB(clip=clip)), u, g, strict=True):
         share = min(1.0, clip * float(gradient.norm()) / float(stepped.norm()))
         torch.testing.assert_close(row, share * stepped)
 
@@ -36,12 +36,12 @@ def test_unclipped_it_is_two_terms_of_the_series() -> None:
     matrix = 0.2 * torch.eye(3, dtype=torch.float64)
     g = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     series = PhantomGradient(steps=2, damping=1.0, form="neumann")
-    torch.testing.assert_close(adjoint(matrix, g, JFB(adjoint_clip=2)), adjoint(matrix, g, series))
+    torch.testing.assert_close(adjoint(matrix, g, JFB(clip=2)), adjoint(matrix, g, series))
 
 
 def test_a_sample_without_a_gradient_has_none_and_one_that_is_lost_spoils_no_other() -> None:
     g = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [float("nan"), 0.0, 0.0]])
-    found = adjoint(torch.eye(3), g, JFB(adjoint_clip=1))
+    found = adjoint(torch.eye(3), g, JFB(clip=1))
     assert found[0].tolist() == [0, 0, 0]
     torch.testing.assert_close(found[1], g[1])
 
@@ -53,7 +53,7 @@ def test_without_a_clip_no_step_is_taken() -> None:
 
 def test_it_cannot_be_differentiated_twice() -> None:
     x = torch.ones(2, 3, requires_grad=True)
-    value = fixed_point(lambda z: torch.tanh(0.5 * z + x), x.detach(), backward=JFB(adjoint_clip=1)).value
+    value = fixed_point(lambda z: torch.tanh(0.5 * z + x), x.detach(), backward=JFB(clip=1)).value
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(value.sum(), x, create_graph=True)
 
@@ -61,11 +61,11 @@ def test_it_cannot_be_differentiated_twice() -> None:
 @pytest.mark.parametrize(
     ("clip", "error", "words"),
     [
-        (0, ValueError, r"JFB: adjoint_clip must be in \(0"),
-        (float("nan"), ValueError, "JFB: adjoint_clip"),
-        (True, TypeError, "JFB: adjoint_clip must be a number, got True"),
+        (0, ValueError, r"JFB: clip must be in \(0"),
+        (float("nan"), ValueError, "JFB: clip"),
+        (True, TypeError, "JFB: clip must be a number, got True"),
     ],
 )
 def test_a_clip_out_of_range_is_refused(clip: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        JFB(adjoint_clip=clip)
+        JFB(clip=clip)

@@ -12,12 +12,10 @@ import deqlib
 from deqlib import (
     JFB,
     Anderson,
-    Auto,
+    ImplicitDifferentiation,
     ImplicitLayer,
+    PhantomGradient,
     Picard,
-    Reversible,
-    ReversiblePicard,
-    Solver,
     Step,
     StochasticJFB,
     Stopping,
@@ -68,12 +66,10 @@ def test_a_fixed_number_of_steps_is_told_from_zero_with_its_total() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_random_depth_tells_each_sample_its_own_steps_and_total(per_sample: bool, checkpoint: bool) -> None:
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_random_depth_tells_each_sample_its_own_steps_and_total(per: Any, checkpoint: bool) -> None:
     generator = torch.Generator().manual_seed(4)
-    mode = StochasticJFB(
-        no_grad=(0, 3), grad=2, per_sample=per_sample, generator=generator, checkpoint=checkpoint
-    )
+    mode = StochasticJFB(no_grad=(0, 3), grad=2, per=per, generator=generator, checkpoint=checkpoint)
     x = X.clone().requires_grad_()
     settings: dict[str, Any] = {"solver": Picard(), "backward": mode, "with_step": True}
     depths = set()
@@ -89,16 +85,15 @@ def test_random_depth_tells_each_sample_its_own_steps_and_total(per_sample: bool
         ours, theirs = (torch.autograd.grad(v.square().sum(), x)[0] for v in (solution.value, alone))
         torch.testing.assert_close(ours, theirs)
         depths.add(len(set(totals)))
-    assert (max(depths) > 1) == per_sample
+    assert (max(depths) > 1) == (per == "sample")
 
 
-@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2), Auto()])
 @pytest.mark.parametrize("compact", [False, True])
-def test_a_finished_sample_keeps_the_number_of_steps_that_led_to_it(solver: Solver, compact: bool) -> None:
+def test_a_finished_sample_keeps_the_number_of_steps_that_led_to_it(compact: bool) -> None:
     told, z0 = Told(), torch.zeros(4, 1, dtype=torch.float64)
     stopping = Stopping(rtol=1e-6, max_steps=200, patience=None)
     rates = RATES.detach().clone().requires_grad_()
-    settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": JFB()}
+    settings: dict[str, Any] = {"solver": Picard(), "stopping": stopping, "backward": JFB()}
     solution = fixed_point(told, z0, (rates,), compact=compact, with_step=True, **settings)
     assert solution.converged.all()
     taken = solution.num_steps.tolist()
@@ -108,6 +103,17 @@ def test_a_finished_sample_keeps_the_number_of_steps_that_led_to_it(solver: Solv
     for evaluation, step in enumerate(told.steps[:-1]):
         if len(step.number) == 4 and not compact:
             assert step.number.tolist() == [min(evaluation, n) for n in taken]
+
+
+def test_a_sample_that_has_taken_its_steps_is_told_no_more_of_them() -> None:
+    told, mode = Told(), StochasticJFB(no_grad=(0, 4), grad=(1, 4), per="sample")
+    solution = fixed_point(
+        told, torch.zeros(4, 1, dtype=torch.float64), (RATES,), solver=Picard(), backward=mode, with_step=True
+    )
+    numbers = torch.stack([step.number for step in told.steps])
+    assert torch.equal(numbers.diff(dim=0).clamp(0, 1), numbers.diff(dim=0))
+    assert (numbers <= solution.num_steps).all()
+    assert all(torch.equal(step.total, solution.num_steps) for step in told.steps)
 
 
 def test_a_sample_of_a_batch_is_told_what_it_is_alone() -> None:
@@ -151,14 +157,16 @@ def test_states_on_the_way_are_images_of_their_own_steps() -> None:
 
 
 def test_what_cannot_be_told_is_refused() -> None:
-    settings: dict[str, Any] = {"solver": ReversiblePicard(), "backward": Reversible(), "with_step": True}
-    with pytest.raises(ValueError, match=r"Reversible: .*use backward=Unroll\(checkpoint=True\)"):
-        fixed_point(moving, torch.zeros_like(X), (X,), **settings)
+    for backward in (ImplicitDifferentiation(), PhantomGradient()):
+        with pytest.raises(ValueError, match=r"no one fixed point to differentiate, got .*; use Unroll\(\)"):
+            fixed_point(moving, X, (X,), solver=Picard(), backward=backward, with_step=True)
+    with pytest.raises(ValueError, match=r"learns from earlier steps .*, got solver=Anderson\(\); use"):
+        fixed_point(moving, X, (X,), solver=Anderson(), with_step=True)
     with pytest.raises(TypeError, match="gives the cell its step by the name step"):
         fixed_point(moving, torch.zeros_like(X), (X,), {"step": 3}, with_step=True)
     with pytest.raises(TypeError, match="ImplicitLayer: with_step must be True or False, got 1"):
         ImplicitLayer(moving, with_step=1)  # type: ignore[arg-type]
-    layer = ImplicitLayer(moving, solver=Picard(), stopping=Stopping.steps(2), with_step=True)
+    layer = ImplicitLayer(moving, solver=Picard(), backward=JFB(), with_step=True)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"with_step: a solve under torch\.vmap"):
         torch.vmap(layer)(X.expand(2, *X.shape))
     with pytest.raises(ValueError, match="diagnose: a cell of with_step=True is another map at every step"):

@@ -52,7 +52,7 @@ MODES: dict[str, tuple[Solver, Backward]] = {
     "phantom": (Picard(), PhantomGradient(steps=3)),
     "phantom, neumann": (Picard(), PhantomGradient(steps=3, form="neumann")),
     "stochastic": (Picard(), StochasticJFB(no_grad=(1, 3), grad=(1, 3))),
-    "stochastic, each sample": (Picard(), StochasticJFB(no_grad=(1, 3), grad=2, per_sample=True)),
+    "stochastic, each sample": (Picard(), StochasticJFB(no_grad=(1, 3), grad=2, per="sample")),
     "shared": (Broyden(memory=3), SharedInverse()),
     "shared, refined": (Anderson(memory=3), SharedInverse(refine=3)),
 }
