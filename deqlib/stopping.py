@@ -43,7 +43,8 @@ class Stopping(Settings):
         min_steps: no sample is done before it took so many steps.
         keep: which iterate is the value of a sample that is not done, `STALLED` or out of steps: the "best",
             of the smallest residual, or the "last", as a loop by hand returns it. Of one that diverged it is
-            the best. `None`: the best, or the last with `hold_places`, which allows no other.
+            the best. `None`: the last with a readout, which judges the iterate at hand, and with
+            `hold_places`, which allows no other; else the best.
         hold_places: places that are done, by the residual or by a readout of one answer a place, stand still
             while the others of their sample go on; needs `norm_axes`. `(-1,)` lets the tokens of a state
             (B, L, C) leave one by one; `Solution.place_steps` has the steps of each. Others move on after a
@@ -174,7 +175,9 @@ class Stopping(Settings):
     @property
     def keeps_last(self) -> bool:
         """Whether the value of a sample that is not done is its last iterate."""
-        return self.is_fixed or self.hold_places or self.keep == "last"
+        if self.keep is not None:
+            return self.keep == "last"
+        return self.is_fixed or self.hold_places or self.readout is not None
 
     @property
     def is_by_residual(self) -> bool:

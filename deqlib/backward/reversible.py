@@ -117,10 +117,10 @@ class Reversible(Backward):
                 f"Reversible: works with one residual norm a sample, got norm_axes={stopping.norm_axes}; "
                 "leave it out, or take a fixed number of steps"
             )
-        if stopping.keep == "last":
+        if stopping.keeps_last and not stopping.is_fixed:
             raise ValueError(
-                'Reversible: walks back from the best iterate, which the solver notes, got keep="last"; '
-                "leave it out, or take a fixed number of steps"
+                "Reversible: walks back from the best iterate, which the solver notes, not from the last, "
+                f'got {stopping}; pass keep="best", or take a fixed number of steps'
             )
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:

@@ -211,6 +211,18 @@ def test_gradients_go_through_the_loop_as_it_was_run() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out, x, g)[0] for out in (value, once)))
 
 
+def test_residuals_are_those_of_the_value_where_samples_left_the_batch() -> None:
+    tokens = Tokens.draw(9, 6, 3)
+    rule = Stopping(
+        rtol=0, norm_axes=(-1,), hold_places=True, readout=PredictionKL(head=tokens.head, threshold=1e-5)
+    )
+    with torch.no_grad():
+        found = tokens.solve(rule, compact=(0, 0))
+    assert found.status.tolist() == [Status.EXITED] * 6
+    assert found.sample_nfe.min() < found.sample_nfe.max()
+    torch.testing.assert_close(found.residual, tokens.residual(found.value)[0].amax(1))
+
+
 def test_a_state_of_several_leaves_has_steps_of_its_own_structure() -> None:
     tokens = Tokens.draw(3, 2, 3)
     z0 = {"h": torch.zeros_like(tokens.x), "m": torch.zeros(2, 5, dtype=torch.float64)}

@@ -105,7 +105,9 @@ class Problem:
         return fixed_point(self.cell, torch.zeros_like(self.x), (self.x, self.rate), stopping=stopping, **how)
 
 
-def by_hand(problem: Problem, criterion: Criterion, rule: Stopping, num_in_a_row: int) -> list[Any]:
+def by_hand(
+    problem: Problem, criterion: Criterion, rule: Stopping, num_in_a_row: int, damping: float
+) -> list[Any]:
     """Value, steps and status of each sample: a loop of one sample after the other."""
     found = []
     for i in range(len(problem.x)):
@@ -120,7 +122,7 @@ def by_hand(problem: Problem, criterion: Criterion, rule: Stopping, num_in_a_row
                 break
             if step == rule.max_steps:
                 found.append((z[0], step, Status.MAX_STEPS))
-            z = fz
+            z = z + damping * (fz - z)
     return found
 
 
@@ -130,6 +132,7 @@ def by_hand(problem: Problem, criterion: Criterion, rule: Stopping, num_in_a_row
     batch=st.integers(1, 5),
     rtol=st.sampled_from([0.0, 1e-2]),
     num_in_a_row=st.integers(1, 3),
+    damping=st.sampled_from([1.0, 0.7]),
     min_steps=st.sampled_from([0, 4]),
     compact=st.sampled_from([False, True, (0, 0)]),
     check_every=st.sampled_from([1, 3]),
@@ -140,6 +143,7 @@ def test_samples_leave_where_a_loop_by_hand_lets_them_go(
     batch: int,
     rtol: float,
     num_in_a_row: int,
+    damping: float,
     min_steps: int,
     compact: Any,
     check_every: int,
@@ -155,13 +159,15 @@ def test_samples_leave_where_a_loop_by_hand_lets_them_go(
         keep="last",
     )
     with torch.no_grad():
-        found = problem.solve(rule, compact=compact)
-    for i, (value, steps, status) in enumerate(by_hand(problem, criterion, rule, num_in_a_row)):
+        found = problem.solve(rule, solver=Picard(damping=damping), compact=compact)
+    for i, (value, steps, status) in enumerate(by_hand(problem, criterion, rule, num_in_a_row, damping)):
         assert Status(int(found.status[i])) == status
         assert found.num_steps[i] == steps
         torch.testing.assert_close(found.value[i], value)
     image = problem.cell(found.value, problem.x, problem.rate)
     torch.testing.assert_close(found.residual, (image - found.value).norm(dim=1), rtol=1e-6, atol=1e-12)
+    if not compact and check_every == 1:  # every value is where the last evaluation was: none is made anew
+        assert found.nfe == int(found.num_steps.max()) + 1
 
 
 @given(
@@ -228,11 +234,50 @@ def test_the_last_iterate_is_that_of_a_loop_by_hand_and_the_residual_is_measured
             assert torch.equal(found.trace[steps], found.relative_residual) == (keep == "last")
 
 
+def test_a_batch_that_ends_at_its_last_iterates_is_not_evaluated_once_more() -> None:
+    grows = torch.tensor([[2.0], [0.0]], dtype=torch.float64)  # the second is done at once
+    cell = lambda z: grows * z + grows  # noqa: E731
+    spent = {}
+    for keep in ("last", "best"):
+        rule = Stopping(rtol=1e-9, max_steps=6, keep=keep)
+        with torch.no_grad():
+            found = fixed_point(
+                cell, torch.zeros(2, 1).double(), solver=Picard(), stopping=rule, on_failure="ignore"
+            )
+        assert found.status.tolist() == [Status.MAX_STEPS, Status.CONVERGED]
+        torch.testing.assert_close(found.residual, (cell(found.value) - found.value).abs().squeeze(1))
+        spent[keep] = found.nfe
+    assert spent == {"last": 7, "best": 8}
+
+
+def test_a_sample_that_left_at_another_than_its_best_iterate_is_walked_back_from_there() -> None:
+    x = torch.tensor([[1.0], [0.3]], dtype=torch.float64, requires_grad=True)
+    readout = HaltingScore(head=lambda z: z - 3)
+    values = [
+        fixed_point(
+            lambda z, x: 1.3 * z + x,
+            torch.zeros_like(x),
+            (x,),
+            solver=ReversiblePicard(),
+            stopping=Stopping(rtol=0, readout=readout, keep="best"),
+            backward=backward,
+        )
+        for backward in (Reversible(), Unroll())
+    ]
+    assert values[0].status.tolist() == [Status.EXITED] * 2
+    assert values[0].num_steps[0] < values[0].num_steps[1]
+    assert (values[0].residual > x.norm(dim=1)).any()  # that of the start
+    g = torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(found.value, x, g)[0] for found in values))
+
+
 def test_of_a_sample_that_diverged_the_best_iterate_is_kept_whatever_is_asked() -> None:
     x = torch.tensor([[1.0], [1.0], [1.0]])
     rate = torch.tensor([[1e4], [float("nan")], [0.5]])
     readout = StableArgMax(head=lambda z: torch.cat([z, -z], 1), num_in_a_row=2)
-    for rule in (Stopping(keep="last"), Stopping(rtol=0, keep="last", readout=readout, min_steps=2)):
+    last = Stopping(keep="last")
+    exits = replace(last, rtol=0, readout=readout, min_steps=2)
+    for rule in (last, replace(last, patience=2), exits):
         found = fixed_point(
             lambda z, x, rate: rate * z + x,
             torch.zeros(3, 1),
@@ -250,7 +295,7 @@ def test_of_a_sample_that_diverged_the_best_iterate_is_kept_whatever_is_asked() 
 def test_gradients_are_those_of_what_was_run(mode: str) -> None:
     problem = Problem.draw(3, 3)
     x = problem.x.clone().requires_grad_()
-    rule = Stopping(rtol=0, readout=PredictionKL(head=problem.head, threshold=1e-4))
+    rule = Stopping(rtol=0, readout=PredictionKL(head=problem.head, threshold=1e-4), keep="best")
     backward = {"jfb": JFB(), "unroll": Unroll(), "reversible": Reversible()}[mode]
     solver = ReversiblePicard() if mode == "reversible" else Picard()
 
@@ -340,9 +385,7 @@ def test_what_was_asked_of_a_readout_is_no_failure_and_what_was_not_reached_name
     problem = Problem.draw(1, 3)
     rule = Stopping(rtol=0, readout=PredictionEntropy(head=problem.head, threshold=10.0))
     assert problem.solve(rule, on_failure="raise").status.tolist() == [Status.EXITED] * 3
-    never = Stopping(
-        rtol=0, max_steps=2, keep="last", readout=PredictionEntropy(head=problem.head, threshold=0)
-    )
+    never = Stopping(rtol=0, max_steps=2, readout=PredictionEntropy(head=problem.head, threshold=0))
     words = (
         r"3 MAX_STEPS.*the last iterate is kept.*loosen Stopping.readout \(now PredictionEntropy\(head=head"
     )
@@ -408,7 +451,7 @@ HEAD: Callable[[Tensor], Tensor] = lambda z: z  # noqa: E731
                 HEAD, solver=ReversiblePicard(), backward=Reversible(), stopping=Stopping(keep="last")
             ),
             ValueError,
-            'Reversible: walks back from the best iterate.*got keep="last"',
+            'Reversible: walks back from the best iterate.*keep=.last.*pass keep="best"',
         ),
     ],
 )
