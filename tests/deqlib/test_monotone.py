@@ -142,7 +142,9 @@ def test_gradients_are_those_of_the_equation(margin: float, gain: float, seed: i
 def test_modes_that_evaluate_again_give_the_exact_gradient(backward: Backward, solver: Solver) -> None:
     cell, x = made(1.0, 1.0, 0), inputs()
     exact = torch.autograd.grad(tight(cell)(x).square().sum(), list(cell.parameters()))
-    layer = ImplicitLayer(cell, backward=backward, solver=solver, stopping=Stopping(rtol=1e-8))
+    layer = ImplicitLayer(
+        cell, backward=backward, solver=solver, stopping=Stopping(rtol=1e-10, max_steps=100)
+    )
     found = torch.autograd.grad(layer(x).relu().square().sum(), list(cell.parameters()))
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
 
