@@ -22,6 +22,7 @@ from .backward import (
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
+from .loops import Stream, StreamReport, deep_supervision, solve_stream
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
@@ -69,9 +70,13 @@ __all__ = [
     "Status",
     "StochasticJFB",
     "Stopping",
+    "Stream",
+    "StreamReport",
     "Unroll",
     "ablate",
+    "deep_supervision",
     "diagnose",
     "fixed_point",
     "record",
+    "solve_stream",
 ]

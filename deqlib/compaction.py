@@ -47,10 +47,19 @@ class Batch:
     Attributes:
         f: the map for the samples in the batch.
         record: what is known of them.
+
+    Args:
+        f: the map.
+        record: what keeps the books.
+        compact: `f` again if finished samples are to leave the batch.
+        leaves_at_once: whether they do as soon as they are finished, whatever that costs: others wait for
+            their places.
     """
 
-    def __init__(self, f: Map, record: Record, compact: Takeable | None) -> None:
-        self.f, self.record, self._compact = f, record, compact
+    def __init__(
+        self, f: Map, record: Record, compact: Takeable | None, *, leaves_at_once: bool = False
+    ) -> None:
+        self.f, self.record, self._compact, self._leaves_at_once = f, record, compact, leaves_at_once
         self._whole = f
         self._held = 0  # evaluations of finished samples, one by one
         self._holds = False  # whether finished samples are held at the last evaluation
@@ -83,7 +92,8 @@ class Batch:
             return state, z, image
         # The first drop costs an evaluation of all in the end: it waits until one was spent on held samples.
         self._held += finished * record.rule.check_every
-        if finished < _DROP * batch or (not self._cuts and self._held < batch):
+        is_early = finished < _DROP * batch or (not self._cuts and self._held < batch)
+        if is_early and not self._leaves_at_once:
             return state, z, image
         self._put_aside(state)
         keep = now.active.nonzero().squeeze(1)

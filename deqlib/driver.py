@@ -11,6 +11,7 @@ states (B, D).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,46 @@ def approach(
     if stopping.is_fixed:
         found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
         return Claim(found, f, stopping, unit_norms, is_open=False)
-    record = _record(z0, solver, stopping, unit_norms)
-    return _iterate_to_tolerance(Batch(f, record, compact), z0, solver, state)
+    batch, exchange = Batch(f, record_of(z0, solver, stopping, unit_norms), compact), Exchange()
+    for _ in iterations(batch, z0, solver, state, exchange):
+        exchange.answer(batch.f)
+    assert exchange.claim is not None
+    return exchange.claim
 
 
-def _record(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
-    """What keeps the books, with kernels of its own where there are any."""
+@dataclass(eq=False)
+class Exchange:
+    """Where the iterations of a solve wait for its map, and leave what they found.
+
+    Whoever answers may evaluate the points of several solves together. Either side clears what it takes, so
+    that a state lives no longer than it is needed.
+
+    Attributes:
+        point: where the map is wanted, (B, D).
+        query: what the solver wants to know there, if it asks.
+        images: the map there, (B, D), and what the solver is to get, (B, D).
+        claim: what was found, once the iterations have ended.
+    """
+
+    point: Tensor | None = None
+    query: Query | None = None
+    images: tuple[Tensor, Tensor] | None = None
+    claim: Claim | None = None
+
+    def answer(self, f: Map) -> None:
+        """Evaluate the map for the iterations."""
+        assert self.point is not None
+        self.images = _evaluate(f, self.point, self.query)
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The images, which are not kept."""
+        images, self.point, self.query, self.images = self.images, None, None, None
+        assert images is not None
+        return images
+
+
+def record_of(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
+    """What keeps the books of a solve from `z0` (B, D), with kernels of its own where there are any."""
     fits = unit_norms is None and z0.numel() > 0 and z0.shape[1] <= MOST_NUMBERS
     # No numbers of it: how a starting point lies in memory says nothing about the iterates.
     is_fused = fits and is_available(z0[:0])
@@ -121,15 +156,33 @@ def _iterate_fixed(
     )
 
 
-def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -> Claim:
-    """Until every sample is finished: the value is each sample's best iterate."""
+def iterations(
+    batch: Batch,
+    z: Tensor,  # (B, D)
+    solver: Solver,
+    state: Any,
+    exchange: Exchange,
+) -> Iterator[None]:
+    """Until every sample is finished: the value is each sample's best iterate.
+
+    Waits wherever the map is wanted; the exchange must have been answered before it goes on.
+
+    Args:
+        batch: the samples, and what is known of them.
+        z: where they begin, (B, D).
+        solver: the method.
+        state: the solver's.
+        exchange: where the map is asked for, and the claim is left.
+    """
     record, stopping = batch.record, batch.record.rule
     observes, asks = overrides(solver, "observe"), overrides(solver, "query")
     while True:
         query = solver.query(state) if asks else None
         if query is not None and query.point is not None:
             z = batch.hold(query.point)
-        fz, image = _evaluate(batch.f, z, query)
+        exchange.point, exchange.query = z, query
+        yield
+        fz, image = exchange.taken()
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)
         if record.step == stopping.max_steps or (at_check and record.count() == 0):
@@ -144,7 +197,7 @@ def _iterate_to_tolerance(batch: Batch, z: Tensor, solver: Solver, state: Any) -
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-    return batch.claim(fz, state, type(solver).__name__)
+    exchange.claim = batch.claim(fz, state, type(solver).__name__)
 
 
 def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ class ImplicitLayer(nn.Module):
             settings |= {"z0": z0, "on_failure": on_failure, "compact": compact, "state": state}
             found: Solution = run(self.solve, *inputs, **settings, **keywords)
             return found
-        _refuse_sharded(self.cell)
+        refuse_sharded(self.cell)
         if z0 is None:
             z0 = starting_point(self.init, inputs, keywords)
         return solve_for(
@@ -164,7 +164,7 @@ class ImplicitLayer(nn.Module):
         return text + (f", compact={self.compact}" if self.compact is not False else "")
 
 
-def _refuse_sharded(cell: Callable[..., Any]) -> None:
+def refuse_sharded(cell: Callable[..., Any]) -> None:
     """Raise `ValueError` where a module in the cell gathers its parameters by itself.
 
     FSDP gathers in the hooks of the module it was applied to. In a cell that is at every evaluation and,
