@@ -1,7 +1,7 @@
 """Deblurring by a learned proximal iteration: the restored picture is the fixed point, trained as such.
 
-The fixed point minimises what was measured plus a learned penalty, so it can be found to any accuracy by any solver.
-(Gilton, Ongie, Willett 2021, arXiv 2102.07944; convex penalty of filters: Goujon et al. 2022, arXiv 2211.12461.)
+The fixed point minimises misfit plus a learned penalty, so any solver finds it, to any accuracy.
+(Gilton, Ongie and Willett 2021, arXiv 2102.07944; the convex penalty: Goujon et al. 2022, arXiv 2211.12461.)
 """
 
 import argparse
@@ -26,10 +26,12 @@ def kernel_like(z):
 
 
 def blur(z):  # (pictures, 1, height, width)
+    """What the lens does; beyond the border it is dark."""
     return F.conv2d(z, kernel_like(z), padding=4)
 
 
 def blur_adjoint(r):  # (pictures, 1, height, width)
+    """Its transpose."""
     return F.conv_transpose2d(r, kernel_like(r), padding=4)
 
 
@@ -38,7 +40,7 @@ def blur_adjoint(r):  # (pictures, 1, height, width)
 
 # --8<-- [start:cell]
 class ProximalStep(nn.Module):
-    """Towards the minimum over [0, 1] of |blur(z) - y|^2 / 2 + the sum of gain * log cosh(filters z + offset)."""
+    """Towards the least |blur(z) - y|^2 / 2 + sum of gain * log cosh(filters z + offset) over z in [0, 1]."""
 
     def __init__(self, num_filters=8):
         super().__init__()
@@ -47,11 +49,12 @@ class ProximalStep(nn.Module):
         self.log_gain = nn.Parameter(torch.full((num_filters,), -5.0))
 
     def forward(self, z, y):  # (pictures, 1, height, width), both
+        """Down the gradient, and back into [0, 1]."""
         gain = self.log_gain.exp()
         slope = gain[:, None, None] * F.conv2d(z, self.filters, self.offset, padding=3).tanh()
         gradient = blur_adjoint(blur(z) - y) + F.conv_transpose2d(slope, self.filters, padding=3)
-        # Young's inequality bounds the norm of a convolution. Within 2 / bound no step moves two pictures apart,
-        # whatever the weights, and where the minimum lies does not depend on the step.
+        # Young's inequality bounds the norm of a convolution. A step below 2 / bound moves no two pictures
+        # apart, whatever the weights, and where the minimum lies does not depend on the step.
         bound = 1 + (gain * self.filters.abs().sum((1, 2, 3)).square()).sum()
         return (z - 1.5 / bound.detach() * gradient).clamp(0, 1)
 
@@ -109,7 +112,7 @@ def after(layer, y, num_steps):
     return layer.solve(y, solver=Picard(), stopping=Stopping.steps(num_steps)).value
 
 
-def draw(path, rows, curves):
+def draw(path, rows, counts, curves):
     """Pictures, a row for each way, and the quality by the number of steps."""
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -118,7 +121,7 @@ def draw(path, rows, curves):
     side = strip.shape[0] / len(rows)
     left.set_yticks([(i + 0.5) * side for i in range(len(rows))], list(rows))
     left.set_xticks([])
-    for name, (counts, values) in curves.items():
+    for name, values in curves.items():
         right.plot(counts, values, marker=".", label=name)
     right.set(xlabel="steps taken", ylabel="PSNR of held-out pictures, dB", xscale="log")
     right.legend()
@@ -129,31 +132,38 @@ def main(argv=None):
     """Train both, compare them with what was measured and with a penalty that is not learned."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two steps of training: takes seconds")
-    parser.add_argument("--out", type=Path, default=Path("runs/recipes/deblurring"), help="folder for the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/recipes/deblurring"), help="folder for the picture"
+    )
     arguments = parser.parse_args(argv)
     num_steps, num_held_out, most = (2, 4, 20) if arguments.quick else (80, 64, 500)
     torch.manual_seed(0)
     data = load_data("mnist", 32)
-    train_pictures, truth = (F.avg_pool2d((d.images[:, :1] + 1) / 2, 2) for d in (data.train, data.validation))
+    train_pictures, truth = (
+        F.avg_pool2d((d.images[:, :1] + 1) / 2, 2) for d in (data.train, data.validation)
+    )
     truth = truth[torch.randperm(len(truth))[:num_held_out]]
     y = measure(truth)
     rows = {"true": truth, "measured": y}
     rows["Tikhonov"] = max((tikhonov(y, w) for w in (1e-3, 3e-3, 1e-2, 3e-2)), key=lambda z: psnr(z, truth))
     counts = [n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if n <= most]
-    curves = {}
-    print(f"PSNR in dB of {num_held_out} held-out pictures, after")
-    for name, layer in {"trained for 10 steps": unrolled(10), "equilibrium": equilibrium()}.items():
+    curves, trained = {}, {"10 steps": unrolled(10), "equilibrium": equilibrium()}
+    untrained = psnr(after(trained["equilibrium"], y, most), truth)
+    print(f"PSNR in dB of {num_held_out} held-out pictures\n{'after plain steps':<24}", end="")
+    print(*(f"{n:>6}" for n in counts))
+    for name, layer in trained.items():
         train(layer, train_pictures, num_steps)
-        curves[name] = counts, [psnr(after(layer, y, n), truth) for n in counts]
-        print(f"{name:<21}" + "".join(f"{n:>5} steps {v:5.2f}" for n, v in zip(*curves[name], strict=True) if n >= 10))
+        curves[f"trained: {name}"] = [psnr(after(layer, y, n), truth) for n in counts]
+        print(f"{f'trained: {name}':<24}", *(f"{value:6.2f}" for value in curves[f"trained: {name}"]))
     with torch.no_grad():
-        solution = layer.solve(y)
+        solution = trained["equilibrium"].solve(y)
     rows["equilibrium"] = solution.value
-    for name, restored in list(rows.items())[1:]:
-        print(f"{name:<21}{psnr(restored, truth):5.2f}")
+    print(f"{'not trained':<24} {untrained:6.2f}")
+    for name in ("measured", "Tikhonov", "equilibrium"):
+        print(f"{name:<24} {psnr(rows[name], truth):6.2f}")
     print(f"{solution.converged.sum()} of {num_held_out} converged, in {solution.nfe} evaluations at most")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(arguments.out / "deblurring.png", rows, curves)
+    draw(arguments.out / "deblurring.png", rows, counts, curves)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from deqlib import ImplicitLayer, Picard, Stopping, Unroll
@@ -32,6 +32,7 @@ class GraphCell(nn.Module):
         x: Tensor,  # (graphs, nodes, channels)
         adjacency: Tensor,  # sparse (graphs * nodes, graphs * nodes)
     ) -> Tensor:
+        """A round of messages."""
         # No column sums to more than the bound: then no number of z W differs by more than that share.
         weight = self.weight * (self.bound / self.weight.abs().sum(0).clamp_min(self.bound))
         return torch.tanh((adjacency @ (z @ weight).flatten(0, 1)).view_as(z) + x)
@@ -50,6 +51,7 @@ class GraphNetwork(nn.Module):
         self.decode = nn.Linear(channels, NUM_CLASSES)
 
     def forward(self, features: Tensor, adjacency: Tensor) -> Tensor:
+        """What every node thinks its class is."""
         z = self.layer(self.encode(features), adjacency)
         # A contraction makes messages fainter with every edge. What they say is in their direction.
         return self.decode(F.normalize(z, dim=-1))
@@ -102,15 +104,17 @@ def train(network: GraphNetwork, num_steps: int, num_nodes: int, generator: torc
 
 @torch.no_grad()
 def evaluate(network: GraphNetwork, num_nodes: int, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Accuracy by distance to the first node, (nodes,), and the rounds that the hardest of 128 graphs took."""
+    """Accuracy by distance to the first node, (nodes,), and the most rounds that one of 128 graphs took."""
     features, classes, adjacency = chains(128, num_nodes, generator)
     right = network(features, adjacency).argmax(-1) == classes[:, None]
-    return right.float().mean(0), int(network.layer.solve(network.encode(features), adjacency).num_steps.max())
+    rounds = network.layer.solve(network.encode(features), adjacency).num_steps.max()
+    return right.float().mean(0), int(rounds)
 
 
 def draw(by_distance: dict[str, Tensor], num_trained: int, path: Path) -> None:
     """Accuracy by distance, a line for each network."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
     for name, accuracy in by_distance.items():
         axes.plot(100 * accuracy, label=name)
     axes.axvline(num_trained - 1, color="grey", linestyle=":")
@@ -118,7 +122,6 @@ def draw(by_distance: dict[str, Tensor], num_trained: int, path: Path) -> None:
     axes.set(xlabel="edges to the node with the class", ylabel="nodes that name it, %", ylim=(0, 104))
     axes.legend(loc="lower left", ncols=3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -126,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few seconds: short chains, few steps")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes/implicit_graph_network"))
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    num_steps, num_nodes = (30, 6) if args.quick else (100, 16)
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    num_steps, num_nodes = (30, 6) if arguments.quick else (100, 16)
     by_distance = {}
-    lines = [f"{'network':<19} {num_nodes} nodes  {2 * num_nodes} nodes  rounds"]
+    print(f"{'network':<19} {num_nodes} nodes  {2 * num_nodes} nodes  rounds")
     for name, make in {
         "2 rounds": lambda: explicit(2),
         "8 rounds": lambda: explicit(8),
@@ -141,11 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(network, num_steps, num_nodes, generator)
         (short, few), (long, many) = (evaluate(network, n, generator) for n in (num_nodes, 2 * num_nodes))
         by_distance[name] = long
-        lines.append(f"{name:<19} {short.mean():>8.1%}  {long.mean():>8.1%}  {few}, {many}")
-    table = "\n".join(lines) + "\n"
-    print(table, end="")
-    (args.out / "implicit_graph_network.txt").write_text(table)
-    draw(by_distance, num_nodes, args.out / "implicit_graph_network.png")
+        print(f"{name:<19} {short.mean():>8.1%}  {long.mean():>8.1%}  {few}, {many}")
+    draw(by_distance, num_nodes, arguments.out / "implicit_graph_network.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ deblurring = load("deblurring")
 def blur_matrix(side: int) -> Tensor:
     """Rows and columns are blurred one after the other, by weights that fall with the distance squared."""
     distance = torch.arange(side)[:, None] - torch.arange(side)
-    weights = torch.exp(-distance.double() ** 2 / 2) * (distance.abs() <= 4)
+    weights = torch.exp(-(distance.double() ** 2) / 2) * (distance.abs() <= 4)
     row = weights / torch.exp(-(torch.arange(-4, 5).double() ** 2) / 2).sum()
     return torch.kron(row, row)
 

@@ -1,4 +1,4 @@
-"""docs/recipes/implicit_graph_network.py: messages reach every node, and the solve is that of dense algebra."""
+"""docs/recipes/implicit_graph_network.py: messages reach every node, as by dense algebra."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_a_graph_of_a_batch_is_solved_as_by_dense_algebra_with_its_gradient() ->
     assert not dense[:7, 7:].any()
     blocks = dense[:7, :7], dense[7:, 7:]
     weight = cell.weight.detach().clone().requires_grad_()
-    expected = torch.stack([by_dense_algebra(weight, cell.bound, *pair) for pair in zip(x, blocks, strict=True)])
+    expected = torch.stack(
+        [by_dense_algebra(weight, cell.bound, *pair) for pair in zip(x, blocks, strict=True)]
+    )
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-12)
     (gradient,) = torch.autograd.grad(z.square().sum(), cell.weight)
     (along_the_rounds,) = torch.autograd.grad(expected.square().sum(), weight)
