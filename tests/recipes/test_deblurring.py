@@ -52,7 +52,7 @@ def objective(cell: torch.nn.Module, z: Tensor, y: Tensor) -> Tensor:
 
 
 @given(seed=st.integers(0, 1000), scale=st.sampled_from([0.01, 0.1, 1.0]))
-def test_whatever_the_weights_a_step_lowers_what_it_minimises_and_moves_no_two_pictures_apart(
+def test_whatever_the_weights_a_step_goes_down_the_gradient_and_moves_no_two_pictures_apart(
     seed: int, scale: float
 ) -> None:
     torch.manual_seed(seed)
@@ -61,8 +61,13 @@ def test_whatever_the_weights_a_step_lowers_what_it_minimises_and_moves_no_two_p
     torch.nn.init.normal_(cell.offset)
     torch.nn.init.normal_(cell.log_gain)
     z, other, y = torch.rand(3, 1, 1, 6, 6, dtype=torch.float64)
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(cell, z, y), z)
     with torch.no_grad():
         moved = cell(z, y)
+        inside = (moved > 0) & (moved < 1)
+        step, down = (z - moved)[inside], gradient[inside]
+        torch.testing.assert_close(step / step.norm(), down / down.norm())
         assert objective(cell, moved, y) <= objective(cell, z, y)
         assert (moved - cell(other, y)).norm() <= (z - other).norm()
 

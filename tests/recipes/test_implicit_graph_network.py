@@ -53,9 +53,11 @@ def test_whatever_the_weights_two_states_come_closer_by_the_bound(seed: int, sca
     cell = graphs.GraphCell(3).double()
     torch.nn.init.normal_(cell.weight, std=scale)
     _, _, adjacency = graphs.chains(2, 5, torch.Generator().manual_seed(seed))
-    x, one, other = torch.randn(3, 2, 5, 3, dtype=torch.float64)
-    moved = (cell(one, x, adjacency.double()) - cell(other, x, adjacency.double())).abs().max()
-    assert moved <= cell.bound * (one - other).abs().max()
+    zero = torch.zeros(2, 5, 3, dtype=torch.float64)
+    # Around zero tanh has its largest slope, and this direction is the one that a column makes most of.
+    for worst in 1e-3 * cell.weight.detach().sign().T:
+        moved = cell(worst.expand_as(zero), zero, adjacency.double()) - cell(zero, zero, adjacency.double())
+        assert moved.abs().max() <= cell.bound * 1e-3 * (1 + 1e-9)
 
 
 def test_the_first_node_reaches_as_many_nodes_as_there_are_rounds_or_all_of_them() -> None:
@@ -64,6 +66,15 @@ def test_the_first_node_reaches_as_many_nodes_as_there_are_rounds_or_all_of_them
     for network, reached in ((graphs.explicit(4), 4), (graphs.implicit(), 12)):
         told, untold = network(features, adjacency), network(without, adjacency)
         assert int((told != untold).any(-1).sum()) == reached
+
+
+def test_the_faintest_message_has_arrived_when_a_solve_ends() -> None:
+    features, _, adjacency = graphs.chains(1, 12, torch.Generator().manual_seed(0))
+    network, adjacency = graphs.implicit().double(), adjacency.double()
+    x = network.encode(features.double())
+    exact = network.layer.solve(x, adjacency, stopping=EXACT).value
+    error = (network.layer(x, adjacency) - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() < 0.2  # the tolerance, over 1 - bound
 
 
 def test_the_recipe_runs_and_the_implicit_network_is_right_beyond_its_training(
