@@ -4,6 +4,7 @@
 differentiate through it, `Stopping` says when it is good enough, `Solution` what was found.
 """
 
+from . import loops as loops
 from . import nn as nn  # not in __all__: a star import must not hide torch.nn
 from . import regularizers as regularizers
 from .backward import (
@@ -19,10 +20,26 @@ from .backward import (
     StochasticJFB,
     Unroll,
 )
+from .depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uniform
 from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
-from .loops import Stream, StreamReport, deep_supervision, solve_stream
+from .loops import (
+    EquilibriumCache,
+    HaltingScore,
+    KeyValueCache,
+    OutputDifference,
+    PredictionEntropy,
+    PredictionKL,
+    StableArgMax,
+    StepCache,
+    Stream,
+    StreamReport,
+    causal_mask,
+    deep_supervision,
+    solve_stream,
+)
+from .readout import Readout
 from .recording import RecordedSolve, RecordedSolves, record
 from .reporting import FailurePolicy
 from .solution import NonConvergenceError, NonConvergenceWarning, OnFailure, Solution, Status
@@ -36,6 +53,7 @@ from .solvers import (
     ReversiblePicard,
     Solver,
 )
+from .steps import Step
 from .stopping import Stopping
 
 __version__ = "0.2.0"
@@ -48,16 +66,27 @@ __all__ = [
     "Auto",
     "Backward",
     "Broyden",
+    "DepthDistribution",
     "Diagnosis",
+    "EquilibriumCache",
     "FailurePolicy",
+    "Geometric",
+    "HaltingScore",
     "ImplicitDifferentiation",
     "ImplicitLayer",
+    "KeyValueCache",
+    "LogNormalPoisson",
     "NewtonKrylov",
     "NonConvergenceError",
     "NonConvergenceWarning",
     "OnFailure",
+    "OutputDifference",
     "PhantomGradient",
     "Picard",
+    "Poisson",
+    "PredictionEntropy",
+    "PredictionKL",
+    "Readout",
     "ReconstructionError",
     "ReconstructionWarning",
     "RecordedSolve",
@@ -67,13 +96,18 @@ __all__ = [
     "SharedInverse",
     "Solution",
     "Solver",
+    "StableArgMax",
     "Status",
+    "Step",
+    "StepCache",
     "StochasticJFB",
     "Stopping",
     "Stream",
     "StreamReport",
+    "Uniform",
     "Unroll",
     "ablate",
+    "causal_mask",
     "deep_supervision",
     "diagnose",
     "fixed_point",

@@ -19,6 +19,7 @@ from .samples import put_samples, take_samples
 from .solution import NonConvergenceError, Solution, Status
 from .solvers.base import norms
 from .state import Map
+from .steps import Clock, Step
 
 _DROP = 0.25  # share of finished samples at which they leave the batch: a drop copies what stays
 
@@ -29,8 +30,12 @@ class Takeable(Protocol):
     def __call__(self, z: Tensor) -> Tensor:
         """(B, D) -> (B, D)."""
 
-    def take(self, samples: Tensor) -> Map:
-        """The map of these samples alone."""
+    @property
+    def clock(self) -> Clock | None:
+        """Where it finds which step an evaluation belongs to, if its cell asks."""
+
+    def take(self, samples: Tensor) -> Takeable:
+        """The map of these samples alone, with a clock of its own."""
 
     @property
     def guess(self) -> str | None:
@@ -52,15 +57,22 @@ class Batch:
         f: the map.
         record: what keeps the books.
         compact: `f` again if finished samples are to leave the batch.
+        clock: of `f`, if it is to be told which step an evaluation belongs to.
         leaves_at_once: whether they do as soon as they are finished, whatever that costs: others wait for
             their places.
     """
 
     def __init__(
-        self, f: Map, record: Record, compact: Takeable | None, *, leaves_at_once: bool = False
+        self,
+        f: Map,
+        record: Record,
+        compact: Takeable | None,
+        clock: Clock | None = None,
+        *,
+        leaves_at_once: bool = False,
     ) -> None:
         self.f, self.record, self._compact, self._leaves_at_once = f, record, compact, leaves_at_once
-        self._whole = f
+        self._whole, self._whole_clock, self._clock = f, clock, clock
         self._held = 0  # evaluations of finished samples, one by one
         self._holds = False  # whether finished samples are held at the last evaluation
         self._left: Samples | None = None  # of all samples, as they were when the batch was last cut
@@ -68,6 +80,16 @@ class Batch:
         self._rows: Tensor | None = None  # which of all samples are in the batch; `None`: all
         self._measured: list[tuple[Tensor, Tensor]] = []  # residual and scale of each evaluation, if kept
         self._cuts: list[tuple[int, Tensor]] = []  # from which evaluation on the batch had which rows
+
+    def tell(self) -> None:
+        """Say which step of each sample the next evaluation belongs to."""
+        if self._clock is not None:
+            now = self.record.samples
+            taken = torch.where(now.active, self.record.nfe, self.record.steps_of_best())
+            self._clock.step = self._step(taken)
+
+    def _step(self, taken: Tensor) -> Step:
+        return Step(taken, torch.zeros_like(taken) + self.record.rule.max_steps)
 
     def observe(self, z: Tensor, fz: Tensor, looks: bool) -> None:
         """Record an evaluation."""
@@ -99,7 +121,8 @@ class Batch:
         keep = now.active.nonzero().squeeze(1)
         self._rows = keep if self._rows is None else self._rows[keep]
         self._cuts.append((len(self._measured), self._rows))
-        self.f = _tried(self._compact, self._rows)
+        part = self._compact.take(self._rows)
+        self.f, self._clock = _tried(self._compact, part, len(self._rows)), part.clock
         record.cut(keep)
         return take_samples(state, keep), z[keep], image[keep]
 
@@ -115,18 +138,23 @@ class Batch:
         self._left = put_samples(left, self._rows, now, batch)
         self._state = put_samples(self._state, self._rows, state, batch)
 
-    def claim(self, fz: Tensor, state: Any, name: str) -> Claim:
+    def claim(self, z: Tensor, fz: Tensor, state: Any, name: str) -> Claim:
         """What was found, once the loop has ended.
 
         Args:
+            z: where the last evaluation was, of the samples that are still in the batch, (B, D).
             fz: images of the last evaluation, of the samples that are still in the batch.
             state: the solver's last.
             name: the solver's.
         """
         record = self.record
+        record.end(z)
         self._put_aside(state)
         found = self._left
         assert found is not None
+        if self._whole_clock is not None:
+            # From here on whoever evaluates the map does so at the value.
+            self._whole_clock.step = self._step(found.best_step.clone())
         at_best, trace = self._relatives(found)
         solution = Solution(
             # A copy: an iterate may be the caller's own tensor, or one that the cell handed out.
@@ -142,13 +170,15 @@ class Batch:
             methods=record.methods or (name,),
             rejections=found.refused,
             state=self._state,
+            place_steps=_place_steps(found),
         )
         is_open, is_last = False, not self._cuts and record.is_best()
         objection = self._objection()
         if not is_last:
-            is_open = objection is not None or bool((found.status == Status.CONVERGED).any())
+            is_measured_anew = objection is not None or record.holds_places
+            is_open = is_measured_anew or bool((found.status == Status.CONVERGED).any())
         claim = Claim(solution, self._whole, record.rule, record.unit_norms, is_open, objection)
-        if not (is_last and self._holds):
+        if not (is_last and (self._holds or record.holds_places)):
             return claim
         # The last evaluation was of the whole batch at the value, and is measured already. Of a few samples
         # nobody has looked whether norms of finished ones are within the range of float32.
@@ -190,13 +220,19 @@ class Batch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _tried(compact: Takeable, rows: Tensor) -> Map:
-    """The map of these samples alone; where it fails at first, the cut is named.
+def _place_steps(found: Samples) -> Tensor | None:
+    """Steps of each place, int64, (B, U), where places stand still one by one."""
+    held_at = found.held_at
+    return None if held_at is None else torch.where(held_at < 0, found.num_steps.unsqueeze(1), held_at)
+
+
+def _tried(compact: Takeable, part: Map, number: int) -> Map:
+    """The map of so many samples alone; where it fails at first, the cut is named.
 
     Raises:
         ValueError: the map fails at its first evaluation.
     """
-    part, works = compact.take(rows), False
+    works = False
 
     def image(z: Tensor) -> Tensor:
         nonlocal works
@@ -209,7 +245,7 @@ def _tried(compact: Takeable, rows: Tensor) -> Map:
                 raise
             lines = str(error).strip().splitlines() or [""]
             raise ValueError(
-                f"compact: the cell took all samples, and fails on {len(rows)} of them alone "
+                f"compact: the cell took all samples, and fails on {number} of them alone "
                 f"({type(error).__name__}: {lines[0]}); {_ways_out(compact)}"
             ) from error
         works = True

@@ -72,6 +72,8 @@ class Claim:
         if residual.dim() == 2:
             residual, lost = residual.amax(1), lost.any(1)
         lost = lost & (found.status == Status.CONVERGED)
+        # Where others of its sample moved after a place stood still, that is why.
+        status = Status.EXITED if self.rule.hold_places else Status.COUPLED
         trace = found.trace
         if trace is not None:
             steps = torch.arange(len(trace), device=trace.device).unsqueeze(1)
@@ -80,6 +82,6 @@ class Claim:
             found,
             residual=residual,
             relative_residual=at_value,
-            status=found.status.masked_fill(lost, int(Status.COUPLED)),
+            status=found.status.masked_fill(lost, int(status)),
             trace=trace,
         )

@@ -21,13 +21,15 @@ from torch import Tensor
 from ._autocast import autocast_dtype, without_autocast
 from .compaction import Batch, Takeable
 from .confirmation import Claim
+from .exiting import ExitingRecord
 from .fused import is_available
 from .fused.record import MOST_NUMBERS, FusedRecord
 from .progress import Record, UnitNorms, measure, relative
 from .solution import NonConvergenceError, Solution, Status
 from .solvers import Solver
 from .solvers.base import Query, Seen, overrides
-from .state import Map
+from .state import Layout, Map
+from .steps import Clock, Course, Pace
 from .stopping import Stopping
 
 
@@ -51,7 +53,10 @@ def approach(
     *,
     state: Any = None,
     unit_norms: UnitNorms | None = None,
+    layout: Layout | None = None,
     compact: Takeable | None = None,
+    course: Course | None = None,
+    clock: Clock | None = None,
 ) -> Claim:
     """Iterate `solver` on `f` from `z0` until `stopping` says so; the solution's value is flat.
 
@@ -62,7 +67,10 @@ def approach(
         stopping: the rule.
         state: of an earlier solve, to go on with what it learnt.
         unit_norms: norms to judge a sample by; default one, over all of its numbers.
+        layout: how a state lies in (B, D); for a rule with a readout or with places that stand still.
         compact: `f` again if finished samples are to leave the batch that it sees.
+        course: how many steps each sample takes, with a fixed number of them; default all of them.
+        clock: of `f`, if it is to be told which step an evaluation belongs to.
 
     Returns:
         What was found, to be settled: by an evaluation of `f` at the value that the caller makes anyway, or
@@ -71,9 +79,11 @@ def approach(
     """
     state = solver.init(z0) if state is None else solver.resume(state, z0)
     if stopping.is_fixed:
-        found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms)
+        pace = Pace(z0, stopping.max_steps, course, clock)
+        found = _iterate_fixed(f, z0, solver, state, stopping, unit_norms, pace)
         return Claim(found, f, stopping, unit_norms, is_open=False)
-    batch, exchange = Batch(f, record_of(z0, solver, stopping, unit_norms), compact), Exchange()
+    record = record_of(z0, solver, stopping, unit_norms, layout)
+    batch, exchange = Batch(f, record, compact, clock), Exchange()
     for _ in iterations(batch, z0, solver, state, exchange):
         exchange.answer(batch.f)
     assert exchange.claim is not None
@@ -111,27 +121,45 @@ class Exchange:
         return images
 
 
-def record_of(z0: Tensor, solver: Solver, stopping: Stopping, unit_norms: UnitNorms | None) -> Record:
-    """What keeps the books of a solve from `z0` (B, D), with kernels of its own where there are any."""
+def record_of(
+    z0: Tensor,  # (B, D)
+    solver: Solver,
+    stopping: Stopping,
+    unit_norms: UnitNorms | None,
+    layout: Layout | None,
+) -> Record:
+    """What keeps the books, with kernels of its own where there are any; see `approach`."""
+    may_recover = overrides(solver, "observe")
+    if not stopping.is_by_residual:
+        return ExitingRecord(z0, stopping, unit_norms, may_recover=may_recover, layout=layout)
     fits = unit_norms is None and z0.numel() > 0 and z0.shape[1] <= MOST_NUMBERS
     # No numbers of it: how a starting point lies in memory says nothing about the iterates.
     is_fused = fits and is_available(z0[:0])
     kind = FusedRecord if is_fused else Record
-    return kind(z0, stopping, unit_norms, may_recover=overrides(solver, "observe"))
+    return kind(z0, stopping, unit_norms, may_recover=may_recover)
 
 
 def _iterate_fixed(
-    f: Map, z: Tensor, solver: Solver, state: Any, stopping: Stopping, unit_norms: UnitNorms | None
+    f: Map,
+    z: Tensor,
+    solver: Solver,
+    state: Any,
+    stopping: Stopping,
+    unit_norms: UnitNorms | None,
+    pace: Pace,
 ) -> Solution:
     """A fixed number of steps: the value is the last iterate."""
     trace, asks = [], overrides(solver, "query")
-    for _ in range(stopping.max_steps):
+    for step in range(stopping.max_steps):
         query = solver.query(state) if asks else None
-        point = z if query is None or query.point is None else query.point
+        point = z if query is None or query.point is None else pace.hold(step, query.point, z)
+        pace.tell(step)
         fz, image = _evaluate(f, point, query)
         if stopping.measure:
             trace.append(relative(*measure(fz.detach() - point.detach(), fz, unit_norms)))
-        z, state = _step(solver, point, image, state)
+        z_next, state = _step(solver, point, image, state)
+        z = pace.hold(step, z_next, z)
+    pace.tell(stopping.max_steps)
     residual = None
     if stopping.measure:
         fz = f(z)
@@ -144,7 +172,7 @@ def _iterate_fixed(
         value=z,
         residual=residual,
         relative_residual=trace[-1] if trace else None,
-        num_steps=zeros + stopping.max_steps,
+        num_steps=pace.steps,
         status=zeros + int(Status.COMPLETED),
         nfe=nfe,
         sample_nfe=zeros + nfe,
@@ -179,10 +207,13 @@ def iterations(
     while True:
         query = solver.query(state) if asks else None
         if query is not None and query.point is not None:
-            z = batch.hold(query.point)
+            z, record.follows_image = batch.hold(query.point), False
+        batch.tell()
         exchange.point, exchange.query = z, query
         yield
         fz, image = exchange.taken()
+        if record.holds_places:
+            image = record.moving(_seen_at(z, query), image)
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)
         if record.step == stopping.max_steps or (at_check and record.count() == 0):
@@ -193,11 +224,12 @@ def iterations(
             state, z, image = batch.drop_finished(state, z, image)
         del fz, query  # before more memory is asked for
         z_next, state = _step(solver, z, image, state)
+        record.follows_image = z_next is image
         del image, z
         record.difference = None
         z = batch.hold(z_next)
         del z_next
-    exchange.claim = batch.claim(fz, state, type(solver).__name__)
+    exchange.claim = batch.claim(z, fz, state, type(solver).__name__)
 
 
 def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
@@ -219,6 +251,17 @@ def _evaluate(f: Map, z: Tensor, query: Query | None) -> tuple[Tensor, Tensor]:
             "NewtonKrylov(derivative='difference') or another solver"
         ) from error
     return fz, product if query.wanted is None else torch.where(query.wanted.unsqueeze(1), product, fz)
+
+
+def _seen_at(z: Tensor, query: Query | None) -> Tensor:
+    """What the map that leaves everything as it is gives the solver where `_evaluate` gives it an image."""
+    if query is None or query.direction is None:
+        return z
+    return (
+        query.direction
+        if query.wanted is None
+        else torch.where(query.wanted.unsqueeze(1), query.direction, z)
+    )
 
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._autocast import coarsest_dtype
 from ._checks import check_instance, plain
 from ._compiler import run_eagerly
-from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map
+from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map, tree_unflatten
 from .backward import Backward, ImplicitDifferentiation
 from .confirmation import Claim, Confirm
 from .driver import approach, iterate
@@ -23,6 +23,7 @@ from .reporting import FORWARD, Attempt, FailurePolicy, check_on_failure, report
 from .solution import NonConvergenceError, OnFailure, Solution
 from .solvers import Auto, Solver
 from .state import FlatMap, Layout, Map, flatten
+from .steps import Course
 from .stopping import Stopping
 
 Compact = bool | tuple[int | None, ...]
@@ -43,6 +44,8 @@ def fixed_point(
     on_failure: OnFailure | FailurePolicy = "warn",
     compact: Compact = False,
     state: Any = None,
+    has_aux: bool = False,
+    with_step: bool = False,
 ) -> Solution:
     """Solve z = f(z, *args, **kwargs) for every sample of a batch.
 
@@ -71,6 +74,14 @@ def fixed_point(
         state: `Solution.state` of an earlier solve of the same shape and solver, to go on with what that
             learnt; pass its `value` as `z0`. For when f changed a little since. Not under `torch.func`
             transforms, where `Solution.state` is `None`.
+        has_aux: `f` returns a tuple `(z, aux)`, aux whatever else it has to tell: losses, keys and values.
+            `Solution.aux` is that of an evaluation at the value that is returned, and carries gradient as
+            that does. It is one more evaluation, unless autograd does not record and the last one of the
+            solve was at the value. Default `False`.
+        with_step: `f` is called with a keyword `step`, a `Step` that says how many steps each sample has
+            taken, and of how many. Such an f is another map at every step: a tolerance is met where f at a
+            sample's own step changes it little. Not with `Reversible`, nor under `torch.vmap`. Default
+            `False`.
 
     Returns:
         `Solution`, whose `value` has the structure of `z0` and carries gradient.
@@ -95,6 +106,8 @@ def fixed_point(
         on_failure=on_failure,
         compact=compact,
         state=state,
+        has_aux=has_aux,
+        with_step=with_step,
     )
 
 
@@ -111,6 +124,8 @@ def solve_for(
     on_failure: OnFailure | FailurePolicy,
     compact: Compact,
     state: Any,
+    has_aux: bool,
+    with_step: bool,
 ) -> Solution:
     """`fixed_point` for a layer, whose name messages and records have; `None`: of a cell by itself.
 
@@ -119,11 +134,14 @@ def solve_for(
     """
     settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
     settings |= {"on_failure": on_failure, "compact": compact}
-    check_settings("fixed_point" if layer is None else "ImplicitLayer", **settings)
+    owner = "fixed_point" if layer is None else "ImplicitLayer"
+    check_settings(owner, **settings)
+    _check_cell(owner, kwargs, has_aux=has_aux, with_step=with_step)
     axes = _axes(compact, args, kwargs)
     run = outside_of_graphs(stopping, backward)
     if run is not None:
-        found: Solution = run(solve_for, layer, f, z0, args, kwargs, state=state, **settings)
+        settings |= {"state": state, "has_aux": has_aux, "with_step": with_step}
+        found: Solution = run(solve_for, layer, f, z0, args, kwargs, **settings)
         return found
     transformed = is_transformed()
     if state is not None and transformed:
@@ -131,32 +149,61 @@ def solve_for(
             "state: a solve under torch.func transforms or forward-mode differentiation begins afresh; leave "
             "it out there"
         )
-    flat_f, flat_z0 = flatten(f, z0, args, axes, kwargs)
+    flat_f, flat_z0 = flatten(f, z0, args, axes, kwargs, has_aux=has_aux, with_step=with_step)
     layout = flat_f.layout
     caller = dtype = None
     if not torch.compiler.is_compiling():
         caller, dtype = Caller.now(f, layer), coarsest_dtype(layout.dtypes, layout.device.type)
+    compacts = compact is not False
     solve = _Solve(
-        solver,
-        stopping,
-        backward,
-        on_failure,
-        layout,
-        compact is not False,
-        state,
-        caller,
-        dtype,
-        transformed,
+        solver, stopping, backward, on_failure, flat_f, compacts, state, caller, dtype, transformed
     )
     solution = backward.apply(flat_f, flat_z0, solve)
-    value = layout.unravel(solution.value)
+    if has_aux:
+        solution = _with_aux(flat_f, solution, stopping)
+    shaped = in_shape(solution, layout, stopping)
     if solution.value.requires_grad:
         # A copy and no view: the caller may write to it, and the backward pass needs it as it was.
-        value = tree_map(torch.clone, value)
-    solution = replace(solution, value=value)
+        shaped = replace(shaped, value=tree_map(torch.clone, shaped.value))
+    solution = shaped
     if caller is not None and not transformed and is_recording():
         note(caller.label, "forward", solution)
     return solution
+
+
+def in_shape(solution: Solution, layout: Layout, stopping: Stopping) -> Solution:
+    """The same solution, what is flat in it in the structure of the starting point."""
+    place_steps = solution.place_steps
+    if place_steps is not None:
+        assert stopping.norm_axes is not None
+        place_steps = tree_unflatten(layout.by_place(place_steps, stopping.norm_axes), layout.spec)
+    return replace(solution, value=layout.unravel(solution.value), place_steps=place_steps)
+
+
+def _check_cell(owner: str, kwargs: Any, *, has_aux: bool, with_step: bool) -> None:
+    """Raise `TypeError` unless what a cell is told and tells is said by two bools, and fits its inputs."""
+    check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
+    if with_step and "step" in kwargs:
+        raise TypeError(
+            f"{owner}: with_step=True gives the cell its step by the name step, got an input of that name; "
+            "call the input something else, or leave with_step out"
+        )
+
+
+def _with_aux(f: FlatMap, solution: Solution, stopping: Stopping) -> Solution:
+    """The solution, and what the cell returns beside the state at its value."""
+    value, last = solution.value, f.last
+    assert last is not None
+    is_constant = not (torch.is_grad_enabled() or is_transformed())
+    if is_constant and last.point is not None and _is_same(last.point, value, may_wait=not stopping.is_fixed):
+        return replace(solution, aux=last.aux)
+    aux = f.with_aux(value)[1]
+    return replace(solution, aux=aux, nfe=solution.nfe + 1, sample_nfe=solution.sample_nfe + 1)
+
+
+def _is_same(point: Tensor, value: Tensor, *, may_wait: bool) -> bool:
+    """Whether the host knows that two states are equal, by waiting for a device if it may."""
+    return point is value or (may_wait and torch.equal(point, value))
 
 
 def _axes(compact: Compact, args: Any, kwargs: Any) -> tuple[int | None, ...] | None:
@@ -197,21 +244,23 @@ class _Solve:
     stopping: Stopping
     backward: Backward
     on_failure: OnFailure | FailurePolicy
-    layout: Layout
+    whole: FlatMap  # the map of the whole batch
     compact: bool
     state: Any
     caller: Caller | None  # `None`: a compiler traces it, and there is nobody to tell anything
     dtype: torch.dtype | None  # the coarsest that the cell computes in; `None` likewise
     transformed: bool
 
-    def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
+    def __call__(
+        self, f: Map, z0: Tensor, *, stopping: Stopping | None = None, course: Course | None = None
+    ) -> Solution:
         """The fixed point."""
-        claim = self._claim(f, z0, stopping)
+        claim = self._claim(f, z0, stopping if course is None else Stopping.steps(course.most), course)
         return self._told(claim.settled(), z0, self.solver, claim.rule, FORWARD)
 
     def unconfirmed(self, f: Map, z0: Tensor) -> tuple[Solution, Confirm]:
         """The fixed point, and what settles it by its image."""
-        claim = self._claim(f, z0, None)
+        claim = self._claim(f, z0)
 
         def told(solution: Solution) -> Solution:
             return self._told(solution, z0, self.solver, claim.rule, FORWARD)
@@ -229,16 +278,20 @@ class _Solve:
         solution = iterate(f, start, solver, stopping, unit_norms=self._unit_norms(stopping))
         return self._told(solution, start, solver, stopping, name)
 
-    def _claim(self, f: Map, z0: Tensor, stopping: Stopping | None) -> Claim:
+    def _claim(
+        self, f: Map, z0: Tensor, stopping: Stopping | None = None, course: Course | None = None
+    ) -> Claim:
         # Under a transform, and in a mode that wraps it, f is no map that can be cut.
         cut = f if self.compact and isinstance(f, FlatMap) else None
         rule = self.stopping if stopping is None else stopping
         _refuse_meta(z0, rule, FORWARD)
         norms = self._unit_norms(rule)
-        return approach(f, z0, self.solver, rule, state=self.state, unit_norms=norms, compact=cut)
+        how: dict[str, Any] = {"unit_norms": norms, "layout": self.whole.layout, "compact": cut}
+        how |= {"course": course, "clock": self.whole.clock}
+        return approach(f, z0, self.solver, rule, state=self.state, **how)
 
     def _unit_norms(self, stopping: Stopping) -> UnitNorms | None:
-        layout, axes = self.layout, stopping.norm_axes
+        layout, axes = self.whole.layout, stopping.norm_axes
         return None if axes is None else lambda z: layout.norms(z, axes)
 
     def _told(
@@ -274,7 +327,7 @@ class _Solve:
 
     def _unraveled(self, value: Tensor) -> Any:
         # Under `vmap` one solve holds the samples of many batches.
-        return self.layout.of_batch(value.shape[0]).unravel(value)
+        return self.whole.layout.of_batch(value.shape[0]).unravel(value)
 
 
 def _refuse_meta(z0: Tensor, stopping: Stopping, name: str) -> None:

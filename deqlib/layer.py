@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._checks import check_instance
 from .backward import Backward, ImplicitDifferentiation
 from .fixed_point import Compact, check_setting, check_settings, outside_of_graphs, solve_for
 from .reporting import FailurePolicy
@@ -18,6 +19,7 @@ from .starting import starting_point
 from .stopping import Stopping
 
 _SETTINGS = ("solver", "stopping", "backward", "on_failure", "compact")
+_OF_THE_CELL = ("has_aux", "with_step")
 _OF_ONE_SOLVE = ("z0", *_SETTINGS, "state")
 
 
@@ -39,6 +41,10 @@ class ImplicitLayer(nn.Module):
         init: callable `init(*inputs, **keywords) -> z0`; default zeros shaped like the first input.
         compact: let finished samples leave the batch that the cell sees: `True`, or a tuple with the batch
             axis of every input; see `deqlib.fixed_point`.
+        has_aux: the cell returns `(z, aux)`, and `solve(...).aux` has what it returned at the fixed point;
+            see `deqlib.fixed_point`.
+        with_step: the cell is called with a keyword `step` that says how many steps each sample has taken;
+            see `deqlib.fixed_point` and `Step`.
 
     Raises:
         TypeError, ValueError: a setting of the wrong kind.
@@ -54,6 +60,8 @@ class ImplicitLayer(nn.Module):
         on_failure: OnFailure | FailurePolicy = "warn",
         init: Callable[..., Any] | None = None,
         compact: Compact = False,
+        has_aux: bool = False,
+        with_step: bool = False,
     ) -> None:
         super().__init__()
         self.cell = cell
@@ -63,6 +71,7 @@ class ImplicitLayer(nn.Module):
         self.on_failure: OnFailure | FailurePolicy = on_failure
         self.init = init
         self.compact = compact
+        self.has_aux, self.with_step = has_aux, with_step
         check_settings("ImplicitLayer", self.solver, self.stopping, self.backward, on_failure, compact)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,6 +83,8 @@ class ImplicitLayer(nn.Module):
             raise TypeError(f"ImplicitLayer: cell must be callable, got {type(value).__name__}")
         elif name == "init" and not (value is None or callable(value)):
             raise TypeError(f"ImplicitLayer: init must be callable or None, got {type(value).__name__}")
+        elif name in _OF_THE_CELL:
+            check_instance("ImplicitLayer", bool, "True or False", **{name: value})
         elif name == "backward_mode":
             raise AttributeError(
                 "ImplicitLayer: backward_mode is called backward; assign layer.backward = ..."
@@ -154,6 +165,8 @@ class ImplicitLayer(nn.Module):
             on_failure=self.on_failure if on_failure is None else on_failure,
             compact=self.compact if compact is None else compact,
             state=state,
+            has_aux=self.has_aux,
+            with_step=self.with_step,
         )
 
     def extra_repr(self) -> str:
@@ -161,7 +174,10 @@ class ImplicitLayer(nn.Module):
         text = f"solver={self.solver}, backward={self.backward}, stopping={self.stopping}"
         if self.on_failure != "warn":
             text += f", on_failure={self.on_failure!r}"
-        return text + (f", compact={self.compact}" if self.compact is not False else "")
+        for name in ("compact", *_OF_THE_CELL):
+            if getattr(self, name) is not False:
+                text += f", {name}={getattr(self, name)}"
+        return text
 
 
 def refuse_sharded(cell: Callable[..., Any]) -> None:

@@ -76,6 +76,8 @@ class Samples:
     sample_nfe: Tensor  # int64, counted up to the last time the batch changed
     method: Tensor  # int64
     broken: Tensor | None = None  # bool, blown up at the last evaluation; `None`: nobody
+    held_at: Tensor | None = None  # int64, (B, U), the evaluation from which a place stands still, or -1
+    streak: Tensor | None = None  # int64, (B, answers), evaluations in a row that a readout said yes at
     refused: dict[str, Tensor] = field(default_factory=dict)  # int64, steps taken back, by cause
 
     @classmethod
@@ -141,6 +143,8 @@ class Record:
         self.all_improved = False
         self.methods: tuple[str, ...] = ()  # if the solver has several
         self._finished: Tensor | None = None  # made when it is asked for
+        self.follows_image = False  # whether the next iterate is the image of the last, as it is
+        self.places_met: Tensor | None = None  # bool, (B, U), of samples with several units
 
     @property
     def step(self) -> int:
@@ -243,6 +247,25 @@ class Record:
             return z
         return torch.where(self.samples.active.unsqueeze(1), z, self.best())
 
+    def moving(
+        self,
+        z: Tensor,  # (B, D)
+        image: Tensor,  # (B, D)
+    ) -> Tensor:
+        """The image as the solver is to see it, (B, D): where a place stands still, its point."""
+        return image
+
+    @property
+    def holds_places(self) -> bool:
+        """Whether places may stand still, each at an evaluation of its own."""
+        return False
+
+    def end(
+        self,
+        z: Tensor,  # (B, D)
+    ) -> None:
+        """There will be no more steps; `z` is what was evaluated last."""
+
     def settled(self) -> Samples:
         """What is known of the samples in the batch, all of it brought up to date."""
         now = self.samples
@@ -260,10 +283,12 @@ class Record:
         self._floor, self._goal = floor, None
         if residual.dim() == 2:
             # As one number: the residual of the worst unit, and the goal that is met when all units are.
-            shares = residual / (floor.unsqueeze(1) + rtol * scale)
-            met = (residual <= floor.unsqueeze(1) + rtol * scale).all(1)
+            limits = floor.unsqueeze(1) + rtol * scale
+            shares, self.places_met = residual / limits, residual <= limits
+            met = self.places_met.all(1)
             worst, far = relative(residual, scale), residual.amax(1)
-            residual, scale = far, far / worst
+            # Where nothing is left of a residual nothing can be divided by it.
+            residual, scale = far, torch.where(worst == 0, scale.amax(1), far / worst)
             goal = torch.where(met, far, far / shares.amax(1).clamp_min(2))
             # Written out for finished samples: a residual of 0 would be within any share of itself.
             self._goal = torch.where(floor == -torch.inf, floor, goal)
@@ -291,16 +316,20 @@ class Record:
         return True
 
     def _compare(self) -> tuple[Tensor, Tensor, Tensor, list[int] | None]:
-        """The masks met, better and sound, and how many samples each holds for, if the host looks.
+        """The masks met, better and sound, and how many samples each holds for, if the host looks."""
+        within = self._masks()
+        counts: list[int] | None = within.sum(1).tolist() if self.looks else None
+        return within[0], within[1], within[2], counts
 
-        None of them holds for a finished sample, whose limits are minus infinity.
+    def _masks(self) -> Tensor:
+        """Met, better, sound, and within the range of float32 if that is asked, bool, (3 or 4, B).
+
+        None of the first three holds for a finished sample, whose limits are minus infinity.
         """
         limits = [self.goal.unsqueeze(0), self.samples.lowest * self.factors]
         if self.guards:
             limits.append(self.range)
-        within = self.residual <= torch.cat(limits)
-        counts: list[int] | None = within.sum(1).tolist() if self.looks else None
-        return within[0], within[1], within[2], counts
+        return self.residual <= torch.cat(limits)
 
     def _update(
         self, z: Tensor, met: Tensor, better: Tensor, sound: Tensor, counts: list[int] | None

@@ -124,11 +124,14 @@ def _kept(solution: Solution, values: bool) -> Solution:
 
     found = {name: getattr(solution, name) for name in _MEASURES}
     measured: dict[str, Any] = {name: _bare(tensor) for name, tensor in found.items() if tensor is not None}
+    if solution.place_steps is not None:
+        measured["place_steps"] = tree_map(_bare, solution.place_steps)
     return replace(
         solution,
         value=tree_map(lambda leaf: _bare(leaf.clone()), solution.value) if values else None,
         rejections={cause: _bare(counts) for cause, counts in solution.rejections.items()},
         state=None,
+        aux=None,
         **measured,
     )
 

@@ -138,15 +138,19 @@ def trajectory(
             stopping=layer.stopping,
             backward=layer.backward,
             on_failure=layer.on_failure,
+            has_aux=layer.has_aux,
+            with_step=layer.with_step,
         )
         # Evaluations after the last step are those of the backward mode.
         taken = int(solution.num_steps.max()) if solution.num_steps.numel() else 0
         end = tree_map(torch.Tensor.detach, solution.value)
+        at_end = recorder.given
+        if layer.with_step:
+            at_end = {**at_end, "step": at_end["step"]._replace(number=solution.num_steps)}
         images = []
         for step in steps:
-            f, flat = flatten(
-                layer.cell, recorder.states[step] if step < taken else end, inputs, keywords=keywords
-            )
+            state, given = recorder.states[step] if step < taken else (end, at_end)
+            f, flat = flatten(layer.cell, state, inputs, keywords=given, has_aux=layer.has_aux)
             images.append(f.layout.unravel(f(flat)))
     return [*images, solution.value]
 
@@ -158,14 +162,15 @@ class _Recorder(nn.Module):
         super().__init__()
         self.cell, self.steps = cell, steps
         self.count = 0
-        self.states: dict[int, Any] = {}
+        self.states: dict[int, tuple[Any, dict[str, Any]]] = {}  # with the keywords that came with them
+        self.given: dict[str, Any] = {}  # the keywords of the last evaluation
 
     def forward(self, z: Any, *inputs: Any, **keywords: Any) -> Any:
         """The cell's."""
         if self.count in self.steps:
             # A copy: the solver may write to its iterates.
-            self.states[self.count] = tree_map(lambda leaf: leaf.detach().clone(), z)
-        self.count += 1
+            self.states[self.count] = tree_map(lambda leaf: leaf.detach().clone(), z), keywords
+        self.count, self.given = self.count + 1, keywords
         return self.cell(z, *inputs, **keywords)
 
 

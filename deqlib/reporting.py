@@ -158,11 +158,12 @@ def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tens
     unmoved = ((value == start) | (value.isnan() & start.isnan())).all(1) & lost
     number = int(unmoved.sum())
     where = "value holds" if attempt.kind == "forward" else "is used"
+    which = "last" if attempt.stopping.keeps_last else "best"
     if not number:
-        return "the best iterate is kept"
+        return f"the {which} iterate is kept"
     who = "none of them has an" if number == failed else f"{number} of them have no"
     return f"{who} iterate better than the start, which is what {where}" + (
-        "" if number == failed else "; of the others the best iterate is kept"
+        "" if number == failed else f"; of the others the {which} iterate is kept"
     )
 
 
@@ -222,7 +223,10 @@ def _stalled(attempt: Attempt) -> list[str]:
 def _looser(attempt: Attempt) -> str:
     """The tolerances in use, and none that is not."""
     rule = attempt.stopping
-    names = [name for name in ("rtol", "atol") if getattr(rule, name)] or ["rtol"]
+    names = [name for name in ("rtol", "atol") if getattr(rule, name)]
+    if rule.readout is not None and not names:
+        return f"loosen {_rule(attempt, f'readout (now {rule.readout})')}"
+    names = names or ["rtol"]
     now = " or ".join(f"{name} (now {getattr(rule, name):g})" for name in names)
     return f"loosen {_rule(attempt, now)}"
 

@@ -25,11 +25,12 @@ class Status(IntEnum):
     DIVERGED = 3  # residual not finite, or far above its best
     COMPLETED = 4  # took the fixed number of steps asked for; no tolerance to meet
     COUPLED = 5  # met the tolerance while others moved, and does not for the batch as it is returned
+    EXITED = 6  # done by its readout, or place by place, before its residual met the tolerance
 
     @property
     def is_failure(self) -> bool:
         """Whether the failure policy applies."""
-        return self not in (Status.CONVERGED, Status.COMPLETED)
+        return self not in (Status.CONVERGED, Status.COMPLETED, Status.EXITED)
 
 
 @dataclass(frozen=True, eq=False)  # fields are tensors, which have no single truth value to compare by
@@ -39,8 +40,8 @@ class Solution:
     A pickle and a deep copy hold the numbers and not the graphs behind them.
 
     Attributes:
-        value: best iterate seen, structure and dtypes of the starting point; carries gradient if the
-            solve was differentiated.
+        value: best iterate seen, or the last with `Stopping(keep="last")`, structure and dtypes of the
+            starting point; carries gradient if the solve was differentiated.
         residual: `||f(z) - z||` at `value`, shape (B,), by the last evaluation there; `None` if not measured.
         relative_residual: `||f(z) - z|| / ||f(z)||` at `value`, shape (B,); `None` if not measured.
         num_steps: solver steps each sample took, int64, shape (B,).
@@ -51,11 +52,17 @@ class Solution:
         trace: relative residual at every evaluation of the loop, shape (evaluations, B); rows after a
             sample ended repeat it at its value. `None` if not measured, and where it would be many times what
             the states are: with fewer than 8 numbers a sample and more than 2^20 in `max_steps` + 1 rows.
+            With `Stopping(hold_places=True)` rows before the end are of the places at work.
         method: which of `methods` worked on each sample last, int64, shape (B,).
         methods: the solver's name, or those of the methods it tries in turn; a name may come twice.
         rejections: by cause, how many steps of each sample were refused, int64, shape (B,).
         state: the solver's last state; given to another solve it goes on with what was learnt. `None` where
             the solve ran under `torch.func` transforms.
+        aux: what a cell of `has_aux=True` returned beside the state when it was evaluated at `value`; carries
+            gradient as `value` does. Else `None`.
+        place_steps: with `Stopping(hold_places=True)`: steps that each place took until it stood still,
+            int64, structure of the starting point, every leaf without the axes in `norm_axes`: (B, L) for
+            tokens. Else `None`.
     """
 
     value: Any
@@ -70,6 +77,8 @@ class Solution:
     methods: tuple[str, ...]
     rejections: dict[str, Tensor]
     state: Any
+    aux: Any = None
+    place_steps: Any = None
 
     @property
     def converged(self) -> Tensor:
@@ -92,9 +101,10 @@ class Solution:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which can be neither pickled nor copied."""
-        rest = {name: detached(known) for name, known in self.__dict__.items() if name != "value"}
-        cut = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, self.value)
-        return {"value": cut, **rest}
+        trees = ("value", "aux")
+        rest = {name: detached(known) for name, known in self.__dict__.items() if name not in trees}
+        cut = {name: tree_map(_detached, getattr(self, name)) for name in trees}
+        return {**cut, **rest}
 
     def __copy__(self) -> Solution:
         """The same tensors, graphs and all."""
@@ -111,6 +121,10 @@ class Solution:
         if int(self.method.max() if self.method.numel() else 0) > 0:
             text += ", by " + ", ".join(f"{name} {n}" for name, n in self.method_counts().items())
         return text + ")"
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 class NonConvergenceWarning(UserWarning):

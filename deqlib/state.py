@@ -6,6 +6,7 @@ tensor of shape (B, D).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from ._torch import (
     without_graph,
 )
 from .starting import check_state, misfit, way_out_of_misfit
+from .steps import Clock, Step
 
 Map = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 
@@ -111,6 +113,33 @@ class Layout:
             norms.append(found.flatten(1) if found.dim() > 1 else found.unsqueeze(1))
         return torch.cat(norms, 1)
 
+    def spread(
+        self,
+        places: Tensor,  # (B, places), as `norms` orders them
+        axes: tuple[int, ...],
+    ) -> Tensor:
+        """What is known of each place, for each of its numbers: (B, D)."""
+        parts = []
+        for leaf, shape in zip(self.by_place(places, axes), self.shapes, strict=True):
+            for axis in sorted(axis % len(shape) for axis in axes):
+                leaf = leaf.unsqueeze(axis)
+            parts.append(leaf.expand(len(places), *shape[1:]).flatten(1))
+        return torch.cat(parts, 1)
+
+    def by_place(
+        self,
+        places: Tensor,  # (B, places), as `norms` orders them
+        axes: tuple[int, ...],
+    ) -> list[Tensor]:
+        """What is known of each place, leaf by leaf: of its shape without `axes`."""
+        dropped = [{axis % len(shape) for axis in axes} for shape in self.shapes]
+        shapes = [
+            [size for axis, size in enumerate(shape) if axis > 0 and axis not in gone]
+            for shape, gone in zip(self.shapes, dropped, strict=True)
+        ]
+        parts = torch.split(places, [math.prod(shape) for shape in shapes], 1)
+        return [part.reshape(len(places), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def _checked(self, index: int, leaf: Any) -> Tensor:
         """Leaf `index` of a cell's output, compared with the state's, in the flat dtype."""
         where = "cell: the output" if len(self.shapes) == 1 else f"cell: leaf {index} of the output"
@@ -134,6 +163,14 @@ class Layout:
         return leaf.to(self.dtype)
 
 
+@dataclass
+class LastAux:
+    """What a cell returned beside the state at its last evaluation off the tape."""
+
+    point: Tensor | None = None  # (B, D), where that was; `None`: there was none
+    aux: Any = None
+
+
 # Equal to itself alone: the compilers of PyTorch below 2.12 hash it before it has its fields.
 @dataclass(frozen=True, eq=False)
 class FlatMap:
@@ -146,44 +183,78 @@ class FlatMap:
     keywords: dict[str, Any] = field(default_factory=dict)  # further inputs, by name
     is_cut: bool = False  # to some samples of the batch
     scope: Scope = field(default_factory=current_or_new)  # what modules in the cell remember
+    last: LastAux | None = None  # if the cell returns something beside the state
+    clock: Clock | None = None  # where to find the step, if the cell asks for it
 
     def __call__(self, z: Tensor) -> Tensor:
         """The cell at `z`, (B, D) -> (B, D)."""
+        return self.with_aux(z)[0]
+
+    def with_aux(self, z: Tensor) -> tuple[Tensor, Any]:
+        """The cell at `z`, (B, D), and what it returns beside the state; `None` where it does not.
+
+        Raises:
+            TypeError, ValueError: the cell breaks the contract.
+        """
+        if self.last is not None:
+            self.last.point = self.last.aux = None  # before as much memory is asked for again
         before = _version(z)
         outer, current.scope = current.scope, self.scope
         try:
             # What `unravel` gives is the cell's own: it may ask for gradients, and `z` stays as it is.
-            image = self._evaluate(self.layout.unravel(z))
+            image, aux = self._evaluate(self.layout.unravel(z))
         finally:
             current.scope = outer
-        if image.requires_grad and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             # A cell that takes gradients inside records what nobody asked for: every iterate would keep it.
-            image = without_graph(image)
+            image = _bare(image)
+            if self.last is not None:
+                self.last.point, self.last.aux = z, tree_map(_bare, aux)
+                aux = self.last.aux
         if _version(z) != before:
             raise ValueError(
                 "cell: the state must not be changed in place, got a cell that writes to its argument; "
                 "use z = z * a instead of z.mul_(a)"
             )
-        return image
+        return image, aux
 
-    def _evaluate(self, state: Any) -> Tensor:
-        """The cell at a state of the layout, flat."""
+    def _evaluate(self, state: Any) -> tuple[Tensor, Any]:
+        """The cell at a state of the layout, its image flat, and what it returns beside it."""
+        keywords = self.keywords if self.clock is None else {**self.keywords, "step": self._step(self.clock)}
         try:
-            image = evaluate(self.cell, state, *self.inputs, **self.keywords)
+            image, aux = evaluate(self.cell, state, *self.inputs, **keywords), None
         except (RuntimeError, IndexError) as error:
             # Who cuts the batch says what is wrong with a cut.
             said = None if self.is_cut else misfit(error, state, (self.inputs, self.keywords))
             if said is None:
                 raise
             raise type(error)(said) from error
+        if self.last is not None:
+            image, aux = _parted(image)
         try:
-            return self.layout.ravel(image)
+            return self.layout.ravel(image), aux
         except _Misshapen as error:
             if self.is_cut:
                 raise
             tensors = [x for x in tree_leaves((self.inputs, self.keywords)) if isinstance(x, Tensor)]
             way_out = way_out_of_misfit(self.layout.shapes[0][0], tensors)
             raise ValueError(f"{error}; {way_out}") from None
+
+    def _step(self, clock: Clock) -> Step:
+        """What the cell is told.
+
+        Raises:
+            RuntimeError: under `torch.vmap` one solve holds the samples of many batches.
+        """
+        step, batch = clock.step, self.layout.shapes[0][0]
+        if step is None:  # outside of a solve's steps nothing was taken yet
+            return Step(*torch.zeros(2, batch, dtype=torch.int64, device=self.layout.device))
+        if len(step.number) != batch:
+            raise RuntimeError(
+                f"with_step: a solve under torch.vmap holds the samples of many batches, got steps of "
+                f"{len(step.number)} samples for a batch of {batch}; make one batch of them without vmap"
+            )
+        return step
 
     def take(self, samples: Tensor) -> FlatMap:
         """The map of these samples alone."""
@@ -193,7 +264,10 @@ class FlatMap:
         keywords = {name: cut(x, AUTOMATIC, batch, samples) for name, x in self.keywords.items()}
         scope = self.scope.take(samples, batch)
         layout = self.layout.of_batch(len(samples))
-        return replace(self, inputs=inputs, keywords=keywords, layout=layout, is_cut=True, scope=scope)
+        last = None if self.last is None else LastAux()
+        clock = None if self.clock is None else self.clock.take(samples)
+        part = replace(self, inputs=inputs, keywords=keywords, layout=layout, last=last, clock=clock)
+        return replace(part, is_cut=True, scope=scope)
 
     @property
     def guess(self) -> str | None:
@@ -267,6 +341,9 @@ def flatten(
     inputs: tuple[Any, ...] = (),
     axes: tuple[int | None, ...] | None = None,
     keywords: Mapping[str, Any] | None = None,
+    *,
+    has_aux: bool = False,
+    with_step: bool = False,
 ) -> tuple[FlatMap, Tensor]:
     """The map and its starting point, flat.
 
@@ -276,6 +353,8 @@ def flatten(
         inputs: further arguments of the cell.
         axes: the batch axis of every input, see `FlatMap.take`.
         keywords: further arguments by name.
+        has_aux: the cell returns a tuple, the state and something else.
+        with_step: the cell is given a `Step` as its keyword `step`.
 
     Returns:
         `f` on (B, D), which knows the layout that leads back, and `z0` as (B, D). Half-precision states
@@ -301,7 +380,10 @@ def flatten(
         dtype=flat_dtype,
         is_plain=spec.is_leaf() and dtype == flat_dtype and first.dim() > 1 and first.numel() > 0,
     )
-    return FlatMap(cell, inputs, layout, axes, dict(keywords or {})), layout.ravel(z0)
+    clock = Clock() if with_step else None
+    last = LastAux() if has_aux else None
+    f = FlatMap(cell, inputs, layout, axes, dict(keywords or {}), last=last, clock=clock)
+    return f, layout.ravel(z0)
 
 
 def _is_as_long(leaf: Any, batch: int) -> bool:
@@ -327,6 +409,26 @@ def _by_key(tree: Any, like: Any) -> Any:
     if isinstance(tree, defaultdict):
         return defaultdict(tree.default_factory, items)
     return OrderedDict(items) if isinstance(tree, OrderedDict) else items
+
+
+def _parted(returned: Any) -> tuple[Any, Any]:
+    """State and auxiliary output of a cell that returns both.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        got = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        raise TypeError(
+            f"cell: with has_aux=True it must return a tuple (z, aux), got {got}; leave has_aux out if it "
+            "returns the state alone"
+        )
+    return returned
+
+
+def _bare(leaf: Any) -> Any:
+    """A tensor without the graph behind it; anything else as it is."""
+    return without_graph(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _version(z: Tensor) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ._checks import check_instance, check_integer, check_number, settle_numbers
 from ._settings import Settings
+from .readout import Readout
+
+Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,21 @@ class Stopping(Settings):
             converge.
         measure: with a fixed number of steps: record the residual at every step, at the cost of one more
             evaluation of the cell. A tolerance implies it.
+        readout: a sample may also leave by what is made of its state, see `deqlib.loops`: where the readout
+            says that it is done before its residual meets the tolerance, it is `EXITED`. With `rtol=0` the
+            readout alone decides.
+        min_steps: no sample is done before it took so many steps.
+        keep: which iterate is the value of a sample that is not done, `STALLED` or out of steps: the "best",
+            of the smallest residual, or the "last", as a loop by hand returns it. Of one that diverged it is
+            the best. `None`: the best, or the last with `hold_places`, which allows no other.
+        hold_places: places that are done, by the residual or by a readout of one answer a place, stand still
+            while the others of their sample go on; needs `norm_axes`. `(-1,)` lets the tokens of a state
+            (B, L, C) leave one by one; `Solution.place_steps` has the steps of each. Others move on after a
+            place stands still, so residuals are measured anew in the end: where a place does not meet the
+            tolerance any longer, its sample is `EXITED`.
+
+    Raises:
+        TypeError, ValueError: a setting out of range, or one that has no effect.
     """
 
     rtol: float | None = 1e-3
@@ -43,17 +62,36 @@ class Stopping(Settings):
     blowup: float = 1e6
     norm_axes: tuple[int, ...] | None = None
     measure: bool = True
+    readout: Readout | None = None
+    min_steps: int = 0
+    keep: Keep | None = None
+    hold_places: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
         settle_numbers(self)
-        check_instance("Stopping", bool, "True or False", measure=self.measure)
+        check_instance("Stopping", bool, "True or False", measure=self.measure, hold_places=self.hold_places)
         axes = self.norm_axes
         if axes is not None and not (isinstance(axes, tuple) and axes and all(type(a) is int for a in axes)):
             raise TypeError(f"Stopping: norm_axes must be a tuple of axes or None, got {axes!r}")
+        if self.readout is not None:
+            hint = "a readout such as deqlib.PredictionKL(head=...) or None"
+            check_instance("Stopping", Readout, hint, readout=self.readout)
+        if self.keep not in (None, "best", "last"):
+            raise ValueError(f'Stopping: keep must be "best", "last" or None, got {self.keep!r}')
         if self.rtol is None:
             check_integer("Stopping", 0, max_steps=self.max_steps)
-            names = ["atol", "check_every", "patience", "blowup"] + ["norm_axes"] * (not self.measure)
+            names = [
+                "atol",
+                "check_every",
+                "patience",
+                "blowup",
+                "readout",
+                "min_steps",
+                "keep",
+                "hold_places",
+            ]
+            names += ["norm_axes"] * (not self.measure)
             given = {name: getattr(self, name) for name in names}
             inert = {name: value for name, value in given.items() if value != getattr(type(self), name)}
             if inert:
@@ -66,6 +104,21 @@ class Stopping(Settings):
             check_integer("Stopping", 1, patience=self.patience)
         if not self.measure:
             raise ValueError("Stopping: measure=False needs a fixed number of steps, see Stopping.steps(n)")
+        check_integer("Stopping", 0, min_steps=self.min_steps)
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"Stopping: min_steps must be at most max_steps={self.max_steps}, got {self.min_steps}"
+            )
+        if self.hold_places and axes is None:
+            raise ValueError(
+                "Stopping: hold_places needs places that are judged by themselves, got norm_axes=None; pass "
+                "norm_axes=(-1,) for the tokens of a state (B, L, C)"
+            )
+        if self.hold_places and self.keep == "best":
+            raise ValueError(
+                'Stopping: keep="best" is one iterate for all places of a sample, and with hold_places each '
+                "stops at its own; leave keep out"
+            )
 
     @classmethod
     def steps(cls, num_steps: int, *, measure: bool = False) -> Stopping:
@@ -78,8 +131,9 @@ class Stopping(Settings):
     def towards(self, end: Stopping, fraction: float) -> Stopping:
         """This rule a fraction of the way to another: a schedule for tolerance and budget.
 
-        Tolerances are interpolated geometrically (linearly where one is 0), `max_steps` linearly; the
-        rest is this rule's. `layer.stopping = start.towards(end, step / num_steps)` in a training loop.
+        Tolerances are interpolated geometrically (linearly where one is 0), `max_steps` and `min_steps`
+        linearly; the rest is this rule's. `layer.stopping = start.towards(end, step / num_steps)` in a
+        training loop.
 
         Args:
             end: of the same kind, with a tolerance or with a fixed number of steps.
@@ -99,7 +153,11 @@ class Stopping(Settings):
         if self.rtol is None or end.rtol is None:
             return replace(self, max_steps=steps)
         return replace(
-            self, rtol=between(self.rtol, end.rtol), atol=between(self.atol, end.atol), max_steps=steps
+            self,
+            rtol=between(self.rtol, end.rtol),
+            atol=between(self.atol, end.atol),
+            max_steps=steps,
+            min_steps=round(self.min_steps + fraction * (end.min_steps - self.min_steps)),
         )
 
     def __repr__(self) -> str:
@@ -112,3 +170,13 @@ class Stopping(Settings):
     def is_fixed(self) -> bool:
         """Whether the number of steps is fixed in advance."""
         return self.rtol is None
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the value of a sample that is not done is its last iterate."""
+        return self.is_fixed or self.hold_places or self.keep == "last"
+
+    @property
+    def is_by_residual(self) -> bool:
+        """Whether the residual alone says when a sample is done, and its best iterate is kept."""
+        return self.readout is None and self.min_steps == 0 and not self.keeps_last

@@ -7,7 +7,7 @@
 | `ImplicitDifferentiation` | gradient of the fixed point | 1 | the tolerances of the two solves |
 | `SharedInverse` | adjoint by the forward solve's history | 1, and that history | falls with `refine` |
 | `PhantomGradient` | truncated, damped series | `steps`, or 1 in Neumann form | O(‖βJ + (1-β)I‖^steps) |
-| `JFB` | first term of the series | 1 | O(‖J‖) |
+| `JFB` | first term of the series, or a clipped step more | 1 | O(‖J‖), or O(‖J‖²) unclipped |
 | `StochasticJFB` | unrolled gradient cut at a random depth | the steps with gradient | of the cut |
 """
 

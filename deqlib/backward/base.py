@@ -18,6 +18,7 @@ from ..confirmation import Confirm
 from ..solution import Solution
 from ..solvers import Solver
 from ..state import FlatMap, Map
+from ..steps import Course
 from ..stopping import Stopping
 
 
@@ -28,13 +29,16 @@ class Solve(Protocol):
     def stopping(self) -> Stopping:
         """The caller's rule."""
 
-    def __call__(self, f: Map, z0: Tensor, *, stopping: Stopping | None = None) -> Solution:
+    def __call__(
+        self, f: Map, z0: Tensor, *, stopping: Stopping | None = None, course: Course | None = None
+    ) -> Solution:
         """The fixed point of `f` from `z0` (B, D), by the caller's solver, `state` and `compact`.
 
         Args:
             f: the map that the mode was given, or one that stands for it.
             z0: starting point.
             stopping: rule of this solve; default the caller's.
+            course: in place of a rule: a fixed number of steps for each sample.
 
         Raises:
             NonConvergenceError: the solve failed, and the caller wants to know.

@@ -157,7 +157,10 @@ class _Report:
     names: list[str] = field(default_factory=list)  # of the tensors that follow the value
 
 
-_MEASURES = ("residual", "relative_residual", "num_steps", "status", "sample_nfe", "trace", "method")
+_MEASURES = (
+    *("residual", "relative_residual", "num_steps", "status", "sample_nfe", "trace", "method"),
+    "place_steps",
+)
 
 
 def solve_explicitly(equation: Equation, z0: Tensor, tensors: Sequence[Tensor]) -> Solution:

@@ -100,7 +100,7 @@ class ImplicitDifferentiation(Backward):
         warm_start: an `AdjointStart` to begin an adjoint solve from the one before; default `None`, from g.
 
     Raises:
-        TypeError: a setting of the wrong kind.
+        TypeError, ValueError: a setting of the wrong kind, or a rule for states alone.
     """
 
     solver: Solver = field(default_factory=Auto)
@@ -117,6 +117,12 @@ class ImplicitDifferentiation(Backward):
             "a deqlib.Stopping such as Stopping(rtol=1e-4)",
             stopping=self.stopping,
         )
+        if self.stopping.readout is not None or self.stopping.hold_places:
+            raise ValueError(
+                "ImplicitDifferentiation: stopping is the rule of the adjoint, which is no state to be read "
+                f"and has no places to hold, got {self.stopping}; give readout and hold_places to the rule "
+                "of the layer"
+            )
         if self.warm_start is not None:
             hint = "a deqlib.AdjointStart() or None"
             check_instance("ImplicitDifferentiation", AdjointStart, hint, warm_start=self.warm_start)

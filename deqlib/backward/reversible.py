@@ -117,11 +117,25 @@ class Reversible(Backward):
                 f"Reversible: works with one residual norm a sample, got norm_axes={stopping.norm_axes}; "
                 "leave it out, or take a fixed number of steps"
             )
+        if stopping.keep == "last":
+            raise ValueError(
+                'Reversible: walks back from the best iterate, which the solver notes, got keep="last"; '
+                "leave it out, or take a fixed number of steps"
+            )
 
     def apply(self, f: FlatMap, z0: Tensor, solve: Solve) -> Solution:
-        """Solve off the tape, find what the cell uses, leave the rest to the backward pass."""
+        """Solve off the tape, find what the cell uses, leave the rest to the backward pass.
+
+        Raises:
+            ValueError: the cell asks for its step.
+        """
         if not torch.is_grad_enabled():
             return solve_off_tape(f, z0, solve)
+        if f.clock is not None:
+            raise ValueError(
+                "Reversible: it undoes steps of one map, got with_step=True, a cell that is another at every "
+                "step; use backward=Unroll(checkpoint=True)"
+            )
         solution, confirm = solve_unconfirmed(f, z0, solve)
         explicit, image = _explicit(f, solution.value)
         solution = confirm(image)
@@ -172,7 +186,7 @@ def _end(solution: Solution) -> tuple[Points, Tensor]:
     """The points to walk back from, and at which step the value of each sample was reached, (B,)."""
     state: ReversibleState = solution.state
     # Where these are done the value is that of the last step counted, and the solver may have gone on.
-    met = (Status.CONVERGED, Status.COUPLED, Status.COMPLETED)
+    met = (Status.CONVERGED, Status.COUPLED, Status.COMPLETED, Status.EXITED)
     at_last = torch.stack([solution.status == status for status in met]).any(0)
     # Elsewhere it is the best iterate: one the solver noted, or the last one, which it was not told of.
     is_best = ~at_last & same(solution.value, state.best.current.to(solution.value.dtype))

@@ -21,7 +21,7 @@ from .._torch import (
 from ..confirmation import Confirm
 from ..solution import Solution
 from ..state import Map
-from ..stopping import Stopping
+from ..steps import Course
 from .base import Solve
 from .capture import primal
 from .explicit import solve_constant
@@ -32,19 +32,19 @@ AdjointRule = Callable[..., Tensor]  # (g, vjp, *kept) -> u, g and u (B, D), vjp
 GradientRule = Callable[..., Sequence[Tensor | None]]
 
 
-def solve_off_tape(f: Map, z0: Tensor, solve: Solve, *, stopping: Stopping | None = None) -> Solution:
+def solve_off_tape(f: Map, z0: Tensor, solve: Solve, *, course: Course | None = None) -> Solution:
     """The fixed point as a constant; it leaves no trace for the evaluations on the tape that follow.
 
     Args:
         f: the map.
         z0: starting point, (B, D); no gradient reaches it.
         solve: see `Solve`.
-        stopping: rule of the solve; default the caller's.
+        course: a fixed number of steps for each sample; default as the caller's rule says.
     """
     if is_transformed():
-        return solve_constant(f, z0, lambda f, z0: solve(f, z0, stopping=stopping))
+        return solve_constant(f, z0, lambda f, z0: solve(f, z0, course=course))
     with torch.no_grad():
-        solution = solve(f, z0.detach(), stopping=stopping)
+        solution = solve(f, z0.detach(), course=course)
     _forget_constants(z0)
     return solution
 

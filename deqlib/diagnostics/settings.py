@@ -46,8 +46,13 @@ def check_sequence(owner: str, kind: type, **given: Sequence[Any]) -> None:
 
 
 def with_tolerance(stopping: Stopping) -> Stopping:
-    """The rule, or `Stopping()` with its norm where it is a fixed number of steps."""
-    return Stopping(norm_axes=stopping.norm_axes) if stopping.is_fixed else stopping
+    """The rule by its residual alone, or `Stopping()` with its norm where that says nothing.
+
+    It says nothing of a fixed number of steps, and where a readout decides and both tolerances are 0.
+    """
+    if stopping.is_fixed or (stopping.readout is not None and not (stopping.rtol or stopping.atol)):
+        return Stopping(norm_axes=stopping.norm_axes)
+    return replace(stopping, readout=None, min_steps=0, keep=None, hold_places=False)
 
 
 def accepted_solver(mode: Backward, solver: Solver, stopping: Stopping, owner: str) -> Solver:

@@ -46,8 +46,15 @@ class Subject:
         Keyword inputs become the last of the inputs, a dict.
 
         Raises:
-            ValueError: the state holds no number; the error names `owner`.
+            ValueError: the state holds no number, or the cell is another map at every step; the error names
+                `owner`.
         """
+        if layer.with_step:
+            raise ValueError(
+                f"{owner}: a cell of with_step=True is another map at every step, and here one is looked at; "
+                "give a layer whose cell is the map of one step, such as "
+                "ImplicitLayer(lambda z, x: cell(z, x, step=Step(number, total)))"
+            )
         floating: list[Tensor] = []
 
         def copy(leaf: Any) -> Any:
@@ -66,7 +73,7 @@ class Subject:
         with torch.no_grad():
             start = starting_point(layer.init, inputs, keywords) if start is None else start
             z0 = tree_map(torch.detach, start)
-        cell = layer.cell
+        cell = _StateAlone(layer.cell) if layer.has_aux else layer.cell
         if keywords:
             cell, inputs = _ByName(cell), (*inputs, keywords)
         f, flat = flatten(cell, z0, inputs)
@@ -119,6 +126,18 @@ class _Seen(BaseException):
         self.z = z
         self.inputs = inputs
         self.keywords = keywords
+
+
+class _StateAlone(nn.Module):
+    """A cell without what it returns beside the state; its parameters are the cell's."""
+
+    def __init__(self, cell: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, z: Any, *inputs: Any, **keywords: Any) -> Any:
+        image, _ = self.cell(z, *inputs, **keywords)
+        return image
 
 
 class _ByName(nn.Module):

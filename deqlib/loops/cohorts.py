@@ -41,7 +41,7 @@ class Cohort:
         axes, layout = stopping.norm_axes, f.layout
         unit_norms = None if axes is None else lambda z: layout.norms(z, axes)
         self._seats = _Seats(f)
-        record = record_of(start, solver, stopping, unit_norms)
+        record = record_of(start, solver, stopping, unit_norms, layout)
         batch = Batch(f, record, self._seats, leaves_at_once=True)
         self._iterations = iterations(batch, start, solver, solver.init(start), self.exchange)
         self.go_on()
@@ -77,7 +77,7 @@ class Cohort:
 class _Seats:
     """What the driver cuts instead of the map, which it does not call: a note of who is still there."""
 
-    guess = None
+    guess = clock = None
 
     def __init__(self, f: FlatMap) -> None:
         self.rows: Tensor | None = None  # `None`: all

@@ -13,9 +13,8 @@ import torch
 
 from .._autocast import coarsest_dtype
 from .._checks import check_instance, check_integer
-from .._compiler import uncompiled
 from .._torch import tree_map
-from ..fixed_point import check_setting
+from ..fixed_point import check_setting, in_shape, outside_of_graphs
 from ..layer import ImplicitLayer, refuse_sharded
 from ..naming import Caller
 from ..recording import is_recording, note
@@ -62,7 +61,8 @@ def solve_stream(
 
     Raises:
         TypeError, ValueError: a setting of the wrong kind; a fixed number of steps, where no sample finishes
-            early; while solving: samples of different structure, shape, dtype or device.
+            early; a layer of `has_aux` or `with_step`; while solving: samples of different structure, shape,
+            dtype or device.
         RuntimeError: autograd records, and would get nothing.
         NonConvergenceError: while solving, see `deqlib.fixed_point`.
     """
@@ -74,6 +74,12 @@ def solve_stream(
         raise ValueError(
             f"solve_stream: stopping must have a tolerance, got {rule}: with a fixed number of steps no "
             "sample finishes early; solve batch by batch"
+        )
+    if layer.has_aux or layer.with_step:
+        option = "has_aux" if layer.has_aux else "with_step"
+        raise ValueError(
+            f"solve_stream: samples are at different steps beside one another, got a layer of {option}=True; "
+            "solve batch by batch"
         )
     if isinstance(samples, tuple) or not isinstance(samples, Iterable):
         raise TypeError(
@@ -126,7 +132,14 @@ class StreamReport:
 
 
 class Stream(Iterator[Solution]):
-    """Solutions in the order of the samples, see `solve_stream`.
+    """Solutions in the order of the samples; made by `solve_stream`, whose arguments it has.
+
+    Args:
+        layer: whose fixed points are wanted.
+        samples: an iterator over them.
+        batch_size: most samples that the cell is evaluated on together.
+        stopping: the rule.
+        kwargs: inputs of the cell by name, which all samples share.
 
     Attributes:
         report: what was done so far.
@@ -150,7 +163,6 @@ class Stream(Iterator[Solution]):
         self._confirmed: deque[tuple[Cohort, Solution]] = deque()
         self._due: deque[Solution] = deque()
 
-    @uncompiled
     def __next__(self) -> Solution:
         """The next sample's.
 
@@ -159,6 +171,10 @@ class Stream(Iterator[Solution]):
             NonConvergenceError: samples that entered together failed. It has the solution of all of these;
                 the stream goes on behind them.
         """
+        run = outside_of_graphs(self._stopping, self._layer.backward)
+        if run is not None:
+            found: Solution = run(self.__next__)
+            return found
         began = time.perf_counter()
         try:
             with torch.no_grad():
@@ -209,7 +225,7 @@ class Stream(Iterator[Solution]):
         """A cohort's solutions are due, once they are recorded and their failures reported."""
         layer, layout = self._layer, cohort.layout
         caller, dtype = Caller.now(layer.cell, layer), coarsest_dtype(layout.dtypes, layout.device.type)
-        whole = replace(solution, value=layout.unravel(solution.value))
+        whole = in_shape(solution, layout, self._stopping)
         if is_recording():
             note(caller.label, "forward", whole)
         attempt = Attempt(caller, FORWARD, self._solver, self._stopping, type(layer.backward).__name__, dtype)
@@ -224,9 +240,13 @@ def _by_sample(solution: Solution) -> Iterator[Solution]:
     steps, evaluations = solution.num_steps.tolist(), solution.sample_nfe.tolist()
     for i, (num_steps, nfe) in enumerate(zip(steps, evaluations, strict=True)):
         one = slice(i, i + 1)
+        value, place_steps = (
+            None if tree is None else tree_map(lambda leaf, one=one: leaf[one], tree)
+            for tree in (solution.value, solution.place_steps)
+        )
         yield replace(
             solution,
-            value=tree_map(lambda leaf, one=one: leaf[one], solution.value),
+            value=value,
             residual=solution.residual[one],
             relative_residual=solution.relative_residual[one],
             num_steps=solution.num_steps[one],
@@ -236,5 +256,6 @@ def _by_sample(solution: Solution) -> Iterator[Solution]:
             trace=None if solution.trace is None else solution.trace[: num_steps + 1, one],
             method=solution.method[one],
             rejections={cause: counts[one] for cause, counts in solution.rejections.items()},
+            place_steps=place_steps,
             state=None,
         )

@@ -35,7 +35,8 @@ class NewtonKrylovState:
     tries: Tensor  # (B,), int64, lengths tried of this step
     base: Tensor  # (B, D), where the step starts
     residual: Tensor  # (B, D), there
-    norm: Tensor  # (B,), its norm; infinity before the first step
+    norm: Tensor  # (B,), its norm as the driver measures it; infinity before the first step
+    scale: Tensor  # (B,), its Euclidean norm
     forcing: Tensor  # (B,), relative accuracy asked of the linear solve
     difference: Tensor  # (B,), step of the finite difference
     basis: Tensor  # (B, slots, D), orthonormal rows, as many as `inner` + 1
@@ -97,6 +98,7 @@ class NewtonKrylov(Solver):
             base=z0,
             residual=z0,
             norm=one * torch.inf,
+            scale=one,
             forcing=one * self.forcing,
             difference=one,
             basis=z0.new_zeros(batch, 0, width),
@@ -185,10 +187,12 @@ class NewtonKrylov(Solver):
         # Eisenstat & Walker: as exact as the last step was good.
         forcing = (0.9 * (norm / state.norm) ** 2).clamp(1e-3, self.forcing)
         forcing = torch.where(state.norm.isfinite(), forcing, torch.full_like(norm, self.forcing))
-        size = torch.maximum(*norms(z, fz))
+        # What was measured may be that of the worst place alone, see `Stopping.norm_axes`.
+        scale, *sizes = norms(residual, z, fz)
+        size = torch.maximum(*sizes)
         difference = torch.finfo(z.dtype).eps ** 0.5 * torch.where(size > 0, size, torch.ones_like(size))
         slots = torch.where(begins, 0, state.inner.clamp_min(0))
-        row = select(begins, _unit(residual, norm), self._kept(state, slots))
+        row = select(begins, _unit(residual, scale), self._kept(state, slots))
         basis = _write(with_room(state.basis, 0, self.memory + 1, zero=True), slots, row)
         return replace(
             state,
@@ -197,6 +201,7 @@ class NewtonKrylov(Solver):
             base=select(begins, z, state.base),
             residual=select(begins, residual, state.residual),
             norm=torch.where(begins, norm, state.norm),
+            scale=torch.where(begins, scale, state.scale),
             forcing=torch.where(begins, forcing, state.forcing),
             difference=torch.where(begins, difference, state.difference),
             basis=basis,
@@ -279,7 +284,7 @@ class NewtonKrylov(Solver):
         failed = ~usable.any(1) if failed is None else failed | ~usable.any(1)
         error = -(h @ y.unsqueeze(2)).squeeze(2)
         error = torch.cat([1 + error[:, :1], error[:, 1:]], 1)
-        scale = state.norm.unsqueeze(1)
+        scale = state.scale.unsqueeze(1)
         return (
             y.to(scale.dtype) * scale,
             torch.linalg.vector_norm(error, dim=1).to(scale.dtype),

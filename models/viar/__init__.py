@@ -5,6 +5,8 @@ ones before, `generate`, `generate_series` and `edit` put them to work; `load_of
 checkpoints, `load_shipped` what comes with the package.
 """
 
+from deqlib import EquilibriumCache
+
 from .checkpoints.convert import export_official, load_official
 from .generation.editing import box_mask, edit
 from .generation.inference import prepare_inference
@@ -13,7 +15,7 @@ from .generation.sampling import generate, sample_tokens
 from .generation.scalewise import Sample
 from .generation.series.series import SeriesReport, generate_series
 from .generation.settings import Sampling
-from .model.cache import EquilibriumCache, IterateCache
+from .model.cache import IterateCache
 from .model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from .model.implicit import ImplicitTrunk
 from .model.schedule import Adaptive, Budget

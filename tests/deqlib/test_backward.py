@@ -785,7 +785,7 @@ def test_a_bfloat16_cell_works_without_autocast(backward: Backward) -> None:
         (lambda: StochasticJFB(no_grad=(-1, 2)), ValueError, r"no_grad\[0\] must be at least 0, got -1"),
         (lambda: StochasticJFB(grad=(0, 2)), ValueError, r"grad\[0\] must be at least 1, got 0"),
         (lambda: StochasticJFB(grad=[1, 2]), TypeError, "grad must be a tuple"),
-        (lambda: StochasticJFB(grad=3), TypeError, "grad must be a tuple"),
+        (lambda: StochasticJFB(grad=3.5), TypeError, "grad must be a tuple"),
         (lambda: StochasticJFB(grad=(1.0, 2)), TypeError, r"grad\[0\] must be an int"),
         (lambda: ImplicitDifferentiation(solver="anderson"), TypeError, "solver must be a deqlib solver"),
         (lambda: ImplicitDifferentiation(solver=Anderson), TypeError, "solver must be a deqlib solver"),

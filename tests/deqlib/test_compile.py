@@ -25,6 +25,7 @@ from deqlib import (
     Picard,
     ReversiblePicard,
     Solver,
+    Step,
     Stopping,
     Unroll,
     fixed_point,
@@ -250,3 +251,26 @@ with torch.no_grad():
 def test_a_second_layer_compiles_in_a_process_that_never_solved_eagerly() -> None:
     done = subprocess.run([sys.executable, "-c", TWO_LAYERS], capture_output=True, text=True)
     assert done.stdout.split() == ["1.5", "1.25"], done.stderr[-2000:]
+
+
+def test_a_compiler_traces_cells_that_know_their_step_and_return_more() -> None:
+    def cell(z: Tensor, x: Tensor, *, step: Step) -> tuple[Tensor, Tensor]:
+        image = torch.tanh(0.3 * z + x + (step.number / step.total).unsqueeze(1))
+        return image, image * x
+
+    layer = ImplicitLayer(
+        cell,
+        solver=Picard(),
+        stopping=Stopping.steps(3),
+        backward=Unroll(),
+        has_aux=True,
+        with_step=True,
+    )
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        solution = layer.solve(x)
+        return solution.value, solution.aux
+
+    x = torch.randn(4, 3)
+    for found, expected in zip(torch.compile(both, backend="eager", fullgraph=True)(x), both(x), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqlib import Picard, Stopping, fixed_point
+from deqlib import NewtonKrylov, Picard, Stopping, fixed_point
 
 
 def test_the_defaults_are_those_documented() -> None:
@@ -133,3 +133,32 @@ def test_norm_axes_and_measured_steps() -> None:
     fz = tokens(solution.value)
     relative = (fz - solution.value).norm(dim=2) / fz.norm(dim=2)
     torch.testing.assert_close(solution.relative_residual, relative.amax(1))
+
+
+def test_a_residual_that_came_to_nothing_in_every_place_is_0_and_not_nothing() -> None:
+    with torch.no_grad():
+        for offset in (0.0, 1.0):
+            solution = fixed_point(
+                lambda z, offset=offset: torch.full_like(z, offset),
+                torch.zeros(1, 2, 3),
+                solver=Picard(),
+                stopping=Stopping(norm_axes=(-1,)),
+            )
+            assert solution.relative_residual.tolist() == [0]
+            assert solution.trace[-1].tolist() == [0]
+
+
+@pytest.mark.parametrize("derivative", ["difference", "jvp"])
+def test_a_newton_step_is_of_the_whole_sample_whatever_its_residual_is_measured_by(derivative: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = 0.2 * torch.randn(20, 20, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 5, 4, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        solution = fixed_point(
+            lambda z: torch.tanh((z.flatten(1) @ weight).view_as(z) + x),
+            torch.zeros_like(x),
+            solver=NewtonKrylov(derivative=derivative),
+            stopping=Stopping(rtol=1e-8, max_steps=120, norm_axes=(-1,)),
+            on_failure="ignore",
+        )
+    assert solution.converged.all()

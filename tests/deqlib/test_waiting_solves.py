@@ -8,7 +8,7 @@ import waiting_solves
 from waiting_solves import CASES
 from waits import Waits, waiting_on, without_numbers
 
-from deqlib import ImplicitLayer, Reversible, ReversiblePicard, Stopping
+from deqlib import ImplicitLayer, PredictionKL, Reversible, ReversiblePicard, Stopping, fixed_point
 
 
 @without_numbers
@@ -38,3 +38,16 @@ def test_steps_taken_back_wait_once_each(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not waits.counts
         z.sum().backward()
     assert waits.counts.total() == 1 + 6  # how many there are, and at each whether a sample is lost
+
+
+def test_readouts_and_places_wait_no_more_often_than_a_residual_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting_solves.pretend(monkeypatch)
+    counts, readout = [], PredictionKL(head=lambda z: z, threshold=1e-9, num_in_a_row=2)
+    for more in ({}, {"readout": readout, "min_steps": 3, "hold_places": True}):
+        rule = Stopping(rtol=1e-14, max_steps=9, check_every=4, norm_axes=(-1,), **more)
+        with torch.no_grad(), Waits() as waits:
+            fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3, 4), stopping=rule, on_failure="ignore")
+        counts.append(waits.counts.total())
+    assert 0 < counts[1] <= counts[0]

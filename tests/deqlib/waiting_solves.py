@@ -52,6 +52,7 @@ MODES: dict[str, tuple[Solver, Backward]] = {
     "phantom": (Picard(), PhantomGradient(steps=3)),
     "phantom, neumann": (Picard(), PhantomGradient(steps=3, form="neumann")),
     "stochastic": (Picard(), StochasticJFB(no_grad=(1, 3), grad=(1, 3))),
+    "stochastic, each sample": (Picard(), StochasticJFB(no_grad=(1, 3), grad=2, per_sample=True)),
     "shared": (Broyden(memory=3), SharedInverse()),
     "shared, refined": (Anderson(memory=3), SharedInverse(refine=3)),
 }
@@ -61,6 +62,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     """Have the library take the device of a case for a GPU, and let alone what reads the host's numbers."""
     look_at_nothing(patch)
     patch.setattr(StochasticJFB, "_draw", lambda self, bounds: bounds[1])
+    patch.setattr(StochasticJFB, "_drawn_for_each", lambda self, batch: ([*range(batch)], [2] * batch))
 
 
 def solve(device: str, solver: Solver, backward: Backward | None = None, *, measure: bool = False) -> None:

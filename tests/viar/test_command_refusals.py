@@ -205,6 +205,9 @@ def test_data_that_cannot_be_served_names_the_flag(world: Path, tmp_path: Path) 
     for command in (("evaluate", *pair(world)), ("tokenize", *pair(world)[2:], "--out", tmp_path / "t")):
         for data in ("svhn", world / "note.txt", world / "empty"):
             assert refusal(*command, "--data", data).startswith("viar: --data: expected one of")
+    # mnist has 32 pixels, and this tokenizer fewer
+    told = refusal("evaluate", *pair(world), "--data", "mnist")
+    assert told.startswith("viar: --data: 'mnist' has 32 x 32 images")
 
 
 def test_classes_that_move_are_named_where_training_starts_from_a_checkpoint(

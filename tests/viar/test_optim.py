@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import tiny_tokenizer, tiny_transformer
+from tiny_models import IMPLICIT, tiny_tokenizer, tiny_transformer
 
 from viar.training.optim import build_optimizer, lr_factor, set_progress, weight_decay_at
 
@@ -84,3 +85,20 @@ def build_optimizer_of(model: torch.nn.Module, weight_decay: float) -> torch.opt
     optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=weight_decay)
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     return optimizer
+
+
+def test_a_projection_that_starts_as_the_identity_learns_at_its_share_of_the_rate() -> None:
+    model = tiny_transformer("implicit", trunk=replace(IMPLICIT, projection="identity"))
+    optimizer = build_optimizer_of(model, 0.05)
+    set_progress(optimizer, 0.05, lr=2e-3, weight_decay=(0.05, 0.05))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(6e-4 if "projection_" in name else 2e-3), name
+        if "projection_" in name:
+            assert decays[id(parameter)] == (0.05 if name.endswith("weight") else 0.0), name
+
+
+def test_a_model_without_factors_has_the_two_groups_that_saved_states_have() -> None:
+    assert len(build_optimizer_of(tiny_transformer("implicit"), 0.05).param_groups) == 2

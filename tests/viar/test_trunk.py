@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny_models import SIDES, enlarge, tiny_config, tiny_transformer
+from tiny_models import IMPLICIT, SIDES, enlarge, tiny_config, tiny_transformer, uniform
 from torch import Tensor, nn
 
 import viar.model.implicit
 import viar.model.trunk
 from deqlib import Anderson, Broyden, Picard, Solver
-from viar import Adaptive, EquilibriumCache, ImplicitTrunk, ImplicitTrunkConfig, IterateCache
+from viar import (
+    Adaptive,
+    ImplicitTrunk,
+    ImplicitTrunkConfig,
+    IterateCache,
+    NextScaleTransformer,
+    TransformerConfig,
+)
 from viar.model.execution import CPU_CHUNK, row_chunks
 from viar.model.scales import block_causal, scale_slices
 from viar.model.transformer import build_trunk
@@ -326,26 +335,6 @@ def test_the_iterate_cache_holds_what_each_iteration_of_each_scale_saw(iteration
     assert bytes_after(tiny_transformer().trunk, iterations, "iterate") == (2 * 14 + sets) * TOKEN
 
 
-def test_a_slot_holds_what_was_written_before_and_room_for_the_open_scale() -> None:
-    cache, like = EquilibriumCache((1, 2, 3)), torch.empty(2, 3, 0, 4, dtype=torch.float64)
-    pieces = [[torch.randn(2, 3, tokens, 4).double() for _ in range(2)] for tokens in (1, 4)]
-    for count, (piece, tokens) in enumerate(zip(pieces, (1, 4), strict=True), start=1):
-        cache.open_scale(tokens, like)
-        for rows in (slice(0, 1), slice(1, 2)):
-            for buffer, new in zip(cache.slot("a", rows), piece, strict=True):
-                buffer[:, :, -tokens:] = new[rows]
-        for buffer, whole in zip(cache.slot("a"), zip(*pieces[:count], strict=True), strict=True):
-            assert buffer.dtype == torch.float64
-            assert buffer.equal(torch.cat(whole, 2))
-    assert cache.slot("b")[0].shape == (2, 3, 5, 4)
-    cache.slot("b")[0].fill_(0)
-    assert cache.slot("a", evaluation=1)[0].data_ptr() == cache.slot("a")[0].data_ptr()  # the same set
-    assert cache.slot("a")[0][:, :, :1].equal(pieces[0][0])
-    one_token = 2 * 2 * 3 * 4 * 8  # keys and values, 2 samples, 3 heads 4 wide, float64
-    assert cache.num_bytes == 2 * 14 * one_token
-    assert cache.used_bytes == 2 * 5 * one_token
-
-
 def test_a_cache_serves_one_generation() -> None:
     trunk, x, cond = a_case()
     memory = trunk.new_cache("equilibrium", trunk.schedule(None))
@@ -559,3 +548,41 @@ def test_the_iterate_cache_refuses_adaptive_counts() -> None:
     trunk = tiny_transformer().trunk
     with pytest.raises(ValueError, match="cache: 'iterate' needs fixed counts, got Adaptive"):
         trunk.new_cache("iterate", trunk.schedule(Adaptive()))
+
+
+def test_a_projection_that_starts_as_the_identity_passes_on_a_mix_of_state_and_input() -> None:
+    """Beside 0.3 of the random weights that the same seed gives a published start."""
+    made = {}
+    for how in ("random", "identity"):
+        torch.manual_seed(0)
+        made[how] = NextScaleTransformer(tiny_config(trunk=replace(IMPLICIT, projection=how)))
+    identity, random = made["identity"], made["random"]
+    own, published = (dict(model.named_parameters()) for model in (identity, random))
+    for name, weight in own.items():
+        if not name.endswith(("projection_in.weight", "projection_out.weight")):
+            assert torch.equal(weight, published[name]), name
+    cell, start = identity.trunk.layer.cell, random.trunk.layer.cell
+    through_in, through_out = (
+        (ours.weight - 0.3 * theirs.weight).double()
+        for ours, theirs in (
+            (cell.projection_in, start.projection_in),
+            (cell.projection_out, start.projection_out),
+        )
+    )
+    z, u = uniform(5, 16, seed=1).double() - 0.5, uniform(5, 16, seed=2).double() - 0.5
+    passed = F.gelu(torch.cat([z, u], 1) @ through_in.T, approximate="tanh") @ through_out.T
+    torch.testing.assert_close(passed, 0.3 * z + 0.7 * u, rtol=0, atol=1e-6)
+
+
+def test_another_start_of_the_projection_is_refused() -> None:
+    with pytest.raises(ValueError, match="projection must be one of random, identity, got 'zero'"):
+        ImplicitTrunkConfig(projection="zero")
+
+
+def test_a_config_says_how_the_projection_starts_only_where_it_is_not_as_all_were_before() -> None:
+    """So that models, runs and series of before stay what they were."""
+    plain, changed = (tiny_config(trunk=replace(IMPLICIT, projection=how)) for how in ("random", "identity"))
+    assert "projection" not in plain.to_dict()["trunk"]
+    assert changed.to_dict()["trunk"]["projection"] == "identity"
+    for config in (plain, changed):
+        assert TransformerConfig.from_dict(config.to_dict()) == config

@@ -197,7 +197,7 @@ def load_images(
     except (ValueError, PermissionError) as error:
         owner, _, text = str(error).partition(": ")
         flag = f"--{owner}" if owner in ("augment", "augmentations") else "--data"
-        text = text if owner in ("augment", "augmentations", "source") else str(error)
+        text = text if owner in ("augment", "augmentations", "source", "image_side") else str(error)
         kind = PermissionError if isinstance(error, PermissionError) else ValueError
         raise kind(f"{flag}: {text}") from error
     if process_index():

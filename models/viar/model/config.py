@@ -10,17 +10,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from .scales import check_sides
 
 T = TypeVar("T")
 
-BEFORE: dict[str, Any] = {"patch": 1}  # settings of a `TokenizerConfig` that came later, as all were before
+Projection = Literal["random", "identity"]  # initial weights of what joins state and input
+
+# Settings of a tokenizer and of a trunk that came later, as all were before.
+BEFORE: dict[str, Any] = {"patch": 1, "projection": "random"}
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def _as_before(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that came later, where they are as all were before."""
+    return {name: value for name, value in values.items() if BEFORE.get(name) != value}
 
 
 def check_at_least(owner: str, minimum: int | float, **values: int | float) -> None:
@@ -112,8 +120,7 @@ class TokenizerConfig:
         A setting of a later release is left out at the value that all tokenizers had before, so that
         fingerprints, and what runs and shards were made with, stay what they were.
         """
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if BEFORE.get(name) != value}
+        return _as_before(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenizerConfig:
@@ -142,6 +149,8 @@ class ImplicitTrunkConfig:
     num_post: int = 5  # explicit blocks after it
     no_grad: tuple[int, int] = (0, 10)  # training: least and most iterations without gradient
     grad: tuple[int, int] = (1, 12)  # training: least and most iterations with gradient, after those
+    # Initial weights of what joins state and input: random, as published, or identity, which passes on both
+    projection: Projection = "random"
     # Training: weight in the loss of the squared relative residual where the drawn iterations end
     residual_weight: float = 0.0
     # Training: weight in the loss of the mean square size of the block's Jacobian there
@@ -158,6 +167,11 @@ class ImplicitTrunkConfig:
                     f"ImplicitTrunkConfig: {name} must be (least, most) with "
                     f"{minimum} <= least <= most, got {pair}"
                 )
+        if self.projection not in get_args(Projection):
+            raise ValueError(
+                f"ImplicitTrunkConfig: projection must be one of {', '.join(get_args(Projection))}, "
+                f"got {self.projection!r}"
+            )
         check_at_least("ImplicitTrunkConfig", 0, num_pre=self.num_pre, num_post=self.num_post)
         for name in ("residual_weight", "jacobian_weight"):
             value = getattr(self, name)
@@ -244,10 +258,13 @@ class TransformerConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON; the trunk carries its kind."""
+        """Plain values only, ready for JSON; the trunk carries its kind.
+
+        Settings of a later release are left out as those of `TokenizerConfig.to_dict` are.
+        """
         values = dataclasses.asdict(self)
         kind = next(name for name, cls in _TRUNKS.items() if type(self.trunk) is cls)
-        values["trunk"] = {"kind": kind, **values["trunk"]}
+        values["trunk"] = {"kind": kind, **_as_before(values["trunk"])}
         return values
 
     @classmethod

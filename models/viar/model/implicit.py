@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deqlib import ImplicitLayer, Picard, StochasticJFB, Stopping
+from deqlib import EquilibriumCache, ImplicitLayer, KeyValueCache, Picard, StochasticJFB, Stopping
 from deqlib.regularizers import jacobian_penalty
 
 from .attention import KeyValue
 from .blocks import Block, gelu
-from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name, check_iterate_schedule
+from .cache import IterateCache, check_cache_name, check_iterate_schedule, tokens_of
 from .config import ImplicitTrunkConfig, TransformerConfig, filled
 from .execution import in_type_of, joined, row_chunks
 from .scales import BlockCausal, resize_tokens
@@ -33,6 +33,13 @@ from .schedule import Adaptive, Iterations, iteration_schedule, solve
 from .trunk import Call, ScaleSolve, Trunk, TrunkOutput, drop_path_rates, evaluated, named
 
 LAYER = "implicit"  # name of the implicit block's modulation and of its keys and values
+STATE_SHARE = 0.3  # of what a projection that starts as the identity passes on; the rest is of the input
+
+
+class SlowLinear(nn.Linear):
+    """A linear layer whose initial weights mean something, and which leaves them slowly."""
+
+    lr_factor = 0.3  # of the learning rate, see `viar.training.optim.build_optimizer`
 
 
 class ImplicitCell(nn.Module):
@@ -40,6 +47,11 @@ class ImplicitCell(nn.Module):
 
     The first projection splits into a half for z and a half for u; u's half does not change over
     iterations, so `inject` computes it once and the cell takes the result.
+
+    No path leads around the projection, so a random one hides z and u from the block until it has learnt to
+    pass them on. One that starts as the identity gives the block 0.3 z + 0.7 u, by C pairs of hidden numbers
+    of opposite sign, as gelu(x) - gelu(-x) = x. It has 0.3 of the published random weights beside, and learns
+    at 0.3 of the rate. Not part of the published recipe.
 
     Args:
         config: of the whole transformer.
@@ -50,9 +62,21 @@ class ImplicitCell(nn.Module):
         super().__init__()
         C = filled(config.width)
         self.width = C
-        self.projection_in = nn.Linear(2 * C, 2 * C)
-        self.projection_out = nn.Linear(2 * C, C)
+        assert isinstance(config.trunk, ImplicitTrunkConfig)
+        linear = SlowLinear if config.trunk.projection == "identity" else nn.Linear
+        self.projection_in = linear(2 * C, 2 * C)
+        self.projection_out = linear(2 * C, C)
         self.block = Block(config, drop_path)
+
+    @torch.no_grad()
+    def init_projection(self) -> None:
+        """Let a projection that is to start as the identity do so; others stay as they are."""
+        if not isinstance(self.projection_in, SlowLinear):
+            return
+        eye = torch.eye(self.width)
+        through = torch.cat([STATE_SHARE * eye, (1 - STATE_SHARE) * eye], 1)
+        self.projection_in.weight.mul_(SlowLinear.lr_factor).add_(torch.cat([through, -through]))
+        self.projection_out.weight.mul_(SlowLinear.lr_factor).add_(torch.cat([eye, -eye], 1))
 
     def inject(self, u_BLC: Tensor) -> Tensor:
         """u's half of the first projection with its bias, (B, L, 2C)."""
@@ -194,9 +218,13 @@ class ImplicitTrunk(Trunk):
         """Of the kind "equilibrium" or "iterate"; see `Trunk.new_cache` and `viar.model.cache`."""
         check_cache_name(kind)
         if kind == "equilibrium":
-            return EquilibriumCache(self.sides)
+            return EquilibriumCache(tokens_of(self.sides))
         check_iterate_schedule(schedule)
-        return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)], LAYER)
+        return IterateCache(self.sides, [n for n in schedule if isinstance(n, int)])
+
+    def init_own(self) -> None:
+        """See `Trunk.init_own`."""
+        self._cell.init_projection()
 
     def blocks_before(self) -> Iterator[tuple[str, Block]]:
         """See `Trunk.blocks_before`."""

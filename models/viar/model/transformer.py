@@ -78,6 +78,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
             width=C,
             depth=config.depth,
         )
+        self.trunk.init_own()
 
     def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
         """As in PyTorch; what follows from the config alone is there at once.

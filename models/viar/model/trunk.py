@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deqlib import EquilibriumCache, KeyValueCache
+
 from .blocks import Block
-from .cache import EquilibriumCache, IterateCache, KeyValueCache, check_cache_name
+from .cache import IterateCache, check_cache_name, tokens_of
 from .config import TransformerConfig, filled
 from .execution import computes_in, in_type_of, joined, row_chunks
 from .scales import BlockCausal
@@ -111,6 +113,9 @@ class Trunk(nn.Module, ABC):
             ValueError: no such kind, or one that does not go with the trunk or the schedule.
         """
 
+    def init_own(self) -> None:
+        """Give initial weights of the trunk's own to what is to have others than `init_weights` gave."""
+
     @abstractmethod
     def blocks_before(self) -> Iterator[tuple[str, Block]]:
         """The explicit blocks before the middle, each under the name of its modulation, keys and values."""
@@ -198,7 +203,7 @@ class Trunk(nn.Module, ABC):
             raise ValueError("causal: a scale attends to all that its cache holds; give one of the two")
         else:
             x_BLC = x_BLC.to(self.compute_type)
-            cache.open_scale(x_BLC.shape[1], self._like(x_BLC))
+            cache.open(x_BLC.shape[1], self._like(x_BLC))
         if causal is not None and sum(causal.sizes) != x_BLC.shape[1]:
             raise ValueError(
                 f"causal: expected groups of {x_BLC.shape[1]} tokens in all, as x_BLC has, got {causal.sizes}"
@@ -250,7 +255,7 @@ class ExplicitTrunk(Trunk):
     def new_cache(self, kind: str, schedule: Sequence[int | Adaptive | None]) -> EquilibriumCache:
         """One set of keys and values a block, of the kind "equilibrium"; see `Trunk.new_cache`."""
         self.schedule(None, cache=kind)
-        return EquilibriumCache(self.sides)
+        return EquilibriumCache(tokens_of(self.sides))
 
     def blocks_before(self) -> Iterator[tuple[str, Block]]:
         """All of them; see `Trunk.blocks_before`."""

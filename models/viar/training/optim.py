@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,31 +18,35 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW that decays the weights of linear and convolution layers only.
 
-    Biases, norms, embeddings, positions, codes, modulation offsets and attention scales are not decayed.
+    Biases, norms, embeddings, positions, codes, modulation offsets and attention scales are not decayed. A
+    module with a number `lr_factor` learns at that share of the learning rate.
 
     Args:
         model: its parameters without `requires_grad` are left out.
         lr: learning rate.
         betas: of the two moments.
-        weight_decay: of the first of the optimiser's two groups, whose entry `decayed` is true.
+        weight_decay: of the groups of the optimiser whose entry `decayed` is true; the first is one.
     """
-    decayed = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad
-    }
+    decayed, factors = set(), {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            decayed.add(id(module.weight))
+        if (factor := getattr(module, "lr_factor", 1.0)) != 1.0:
+            factors.update(dict.fromkeys(map(id, module.parameters()), factor))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for p in parameters if id(p) in decayed],
-            "weight_decay": weight_decay,
-            "decayed": True,
-        },
-        {
-            "params": [p for p in parameters if id(p) not in decayed],
-            "weight_decay": 0.0,
-            "decayed": False,
-        },
+            "params": [
+                p
+                for p in parameters
+                if (id(p) in decayed) == is_decayed and factors.get(id(p), 1.0) == factor
+            ],
+            "weight_decay": weight_decay if is_decayed else 0.0,
+            "decayed": is_decayed,
+            "lr_factor": factor,
+        }
+        for factor in (1.0, *sorted(set(factors.values())))
+        for is_decayed in (True, False)
     ]
     # One kernel for all tensors: small models would spend a tenth of their time stepping them one by one.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
@@ -74,6 +79,7 @@ def set_progress(
         weight_decay: first and last, see `weight_decay_at`.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr * lr_factor(progress)
+        # Groups of a state that was saved before there were factors have none.
+        group["lr"] = lr * lr_factor(progress) * group.get("lr_factor", 1.0)
         if group["decayed"]:
             group["weight_decay"] = weight_decay_at(progress, *weight_decay)
