@@ -105,7 +105,9 @@ def main(argv=None):
         )
     model = classifier(channels=8 if arguments.quick else 24)
     losses = train(model, images, labels, num_epochs=1 if arguments.quick else 4)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    print(
+        f"{sum(p.numel() for p in model.parameters())} parameters, loss {losses[0]:.2f} to {losses[-1]:.2f}"
+    )
     print(f"{'rtol':<10}{'steps, mean':<14}{'most':<8}held-out accuracy")
     rows = []
     for rtol in (0.5, 0.2, 0.1, 0.05, 0.01, 0.001):
