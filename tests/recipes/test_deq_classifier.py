@@ -14,18 +14,18 @@ recipe = load("deq_classifier")
 @pytest.fixture
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return recipe.classifier(channels=4).double()
+    return recipe.classifier(recipe.equilibrium, channels=4).double()
 
 
 def test_the_gradient_is_that_of_the_block_stacked_many_times(model: torch.nn.Module) -> None:
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    stem, layer, *head = model
+    stem, layer, head = model
     tight = Stopping(rtol=1e-10, max_steps=200)
     layer.stopping, layer.backward = tight, ImplicitDifferentiation(stopping=tight)
     z = torch.zeros_like(stem(images))
     for _ in range(60):
         z = layer.cell(z, stem(images))
-    stacked = torch.nn.Sequential(*head)(z)
+    stacked = head(z)
     torch.testing.assert_close(model(images), stacked, rtol=1e-6, atol=1e-6)
     found, expected = (
         torch.autograd.grad(logits.square().sum(), list(model.parameters()))
@@ -49,7 +49,10 @@ def test_it_runs_and_takes_more_steps_to_a_lower_tolerance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe.main(["--quick", "--out", str(tmp_path)])
-    steps = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[2:]]
+    models, tolerances, _ = capsys.readouterr().out.split("\n\n")
+    _, once, equilibrium = (line.split() for line in models.splitlines())
+    assert once[1] == equilibrium[1]  # as many parameters
+    steps = [float(line.split()[1]) for line in tolerances.splitlines()[1:]]
     assert len(steps) == 6
     assert steps == sorted(steps)
     assert steps[-1] > 2 * steps[0]
