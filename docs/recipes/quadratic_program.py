@@ -21,13 +21,13 @@ def splitting_step(s, cost, target, inverse, bounded):  # s and cost: (B, n), ta
     return s + nearest - allowed
 
 
-def solve_program(quadratic, cost, matrix, target, bounded=True):
+def solve_program(quadratic, cost, matrix, target, bounded=True, rtol=1e-5):
     """The z, (B, n), of least z' quadratic z / 2 + cost' z with matrix z = target, and z >= 0 if bounded."""
     m, n = matrix.shape
     identity, zeros = torch.eye(n, dtype=cost.dtype), torch.zeros(m, m, dtype=cost.dtype)
     upper = torch.cat([quadratic + identity, matrix.mT], dim=1)
     system = torch.cat([upper, torch.cat([matrix, zeros], dim=1)])
-    stopping = Stopping(rtol=1e-5, max_steps=500)
+    stopping = Stopping(rtol=rtol, max_steps=1000)
     s = fixed_point(
         splitting_step,
         torch.zeros_like(cost),

@@ -87,6 +87,14 @@ def test_the_plain_iteration_solves_the_equation_whatever_the_weights(
 
 
 @cells
+def test_what_is_to_be_monotone_is_so_by_the_margin(
+    margin: float, gain: float, seed: int, more: float
+) -> None:
+    excess = torch.eye(WIDTH) - made(margin, gain, seed).weight.detach()
+    assert torch.linalg.eigvalsh((excess + excess.T) / 2).min() >= margin * (1 - 1e-9) - 1e-9
+
+
+@cells
 def test_a_step_contracts_by_no_less_than_is_promised(
     margin: float, gain: float, seed: int, more: float
 ) -> None:
