@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from deqlib import ImplicitLayer, Picard, Stopping, Unroll
+from deqlib import ImplicitDifferentiation, ImplicitLayer, Picard, Stopping, Unroll
 from viar.data import load_data
 
 NOISE = 0.02
@@ -65,7 +65,9 @@ class ProximalStep(nn.Module):
 # --8<-- [start:layers]
 def equilibrium():
     """Trained at the fixed point, by implicit differentiation."""
-    return ImplicitLayer(ProximalStep(), stopping=Stopping(rtol=3e-3, max_steps=100), init=lambda y: y)
+    rule = Stopping(rtol=3e-3, max_steps=100)
+    backward = ImplicitDifferentiation(stopping=rule)
+    return ImplicitLayer(ProximalStep(), stopping=rule, backward=backward, init=lambda y: y)
 
 
 def unrolled(num_steps):
@@ -136,7 +138,7 @@ def main(argv=None):
         "--out", type=Path, default=Path("runs/recipes/deblurring"), help="folder for the picture"
     )
     arguments = parser.parse_args(argv)
-    num_steps, num_held_out, most = (2, 4, 10) if arguments.quick else (60, 32, 200)
+    num_steps, num_held_out, most = (2, 4, 10) if arguments.quick else (40, 32, 200)
     torch.manual_seed(0)
     data = load_data("mnist", 32)
     train_pictures, truth = (

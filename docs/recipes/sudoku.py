@@ -66,7 +66,7 @@ class Solver(nn.Module):
             Recursion(width),
             solver=Picard(),
             stopping=Stopping.steps(3),
-            backward=StochasticJFB(no_grad=(2, 2), grad=(1, 1)),
+            backward=StochasticJFB(total=3, grad=1),
             init=self.blank,
         )
 
