@@ -20,7 +20,7 @@ WHEEL_FILES = $(wildcard wheels/*.whl)
 PYTEST := bin/python -m pytest -n auto --dist loadfile
 
 .PRECIOUS: $(VENVS)/torch-%/.tests
-.PHONY: help demo test test-slow test-all test-versions lint format types check gpu wheels docs dist release clean
+.PHONY: help demo test test-slow test-all test-versions lint format types check gpu wheels recipes docs dist release clean
 
 help:
 	@echo "make demo           show the shipped VIAR, train VIAR and VAR on MNIST; all in runs/demo"
@@ -33,6 +33,7 @@ help:
 	@echo "make check          quick tests, lint and types"
 	@echo "make gpu            measure on a GPU for 8 minutes, with \$$(PYTHON) as it is; ARGS= as --help tells"
 	@echo "make wheels         fetch what a machine with a GPU may lack into wheels/, for make gpu there"
+	@echo "make recipes        run the recipes in full, and renew what their pages show of it"
 	@echo "make docs           build the documentation into site/"
 	@echo "make dist           build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make release        the same, then tag the version"
@@ -84,6 +85,10 @@ wheels:
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(WHEELS)
 	@echo "$$(ls wheels | wc -l) wheels for Python $(PYTHON_VERSION), x86_64 Linux in wheels/: copy this folder with the" \
 		"checkout (git ignores it)"
+
+recipes: $(VENV)/.viar
+	for script in docs/recipes/*.py; do name=$$(basename $$script .py); \
+		$(BIN)/python $$script --out docs/assets/recipes > docs/assets/recipes/$$name.txt || exit 1; done
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
