@@ -45,7 +45,7 @@ def equilibrium(channels):
         Cell(channels),
         stopping=Stopping(rtol=1e-2),
         backward=ImplicitDifferentiation(stopping=Stopping(rtol=1e-2)),
-        on_failure=FailurePolicy("warn", tolerated=0.1),
+        on_failure=FailurePolicy(tolerated=0.1),
     )
 
 
@@ -96,7 +96,7 @@ def draw(path, rows, images, num_steps):
     left.set(xlabel="steps, mean of the images", ylabel="held-out accuracy", title="by tolerance")
     order = num_steps.argsort()
     picked = images[torch.cat([order[:8], order[-8:]]), 0].unflatten(0, (2, 8))
-    right.imshow(picked.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray")
+    right.imshow(picked.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).numpy(), cmap="gray")
     right.set(yticks=(16, 48), yticklabels=("fewest steps", "most steps"), xticks=())
     figure.savefig(path, dpi=110)
 
@@ -132,10 +132,8 @@ def main(argv=None):
             train(model, images, labels, num_epochs)
             with torch.no_grad():
                 shares.append(right(model(test_images).argmax(1)))
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{middle.__name__.lower():<14}{num_parameters:<12}{', '.join(f'{share:.1%}' for share in shares)}"
-        )
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{middle.__name__.lower():<14}{count:<12}{', '.join(f'{share:.1%}' for share in shares)}")
 
     print(f"\n{'rtol':<10}{'steps, mean':<14}{'most':<8}held-out accuracy of the last one")
     rows = []

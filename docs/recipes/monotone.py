@@ -116,7 +116,9 @@ def main(argv=None):
     print(f"trained on digits: {is_right.float().mean():.1%} of those held out are right")
     print(f"no prediction changes within {radius.median():.3f} of an image of length {length:.1f} (medians)")
     radii = torch.linspace(0, float(radius.max()), 100)
-    right.plot(radii, [(is_right & (radius >= r)).float().mean().item() for r in radii], color="#1f6f8b")
+    right.plot(
+        radii.tolist(), [(is_right & (radius >= r)).float().mean().item() for r in radii], color="#1f6f8b"
+    )
     right.set(xlabel="radius", ylabel="right, and certain to stay so", ylim=(0, 1))
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "monotone.png", dpi=110)

@@ -15,9 +15,8 @@ def splitting_step(s, cost, target, inverse, bounded):  # s and cost: (B, n), ta
     """A step of Douglas-Rachford splitting, between z >= 0 and the rest of the program."""
     allowed = s.relu() if bounded else s
     right_side = torch.cat([2 * allowed - s - cost, target], dim=1)
-    nearest = (
-        right_side @ inverse[:, : s.shape[1]]
-    )  # meets the equations; weighs its cost against its distance
+    # What meets the equations, its cost weighed against its distance.
+    nearest = right_side @ inverse[: s.shape[1]].mT
     return s + nearest - allowed
 
 
@@ -93,7 +92,9 @@ def draw(path, extras, forecasts, cost):
     left.semilogy(range(0, 5 * len(extras), 5), extras, "o-", markersize=3, color="#1f6f8b")
     left.set(xlabel="training steps through the program", ylabel="extra cost of a decision")
     for color, (name, forecast) in zip(("#d1495b", "#1f6f8b"), forecasts.items(), strict=True):
-        right.plot(cost.flatten(), forecast.flatten(), ".", markersize=2, color=color, label=name)
+        right.plot(
+            cost.flatten().tolist(), forecast.flatten().tolist(), ".", markersize=2, color=color, label=name
+        )
     right.axline((0, 0), slope=1, color="0.5", linewidth=0.8)
     right.set(xlabel="cost of an asset", ylabel="forecast")
     right.legend(markerscale=4)
