@@ -76,6 +76,6 @@ def test_the_recipe_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     deblurring.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "4 of 4 converged" in printed
-    quality = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines()[3:6]}
+    quality = {line[:24].strip(): float(line[24:]) for line in printed.splitlines()[4:8]}
     assert quality["equilibrium"] > quality["Tikhonov"] > quality["measured"]
     assert (tmp_path / "deblurring.png").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,24 @@ def test_all_grids_are_there_and_renamed_digits_stay_on_one_side_of_the_split() 
     for same in grids:
         # Which places hold the same digit does not depend on the digits' names.
         assert ((same[:, :, None] == same[:, None]) == (same[0, :, None] == same[0])).all()
+
+
+def relatives(grid: torch.Tensor) -> set[tuple[int, ...]]:
+    """What a grid (4, 4) turns into by the symmetries of the game, digits named by the first row."""
+    orders = [order for order in itertools.permutations(range(4)) if order[0] // 2 == order[1] // 2]
+    found = set()
+    for turned in (grid, grid.T):
+        for rows, columns in itertools.product(orders, orders):
+            moved = turned[list(rows)][:, list(columns)]
+            found.add(tuple((moved[0].argsort() + 1)[moved.flatten() - 1].tolist()))
+    return found
+
+
+def test_no_symmetry_turns_a_grid_that_is_held_out_into_one_that_is_trained_on() -> None:
+    first = sudoku.all_grids()[:, 0]
+    held_out = {tuple(first[index].tolist()) for index in sudoku.HELD_OUT}
+    assert len(held_out) == 4
+    assert relatives(first[sudoku.HELD_OUT[0]].view(4, 4)) == held_out
 
 
 def test_a_puzzle_has_its_clues_and_one_solution() -> None:
