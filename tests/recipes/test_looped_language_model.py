@@ -76,14 +76,14 @@ def test_training_is_that_of_the_loop_by_hand(
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("threshold", [1e-3, 1e-5])
+@pytest.mark.parametrize(("threshold", "differ"), [(1.0, False), (1e-3, True), (1e-5, True)])
 def test_tokens_leave_where_the_loop_by_hand_leaves_them(
-    recipe: ModuleType, model, characters: Tensor, threshold: float
+    recipe: ModuleType, model, characters: Tensor, threshold: float, differ: bool
 ) -> None:
     state, evaluations = by_hand(recipe, model, threshold=threshold).infer(model.embed(characters))
     with torch.no_grad():
         solution = model.solve(characters, stopping=recipe.exit_by(model.head, threshold))
-    assert evaluations.unique().numel() > 1
+    assert (evaluations.unique().numel() > 1) == differ
     assert (solution.place_steps + 1).equal(evaluations)
     assert solution.nfe == evaluations.max()
     torch.testing.assert_close(solution.aux, state)
