@@ -27,14 +27,14 @@ def descent(weight, x, y, trust):  # weight: (1, features, classes), the only sa
     return weight - gradient[None] / curvature
 
 
-def train(x, y, trust, start=None):
+def train(x, y, trust, start=None, rtol=1e-4):
     """The trained model, (1, features, classes): a function of the samples' weights, with its gradient."""
     return fixed_point(
         descent,
         x.new_zeros(1, x.shape[1], 10) if start is None else start,
         (x, y, trust),
-        stopping=Stopping(rtol=1e-4, max_steps=1000),
-        backward=ImplicitDifferentiation(solver=GMRES(), stopping=Stopping(rtol=1e-3, max_steps=200)),
+        stopping=Stopping(rtol=rtol, max_steps=1000),
+        backward=ImplicitDifferentiation(solver=GMRES(), stopping=Stopping(rtol=rtol, max_steps=200)),
         on_failure="raise",
     ).value
 
