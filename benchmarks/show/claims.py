@@ -11,7 +11,7 @@ HEAD = ("the paper", "there: ImageNet, 256 pixels", "here", "at which scale", "m
 SHAPE = "published shape, weights untrained"
 MNIST = "MNIST, models of 0.36 M and 1.83 M"
 SHIPPED = "MNIST, the shipped VIAR of 0.73 M"
-FRONTIER = "MNIST, one VIAR of 0.36 M, VARs of 0.33 M to 0.93 M, one seed"
+FRONTIER = "MNIST, one VIAR of 0.36 M, VARs of 0.33 M to 0.93 M, medians of three seeds"
 NOT_HERE = "cannot be shown here"
 REPRODUCE = "viar reproduce"
 

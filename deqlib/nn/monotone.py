@@ -75,7 +75,8 @@ class MonotoneCell(nn.Module):
     def weight(self) -> Tensor:
         """W, shape (width, width)."""
         identity = torch.eye(self.width, dtype=self.skew.dtype, device=self.skew.device)
-        return (1 - self.margin) * identity - self.symmetric @ self.symmetric.mT + self.skew - self.skew.mT
+        symmetric: Tensor = (1 - self.margin) * identity - self.symmetric @ self.symmetric.mT
+        return symmetric + self.skew - self.skew.mT
 
     def _of_solve(self) -> tuple[Tensor, Tensor]:
         """a and V, kept for the solve under way where autograd does not record them."""
@@ -115,4 +116,5 @@ def _norm_bound(matrix: Tensor) -> Tensor:
     power = power.mT @ power
     for _ in range(2):
         power = power @ power
-    return scale * torch.linalg.matrix_norm(power) ** (1 / 8)
+    bound: Tensor = scale * torch.linalg.matrix_norm(power) ** (1 / 8)
+    return bound

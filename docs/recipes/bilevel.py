@@ -34,7 +34,7 @@ def train(x, y, trust, start=None, rtol=1e-4):
         x.new_zeros(1, x.shape[1], 10) if start is None else start,
         (x, y, trust),
         stopping=Stopping(rtol=rtol, max_steps=1000),
-        backward=ImplicitDifferentiation(solver=GMRES(), stopping=Stopping(rtol=10 * rtol, max_steps=200)),
+        backward=ImplicitDifferentiation(solver=GMRES(), stopping=Stopping(rtol=rtol, max_steps=200)),
         on_failure="raise",
     ).value
 
