@@ -64,7 +64,8 @@ class DepthDistribution(Settings, ABC):
                 )
             if a is not None:
                 between = a + fraction * (b - a)
-                is_number_of_steps = isinstance(a, int) and parameter.name != "mean"
+                # Of a parameter that may be any number an int is one as good as another.
+                is_number_of_steps = isinstance(a, int) and "float" not in str(parameter.type)
                 made[parameter.name] = round(between) if is_number_of_steps else between
         return type(self)(**made)
 

@@ -212,10 +212,10 @@ def iterations(
         exchange.point, exchange.query = z, query
         yield
         fz, image = exchange.taken()
-        if record.holds_places:
-            image = record.moving(_seen_at(z, query), image)
         at_check = record.nfe % stopping.check_every == 0
         batch.observe(z, fz, at_check)
+        if record.holds_places:
+            image = record.moving(_seen_at(z, query), image)
         if record.step == stopping.max_steps or (at_check and record.count() == 0):
             break
         if observes:

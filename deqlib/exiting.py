@@ -45,6 +45,7 @@ class ExitingRecord(Record):
         self._z = self._image = z0  # of the evaluation under way
         self._reading: Tensor | None = None  # of the last image
         self._exits = torch.zeros_like(self.samples.active)  # done now, and not by the residual
+        self._was_met = self._exits  # the tolerance, at this evaluation or before
         self._still: Tensor | None = None  # numbers that stand still, bool, (B, D); `None`: none
         if rule.hold_places:
             assert unit_norms is not None
@@ -77,8 +78,8 @@ class ExitingRecord(Record):
     def cut(self, keep: Tensor) -> None:
         """Leave these samples in the batch alone, all of them at work."""
         super().cut(keep)
-        self._z, self._image, self._exits, self._reading, self._still = take_samples(
-            (self._z, self._image, self._exits, self._reading, self._still), keep
+        self._z, self._image, self._exits, self._was_met, self._reading, self._still = take_samples(
+            (self._z, self._image, self._exits, self._was_met, self._reading, self._still), keep
         )
 
     def end(
@@ -93,6 +94,11 @@ class ExitingRecord(Record):
     def _masks(self) -> Tensor:
         """As `Record` has them, with *done* in the place of *met*."""
         met, better, sound = super()._masks().unbind(0)
+        if self.rule.min_steps:
+            # A sample that has to go on at its solution is at its best there, whatever rounding makes of its
+            # residual, and what blew up cannot be told from residuals of nothing but rounding.
+            self._was_met = self._was_met | met
+            better, sound = better | met, sound | (self._was_met & (self.residual < torch.inf))
         may_leave = self.samples.active & sound & (self.residual < torch.inf)
         places = met.unsqueeze(1) if self.places_met is None else self.places_met
         if self.rule.readout is not None:
@@ -175,6 +181,10 @@ class ExitingRecord(Record):
         assert self._layout is not None
         assert self.rule.norm_axes is not None
         self._still = self._layout.spread(self.samples.held_at >= 0, self.rule.norm_axes)
+        # They do not go on to their image: what was read there is of another state than the next one.
+        self._reading = None
+        if self.difference is not None:
+            self.difference = self.difference.masked_fill(self._still, 0)
 
     def _retire(
         self, met: Tensor | None, broken: Tensor | None, stalled: Tensor | None, num_met: int | None

@@ -333,19 +333,18 @@ class _Solve:
         if attempt.stopping.is_fixed:
             return
         try:
-            report_failure(attempt, solution, self.on_failure, z0, self._unraveled)
+            report_failure(attempt, solution, self.on_failure, z0, self._shaped)
         except NonConvergenceError:
             if records and later:
                 self._note(attempt, solution)
             raise
 
     def _note(self, attempt: Attempt, solution: Solution) -> None:
-        whole = replace(solution, value=self._unraveled(solution.value))
-        note(attempt.caller.label, attempt.kind, whole)
+        note(attempt.caller.label, attempt.kind, self._shaped(solution))
 
-    def _unraveled(self, value: Tensor) -> Any:
+    def _shaped(self, solution: Solution) -> Solution:
         # Under `vmap` one solve holds the samples of many batches.
-        return self.whole.layout.of_batch(value.shape[0]).unravel(value)
+        return in_shape(solution, self.whole.layout.of_batch(len(solution.value)), self.stopping)
 
 
 def _refuse_meta(z0: Tensor, stopping: Stopping, name: str) -> None:

@@ -284,7 +284,9 @@ class Record:
         if residual.dim() == 2:
             # As one number: the residual of the worst unit, and the goal that is met when all units are.
             limits = floor.unsqueeze(1) + rtol * scale
-            shares, self.places_met = residual / limits, residual <= limits
+            self.places_met = residual <= limits
+            # Of a unit that meets them nothing is asked: padding is 0 of 0, which is no share.
+            shares = torch.where(self.places_met, 0, residual / limits)
             met = self.places_met.all(1)
             worst, far = relative(residual, scale), residual.amax(1)
             # Where nothing is left of a residual nothing can be divided by it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -108,7 +108,7 @@ def report_failure(
     solution: Solution,
     on_failure: OnFailure | FailurePolicy,
     start: Tensor,
-    unravel: Callable[[Tensor], Any],
+    shaped: Callable[[Solution], Solution],
 ) -> None:
     """Apply the failure policy to a finished solve.
 
@@ -118,7 +118,7 @@ def report_failure(
             are tolerated.
         on_failure: the policy.
         start: where it began, (B, D).
-        unravel: makes of a flat value what the caller knows.
+        shaped: makes of a flat solution what the caller knows.
 
     Raises:
         NonConvergenceError: too many samples failed, and the policy is "raise".
@@ -141,7 +141,7 @@ def report_failure(
         f"{_what_is_kept(attempt, solution, failed, start)}. What to try: {advice}."
     )
     if policy.action == "raise":
-        raise NonConvergenceError(message, replace(solution, value=unravel(solution.value)))
+        raise NonConvergenceError(message, shaped(solution))
     # The same to filters of warnings whatever the numbers are: of one layer, pass and sorts of failure.
     template = f"{whose}: {', '.join(status.name for status in counts)}"
     warning = NonConvergenceWarning(

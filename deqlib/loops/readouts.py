@@ -58,7 +58,7 @@ class OutputDifference(Readout):
         assert following is not None
         reading, following = _wide(reading), _wide(following)
         if not self.by_place:
-            reading, following = reading.flatten(1), following.flatten(1)
+            reading, following = (output.reshape(len(output), -1) for output in (reading, following))
         scale = torch.linalg.vector_norm(following, dim=-1)
         done: Tensor = torch.linalg.vector_norm(following - reading, dim=-1) <= self.rtol * scale
         return done

@@ -229,7 +229,7 @@ class Stream(Iterator[Solution]):
         if is_recording():
             note(caller.label, "forward", whole)
         attempt = Attempt(caller, FORWARD, self._solver, self._stopping, type(layer.backward).__name__, dtype)
-        report_failure(attempt, solution, self._on_failure, cohort.start, layout.unravel)
+        report_failure(attempt, solution, self._on_failure, cohort.start, lambda _: whole)
         self._due.extend(_by_sample(whole))
 
 

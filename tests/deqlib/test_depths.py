@@ -262,6 +262,8 @@ def test_a_curriculum_goes_from_one_depth_to_another() -> None:
     assert (fixed.total, fixed.grad) == (3, 1)
     bounded = LogNormalPoisson(4, 0.2, most=8).towards(LogNormalPoisson(8, 0.6, most=16), 0.5)
     assert (bounded.mean, round(bounded.sigma, 9), bounded.most) == (6.0, 0.4, 12)
+    # Of a parameter that is no number of steps an int is a number as any other.
+    assert LogNormalPoisson(4, 1).towards(LogNormalPoisson(4, 0), 0.25).sigma == 0.75
 
 
 def test_a_curriculum_between_depths_of_different_kinds_is_refused() -> None:

@@ -258,6 +258,49 @@ def test_one_answer_a_sample_stops_all_of_its_tokens_and_one_a_token_those_of_ev
         assert torch.equal(steps, one.place_steps)
 
 
+@given(seed=st.integers(0, 2**31), rtol=st.sampled_from([0.05, 0.2]))
+def test_a_head_that_looks_at_all_tokens_reads_them_where_they_stand(seed: int, rtol: float) -> None:
+    tokens = Tokens.draw(seed, 3, 5)
+
+    def pooled(z: Tensor) -> Tensor:
+        return tokens.head(z.mean(1))
+
+    rule = Stopping(
+        rtol=rtol,
+        max_steps=30,
+        norm_axes=(-1,),
+        hold_places=True,
+        readout=PredictionKL(head=pooled, threshold=1e-5),
+    )
+    found = tokens.solve(rule)
+    z, held = torch.zeros_like(tokens.x), torch.zeros(3, 5, dtype=torch.bool)
+    for step in range(31):
+        image = torch.where(held.unsqueeze(-1), z, tokens.cell(z, tokens.x, tokens.rate))
+        after, before = (Categorical(logits=pooled(state)) for state in (image, z))
+        met = (image - z).norm(dim=-1) <= rtol * image.norm(dim=-1)
+        held = held | met | (kl_divergence(after, before) <= 1e-5).unsqueeze(1)
+        assert torch.equal(held, found.place_steps <= step)
+        z = torch.where(held.unsqueeze(-1), z, image)
+    torch.testing.assert_close(found.value, z)
+
+
+def test_a_newton_step_leaves_out_places_that_stand_still_since_its_first_evaluation() -> None:
+    tokens = Tokens.draw(3, 3, 6)
+    rules = [Stopping(rtol=1e-4, norm_axes=(-1,), hold_places=hold) for hold in (False, True)]
+    together, held = (tokens.solve(rule, solver=NewtonKrylov(derivative="jvp")) for rule in rules)
+    assert held.converged.all()
+    assert held.nfe <= together.nfe
+
+
+def test_an_error_has_the_steps_of_places_in_the_structure_of_the_state() -> None:
+    rule = Stopping(max_steps=3, norm_axes=(-1,), hold_places=True)
+    with pytest.raises(deqlib.NonConvergenceError) as failure:
+        fixed_point(
+            lambda z: 1 - z, torch.zeros(2, 3, 5, 4), solver=Picard(), stopping=rule, on_failure="raise"
+        )
+    assert failure.value.solution.place_steps.shape == (2, 3, 5)
+
+
 def test_without_places_a_sample_waits_for_the_answers_of_all() -> None:
     tokens = Tokens.draw(5, 3, 4)
     readout = OutputDifference(head=tokens.head, by_place=True)

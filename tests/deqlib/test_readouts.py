@@ -477,6 +477,15 @@ def test_a_head_that_gives_no_batch_is_refused(head: Any, words: str) -> None:
         )
 
 
+def test_an_output_of_one_number_a_sample_needs_no_axis_of_its_own() -> None:
+    problem = Problem.draw(0, 3)
+    found = [
+        problem.solve(Stopping(rtol=0, readout=OutputDifference(head=head))).num_steps
+        for head in (lambda z: z.sum(1), lambda z: z.sum(1, keepdim=True))
+    ]
+    assert torch.equal(*found)
+
+
 def test_an_answer_that_is_none_is_refused() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Number(Readout):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqlib import NewtonKrylov, Picard, Stopping, fixed_point
+from deqlib import Auto, NewtonKrylov, Picard, Solver, Stopping, fixed_point
+from deqlib.testing import tanh_rnn
 
 
 def test_the_defaults_are_those_documented() -> None:
@@ -162,3 +163,33 @@ def test_a_newton_step_is_of_the_whole_sample_whatever_its_residual_is_measured_
             on_failure="ignore",
         )
     assert solution.converged.all()
+
+
+@pytest.mark.parametrize("hold_places", [False, True])
+def test_padding_of_zeros_does_not_keep_a_solver_from_seeing_how_far_the_rest_is(hold_places: bool) -> None:
+    rates = torch.linspace(0.1, 0.97, 6, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule = Stopping(rtol=1e-8, max_steps=60, norm_axes=(-1,), hold_places=hold_places)
+    found = []
+    for is_padded in (False, True):
+        mask = torch.tensor([[1.0], [1.0], [1.0 - is_padded]], dtype=torch.float64)
+        with torch.no_grad():
+            found.append(
+                fixed_point(lambda z, mask=mask: mask * (rates * z + x), torch.zeros_like(x), stopping=rule)
+            )
+    # The plain iteration would take 600 steps.
+    assert found[1].converged.all()
+    assert found[1].nfe <= found[0].nfe
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-10])
+@pytest.mark.parametrize("solver", [Picard(), Auto(), NewtonKrylov()], ids=lambda s: type(s).__name__)
+def test_a_sample_that_has_to_go_on_at_its_solution_neither_stalls_nor_diverges(
+    solver: Solver, rtol: float
+) -> None:
+    problem = tanh_rnn(width=8, rate=0.5, dtype=torch.float64)
+    rule = Stopping(rtol=rtol, min_steps=90, max_steps=120)
+    with torch.no_grad():
+        found = fixed_point(problem.cell, problem.z0, problem.inputs, solver=solver, stopping=rule)
+    assert found.converged.all()
+    assert (found.num_steps >= 90).all()
