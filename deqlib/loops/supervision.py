@@ -25,7 +25,7 @@ def deep_supervision(
     No solve begins before the one before it was dealt with, so each sees the parameters as they are then, and
     memory is that of one. With `Stopping.steps(n)` it is the training of hierarchical and of tiny recursive
     models (Wang et al. 2025, arXiv 2506.21734; Jolicoeur-Martineau 2025, arXiv 2510.04871). Leave the loop to
-    stop early; `z0=` of the next call carries the state on, `detached(solution.value)`.
+    stop early; `z0=` of the next call carries the state on, `solution.value.detach()`.
 
     Args:
         layer: what is solved.
