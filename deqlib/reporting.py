@@ -186,7 +186,9 @@ def _precision(attempt: Attempt, solution: Solution, status: Status) -> str:
     assert rtol is not None  # a failure implies a tolerance
     assert solution.relative_residual is not None
     residual = solution.relative_residual[solution.status == status]
-    if status == Status.COUPLED or rtol >= eps or not bool((residual <= _FLOOR * eps).any()):
+    # A tolerance of 0 beside a readout is there to leave the decision to that.
+    is_unwanted = rtol == 0 and attempt.stopping.readout is not None
+    if is_unwanted or status == Status.COUPLED or rtol >= eps or not bool((residual <= _FLOOR * eps).any()):
         return ""
     kind = str(attempt.dtype).removeprefix("torch.")
     wider = "float64" if attempt.dtype == torch.float32 else "float32, outside of autocast"

@@ -62,7 +62,7 @@ class Solution:
             gradient as `value` does. Else `None`.
         place_steps: with `Stopping(hold_places=True)`: steps that each place took until it stood still,
             int64, structure of the starting point, every leaf without the axes in `norm_axes`: (B, L) for
-            tokens. Else `None`.
+            tokens. A place was evaluated once more, as a sample is. Else `None`.
     """
 
     value: Any

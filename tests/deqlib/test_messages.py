@@ -34,6 +34,7 @@ from deqlib import (
     NonConvergenceError,
     NonConvergenceWarning,
     Picard,
+    PredictionEntropy,
     Solver,
     Status,
     Stopping,
@@ -270,6 +271,15 @@ def test_precision_is_named_where_it_is_the_cause() -> None:
         lambda z: torch.tanh(z @ weight + x) + 1e-8 * torch.randn_like(z), x, stopping=Stopping(rtol=1e-12)
     )
     assert "the cell computes in float32, whose resolution of 1e-07" in messages(single)[0]
+
+
+def test_precision_is_not_the_cause_where_a_readout_alone_decides() -> None:
+    never = PredictionEntropy(head=lambda z: z, threshold=0.0)
+    rule = Stopping(rtol=0, readout=never, max_steps=22)
+    with pytest.warns(NonConvergenceWarning) as told:
+        fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Picard(), stopping=rule)
+    assert "resolution" not in str(told[0].message)
+    assert "loosen readout" in str(told[0].message)
 
 
 def test_precision_is_named_where_a_solve_at_rounding_runs_away() -> None:
