@@ -279,7 +279,7 @@ def test_precision_is_not_the_cause_where_a_readout_alone_decides() -> None:
     with pytest.warns(NonConvergenceWarning) as told:
         fixed_point(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Picard(), stopping=rule)
     assert "resolution" not in str(told[0].message)
-    assert "loosen readout" in str(told[0].message)
+    assert "readout (now PredictionEntropy(" in str(told[0].message)
 
 
 def test_precision_is_named_where_a_solve_at_rounding_runs_away() -> None:
