@@ -27,6 +27,7 @@ from torch import Tensor
 from .._checks import check_instance, check_integer
 
 ALL_ROWS = slice(None)
+_INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass
@@ -105,6 +106,7 @@ class KeyValueCache(ABC):
             Keys and values, each (rows, H, tokens, any): views of the buffers, with indices copies.
 
         Raises:
+            TypeError: `rows` are neither.
             ValueError: another number of tokens than are open, of sequences, heads, width, type or device
                 than before; tokens before that this set of the layer has not seen; while gradients are
                 recorded.
@@ -178,7 +180,7 @@ class KeyValueCache(ABC):
             ValueError: `rows` of another shape or type.
         """
         check_instance("reorder", Tensor, "a tensor of the sequences to go on from", rows=rows)
-        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+        if rows.dim() != 1 or rows.dtype not in _INTEGERS:
             raise ValueError(
                 f"reorder: rows must be integers of shape (new B,), got {rows.dtype} {tuple(rows.shape)}"
             )
@@ -336,7 +338,13 @@ def _taken(buffer: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
 
 
 def _check_new(name: str, new: Tensor, buffer: Tensor, num_open: int, rows: slice | Tensor) -> None:
-    """Raise `ValueError` unless these fit into the buffer as the open tokens of these rows."""
+    """Raise `TypeError` or `ValueError` unless these fit into the buffer as the open tokens of these rows."""
+    if not (isinstance(rows, slice) or (isinstance(rows, Tensor) and rows.dtype in _INTEGERS)):
+        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(
+            f"cache: rows must be a slice or a tensor of integers (rows,), the places of sequences, got {got}; "
+            "of a mask pass mask.nonzero().squeeze(1)"
+        )
     num_rows = len(rows) if isinstance(rows, Tensor) else len(range(*rows.indices(len(buffer))))
     expected = (num_rows, buffer.shape[2], num_open, buffer.shape[3])
     if new.shape != expected or (new.dtype, new.device) != (buffer.dtype, buffer.device):

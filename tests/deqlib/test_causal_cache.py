@@ -422,3 +422,14 @@ def test_products_in_forward_mode_are_refused_with_the_way_out() -> None:
 def test_what_is_asked_wrongly_is_told(call: Any, said: str) -> None:
     with pytest.raises((TypeError, ValueError), match=said):
         call()
+
+
+@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([True, False, True, False])], ids=["list", "mask"])
+def test_rows_that_are_no_places_of_sequences_are_refused(rows: Any) -> None:
+    cache = EquilibriumCache(max_tokens=4)
+    new = torch.zeros(4, 1, 1, 2)
+    with torch.no_grad():
+        cache.open(1)
+        cache.update(new, new)
+        with pytest.raises(TypeError, match=r"rows must be a slice or a tensor of integers .*nonzero"):
+            cache.update(new[:2], new[:2], rows=rows)
