@@ -342,8 +342,8 @@ def _check_new(name: str, new: Tensor, buffer: Tensor, num_open: int, rows: slic
     if not (isinstance(rows, slice) or (isinstance(rows, Tensor) and rows.dtype in _INTEGERS)):
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(
-            f"cache: rows must be a slice or a tensor of integers (rows,), the places of sequences, got {got}; "
-            "of a mask pass mask.nonzero().squeeze(1)"
+            f"cache: rows must be a slice or a tensor of integers (rows,), the places of sequences, got {got}"
+            "; of a mask pass mask.nonzero().squeeze(1)"
         )
     num_rows = len(rows) if isinstance(rows, Tensor) else len(range(*rows.indices(len(buffer))))
     expected = (num_rows, buffer.shape[2], num_open, buffer.shape[3])
