@@ -91,7 +91,7 @@ recipes: $(VENV)/.viar
 		$(BIN)/python $$script --out docs/assets/recipes > docs/assets/recipes/$$name.txt || exit 1; done
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(VENV)/.release
 	.ci/release dist
@@ -108,7 +108,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.viar: EXTRAS := viar
-$(VENV)/.dev: EXTRAS := dev,bench
+$(VENV)/.dev: EXTRAS := dev,bench,docs
 $(VENV)/.docs: EXTRAS := viar,docs
 $(VENV)/.release: EXTRAS := release
 $(VENV)/.viar $(VENV)/.dev $(VENV)/.docs $(VENV)/.release: pyproject.toml constraints.txt | $(BIN)/python
