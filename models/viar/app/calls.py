@@ -1,7 +1,4 @@
-"""What programs may ask the page for, by names of its interface; pictures go as text, so that no files are left.
-
-The page's functions have the models bound; `calls_of` gives what is left to say.
-"""
+"""What programs may ask the page for, by name; pictures go as text, so that no files are left behind."""
 
 from __future__ import annotations
 

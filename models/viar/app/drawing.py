@@ -1,7 +1,7 @@
 """What the page asks of models: one picture scale by scale, or a part of one made anew.
 
-Nothing here knows of the page. Whoever is on the other side of a network asks, so all that costs time or memory is
-capped.
+Nothing here knows of the page. Whoever is on the other side of a network asks, so all that costs time or
+memory is capped.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def report_panel(name: str, pictures: Sequence[str], report: GenerationReport, s
     """
     rows = [_row(url, scale) for url, scale in zip(pictures, report.scales, strict=True)]
     empty = "<td></td>" * (len(HEADINGS) - 2)
-    rows += [f"<tr><td></td><td>{side} × {side}</td>{empty}</tr>" for side in sides[len(rows) :]]
+    rows += [f"<tr><td></td><td>{side} x {side}</td>{empty}</tr>" for side in sides[len(rows) :]]
     heading = "".join(f'<th scope="col">{escape(text)}</th>' for text in HEADINGS)
     return (
         f'<div class="viar-panel">{_figure(name, pictures[-1])}<div class="scroll"><table>'
@@ -74,28 +74,32 @@ def _figure(caption: str, url: str) -> str:
 
 
 def _row(url: str, scale: ScaleReport) -> str:
-    size = f"{scale.side} × {scale.side}"
+    size = f"{scale.side} x {scale.side}"
     picture = f'<td><img class="part" src="{url}" alt="after scale {size}"></td>'
     residual = "-" if scale.residual is None else f"{scale.residual:.1e}"
-    return f"<tr>{picture}{_cells(size, scale.evaluations, residual, scale.seconds, scale.cache_bytes)}</tr>"
+    cells = _cells(size, _count(scale), residual, _milliseconds(scale.seconds), _cache(scale))
+    return f"<tr>{picture}{cells}</tr>"
 
 
 def _decoding(report: GenerationReport) -> str:
-    return f"<tr><td></td>{_cells('decoding', '', '', report.decode_seconds, '')}</tr>"
+    return f"<tr><td></td>{_cells('decoding', '', '', _milliseconds(report.decode_seconds), '')}</tr>"
 
 
 def _total(report: GenerationReport) -> str:
-    return f"<tr><td></td>{_cells('all', report.evaluations, '', report.seconds, report.cache_bytes)}</tr>"
+    cells = _cells("all", _count(report), "", _milliseconds(report.seconds), _cache(report))
+    return f"<tr><td></td>{cells}</tr>"
 
 
-def _cells(
-    what: str, evaluations: float | str | None, residual: str, seconds: float, cache_bytes: int | str
-) -> str:
-    count = (
-        "-" if evaluations is None else evaluations if isinstance(evaluations, str) else f"{evaluations:.1f}"
-    )
-    kilobytes = cache_bytes if isinstance(cache_bytes, str) else f"{cache_bytes / 1e3:.1f}"
-    return "".join(f"<td>{text}</td>" for text in (what, count, residual, _milliseconds(seconds), kilobytes))
+def _cells(*texts: str) -> str:
+    return "".join(f"<td>{text}</td>" for text in texts)
+
+
+def _count(of: ScaleReport | GenerationReport) -> str:
+    return "-" if of.evaluations is None else f"{of.evaluations:.1f}"
+
+
+def _cache(of: ScaleReport | GenerationReport) -> str:
+    return f"{of.cache_bytes / 1e3:.1f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The page itself, made with gradio: controls, three tabs, and the interface for programs.
 
-What it computes is in `drawing` and how it shows it in `markup`. One picture is made at a time, whoever asks; who
-comes later waits in a queue of limited length.
+What it computes is in `drawing` and how it shows it in `markup`. One picture is made at a time, whoever asks;
+who comes later waits in a queue of limited length.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
                 with gr.Tab("Generate"):
                     _generate_tab(page, pair, beside, controls)
                 with gr.Tab("In-paint"):
-                    _in_paint_tab(page, pair, controls)
+                    _in_paint_tab(pair, controls)
                 with gr.Tab("Figures"):
                     _figures_tab()
         for name, call in calls_of(pair).items():
@@ -130,7 +130,7 @@ def _controls(pair: Pair) -> _Controls:
     schedules = presets(pair)
     return _Controls(
         label=gr.Dropdown(classes, value=min(3, null), label="class"),
-        seed=gr.Number(0, precision=0, minimum=0, maximum=MOST_SEED, label="seed"),
+        seed=gr.Number(0, precision=0, label="seed"),
         another=gr.Button("Another seed", size="sm"),
         guidance=gr.Slider(0, MOST_GUIDANCE, GUIDANCE, step=0.1, label="guidance"),
         preset=gr.Dropdown(
@@ -140,7 +140,7 @@ def _controls(pair: Pair) -> _Controls:
             visible=bool(schedules),
         ),
         counts=[
-            gr.Slider(1, pair.most_iterations, count, step=1, label=f"iterations at {side} × {side}")
+            gr.Slider(1, pair.most_iterations, count, step=1, label=f"iterations at {side} x {side}")
             for side, count in zip(pair.model.config.sides, pair.configured, strict=False)
         ],
     )
@@ -176,7 +176,7 @@ def _drawing(pair: Pair) -> Callable[..., Iterator[str]]:
     return drawn
 
 
-def _in_paint_tab(page: gr.Blocks, pair: Pair, controls: _Controls) -> None:
+def _in_paint_tab(pair: Pair, controls: _Controls) -> None:
     side = pair.tokenizer.config.image_side
     shown_side = side * max(1, SHOWN_SIDE // side)
 
@@ -195,6 +195,7 @@ def _in_paint_tab(page: gr.Blocks, pair: Pair, controls: _Controls) -> None:
         file = gr.UploadButton("Take a picture file", file_types=["image"], size="sm")
     with gr.Row():
         editor = gr.ImageEditor(
+            take_generated(*(control.value for control in controls.all)),
             type="pil",
             sources=(),
             transforms=(),
@@ -207,7 +208,7 @@ def _in_paint_tab(page: gr.Blocks, pair: Pair, controls: _Controls) -> None:
         )
         panel = gr.HTML()
     start = gr.Button("Make the painted part anew", variant="primary")
-    gr.on([page.load, generated.click], take_generated, controls.all, editor, **EVENT)
+    generated.click(take_generated, controls.all, editor, **EVENT)
     file.upload(take_file, file, editor, **EVENT)
     start.click(_in_painting(pair), [editor, *controls.all], panel, **EVENT)
 
@@ -235,13 +236,18 @@ def _in_painting(pair: Pair) -> Callable[..., str]:
 
 def _figures_tab() -> None:
     gr.Markdown(
-        "How VIAR and VAR of handwritten digits compare, as measured by `python -m benchmarks viar`; "
-        "the documentation's page Benchmarks has the tables. First quality against work and memory, then how "
-        "fast the implicit block converges."
+        "VIAR and VAR of handwritten digits, as measured by `python -m benchmarks viar`; the documentation's "
+        "page Benchmarks has the tables. First the quality of the pictures against the work for them and "
+        "against memory, then how fast the implicit block converges."
     )
-    for name, text in (("frontier", "quality against compute"), ("convergence", "convergence of the block")):
+    for name in ("frontier", "convergence"):
         gr.Image(
-            str(FIGURES / f"{name}.png"), label=text, interactive=False, buttons=["fullscreen"], format="png"
+            str(FIGURES / f"{name}.png"),
+            label=name,
+            show_label=False,
+            interactive=False,
+            buttons=["fullscreen"],
+            format="png",
         )
 
 
