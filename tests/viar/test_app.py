@@ -245,13 +245,19 @@ def test_the_figures_of_the_page_are_those_of_the_documentation(name: str) -> No
 
 def test_the_command_says_what_to_install_where_gradio_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "viar.app.page", raising=False)
     code, _, errors = call("app")
-    assert (code, errors) == (2, "viar: viar app needs the package gradio; pip install 'deqlib[app]'")
+    assert code == 2
+    assert errors.startswith("viar: viar app needs the package gradio (")
+    assert errors.endswith("pip install 'deqlib[app]'")
 
 
-def test_nothing_but_the_page_needs_gradio() -> None:
-    users = {
-        path.name for path in (ROOT / "models/viar").rglob("*.py") if "import gradio" in path.read_text()
-    }
-    assert users == {"page.py"}
+@pytest.mark.parametrize("given", ["--var", "--var-tokenizer"])
+def test_a_model_beside_without_its_tokenizer_or_the_reverse_is_refused(given: str) -> None:
+    code, _, errors = call("app", given, "somewhere")
+    assert code == 2
+    assert errors.startswith(f"viar: {given}: given without --var")
+
+
+def test_nothing_but_the_page_and_its_command_needs_gradio() -> None:
+    sources = (ROOT / "models/viar").rglob("*.py")
+    assert {path.name for path in sources if "import gradio" in path.read_text()} == {"page.py", "app.py"}

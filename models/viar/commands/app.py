@@ -44,18 +44,11 @@ def app_command(
         device: cpu, cuda, or cuda:1; auto is cuda where there is one.
         dtype: Of the blocks' weights; default as saved.
     """
-    try:
-        from ..app.page import build_page, serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ValueError("viar app needs the package gradio; pip install 'deqlib[app]'") from error
+    _check_both(var, var_tokenizer)
+    _check_gradio()
+    from ..app.page import build_page, serve
+
     flags = ExecutionFlags(device=device, dtype=dtype)
-    if (var is None) != (var_tokenizer is None):
-        given, missing = (
-            ("--var", "--var-tokenizer") if var_tokenizer is None else ("--var-tokenizer", "--var")
-        )
-        raise ValueError(f"{given}: given without {missing}; give both, or neither for one model alone")
     pair = Pair(*load_pair(model, tokenizer, flags))
     beside = None if var is None or var_tokenizer is None else _load_beside(pair, var, var_tokenizer, flags)
     page = build_page(pair, beside)
@@ -66,6 +59,21 @@ def app_command(
         threading.Event().wait()
     finally:
         page.close(verbose=False)
+
+
+def _check_both(model: str | None, tokenizer: str | None) -> None:
+    """Raise unless `--var` and `--var-tokenizer` are both given, or none of them."""
+    if (model is None) != (tokenizer is None):
+        given, missing = ("--var", "--var-tokenizer") if tokenizer is None else ("--var-tokenizer", "--var")
+        raise ValueError(f"{given}: given without {missing}; give both, or neither for one model alone")
+
+
+def _check_gradio() -> None:
+    """Raise unless the page can be made, before time is spent on models."""
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"viar app needs the package gradio ({error}); pip install 'deqlib[app]'") from error
 
 
 def _load_beside(pair: Pair, model: str, tokenizer: str, flags: ExecutionFlags) -> Pair:
