@@ -31,6 +31,7 @@ SHAPE = r"\((?:[A-Z]\w*|batch|\.\.\.|\*)[,)][^)]*\)?|[Ss]hape|first axis"
 ROOMS = {
     "viar": (
         "commands",
+        "app",
         "evaluation",
         "training",
         "weights",

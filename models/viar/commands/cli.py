@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
-from . import convert, demo, edit, evaluate, generate, reproduce, tokenize, train
+from . import app, convert, demo, edit, evaluate, generate, reproduce, tokenize, train
 from .flags import given_flags
 from .loading import process_index
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.evaluate_command,
     "reproduce": reproduce.reproduce_command,
     "edit": edit.edit_command,
+    "app": app.app_command,
     "convert": convert.convert_command,
     "demo": demo.demo_command,
 }

@@ -49,13 +49,29 @@ def load_pair(
         ValueError: no such device; only one of the two is given, cannot be read or is the other, or their
             sizes differ.
     """
-    where = find_device(flags.device)
+    find_device(flags.device)  # before time is spent on reading
     transformer, codec = _shipped_or_given(model, tokenizer)
+    make_ready(transformer, codec, flags)
+    return transformer, codec
+
+
+def make_ready(transformer: NextScaleTransformer, codec: Tokenizer, flags: ExecutionFlags) -> None:
+    """Put model and tokenizer on the device that is asked for, ready to generate; in place.
+
+    Args:
+        transformer: VAR or VIAR.
+        codec: its tokenizer.
+        flags: device, type of the weights, whether to compile and to capture.
+
+    Raises:
+        ValueError: no such device, or the two have other sizes.
+    """
+    where = find_device(flags.device)
     check_pair(transformer, codec)
     dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
-    transformer, codec = transformer.to(where), codec.to(where)
+    transformer.to(where)
+    codec.to(where)
     prepare_inference(transformer, codec, dtype=dtype, compile=flags.compile, graphs=flags.graphs)
-    return transformer, codec
 
 
 def _shipped_or_given(model: str | None, tokenizer: str | None) -> tuple[NextScaleTransformer, Tokenizer]:

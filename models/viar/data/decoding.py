@@ -71,18 +71,24 @@ def decode_picture(path: Path) -> Image.Image:
         return to_rgb(image, path)
 
 
-def decode_bytes(content: bytes, name: object) -> Image.Image:
+def decode_bytes(content: bytes, name: object, *, most_pixels: int | None = None) -> Image.Image:
     """The picture in the bytes of a file, as `decode_picture` gives it.
 
     Args:
         content: of the file.
         name: what it is called in errors.
+        most_pixels: a larger picture is refused before it is decoded; default only what Pillow refuses.
 
     Raises:
-        ValueError: it is no picture, or broken.
+        ValueError: it is no picture, broken, or too large.
     """
     with _named(name):
         image = Image.open(BytesIO(content))
+    if most_pixels is not None and image.width * image.height > most_pixels:
+        raise ValueError(
+            f"{shown(name)}: expected at most {most_pixels:,} pixels, got {image.width} x {image.height}; "
+            "make it smaller first"
+        )
     return to_rgb(image, name)
 
 

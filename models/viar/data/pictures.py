@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -81,6 +80,15 @@ def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     return fit_square(image, side), image.size
 
 
+def as_picture(image: Tensor) -> Image.Image:
+    """An image as Pillow's, of H x W pixels of 8 bits in mode RGB.
+
+    Args:
+        image: shape (3, H, W) in [0, 1].
+    """
+    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image as a PNG of H x W pixels of 8 bits; `path` is whole or as it was.
 
@@ -89,7 +97,7 @@ def save_picture(image: Tensor, path: Path) -> None:
         path: of the file.
     """
     with replacing(path) as file:
-        Image.fromarray(_pixels(image)).save(file, "png")
+        as_picture(image).save(file, "png")
 
 
 def save_edit(
@@ -137,7 +145,7 @@ def save_grid(
     sheet = Image.new("RGB", (margin + columns * width, -(-len(images) // columns) * height), "white")
     for index, image in enumerate(images):
         place = (margin + index % columns * width, index // columns * height)
-        sheet.paste(Image.fromarray(_pixels(image)), place)
+        sheet.paste(as_picture(image), place)
     for row, name in enumerate(names):
         sheet.paste(name, (0, row * height))
     with replacing(path) as file:
@@ -155,8 +163,3 @@ def _written(text: str, height: int) -> Image.Image:
 def _channels_first(image: Image.Image) -> Tensor:
     """Pixels of an RGB picture, (3, H, W) float32 in [0, 255]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-
-
-def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
-    """An image (3, H, W) in [0, 1] as Pillow takes it, (H, W, 3) of 8 bits."""
-    return image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

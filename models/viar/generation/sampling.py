@@ -6,15 +6,15 @@ Shape letters: B images, K scales of side p_k, L = sum p_k^2 tokens, V codebook,
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.execution import sent
-from ..model.schedule import Iterations
+from ..model.schedule import Adaptive, Iterations
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .choice import TokenNoise
@@ -169,6 +169,74 @@ def sample_tokens(
         ValueError, TypeError: an argument out of range; model and tokenizer of different sizes; a model in
             training mode.
     """
+    work = _prepared(model, tokenizer, labels, sampling, first_index)
+    graphs = model.graphs  # another thread may take them off
+    if graphs is not None:
+        parts = Parts.of(model, tokenizer)
+        in_the_way = why_eager(parts, work.schedule, measure=measure, edits=bool(replace or hold))
+        if in_the_way is None:
+            return replayed(graphs, model, tokenizer, parts, *work)
+        graphs.tell(in_the_way)
+    generation = Generation(model, tokenizer, *work, measure=measure)
+    for scale in range(len(model.config.sides)):
+        generation.run(scale, replace, hold)
+    return generation.sample()
+
+
+@torch.no_grad()
+def grow_images(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor | Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    first_index: int = 0,
+) -> Iterator[tuple[Tensor, GenerationReport]]:
+    """Images on their way: what they look like after each scale, and the report so far.
+
+    The last ones are those of `generate`. Decoding at every scale costs that much more than `generate`; the
+    report counts the last time alone. CUDA graphs are not used.
+
+    Args:
+        model: VAR or VIAR, of the tokenizer's sizes, in evaluation mode.
+        tokenizer: turns the sum of the scales so far into images.
+        labels: (B,) classes in [0, N]; N asks for no class in particular.
+        sampling: how to sample; default `Sampling()`.
+        first_index: index of the first image, to generate one series in several calls.
+
+    Returns:
+        After each scale images (B, 3, H, W) in [0, 1], and the report of the scales up to it.
+
+    Raises:
+        ValueError, TypeError: when the first is asked for, as `sample_tokens`.
+    """
+    generation = Generation(
+        model, tokenizer, *_prepared(model, tokenizer, labels, sampling, first_index), measure=True
+    )
+    for scale in range(len(model.config.sides)):
+        generation.run(scale)
+        start = time.perf_counter()
+        images = decode_images(tokenizer, generation.sample())
+        seconds = seconds_since(start, images.device)
+        yield images, GenerationReport(tuple(generation.reports), seconds)
+
+
+class _Prepared(NamedTuple):
+    """What a generation needs beside model and tokenizer, in the order that `Generation` takes it."""
+
+    sampling: Sampling
+    schedule: list[int] | list[Adaptive] | list[None]
+    labels: Tensor  # (B,) int64, on the model's device
+    noise: TokenNoise
+
+
+def _prepared(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels: Tensor | Sequence[int],
+    sampling: Sampling | None,
+    first_index: int,
+) -> _Prepared:
     sampling = as_sampling(sampling)
     check_pair(model, tokenizer)
     check_index("first_index", first_index)
@@ -179,24 +247,7 @@ def sample_tokens(
     model.check_labels(labels)  # before they are on the device, where reading them would have to wait
     labels = sent(labels, device).long()  # narrower ones cannot be looked up
     noise = TokenNoise.of_images(len(labels), sampling.seed, first_index, device)
-    schedule = sampling.schedule(model.trunk)
-    graphs = model.graphs  # another thread may take them off
-    if graphs is not None:
-        parts = Parts.of(model, tokenizer)
-        in_the_way = why_eager(parts, schedule, measure=measure, edits=bool(replace or hold))
-        if in_the_way is None:
-            return replayed(graphs, model, tokenizer, parts, sampling, schedule, labels, noise)
-        graphs.tell(in_the_way)
-    generation = Generation(model, tokenizer, sampling, schedule, labels, noise, measure=measure)
-    for scale in range(len(model.config.sides)):
-        generation.run(scale, replace, hold)
-    return Sample(
-        generation.tokens,
-        generation.f_hat,
-        generation.certain,
-        generation.cache_bytes,
-        tuple(generation.reports),
-    )
+    return _Prepared(sampling, sampling.schedule(model.trunk), labels, noise)
 
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:

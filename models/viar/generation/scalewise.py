@@ -122,6 +122,10 @@ class Generation:
         self.certain &= choice.certain
         return self.quantizer.embed(choice.tokens)
 
+    def sample(self) -> Sample:
+        """What was made, by the scales that were run."""
+        return Sample(self.tokens, self.f_hat, self.certain, self.cache_bytes, tuple(self.reports))
+
     @property
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""

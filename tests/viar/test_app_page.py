@@ -1,0 +1,107 @@
+"""The web page served on loopback: what programs get from it, and that it asks for nothing else."""
+
+from __future__ import annotations
+
+import gc
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_tokenizer, tiny_transformer
+
+import viar
+from viar.app.drawing import Pair
+from viar.app.markup import picture_url
+
+pytest.importorskip("gradio_client", reason="the web page needs gradio")
+# Of what the client is made of, while it is imported.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair(tiny_transformer(), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def address(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `viar app` serves the tiny models, in a process of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {"model": pair.model, "tokenizer": pair.tokenizer, "var": tiny_transformer("explicit")}
+    models["var-tokenizer"] = pair.tokenizer
+    arguments = [sys.executable, "-m", "viar", "app", "--device", "cpu"]
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        arguments += [f"--{name}", str(folder / name)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        (found,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline()) or [""]
+        assert found
+        yield found
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Callable[..., Any]]:
+    """Asks as a program does: the name of a call, and what it takes."""
+    from gradio_client import Client
+
+    held = [Client(address, verbose=False)]
+    yield lambda name, *values, **settings: held[0].predict(*values, api_name=f"/{name}", **settings)
+    held.pop().close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()  # it leaves an event loop open, which is no fault of a later test
+
+
+def generated(pair: Pair, label: int, seed: int, **settings: Any) -> str:
+    return picture_url(viar.generate(pair.model, pair.tokenizer, [label], seed=seed, **settings)[0])
+
+
+def test_programs_get_the_picture_and_report_of_generate(pair: Pair, client: Any) -> None:
+    answer = client("generate", 1, 5, 2.0, [2, 1, 1])
+    assert answer["picture"] == generated(pair, 1, 5, cfg=2.0, iterations=[2, 1, 1])
+    assert [scale["evaluations"] for scale in answer["report"]["scales"]] == [2, 1, 1]
+    assert answer["report"]["decode_seconds"] > 0
+    assert client("generate", label=1)["picture"] == generated(pair, 1, 0)
+
+
+def test_programs_get_a_picture_in_painted_and_are_told_what_is_wrong(pair: Pair, client: Any) -> None:
+    from gradio_client.exceptions import AppError
+
+    whole = picture_url(torch.zeros(3, 6, 6))
+    half = picture_url(viar.box_mask((0, 0, 1, 0.5), 6).expand(3, 6, 6))
+    picture = generated(pair, 0, 1)
+    anew = client("in_paint", picture, whole, 2, 9)["picture"]
+    assert anew == generated(pair, 2, 9)  # with nothing kept
+    assert client("in_paint", picture, half, 2, 9)["picture"] not in (anew, picture)
+    with pytest.raises(AppError, match="label: expected an integer from 0 to 3, got 7"):
+        client("generate", 7)
+    with pytest.raises(AppError, match="picture: expected a PNG or JPEG file in base64"):
+        client("in_paint", "?", whole, 0)
+
+
+def test_two_who_ask_at_once_get_what_each_asked_for(pair: Pair, client: Any) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        asked = [(label, seed) for seed in range(4) for label in (0, 2)]
+        answers = list(threads.map(lambda pick: client("generate", *pick)["picture"], asked))
+    assert answers == [generated(pair, label, seed) for label, seed in asked]
+
+
+def test_the_page_is_whole_without_another_network_and_has_a_slider_for_each_scale(address: str) -> None:
+    with urllib.request.urlopen(address) as answer:
+        html = answer.read().decode()
+    fetched = re.findall(r'<(?:script|link)[^>]+(?:src|href)="(.*?)"', html)
+    assert fetched
+    assert not [link for link in fetched if re.match("(https?:)?//", link) and not link.startswith(address)]
+    sliders = re.findall(r'"label":"(iterations at .*?)"', html)
+    assert sliders == [f"iterations at {side} x {side}" for side in (1, 2, 3)]
