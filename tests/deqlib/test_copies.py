@@ -97,10 +97,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "Dropout of a generator": lambda: ImplicitLayer(Cell(deqlib.nn.Dropout(0.5, generator=seeded()))),
     "StableInjection": lambda: ImplicitLayer(deqlib.nn.StableInjection(WIDTH)),
     "_SpectralNorm": lambda: ImplicitLayer(Cell(normalised())),
+    "MonotoneCell": lambda: ImplicitLayer(deqlib.nn.MonotoneCell(WIDTH)),
 }
 UNPICKLABLE = {"lambda"}  # Python's own limit: a function without a name
 # Modules that live as long as one call, or that users inherit from.
-WITHIN_A_CALL = {"_ByName", "_Recorder"}
+WITHIN_A_CALL = {"_ByName", "_Recorder", "_StateAlone"}
 
 
 def inputs() -> Tensor:

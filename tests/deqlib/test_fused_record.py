@@ -140,6 +140,7 @@ class Script:
     table: Tensor  # (B, steps + 1)
     points: list[Tensor] = field(default_factory=list)  # where it was evaluated
     guess: str | None = None
+    clock: None = None
     resolution: torch.dtype = torch.float64
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -397,7 +398,7 @@ def test_what_autograd_records_is_left_to_the_plain_record() -> None:
 
 
 def kind_of(z0: Tensor, **settings: Any) -> type:
-    return type(driver._record(z0, Picard(), Stopping(), settings.get("unit_norms")))
+    return type(driver.record_of(z0, Picard(), Stopping(), settings.get("unit_norms"), None))
 
 
 @interpreted
