@@ -146,8 +146,11 @@ def creation_order(node: Any) -> int:
 
 
 def times_written(tensor: Tensor) -> int:
-    """How often `tensor` was changed in place, itself or by a view; autograd compares this count too."""
-    return tensor._version
+    """How often `tensor` was changed in place, itself or by a view; autograd compares this count too.
+
+    0 where PyTorch does not keep count.
+    """
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def forget_cached_parametrizations() -> None:

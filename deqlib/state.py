@@ -198,7 +198,7 @@ class FlatMap:
         """
         if self.last is not None:
             self.last.point = self.last.aux = None  # before as much memory is asked for again
-        before = _version(z)
+        before = times_written(z)
         outer, current.scope = current.scope, self.scope
         try:
             # What `unravel` gives is the cell's own: it may ask for gradients, and `z` stays as it is.
@@ -211,7 +211,7 @@ class FlatMap:
             if self.last is not None:
                 self.last.point, self.last.aux = z, tree_map(_bare, aux)
                 aux = self.last.aux
-        if _version(z) != before:
+        if times_written(z) != before:
             raise ValueError(
                 "cell: the state must not be changed in place, got a cell that writes to its argument; "
                 "use z = z * a instead of z.mul_(a)"
@@ -428,11 +428,6 @@ def _parted(returned: Any) -> tuple[Any, Any]:
 def _bare(leaf: Any) -> Any:
     """A tensor without the graph behind it; anything else as it is."""
     return without_graph(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
-
-
-def _version(z: Tensor) -> int:
-    """How often `z` was written to; 0 where PyTorch does not keep count."""
-    return 0 if torch.compiler.is_compiling() or z.is_inference() else times_written(z)
 
 
 def _width(shape: torch.Size) -> int:

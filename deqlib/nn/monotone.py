@@ -87,7 +87,8 @@ class MonotoneCell(nn.Module):
         if not kept or (not torch.compiler.is_compiling() and is_func_active()):
             return self._resolvent()
         assert scope is not None
-        return scope.once((self, *map(_version, (self.symmetric, self.skew))), self._resolvent)
+        # A scope may last longer than a solve, and weights change in it.
+        return scope.once((self, *map(times_written, (self.symmetric, self.skew))), self._resolvent)
 
     def _resolvent(self) -> tuple[Tensor, Tensor]:
         """a, a number, and V, (width, width), in float32 or better."""
@@ -104,11 +105,6 @@ class MonotoneCell(nn.Module):
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
         return f"width={self.width}, margin={self.margin}"
-
-
-def _version(weight: Tensor) -> int:
-    """How often a weight was written to, by which a scope that lasts longer than a solve knows its V anew."""
-    return 0 if torch.compiler.is_compiling() or weight.is_inference() else times_written(weight)
 
 
 def _norm_bound(matrix: Tensor) -> Tensor:
