@@ -20,12 +20,13 @@ WHEEL_FILES = $(wildcard wheels/*.whl)
 PYTEST := bin/python -m pytest -n auto --dist loadfile
 
 .PRECIOUS: $(VENVS)/torch-%/.tests
-.PHONY: help demo test test-slow test-all test-versions lint format types check gpu wheels recipes docs dist release clean
+.PHONY: help demo test test-slow test-faults test-all test-versions lint format types check gpu wheels recipes docs reliability dist release clean
 
 help:
 	@echo "make demo           show the shipped VIAR, train VIAR and VAR on MNIST; all in runs/demo"
 	@echo "make test           run the quick tests, which guard all behaviour"
-	@echo "make test-slow      run the others"
+	@echo "make test-slow      run the others, but for faults"
+	@echo "make test-faults    run those that inject faults and bad input, few of each"
 	@echo "make test-all       run all tests"
 	@echo "make test-versions  run the quick tests of deqlib and viar on the oldest and the newest PyTorch"
 	@echo "make lint           look for what ruff finds; make format mends what it can"
@@ -33,6 +34,7 @@ help:
 	@echo "make check          quick tests, lint and types"
 	@echo "make gpu            measure on a GPU for 8 minutes, with \$$(PYTHON) as it is; ARGS= as --help tells"
 	@echo "make wheels         fetch what a machine with a GPU may lack into wheels/, for make gpu there"
+	@echo "make reliability    run them in full, for hours, and renew docs/reliability.md"
 	@echo "make recipes        run the recipes in full, and renew what their pages show of it"
 	@echo "make docs           build the documentation into site/"
 	@echo "make dist           build sdist and wheel into dist/, and try the wheel in an environment of its own"
@@ -43,12 +45,15 @@ demo: $(VENV)/.viar
 	$(BIN)/viar demo
 
 test: $(VENV)/.dev
-	$(VENV)/$(PYTEST) -m "not slow"
+	$(VENV)/$(PYTEST) -m "not slow and not faults"
 
 test-slow: $(VENV)/.dev
-	$(VENV)/$(PYTEST) -m slow
+	$(VENV)/$(PYTEST) -m "slow and not faults"
 
-test-all: test test-slow
+test-faults: $(VENV)/.dev
+	$(VENV)/$(PYTEST) -m faults
+
+test-all: test test-slow test-faults
 
 test-versions: test-torch-$(TORCH_OLDEST) test-torch-$(TORCH_NEWEST)
 
@@ -85,6 +90,10 @@ wheels:
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 $(WHEELS)
 	@echo "$$(ls wheels | wc -l) wheels for Python $(PYTHON_VERSION), x86_64 Linux in wheels/: copy this folder with the" \
 		"checkout (git ignores it)"
+
+reliability: $(VENV)/.dev
+	DEQLIB_THOROUGH=1 DEQLIB_RECORD=tests/reliability/record.json $(BIN)/python -m pytest -m faults $(ARGS)
+	$(BIN)/python tests/reliability/counted.py
 
 recipes: $(VENV)/.viar
 	for script in docs/recipes/*.py; do name=$$(basename $$script .py); \

@@ -49,9 +49,9 @@ def test_the_changelog_has_the_version_below_what_is_not_released() -> None:
 def test_continuous_integration_runs_the_readmes_test_commands() -> None:
     told = {target for target in made_by(text_of("README.md")) if target.startswith("test")}
     run = made_by(text_of(".ci/run"))
-    assert told == {"test", "test-slow"}
+    assert told == {"test", "test-slow", "test-faults"}
     assert run == told | {"lint", "types", "docs"}
-    assert re.search(r"^test-all: test test-slow$", MAKEFILE, re.M)
+    assert re.search(r"^test-all: test test-slow test-faults$", MAKEFILE, re.M)
 
 
 def test_commits_are_checked_by_what_continuous_integration_runs() -> None:
