@@ -43,6 +43,7 @@ ROOMS = {
         "pretrained",
         "cards",
         "files",
+        "memory",
         "seeds",
     )
 }

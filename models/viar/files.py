@@ -7,9 +7,13 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # in a folder that a process works in
 
 
 def check_writable(path: Path, owner: str, *, folder: bool) -> None:
@@ -94,6 +98,33 @@ def replacing_path(path: Path) -> Iterator[Path]:
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, no other process may work in a folder, which is made if it is not there.
+
+    The operating system lets go of it however this process ends, so one that was killed is in nobody's way.
+
+    Raises:
+        ValueError: another process works in it, or there is a file of its name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file; give another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another process is at work in this folder; wait for it to end, or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
+            (folder / LOCK).unlink()
+        lock.release()
 
 
 def flush(path: Path) -> None:

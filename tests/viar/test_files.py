@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from viar.files import replacing, replacing_path
+from viar.files import held, replacing, replacing_path
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -70,3 +72,39 @@ def test_of_a_folder_that_is_there_only_files_that_were_written_are_replaced(
         fresh.mkdir()
         (fresh / "c").write_text("after")
     assert texts(Path()) == {"kept": "kept", "c": "after"}
+
+
+def test_a_folder_is_held_by_one_and_let_go_of_at_the_end(tmp_path: Path) -> None:
+    with held(tmp_path / "new" / "run"):
+        with (
+            pytest.raises(ValueError, match="another process is at work in this folder; wait"),
+            held(tmp_path / "new" / "run"),
+        ):
+            pass
+        with held(tmp_path / "other"):
+            pass
+    with held(tmp_path / "new" / "run"):
+        pass
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_a_folder_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from viar.files import held\n"
+        "with held(Path(sys.argv[1])):\n    print('holds', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"holds\n"
+        with pytest.raises(ValueError, match="another process"), held(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+    with held(tmp_path):
+        pass
+
+
+def test_a_file_in_place_of_a_folder_is_not_held(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="expected a folder, found a file"), held(tmp_path / "file"):
+        pass

@@ -7,8 +7,10 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +45,7 @@ import viar.training.losses
 import viar.training.trackers
 from viar import NextScaleTransformer, Tokenizer
 from viar.data import tokenize
+from viar.files import held
 from viar.training import cross_entropy, train_tokenizer, train_transformer
 from viar.training.checkpoint import Checkpoint, TrainState
 from viar.training.curve import draw_curve
@@ -337,6 +340,54 @@ def test_a_run_that_is_killed_ends_with_every_file_of_one_that_is_not(
     assert [name for name in found if found[name] != expected[name]] == []
     assert "samples/step-000008.png" in found
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 3, 6, 9, 10, 12]
+
+
+def terminate_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Send this process SIGTERM at the so-manieth step."""
+    original, calls = viar.training.loop.set_progress, []
+
+    def terminating(*args: Any, **kwargs: Any) -> None:
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(viar.training.loop, STEP, terminating)
+
+
+def test_a_run_that_gets_sigterm_saves_its_state_and_ends_well_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    train(tmp_path / "whole", steps=7)
+    told = io.StringIO()
+    with monkeypatch.context() as patch:
+        terminate_at(patch, 4)
+        with pytest.raises(SystemExit) as ended:
+            train(tmp_path / "parts", console=Console(file=told, width=200), steps=7)
+    assert ended.value.code == 0
+    assert "ended by SIGTERM after step 4; the same command goes on" in told.getvalue()
+    assert signal.getsignal(signal.SIGTERM) is before
+    told = io.StringIO()
+    train(tmp_path / "parts", console=Console(file=told, width=200), steps=7)
+    assert "goes on after step 4" in told.getvalue()
+    assert files_of(tmp_path / "parts").keys() == files_of(tmp_path / "whole").keys()
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_gets_sigterm_in_its_last_step_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminate_at(monkeypatch, 3)
+    train(tmp_path, steps=3)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ValueError, match="another process is at work in this folder"):
+        train(tmp_path, steps=3)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -29,6 +29,7 @@ from tiny_models import tiny_tokenizer, tiny_transformer
 import viar.generation.choice
 import viar.generation.series.series
 from viar import Adaptive, Sampling, prepare_inference, sample_tokens
+from viar.files import held
 from viar.generation.series.maker import runs, whole_batches
 from viar.generation.series.series import SeriesReport, generate_series
 from viar.pretrained import fingerprint
@@ -283,6 +284,12 @@ def test_only_what_is_missing_or_broken_is_made(series: dict[str, bytes], tmp_pa
     assert make(tmp_path, batch_size=4).made == 8
     assert files(tmp_path) == series
     assert (tmp_path / "000014.png").stat().st_mtime_ns == kept
+
+
+def test_a_series_that_another_process_makes_is_left_to_it(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ValueError, match="another process is at work in this folder"):
+        make(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_larger_number_continues_the_series(series: dict[str, bytes], tmp_path: Path) -> None:

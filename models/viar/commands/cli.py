@@ -15,12 +15,12 @@ from contextlib import redirect_stderr
 from functools import partial, wraps
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
+from ..memory import is_shortage
 from . import app, convert, demo, edit, evaluate, generate, reproduce, tokenize, train
 from .flags import given_flags
 from .loading import process_index
@@ -44,16 +44,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
 # How messages of settings begin: "TrainConfig: lr must be positive, got 0".
 OF_SETTINGS = re.compile(r"[A-Z]\w+: |viar \w+: ")
-# What PyTorch says in a plain RuntimeError where memory does not suffice.
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def one_line(error: Exception) -> str | None:
     """What an error says, on one line; `None` where it is none that a user can mend."""
     text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text.lower() for words in OUT_OF_MEMORY)
-    ):
+    if is_shortage(error):
         return f"memory does not suffice ({text.strip().partition(chr(10))[0]}); make model or batch smaller"
     if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker"):
         return f"another process of this command was ended from outside ({text}); is there memory for it?"

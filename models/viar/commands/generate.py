@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,9 @@ from torch import Tensor
 from ..data import save_grid
 from ..data.decoding import shown
 from ..generation.sampling import generate
+from ..generation.series.provenance import why_inexact
 from ..generation.series.series import FORMATS, generate_series
+from ..memory import BatchSize
 from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
@@ -77,6 +80,8 @@ def generate_batches(
 ) -> Iterator[Tensor]:
     """Images of all labels batch by batch, each made when it is asked for, with a progress bar.
 
+    From where memory does not suffice for a batch on, they are half as large.
+
     Args:
         model: VAR or VIAR.
         tokenizer: its tokenizer.
@@ -88,15 +93,28 @@ def generate_batches(
     Returns:
         Batches (B, 3, H, W) in [0, 1], on the CPU.
     """
-    batch_size, settings = flags.execution.batch_size, vars(flags.sampling)
-    for start in track(range(0, len(labels), batch_size), "generate", console=console):
-        chunk = labels[start : start + batch_size]
+    batch_size, sampling = flags.execution.batch_size, flags.sampling
+    settings = vars(sampling)
+
+    def tell(most: int) -> None:
+        reason = why_inexact(model, tokenizer, sampling, sampling.schedule(model.trunk))
+        others = f", which because of {reason} are others than more at a time" if reason else ""
+        text = f"memory did not suffice: from here on {most} images are generated at a time{others}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    def make(part: range) -> Tensor:
+        chunk, first = labels[part.start : part.stop], part.start
         if report:
-            made, took = generate(model, tokenizer, chunk, first_index=start, return_report=True, **settings)
-            console.print(f"from image {start}\n{took}", highlight=False)
+            images, took = generate(
+                model, tokenizer, chunk, first_index=first, return_report=True, **settings
+            )
+            console.print(f"from image {first}\n{took}", highlight=False)
         else:
-            made = generate(model, tokenizer, chunk, first_index=start, **settings)
-        yield made.cpu()
+            images = generate(model, tokenizer, chunk, first_index=first, **settings)
+        return images.cpu()
+
+    parts = BatchSize(batch_size, tell).parts(range(len(labels)), make)
+    yield from track(parts, "generate", math.ceil(len(labels) / batch_size), console=console)
 
 
 def _check_exclusions(num: int | None, per_class: int | None, formats: tuple[str, ...], report: bool) -> None:

@@ -121,7 +121,11 @@ class Checkpoint:
 
     def is_due(self) -> bool:
         """Whether the last state is older than `every` by this process's clock, and not the present one."""
-        return self.state.step > self._saved_step and time.monotonic() - self._saved_at > self.every
+        return self.is_behind() and time.monotonic() - self._saved_at > self.every
+
+    def is_behind(self) -> bool:
+        """Whether the last state that was saved is not the present one."""
+        return self.state.step > self._saved_step
 
     def save(self) -> None:
         """Replace the state on disk by the present one."""

@@ -7,6 +7,7 @@ and `best/` as it goes, `state/` to resume from if it is interrupted, `config.js
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,21 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import get_int_from_env, is_bf16_available, parse_flag_from_env, reduce, set_seed
+from accelerate.utils import (
+    broadcast_object_list,
+    get_int_from_env,
+    is_bf16_available,
+    parse_flag_from_env,
+    reduce,
+    set_seed,
+)
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..data import BatchedDataset, EndlessBatches
+from ..files import held
 from ..seeds import seed_at
+from .asked import asked_to_end
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .critic import Critic
@@ -82,26 +92,48 @@ def fit(
     Raises:
         ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
             was started with other settings, or its state is damaged; patience without held-out data.
+            Or another process works in `folder`.
         FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
             are not finite; the state that was saved last stays.
+        SystemExit: SIGTERM came, in any of the processes; the state is saved, and the exit code is 0.
     """
     if config.patience and (held_out is None or not config.validate_every):
         raise ValueError(
             f"TrainConfig: patience={config.patience} counts measurements of held-out data, and none are "
             "made; give held-out data and validate_every, or leave patience at 0"
         )
-    lines = compare_settings(folder, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console)
-    for line in (*lines, *run.lines) if run.is_main else ():
-        (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if run.state.step:
-        run.log.say(f"{settings['kind']}  goes on after step {run.state.step}")
-    with run.log.shown():
-        run.train()
-        metrics = run.finish()
-    run.close()
-    return metrics
+    with asked_to_end() as asked, _held_for_all(folder):
+        lines = compare_settings(folder, settings)
+        run = _Run(model, step_loss, data, folder, config, settings, critic, held_out, draw, console, asked)
+        for line in (*lines, *run.lines) if run.is_main else ():
+            (console or Console()).print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if run.state.step:
+            run.log.say(f"{settings['kind']}  goes on after step {run.state.step}")
+        with run.log.shown():
+            run.train()
+            metrics = run.finish()
+        run.close()
+        return metrics
+
+
+@contextmanager
+def _held_for_all(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, which the main process does for all.
+
+    Raises:
+        ValueError: in all of them, if another run holds it, or there is a file of its name.
+    """
+    with ExitStack() as stack:
+        reason = ""
+        if _among_processes().is_main_process:
+            try:
+                stack.enter_context(held(folder))
+            except (ValueError, OSError) as error:
+                reason = str(error)
+        [reason] = broadcast_object_list([reason])
+        if reason:
+            raise ValueError(reason)
+        yield
 
 
 class _Run:
@@ -119,7 +151,9 @@ class _Run:
         held_out: HeldOut | None,
         draw: Draw | None,
         console: Console | None,
+        asked: threading.Event,
     ) -> None:
+        self.asked = asked
         self.model, self.step_loss, self.folder, self.config = model, step_loss, folder, config
         self.settings, self.critic = settings, critic
         self.held_out = held_out if config.validate_every else None
@@ -154,16 +188,23 @@ class _Run:
         self.metrics: dict[str, float] = {}  # of the last step that was logged
 
     def train(self) -> None:
-        """Step until the run is at its end, or held-out data says that it is."""
+        """Step until the run is at its end, or held-out data says that it is.
+
+        Raises:
+            SystemExit: the run was asked to end, and its state is saved.
+        """
         self.wrapped.train()
         while True:
-            progress, save_is_due = self._agreed()
+            progress, save_is_due, is_asked = self._agreed()
             if progress >= 1 or 0 < self.config.patience <= self.state.stale:
                 return
             if save_is_due:
                 self.guard.note(self.state)
                 self.checkpoint.save()
                 self.best.saved()
+            if is_asked:
+                self.log.say(f"ended by SIGTERM after step {self.state.step}; the same command goes on")
+                raise SystemExit(0)
             start = time.monotonic()
             numbers = self._step(progress)
             self.state.step += 1
@@ -311,20 +352,20 @@ class _Run:
             f"another folder; {self.checkpoint.folder} has the state that was saved last, if any"
         )
 
-    def _agreed(self) -> tuple[float, bool]:
-        """Progress, and whether a state is due, by the main process's clock.
+    def _agreed(self) -> tuple[float, bool, bool]:
+        """Progress, whether to save a state, and whether any process was asked to end.
 
-        Others would end the run or save at another step. From host to host: what a device is told is read
-        from it only after all else that it was asked to do.
+        The first two go by the main process's clock: others would end the run or save at another step. From
+        host to host: what a device is told is read from it only after all else that it was asked to do.
         """
         progress = self.config.progress(self.state.step, self.state.seconds)
-        save_is_due = self.checkpoint.is_due()
-        if self.together is None:
-            return progress, save_is_due
-        told = torch.tensor([progress, save_is_due], dtype=torch.float64)
-        dist.broadcast(told, src=0, group=self.together)
-        progress, save_is_due = told.tolist()
-        return progress, bool(save_is_due)
+        told = torch.tensor([progress, self.checkpoint.is_due(), self.asked.is_set()], dtype=torch.float64)
+        if self.together is not None:
+            if not self.is_main:
+                told[:2] = 0
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.together)
+        progress, save_is_due, is_asked = told.tolist()
+        return progress, bool(save_is_due or (is_asked and self.checkpoint.is_behind())), bool(is_asked)
 
     def _batches(self, data: BatchedDataset[Any]) -> Iterator[list[Tensor]]:
         """This process's part of every batch from the present step on; a step takes `accumulate`."""
@@ -362,14 +403,18 @@ class _Run:
         )
 
 
+def _among_processes() -> PartialState:
+    """As an Accelerator makes it: the first one made decides whether processes know of one another."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def check_device(config: TrainConfig) -> None:
     """Raise `ValueError` unless a run can have what is asked for, on its device and among its processes.
 
     Args:
         config: settings of the run.
     """
-    # As an Accelerator makes it: the first one made decides whether processes know of one another.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = _among_processes()
     started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if started > 1 and state.num_processes == 1:
         raise ValueError(

@@ -53,16 +53,13 @@ class SeriesFolder:
         return zipfile.is_zipfile(self.archive(num))
 
     def prepare(self, settings: dict[str, Any], num: int, formats: Sequence[str]) -> list[int]:
-        """Make the folder, or enter one of the same settings; indices below `num` of the images to make.
+        """Begin in the folder, or go on in one of the same settings; indices below `num` of images to make.
 
-        A picture that is no whole PNG of the right size is to be made again.
+        The folder is there, and `held`. A picture that is no whole PNG of the right size is to be made again.
 
         Raises:
             ValueError: the folder holds images made with other settings, or with none that it tells.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: expected a folder for the pictures, found a file")
-        self.path.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps({"format": FORMAT, **settings}))
         there = self._indices()
         if there or any(self.path.glob("samples_*.npz")):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from ...memory import BatchSize, is_shortage
 from ...precision import full_float32
 from ...tokenizer import Tokenizer
 from ..scalewise import Sample
@@ -91,8 +93,11 @@ class Maker:
         tokenizer: turns tokens into images.
         classes: labels that the images get in turn.
         target: where images are written.
-        exact: whether an image is the same in a batch of any size; see `viar.generation.series.series`.
-        soft: whether images are mixtures of codes, which their tokens do not give; not `exact` then.
+        batch_size: most images that are sampled together.
+        inexact: why an image is not the same in a batch of any size; `None` if it is. See
+            `viar.generation.series.series`.
+        soft: whether images are mixtures of codes, which their tokens do not give; `inexact` then.
+        console: where it is told that memory did not suffice.
         resampled: how many images were sampled again alone.
     """
 
@@ -100,8 +105,10 @@ class Maker:
     tokenizer: Tokenizer
     classes: list[int]
     target: SeriesFolder
-    exact: bool
+    batch_size: int
+    inexact: str | None
     soft: bool
+    console: Console | None
     resampled: int = field(default=0, init=False)
 
     def __enter__(self) -> Maker:
@@ -109,6 +116,7 @@ class Maker:
         self.threads = torch.get_num_threads()
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self.threads if self.on_cpu else max(1, (os.cpu_count() or 1) // num_processes)
+        self.size = BatchSize(self.batch_size, self._tell)
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         return self
 
@@ -118,17 +126,37 @@ class Maker:
         torch.set_num_threads(self.threads)
 
     def make(self, indices: range, wanted: list[int]) -> None:
-        """Sample images `indices`, and write those that are wanted."""
+        """Sample images `indices`, and write those that are wanted.
+
+        Raises:
+            ValueError: memory does not suffice, and fewer at a time would be other images.
+            MemoryError, RuntimeError: memory does not suffice for a single one.
+        """
+        if self.inexact is None:
+            for _ in self.size.parts(indices, lambda part: self._make(part, wanted)):
+                pass
+            return
+        try:
+            self._make(indices, wanted)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            raise ValueError(
+                f"batch_size: memory does not suffice for {len(indices)} images at a time, and because of "
+                f"{self.inexact} fewer would be others; give a smaller one and another folder"
+            ) from error
+
+    def _make(self, indices: range, wanted: list[int]) -> None:
         labels = [self._label(index) for index in indices]
-        if self.exact or not self.on_cpu:
+        if self.inexact is None or not self.on_cpu:
             sample = self.draw(labels, first_index=indices.start)
         else:
             sample = self.pool.submit(self.draw, labels, first_index=indices.start).result()
         certain: list[bool] = sample.certain.tolist()
         jobs = []
-        for index in wanted:
+        for index in (index for index in wanted if index in indices):
             row = index - indices.start
-            alone = self.exact and not certain[row]
+            alone = self.inexact is None and not certain[row]
             self.resampled += alone
             code: Code = None
             if self.soft:
@@ -136,8 +164,13 @@ class Maker:
             elif not alone:
                 code = [tokens_Bl[row : row + 1] for tokens_Bl in sample.tokens]
             jobs.append(self._start(index, code))
+        wait(jobs)  # all of them, before one that failed is told: the same files may be written again
         for job in jobs:
             job.result()
+
+    def _tell(self, most: int) -> None:
+        text = f"memory did not suffice: from here on {most} images are sampled at a time"
+        (self.console or Console(stderr=True)).print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def _start(self, index: int, code: Code) -> Future[None]:
         """Begin to write an image, and to decode it where the pool does that."""

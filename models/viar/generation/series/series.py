@@ -18,12 +18,14 @@ and their size is one of the settings of the series.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from ...files import held
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
@@ -92,12 +94,15 @@ def generate_series(
         labels: classes that the images get in turn, image i the one at i modulo their number; default all.
         formats: "png" and "npz"; the latter is samples_{num}x{H}x{W}x3.npz with arr_0 (num, H, W, 3) uint8
             and labels arr_1 (num,) int64. With "npz" alone the pictures are removed once it is written.
-        batch_size: images sampled at a time.
+        batch_size: images sampled at a time; half as many from where memory does not suffice on, unless it
+            is one of the settings.
         console: where the progress is shown.
 
     Raises:
         ValueError: an argument out of range; the folder holds a series of other settings, which the message
-            lists, or pictures without settings; a picture is damaged inside.
+            lists, or pictures without settings; a picture is damaged inside; another process works in the
+            folder; memory does not suffice for a batch whose size is a setting of the series.
+        MemoryError, RuntimeError: memory does not suffice for a single image.
     """
     sampling = as_sampling(sampling)
     _check(model, tokenizer, num, formats, batch_size)
@@ -111,22 +116,29 @@ def generate_series(
     )
     target = SeriesFolder(Path(folder), tokenizer.config.image_side)
     together = Processes(model.pos_embed.device)
-    missing = together.agree(settings, lambda: target.prepare(settings, num, formats))
-    # A batch of another size would be captured for once.
-    whole = graphs or inexact is not None
-    parts = list(whole_batches(missing, batch_size) if whole else runs(missing, batch_size))
-    draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
-    maker = Maker(draw, tokenizer, classes, target, inexact is None, sampling.more_smooth)
-    progress = SeriesProgress(target, num, len(missing), console, shown=together.is_main)
-    with maker, deterministic_convolutions(model.pos_embed.device.type), progress:
-        for indices, wanted in parts[together.index :: together.count]:
-            maker.make(indices, wanted)
-            progress.look()
-        together.wait(progress.look)
-        progress.look(now=True)
-        if "npz" in formats and together.is_main:
-            _archive(target, num, classes, formats, maker)
-        together.wait()
+    entered = ExitStack()
+
+    def enter() -> list[int]:  # called in the main process, which holds the folder for all
+        entered.enter_context(held(target.path))
+        return target.prepare(settings, num, formats)
+
+    with entered:
+        missing = together.agree(settings, enter)
+        # A batch of another size would be captured for once.
+        whole = graphs or inexact is not None
+        parts = list(whole_batches(missing, batch_size) if whole else runs(missing, batch_size))
+        draw = partial(sample_tokens, model, tokenizer, sampling=sampling)
+        maker = Maker(draw, tokenizer, classes, target, batch_size, inexact, sampling.more_smooth, console)
+        progress = SeriesProgress(target, num, len(missing), console, shown=together.is_main)
+        with maker, deterministic_convolutions(model.pos_embed.device.type), progress:
+            for indices, wanted in parts[together.index :: together.count]:
+                maker.make(indices, wanted)
+                progress.look()
+            together.wait(progress.look)
+            progress.look(now=True)
+            if "npz" in formats and together.is_main:
+                _archive(target, num, classes, formats, maker)
+            together.wait()
     return SeriesReport(
         folder=target.path,
         num=num,
