@@ -44,6 +44,7 @@ ROOMS = {
         "cards",
         "files",
         "seeds",
+        "screen",
     )
 }
 
