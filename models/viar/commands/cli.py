@@ -103,11 +103,10 @@ def nobody_reads(error: BaseException) -> bool:
     Args:
         error: that ended the command.
     """
-    # What shows tables and progress makes a `SystemExit` of it.
-    if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+    if isinstance(error, SystemExit):  # what shows tables makes one of it, and puts another output in place
+        return isinstance(error.__context__, BrokenPipeError)
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # Windows has none
         return False
-    if not hasattr(select, "poll"):  # Windows
-        return isinstance(error, SystemExit)
     poll = select.poll()
     poll.register(sys.__stdout__ or 1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
