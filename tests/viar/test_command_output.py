@@ -230,10 +230,22 @@ def test_trainings_are_told_before_and_after(here: Path) -> None:
     assert {"steps", "seconds"} <= set(values)
 
 
-def test_an_error_is_one_line_also_where_programs_read(here: Path) -> None:
-    code, output, errors = call("generate", *PAIR, "--labels", 7, "--json")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--labels", 7), "labels"),
+        (("--lables", 1), "Unrecognized options: --lables, 1 Perhaps you meant: --labels"),
+        (("--num", "many"), "many"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_an_error_is_one_line_where_programs_read(
+    flags: tuple[object, ...], message: str, here: Path
+) -> None:
+    code, output, errors = call("generate", *PAIR, *flags, "--json")
     assert (code, output) == (2, "")
     assert (errors[:6], errors.count("\n")) == ("viar: ", 1)
+    assert message in errors
 
 
 def test_the_demo_and_the_page_report_what_they_know(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def parsed(name: str, arguments: list[str]) -> Work:
 
     Raises:
         ValueError: settings that their own check refuses, which the parser would show in a box of several
-            lines, by names of its own.
+            lines, by names of its own; with `--json` all that the parser refuses.
         SystemExit: what else the parser ends with, such as help, or a flag that is not there.
     """
     output, errors = _Held(), _Held()
@@ -68,7 +68,7 @@ def parsed(name: str, arguments: list[str]) -> Work:
         with redirect_stdout(output), redirect_stderr(errors):
             work: Work = tyro.cli(_later(name), args=arguments, **settings)
     except SystemExit as ended:
-        if text := _refused(ended):
+        if text := _refused(ended) or ("" if "--json" not in arguments else _unboxed(errors.getvalue())):
             raise ValueError(text) from ended
         sys.stderr.write(errors.getvalue())
         sys.stdout.write(_filled(output.getvalue()) + ("" if ended.code else examples(name)))
@@ -85,6 +85,11 @@ def examples(name: str) -> str:
     """
     told = COMMANDS[name].examples
     return "examples:\n" + "".join(f"  # {purpose}\n  {line}\n" for purpose, line in told)
+
+
+def _unboxed(text: str) -> str:
+    """An error of the parser on one line."""
+    return " ".join(re.sub("[╭╮╰╯│─]", " ", text).split())
 
 
 def _filled(text: str) -> str:
