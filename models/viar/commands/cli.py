@@ -15,7 +15,6 @@ from rich.markup import escape
 
 import deqlib
 
-from .loading import process_index
 from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
@@ -53,6 +52,7 @@ def main() -> None:
             sys.exit(NOBODY_READS)
         if isinstance(error, SystemExit) or (text := one_line(error)) is None:
             raise
+        from .loading import process_index
         from .parsing import by_flags
 
         process = f" (process {process_index()})" if process_index() else ""

@@ -95,7 +95,10 @@ def _unboxed(text: str) -> str:
 def _filled(text: str) -> str:
     """A help whose sentences above the boxes fit the screen, as the boxes do."""
     width = shutil.get_terminal_size().columns
-    lines = [line if line[:1] in BOX else textwrap.fill(line, width) for line in text.splitlines()]
+    lines = [
+        line if line[:1] in BOX else textwrap.fill(line, width, break_on_hyphens=False)
+        for line in text.splitlines()
+    ]
     return "".join(f"{line}\n" for line in lines)
 
 
