@@ -307,13 +307,23 @@ def test_a_fault_of_the_package_is_a_traceback(monkeypatch: pytest.MonkeyPatch, 
         call("demo", "--out", tmp_path / "demo")
 
 
-def test_a_reader_that_has_enough_ends_a_command_quietly(here: Path) -> None:
+@pytest.mark.parametrize("line", [("--help",), ("convert", "viar.pth", "another")], ids=" ".join)
+def test_a_reader_that_has_enough_ends_a_command_quietly(
+    line: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as head. Text is noticed where it is flushed, tables by what draws them."""
     reading, writing = os.pipe()
     os.close(reading)
-    line = [sys.executable, "-m", "viar", "convert", "viar.pth", "another"]
-    ended = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert (ended.returncode, ended.stderr) == (141, "")
+    monkeypatch.setattr(sys, "argv", ["viar", *line])
+    errors = io.StringIO()
+    with (
+        os.fdopen(writing, "w") as output,
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert (ended.value.code, errors.getvalue()) == (141, "")
 
 
 # Completion

@@ -108,7 +108,7 @@ def nobody_reads(error: BaseException) -> bool:
     if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # Windows has none
         return False
     poll = select.poll()
-    poll.register(sys.__stdout__ or 1, 0)
+    poll.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
