@@ -45,6 +45,7 @@ ROOMS = {
         "files",
         "memory",
         "seeds",
+        "screen",
     )
 }
 

@@ -117,7 +117,8 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
     _, output, _ = call("generate", "--help")
     text = " ".join(output.replace("│", " ").split())
     explained = [
-        "--iterations [INT [INT ...]] one for all scales, two for first and last, or one a scale",
+        "--iterations [INT [INT ...]] one for all scales, two for first and last, or one a scale "
+        "(default: as the model says)",
         "--adaptive {None}|FLOAT instead: iterate until the relative residual is below this",
         "--budget {None}|INT instead: evaluations in all, falling from the first scale to the last",
         "--no-warm-start start each scale where the fixed point of the one before suggests (default: False)",
@@ -126,11 +127,11 @@ def test_help_explains_sampling_by_what_its_settings_say_of_themselves() -> None
         "--top-k {None}|INT most likely tokens kept (default: 900)",
         "--top-p {None}|FLOAT probability kept (default: 0.96)",
         "--no-more-smooth mixtures of codes instead of single ones; smoother pictures, not for metrics",
-        "--seed INT (default: 0)",
-        "--cache {equilibrium,iterate} (default: equilibrium)",
+        "--seed INT of all that is drawn at random (default: 0)",
+        "--cache {equilibrium,iterate} of keys and values: at the fixed point, or one set an iteration, as",
         "--batch-size INT images generated at a time",
         "--device STR cpu, cuda, or cuda:1",
-        "--dtype {None,float32,bfloat16,float16} of the blocks' weights",
+        "--dtype {None,float32,bfloat16,float16} of the blocks' weights (default: as saved)",
         "--no-compile compile the blocks",
         "--no-graphs replay CUDA graphs: the first batch takes three times as long",
     ]
@@ -226,9 +227,7 @@ def test_edit_takes_mixtures_and_measures_refuse_them(trained: Path, tmp_path: P
     assert edited[0] != edited[1]
     code, _, errors = call("evaluate", *models)
     assert code == 2
-    assert (
-        "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them" in errors
-    )
+    assert "Unrecognized options: --more-smooth" in errors
 
 
 def test_published_checkpoints_are_read_from_files(
@@ -451,7 +450,7 @@ def test_a_judge_is_of_data(tmp_path: Path) -> None:
         (("generate", "--models", "x"), "--models"),
         (("generate", "--model", "m", "--tokenizer", "t", "--per-class", "many"), "many"),
         (("paint",), "paint"),
-        ((), "Missing subcommand"),
+        ((), "expected a command, one of train-tokenizer"),
         (("generate", "--model", "m"), "--model: given without --tokenizer"),
         (("train", "digits-viar", "--model.trunk.num-before", "2"), "--model.trunk.num-before"),
         (("train-tokenizer", "digits", "--train.mixed-precision", "fp8", "--out", "x"), "mixed_precision"),

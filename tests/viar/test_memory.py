@@ -128,10 +128,13 @@ def test_a_grid_goes_on_in_smaller_batches_with_the_same_images(
     report: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, told = (tiny_transformer("implicit"), tiny_tokenizer()), io.StringIO()
+    reports: list[int] = []
     labels, console = torch.arange(12) % 3, Console(file=told, width=200)
     flags = SamplingFlags(execution=ExecutionFlags(batch_size=8))
     whole = torch.cat(list(generate_batches(*models, labels, flags, Console(quiet=True))))
     short_of_memory(2, monkeypatch, viar.commands.generate, "generate")
-    short = torch.cat(list(generate_batches(*models, labels, flags, console, report=report)))
+    tell = (lambda first, took: reports.append(first)) if report else None
+    short = torch.cat(list(generate_batches(*models, labels, flags, console, tell=tell)))
+    assert reports == [0, 2, 4, 6, 8, 10] * report
     torch.testing.assert_close(short, whole)
     assert "from here on 2 images are generated at a time" in told.getvalue()

@@ -106,7 +106,7 @@ def test_the_files_of_a_dry_run_are_evaluated_as_published_ones_are(tmp_path: Pa
         (("--model", "a.pth"), "--tokenizer: expected vae_ch160v4096z32.pth from https://"),
         (("--dry-run", "--model", "a.pth"), "--model: a dry run makes its own files"),
         (("--dry-run", "--num", 3), "num must be at least 4, got 3"),
-        (("--dry-run", "--more-smooth"), "mixtures of codes are no samples"),
+        (("--dry-run", "--more-smooth"), "Unrecognized options: --more-smooth"),
         (("--shape", "viar"), "--shape: only with --dry-run"),
         (("--dry-run", "--sha256", "00ff"), "--sha256: a dry run makes its own files"),
         (

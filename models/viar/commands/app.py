@@ -12,6 +12,7 @@ from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .flags import ExecutionFlags
 from .loading import load_model, load_pair, make_ready
+from .output import report
 
 LOOPBACK = "127.0.0.1"
 
@@ -55,6 +56,7 @@ def app_command(
     address = serve(page, host, port, open_browser=open)
     console = Console()
     console.print(f"the page is at {address}; Ctrl-C ends it", markup=False, soft_wrap=True)
+    report({"address": address})
     try:
         threading.Event().wait()
     finally:

@@ -92,12 +92,3 @@ def check_sampling(model: NextScaleTransformer, sampling: Sampling, labels: Sequ
         except RuntimeError as error:  # an integer that no tensor holds
             raise ValueError(f"labels: expected classes 0 to {model.null_class - 1}, got {labels}") from error
     sampling.schedule(model.trunk)
-
-
-def refuse_mixtures(sampling: Sampling) -> None:
-    """Raise `ValueError` where images would be no samples of the model, so that metrics are not for them."""
-    if sampling.more_smooth:
-        raise ValueError(
-            "--more-smooth: mixtures of codes are no samples of the model, so metrics are not for them; "
-            "evaluate without it"
-        )

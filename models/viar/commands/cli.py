@@ -1,49 +1,115 @@
-"""The command `viar`: flags come from the signatures and typed dataclasses of the commands.
-
-A new command is a function in a file of its own and a line of `COMMANDS`.
-"""
+"""The command `viar`: which command is asked for, how it ends, and what is said then."""
 
 from __future__ import annotations
 
-import inspect
-import io
+import difflib
+import os
 import re
+import select
 import sys
-from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
-from contextlib import redirect_stderr
-from functools import partial, wraps
-from typing import Any
 
-import tyro
+import torch
 from rich.console import Console
 from rich.markup import escape
-from tyro.extras import SubcommandApp
+
+import deqlib
 
 from ..memory import is_shortage
-from . import app, convert, demo, edit, evaluate, generate, reproduce, tokenize, train
-from .flags import given_flags
-from .loading import process_index
-
-# In the order that the help shows.
-COMMANDS: dict[str, Callable[..., None]] = {
-    "train-tokenizer": train.train_tokenizer_command,
-    "tokenize": tokenize.tokenize_command,
-    "train": train.train_command,
-    "generate": generate.generate_command,
-    "evaluate": evaluate.evaluate_command,
-    "reproduce": reproduce.reproduce_command,
-    "edit": edit.edit_command,
-    "app": app.app_command,
-    "convert": convert.convert_command,
-    "demo": demo.demo_command,
-}
-
+from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
-# How messages of settings begin: "TrainConfig: lr must be positive, got 0".
-OF_SETTINGS = re.compile(r"[A-Z]\w+: |viar \w+: ")
+INTERRUPTED, NOBODY_READS = 130, 141  # as shells count signals 2 and 13
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a fault of this package: a traceback, which is worth a report
+  2    settings, files or data that do not fit, said in one line on standard error
+  130  interrupted by Ctrl-C
+  141  who read the output has closed it, such as head
+  143  ended from outside by SIGTERM, which a training answers with 0, its state saved; what goes on after an
+       interruption goes on after this too
+"""
+
+
+def main() -> None:
+    """Entry point: what is wrong with settings, files or data ends with one line and exit code 2.
+
+    Raises:
+        SystemExit: the command ended with another code than 0. A traceback is a fault of this package.
+    """
+    try:
+        _run(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[red]viar:[/red] interrupted")
+        sys.exit(INTERRUPTED)
+    except (SystemExit, *EXPECTED) as error:
+        if nobody_reads(error):
+            # Python flushes once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(NOBODY_READS)
+        if isinstance(error, SystemExit) or (text := one_line(error)) is None:
+            raise
+        from .loading import process_index
+        from .parsing import by_flags
+
+        process = f" (process {process_index()})" if process_index() else ""
+        message = f"[red]viar:[/red] {escape(by_flags(text))}{process}"  # brackets in an error are no markup
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what is asked for; nothing of a command is imported before that is known."""
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(overview(), end="")
+    elif name == "--version":
+        print(f"viar {deqlib.__version__}, PyTorch {torch.__version__}")
+    elif name in COMMANDS:
+        from .parsing import parsed
+
+        parsed(name, arguments[1:])()
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        way_out = f"is {near[0]} meant?" if near else "viar --help says what they do"
+        got = f"got {name!r}" if name else "got none"
+        raise ValueError(f"expected a command, one of {', '.join(COMMANDS)}, {got}; {way_out}")
+
+
+def overview() -> str:
+    """The help of `viar` itself."""
+    commands = "".join(f"  {name:<15}  {command.summary}\n" for name, command in COMMANDS.items())
+    return f"""\
+usage: viar [-h] [--version] COMMAND ...
+
+Generate images with an implicit transformer (VIAR) or VAR; train, measure and edit.
+
+commands:
+{commands}
+viar COMMAND --help lists the flags of a command, with examples. --json behind a command prints its
+result as one JSON object.
+
+{EXIT_CODES}"""
+
+
+def nobody_reads(error: BaseException) -> bool:
+    """Whether a command ended because who read its output has closed it.
+
+    Other processes have pipes too, so the output itself is asked.
+
+    Args:
+        error: that ended the command.
+    """
+    if isinstance(error, SystemExit):  # what shows tables makes one of it, and puts another output in place
+        return isinstance(error.__context__, BrokenPipeError)
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):  # Windows has none
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def one_line(error: Exception) -> str | None:
@@ -58,84 +124,6 @@ def one_line(error: Exception) -> str | None:
     if "Original Traceback" in text:  # of a process that reads pictures: the error itself is the last line
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return re.sub(r"\s*\n\s*", " ", text.strip()) or type(error).__name__
-
-
-def parsed(app: SubcommandApp) -> Callable[[], None]:
-    """The command that was asked for, with its settings.
-
-    Raises:
-        ValueError: settings that their own check refuses, which the parser would show in a box of several
-            lines, by names of its own.
-        SystemExit: what else the parser ends with, such as help, or a flag that is not there.
-    """
-    held = io.StringIO()
-    try:
-        with redirect_stderr(held):
-            work: Callable[[], None] = app.cli(prog="viar", config=(tyro.conf.CascadeSubcommandArgs,))
-    except SystemExit as ended:
-        text = _refused(ended)
-        if text is None:
-            sys.stderr.write(held.getvalue())
-            raise
-        raise ValueError(text) from ended
-    sys.stderr.write(held.getvalue())
-    return work
-
-
-def _refused(ended: SystemExit) -> str | None:
-    """What the own check of settings said, if that is why the parser ended."""
-    error: BaseException | None = ended
-    while error is not None:
-        if isinstance(error, ValueError) and OF_SETTINGS.match(str(error)):
-            return str(error)
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def by_flags(text: str) -> str:
-    """What settings refuse, behind the flags on the command line that it is about, if it is about some."""
-    if not OF_SETTINGS.match(text):
-        return text
-    words = set(re.findall(r"\w+", text))
-    flags = sorted(flag.replace("_", "-") for flag in given_flags() if flag.rpartition(".")[2] in words)
-    return f"{', '.join(f'--{flag}' for flag in flags)}: {OF_SETTINGS.sub('', text)}" if flags else text
-
-
-def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The same signature and help, but the work is returned: parsing and work are two things then."""
-
-    # The parser reads the docstring of the command itself. It keeps line ends within the text of a flag, and
-    # before a line that begins with no letter.
-    command.__doc__ = re.sub(r"\n(?: {8}(?=\S)|(?=--))", " ", inspect.cleandoc(command.__doc__ or ""))
-
-    @wraps(command)
-    def take(*values: Any, **settings: Any) -> Callable[[], None]:
-        return partial(command, *values, **settings)
-
-    return take
-
-
-def main() -> None:
-    """Entry point: what is wrong with settings, files or data ends with one line and exit code 2.
-
-    A traceback is a fault of this package.
-    """
-    app = SubcommandApp()
-    for name, command in COMMANDS.items():
-        app.command(name=name)(_later(command))
-    try:
-        parsed(app)()
-    except EXPECTED as error:
-        text = one_line(error)
-        if text is None:
-            raise
-        process = f" (process {process_index()})" if process_index() else ""
-        message = f"[red]viar:[/red] {escape(by_flags(text))}{process}"  # brackets in an error are no markup
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("[red]viar:[/red] interrupted")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ..weights import load_shipped
 from .checks import check_run
 from .demo_measures import draw_shipped, measure
 from .demo_tables import print_shipped, print_summary
+from .output import report
 from .stages import BEGUN, Result, Stage, Stages, fingerprint_of_code
 
 MODELS = ("viar", "var")
@@ -49,14 +50,14 @@ MEASUREMENTS = 6  # of held-out pictures while a model trains
 class DemoConfig:
     """Settings of the demo."""
 
-    out: Path = Path("runs/demo")
+    out: Path = Path("runs/demo")  # folder of pictures, models and summary.json
     steps: int = 1500  # of the training of VIAR, and of that of VAR
     per_class: int = 50  # generated images a class and setting
     iterations: tuple[int, ...] = (1, 2, 3, 5, 8)  # points of the knob
-    cfg: float = 1.5
-    top_k: int | None = None
-    top_p: float | None = 0.96
-    seed: int = 0
+    cfg: float = 1.5  # guidance; 0 switches it off
+    top_k: int | None = None  # most likely tokens kept; None keeps all
+    top_p: float | None = 0.96  # probability kept; None keeps all
+    seed: int = 0  # of training and images
 
     def __post_init__(self) -> None:
         """Validate, before minutes of training."""
@@ -80,7 +81,7 @@ def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")] = DemoCon
         config: Settings of the demo.
     """
     check_demo(config.out)
-    run_demo(config, Console())
+    report({"out": config.out, **run_demo(config, Console())})
 
 
 def check_demo(out: Path) -> None:

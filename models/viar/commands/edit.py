@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from torch import Tensor
 
 from ..data import read_mask, read_picture, save_edit, save_picture
 from ..data.decoding import shown
 from ..generation.editing import box_mask, edit
 from ..model.config import check_at_least
+from ..screen import tracked
 from .checks import check_picture, check_sampling
-from .flags import DEFAULTS_OF_EDITING, FlagsOfEditing
+from .flags import DEFAULTS_OF_EDITING, FlagsOfEditing, PartOfPair, without
 from .loading import load_pair
+from .output import report
+
+OneOfTwo = tyro.conf.arg(help_behavior_hint="(one of --box and --mask is required)")
 
 
 def edit_command(
-    model: str | None = None,
-    tokenizer: str | None = None,
+    model: PartOfPair = None,
+    tokenizer: PartOfPair = None,
     *,
     image: Path,
     label: int,
-    box: tuple[float, float, float, float] | None = None,
-    mask: Path | None = None,
+    box: Annotated[tuple[float, float, float, float] | None, OneOfTwo] = None,
+    mask: Annotated[Path | None, OneOfTwo] = None,
     invert: bool = False,
     keep: Literal["features", "codes"] = "features",
-    border: int | None = None,
+    border: Annotated[int | None, without("half a token")] = None,
     num: int = 1,
     out: Path = Path("edited.png"),
     flags: FlagsOfEditing = DEFAULTS_OF_EDITING,
@@ -41,8 +45,8 @@ def edit_command(
     Writes the result, and beside it a strip of the picture, the mask and every result.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
-            --tokenizer the VIAR of handwritten digits that comes with the package.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; not without
+            --tokenizer. A VIAR of handwritten digits comes with the package.
         tokenizer: The same, of its tokenizer.
         image: Picture to edit; one of another size than the model's is resized and its centre cut out.
         label: Class that guides the new part.
@@ -51,7 +55,7 @@ def edit_command(
             opaque in one of a single colour.
         invert: Turn box or mask round, for out-painting.
         keep: Hold the kept part's features and pixels, or its codes alone, as published.
-        border: Pixels over which kept passes into new; default half a token. With features only.
+        border: Pixels over which kept passes into new. With features only.
         num: Results to make; they differ in their random numbers.
         out: PNG to write. Several are numbered: edited-0.png, edited-1.png. The strip is edited-strip.png.
         flags: How to sample.
@@ -89,7 +93,7 @@ def edit_command(
                 border=border,
                 first_index=start,
             ).cpu()
-            for start in track(range(0, num, batch_size), "edit", console=console)
+            for start in tracked(range(0, num, batch_size), "edit", console=console)
         ]
     )
     _save(picture, kept, edited, out, console)
@@ -135,5 +139,6 @@ def _save(picture: Tensor, kept: Tensor, edited: Tensor, out: Path, console: Con
     for name, result in zip(names, edited, strict=True):
         save_picture(result, name)
     save_edit(picture, kept, edited, strip)
+    report({"images": names, "strip": strip})
     text = f"{len(edited)} edited in {shown(out.parent)}, side by side in {shown(strip)}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)

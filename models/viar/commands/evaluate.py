@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -42,10 +41,21 @@ from ..model.schedule import Adaptive
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from ..training import validation_loss
-from .checks import check_classes, check_sampling, refuse_mixtures
-from .flags import DEFAULTS, ExecutionFlags, Flags, SamplingFlags, given_flags, no_prefix
+from .checks import check_classes, check_sampling
+from .flags import (
+    DEFAULTS_OF_MEASURING,
+    ExecutionFlags,
+    FlagsOfMeasuring,
+    PartOfPair,
+    SamplingFlags,
+    given_flags,
+    no_prefix,
+    optional,
+    without,
+)
 from .generate import generate_batches
 from .loading import SHIPPED_DATA, find_device, load_images, load_pair
+from .output import plain, report
 
 JUDGE, INCEPTION = "judge", "inception"
 ARGUMENTS = ("features", "source")  # of functions whose messages begin with the argument, not with a flag
@@ -67,44 +77,46 @@ class ComparisonFlags:
     """What images are compared with, and by what."""
 
     # Source of real images: digits, mnist, emoji, or a folder with a sub-folder a class. A judge is trained
-    # on them, and their held-out ones are measured beside. Default digits; of the models that come with the
-    # package what they learnt from; with --images none.
-    data: str | None = None
-    # File of statistics or images (.npz), folder of pictures, or source of images; default the training
-    # pictures of --data. Pictures of a folder that have another size than the images are cut to theirs.
-    reference: str | None = None
-    sha256: str | None = None  # what the digest of the file --reference begins with; another file is refused
+    # on them, and their held-out ones are measured beside.
+    data: Annotated[
+        str | None,
+        without(f"digits; of the model that comes with the package {SHIPPED_DATA}; with --images none"),
+    ] = None
+    # File of statistics or images (.npz), folder of pictures, or source of images. Pictures of a folder that
+    # have another size than the images are cut to theirs.
+    reference: Annotated[str | None, without("training pictures of --data")] = None
+    # what the digest of the file --reference begins with; another file is refused
+    sha256: Annotated[str | None, optional] = None
     features: str = JUDGE  # judge, inception, or inception:FILE with its weights
-    # Folder where the judge of --data is kept; only with --data where --images are given. By default it is
-    # trained anew; that of mnist comes along.
-    judge: Path | None = None
-    save_statistics: Path | None = None  # file (.npz) to write, for a later --reference
+    # Folder where the judge of --data is kept; only with --data where --images are given.
+    judge: Annotated[Path | None, without("trained anew; that of mnist comes with the package")] = None
+    # file (.npz) to write, for a later --reference
+    save_statistics: Annotated[Path | None, optional] = None
 
 
 def evaluate_command(
-    model: str | None = None,
-    tokenizer: str | None = None,
+    model: PartOfPair = None,
+    tokenizer: PartOfPair = None,
     images: Path | None = None,
     per_class: int = 100,
-    out: Path | None = None,
+    out: Annotated[Path | None, without("printed below the table")] = None,
     comparison: Annotated[ComparisonFlags, no_prefix] = ComparisonFlags(),
-    flags: Flags = DEFAULTS,
+    flags: FlagsOfMeasuring = DEFAULTS_OF_MEASURING,
 ) -> None:
     """Print FID and other figures of a model's images, or of images made before, beside those of real ones.
 
     Args:
-        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; without it and
-            --tokenizer the VIAR of handwritten digits that comes with the package.
+        model: Folder, hub id or published checkpoint (.pth, .safetensors) of a VAR or VIAR; not without
+            --tokenizer. A VIAR of handwritten digits comes with the package.
         tokenizer: The same, of its tokenizer.
         images: In place of a model: a folder of pictures, such as viar generate --num writes, or an .npz. All
             pictures of a folder are cut to the size of the first.
         per_class: Images generated of each class.
-        out: File for all figures, as JSON; default they are printed below the table.
+        out: File for all figures, as JSON.
         comparison: What to compare with.
         flags: How to sample; with --images only --device has a use, and the others are refused.
     """
     check_at_least("viar evaluate", 1, per_class=per_class)
-    refuse_mixtures(flags.settings)
     _check_given((model, tokenizer), images, comparison)
     _check_outputs(out, comparison)
     console = Console()
@@ -113,10 +125,12 @@ def evaluate_command(
     else:
         result, evaluation = _evaluate_pictures(images, comparison, flags, console)
     result |= {"settings": vars(comparison), **asdict(evaluation), "ratios": evaluation.ratios()}
-    result = _plain(result)
+    result = plain(result)
     console.print(_table(evaluation))
+    is_told = report(result)
     if out is None:
-        console.print_json(json.dumps(result, allow_nan=False))
+        if not is_told:
+            console.print_json(json.dumps(result, allow_nan=False))
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as written:
@@ -141,7 +155,9 @@ def _evaluate_model(
     reference, measures = _reference(source, codec.config.image_side, comparison, flags, console)
     labels = balanced_labels(source.num_classes, per_class)
     images = generate_batches(transformer, codec, labels, flags, console)
-    evaluation = evaluate_images(images, labels, reference)
+    evaluation = evaluate_images(_then_told(images, console), labels, reference)
+    with console.status("loss of held-out pictures"):
+        loss = _loss(transformer, codec, source, flags.sampling)
     told = {
         "model": pair[0] or f"shipped {SHIPPED_DATA}",
         "tokenizer": pair[1] or f"shipped {SHIPPED_DATA}",
@@ -149,9 +165,15 @@ def _evaluate_model(
         "per_class": per_class,
         "dtype": str(transformer.trunk.weight_type).removeprefix("torch."),
         "sampling": _settings(transformer, flags.sampling),
-        "validation_loss": _loss(transformer, codec, source, flags.sampling),
+        "validation_loss": loss,
     }
     return {**told, **_consistency(evaluation), **measures}, evaluation
+
+
+def _then_told(images: Iterator[Tensor], console: Console) -> Iterator[Tensor]:
+    """The images, and a line when there are no more: figures of many take a while."""
+    yield from images
+    console.print("measuring the images")
 
 
 def _settings(model: NextScaleTransformer, sampling: Sampling) -> dict[str, Any]:
@@ -183,7 +205,8 @@ def _evaluate_pictures(
             f"{int(labels.max())}; give the images that the model was trained on"
         )
     reference, measures = _reference(source, side, comparison, flags, console)
-    evaluation = evaluate_images(_batches(pictures), labels, reference)
+    with console.status("measuring the images"):
+        evaluation = evaluate_images(_batches(pictures), labels, reference)
     return {"images": str(images), "data": name, **_consistency(evaluation), **measures}, evaluation
 
 
@@ -205,7 +228,8 @@ def _reference(
     told: dict[str, Any] = {}
     if source is not None:
         judge = judge_of(source, cache=comparison.judge, console=console).to(device)
-        told["classifier_held_out_accuracy"] = accuracy(judge, source.validation)
+        with console.status("the judge looks at held-out pictures"):
+            told["classifier_held_out_accuracy"] = accuracy(judge, source.validation)
     if comparison.features == JUDGE:
         assert judge is not None
         network = judge_network(judge)
@@ -213,15 +237,18 @@ def _reference(
         with of_flag("--features"):
             weights = comparison.features.partition(":")[2]
             network = inception_network(Path(weights) if weights else None, device)
-    if comparison.reference is None:
-        assert source is not None
-        assert judge is not None
-        reference = data_reference(source, judge, network)
-    else:
-        with of_flag("--reference"):
-            reference = read_reference(comparison.reference, network, image_side, sha256=comparison.sha256)
-        if source is not None and judge is not None:
-            reference = with_held_out(reference, source, judge)
+    with console.status("features of what is compared with"):
+        if comparison.reference is None:
+            assert source is not None
+            assert judge is not None
+            reference = data_reference(source, judge, network)
+        else:
+            with of_flag("--reference"):
+                reference = read_reference(
+                    comparison.reference, network, image_side, sha256=comparison.sha256
+                )
+            if source is not None and judge is not None:
+                reference = with_held_out(reference, source, judge)
     if comparison.save_statistics is not None:
         comparison.save_statistics.parent.mkdir(parents=True, exist_ok=True)
         save_reference(reference, comparison.save_statistics)
@@ -334,14 +361,3 @@ def of_flag(flag: str) -> Iterator[None]:
         if owner == "sha256":
             raise ValueError(f"--{error}") from error
         raise ValueError(f"{flag}: {text if owner in ARGUMENTS else error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has: names in place of paths, and `None` of what is no finite number."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -14,6 +14,16 @@ from ..model.config import check_at_least
 from ..model.schedule import Adaptive, Budget, Iterations
 
 no_prefix = tyro.conf.arg(name="")  # --cfg, not --sampling.cfg
+optional = tyro.conf.arg(help_behavior_hint="(optional)")  # in the help, in place of "(default: None)"
+
+
+def without(text: str) -> Any:
+    """For a flag whose `None` or `()` stands for something: what the help says of it.
+
+    Args:
+        text: what happens without the flag.
+    """
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
 
 
 def given_flags() -> set[str]:
@@ -36,13 +46,19 @@ def check_not_empty(**values: Sequence[Any]) -> None:
             )
 
 
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"] | None, without("as saved")]
+PartOfPair = Annotated[
+    str | None, without("the one that comes with the package")
+]  # of --model and --tokenizer
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExecutionFlags:
     """What the work is done with; it decides time and memory."""
 
     batch_size: int = 100  # images generated at a time; changes memory, not the images (but see --num)
     device: str = "auto"  # cpu, cuda, or cuda:1; auto is cuda where there is one
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the blocks' weights; default as saved
+    dtype: Dtype = None  # of the blocks' weights
     compile: bool = False  # compile the blocks: minutes at the first batch, for many on a GPU
     graphs: bool = False  # replay CUDA graphs: the first batch takes three times as long; for many on a GPU
 
@@ -66,9 +82,12 @@ class SamplingFlags:
     there are three flags.
     """
 
-    iterations: tuple[int, ...] = ()  # one for all scales, two for first and last, or one a scale
-    adaptive: float | None = None  # instead: iterate until the relative residual is below this
-    budget: int | None = None  # instead: evaluations in all, falling from the first scale to the last
+    # one for all scales, two for first and last, or one a scale
+    iterations: Annotated[tuple[int, ...], without("as the model says")] = ()
+    # instead: iterate until the relative residual is below this
+    adaptive: Annotated[float | None, optional] = None
+    # instead: evaluations in all, falling from the first scale to the last
+    budget: Annotated[int | None, optional] = None
     settings: Annotated[_Settings, no_prefix] = field(default_factory=_Settings)
     execution: Annotated[ExecutionFlags, no_prefix] = ExecutionFlags()
 
@@ -111,7 +130,44 @@ class EditingFlags(SamplingFlags):
     execution: Annotated[_EagerExecution, no_prefix] = _EagerExecution()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _SettingsOfSamples(_Settings):
+    __doc__ = Sampling.__doc__
+
+    # mixtures of codes are no samples of the model, so metrics are not for them
+    more_smooth: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuringFlags(SamplingFlags):
+    """How to sample what is measured."""
+
+    settings: Annotated[_SettingsOfSamples, no_prefix] = field(default_factory=_SettingsOfSamples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PublishedSettings(_SettingsOfSamples):
+    __doc__ = Sampling.__doc__
+
+    cache: Annotated[Literal["equilibrium", "iterate"], without("iterate; of a VAR equilibrium")] = (
+        "equilibrium"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFlags(MeasuringFlags):
+    """How to sample as published, where a flag does not say otherwise."""
+
+    # one for all scales, two for first and last, or one a scale
+    iterations: Annotated[tuple[int, ...], without("10; a VAR has none")] = ()
+    settings: Annotated[_PublishedSettings, no_prefix] = field(default_factory=_PublishedSettings)
+
+
 Flags = Annotated[SamplingFlags, no_prefix]
 FlagsOfEditing = Annotated[EditingFlags, no_prefix]
+FlagsOfMeasuring = Annotated[MeasuringFlags, no_prefix]
+FlagsAsPublished = Annotated[PublishedFlags, no_prefix]
 DEFAULTS = SamplingFlags()
 DEFAULTS_OF_EDITING = EditingFlags()
+DEFAULTS_OF_MEASURING = MeasuringFlags()
+DEFAULTS_AS_PUBLISHED = PublishedFlags()

@@ -106,12 +106,11 @@ def load_model(kind: type[Model], source: str, flag: str) -> Model:
         raise ValueError(
             f"{flag}: {shown(source)} is a part of a model; give its folder, {shown(path.parent)}"
         )
+    if not path.is_file():
+        _say_where(source, flag)
     try:
-        if path.is_file():
-            loaded: NextScaleTransformer | Tokenizer = load_official(source)
-        else:
-            _say_where(source, flag)
-            loaded = kind.from_pretrained(source)
+        with Console(quiet=process_index() > 0).status(f"reading {escape(shown(source))}"):
+            loaded = load_official(source) if path.is_file() else kind.from_pretrained(source)
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag}: {error}") from error
     if not isinstance(loaded, kind):
@@ -209,7 +208,8 @@ def load_images(
     if as_they_are:
         augmentations = ()
     try:
-        data = load_data(source, image_side, augment=augment, augmentations=augmentations)
+        with console.status(f"looking at {escape(shown(source))}"):
+            data = load_data(source, image_side, augment=augment, augmentations=augmentations)
     except (ValueError, PermissionError) as error:
         owner, _, text = str(error).partition(": ")
         flag = f"--{owner}" if owner in ("augment", "augmentations") else "--data"

@@ -34,29 +34,43 @@ from ..generation.settings import Sampling
 from ..model.config import ExplicitTrunkConfig, check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..training.recipes import TOKENIZERS, TRANSFORMERS
-from .checks import check_sampling, check_series, refuse_mixtures
+from .checks import check_sampling, check_series
 from .evaluate import TITLES, of_flag
-from .flags import DEFAULTS, Flags, SamplingFlags, check_not_empty, given_flags
+from .flags import (
+    DEFAULTS_AS_PUBLISHED,
+    FlagsAsPublished,
+    PublishedFlags,
+    check_not_empty,
+    given_flags,
+    without,
+)
 from .loading import find_device, load_pair, process_index
+from .output import report
 from .stand_ins import stand_in_checkpoints, stand_in_network, stand_in_reference
 
 NUM_DRY = 4  # images of a dry run: as many as precision and recall need
 RECORD = "figures.json"
 NAMES = ("fid", "sfid", "inception_score", "precision", "recall", "kid")  # of the table's rows
+Published = Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required but with --dry-run)")]
+Num = Annotated[
+    int | None,
+    tyro.conf.arg(aliases=["--num-images"]),
+    without(f"the published {NUM_IMAGES}; with --dry-run {NUM_DRY}"),
+]
 MEANINGLESS = "DRY RUN: weights and reference are random, so the figures mean nothing"
 
 
 def reproduce_command(
-    model: Path | None = None,
-    tokenizer: Path | None = None,
-    reference: Path | None = None,
-    inception: Path | None = None,
+    model: Published = None,
+    tokenizer: Published = None,
+    reference: Published = None,
+    inception: Annotated[Path | None, without("where torch-fidelity keeps what it downloads")] = None,
     out: Path = Path("reproduction"),
-    num: Annotated[int | None, tyro.conf.arg(aliases=["--num-images"])] = None,
+    num: Num = None,
     sha256: tuple[str, ...] = (),
     dry_run: bool = False,
     shape: Literal["viar", "var-d16", "var-d20", "var-d24", "var-d30"] = "viar",
-    flags: Flags = DEFAULTS,
+    flags: FlagsAsPublished = DEFAULTS_AS_PUBLISHED,
 ) -> None:
     """Repeat the published evaluation on ImageNet at 256 pixels: sample images, print FID, sFID and others.
 
@@ -68,17 +82,16 @@ def reproduce_command(
         model: viar.pth or var_d16.pth to var_d30.pth, as published.
         tokenizer: vae_ch160v4096z32.pth.
         reference: VIRTUAL_imagenet256_labeled.npz, of ADM.
-        inception: Weights of Inception; default where torch-fidelity keeps what it downloads.
+        inception: Weights of Inception.
         out: Folder of the images, in images/, and of figures.json.
-        num: Images, default the published 50,000; a larger number goes on with the same images. torchrun
-            needs it spelled out, --num-images.
+        num: Images; a larger number goes on with the same images. torchrun needs it spelled out,
+            --num-images.
         sha256: Digests that some of the files must have; not with --dry-run, which makes its own.
         dry_run: Take random weights and a made-up reference, and go through all of it with 4 images.
         shape: Of the random weights of --dry-run; var-d16 is the smallest.
         flags: How to sample.
     """
     check_not_empty(sha256=sha256)
-    refuse_mixtures(flags.settings)
     files = _files(model, tokenizer, reference, sha256, dry_run)
     num = (NUM_DRY if dry_run else NUM_IMAGES) if num is None else num
     check_at_least("viar reproduce", NUM_DRY, num=num)
@@ -87,11 +100,9 @@ def reproduce_command(
     network = _network(inception, find_device(flags.execution.device), dry_run, console)
     if dry_run:
         _warn(console, MEANINGLESS)
-        config, codec_config = TRANSFORMERS[f"imagenet256-{shape}"].model, TOKENIZERS["imagenet256"].model
-        paths = stand_in_checkpoints(out / "stand-ins" / shape, config, codec_config)
-        files = dict(zip(("--model", "--tokenizer"), paths, strict=True))
-        flags = _small(flags, num)
-    digests = checked_digests(files, sha256)
+        files, flags = _made_up(out / "stand-ins" / shape, shape, console), _small(flags, num)
+    with console.status("digests of the files"):
+        digests = checked_digests(files, sha256)
     transformer, codec = load_pair(str(files["--model"]), str(files["--tokenizer"]), flags.execution)
     sampling = as_published(flags.sampling, transformer)
     check_sampling(transformer, sampling, ())
@@ -120,6 +131,7 @@ def reproduce_command(
     figures = _figures(out / RECORD, told, series.archive, files["--reference"], network, console)
     published = {} if dry_run or num != NUM_IMAGES else published_figures(transformer, sampling)
     console.print(_table(figures, published))
+    report({**told, "figures": figures, "published": published, "images": series.archive})
     images, record = shown(series.archive), shown(out / RECORD)
     _say(console, f"images in {images}, for ADM's own evaluator too; figures in {record}")
     if dry_run:
@@ -200,7 +212,15 @@ def _network(weights: Path | None, device: torch.device, dry_run: bool, console:
         return stand_in_network()
 
 
-def _small(flags: SamplingFlags, num: int) -> SamplingFlags:
+def _made_up(folder: Path, shape: str, console: Console) -> dict[str, Path]:
+    """Checkpoints of a dry run, by the flags that name them otherwise."""
+    config, codec_config = TRANSFORMERS[f"imagenet256-{shape}"].model, TOKENIZERS["imagenet256"].model
+    with console.status("random weights"):
+        paths = stand_in_checkpoints(folder, config, codec_config)
+    return dict(zip(("--model", "--tokenizer"), paths, strict=True))
+
+
+def _small(flags: PublishedFlags, num: int) -> PublishedFlags:
     """Weights in bfloat16 unless a flag says otherwise, and no more images in a batch than there are."""
     execution = flags.execution
     batch_size = min(execution.batch_size, num)
@@ -229,8 +249,9 @@ def _figures(
             return figures
     _say(console, f"figures by {network.name}")
     pictures = find_pictures(archive)
-    real = read_reference(str(reference), network, pictures.image_side)
-    figures = asdict(real.quality(real.see(pictures.batches())))
+    with console.status("measuring"):
+        real = read_reference(str(reference), network, pictures.image_side)
+        figures = asdict(real.quality(real.see(pictures.batches())))
     with replacing(record) as file:
         file.write(json.dumps({**told, "figures": figures}, indent=1).encode())
     return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +15,9 @@ from ..files import check_writable
 from ..tokenizer import Tokenizer
 from ..training.settings import describe_data
 from .checks import check_beside_data
+from .flags import without
 from .loading import find_device, load_images, load_model, num_processes, process_index
+from .output import report
 
 
 def tokenize_command(
@@ -23,7 +26,9 @@ def tokenize_command(
     out: Path,
     crops: int = 1,
     augment: int = 0,
-    augmentations: tuple[str, ...] | None = None,
+    augmentations: Annotated[
+        tuple[str, ...] | None, without("crop of folders and the hub, else none")
+    ] = None,
     seed: int = 0,
     shard_size: int = 8192,
     batch_size: int = 64,
@@ -42,10 +47,9 @@ def tokenize_command(
         out: Folder of the tokens.
         crops: Rows of each training image, each cut or changed anew as --augmentations say.
         augment: Of digits, mnist and emoji: changed versions added of each training image.
-        augmentations: What changes training images: rotate, shear, scale, shift, crop, flip. Of folders and
-            the hub crop is the default.
+        augmentations: What changes training images: rotate, shear, scale, shift, crop, flip.
         seed: Of crops and augmentations.
-        shard_size: Images in a file.
+        shard_size: Rows of tokens in a file.
         batch_size: Images encoded at a time.
         processes: That share the work, about one a core, or one a GPU. The files are the same.
         device: cpu, cuda, or cuda:1; auto is cuda where there is one.
@@ -57,7 +61,7 @@ def tokenize_command(
     codec = load_model(Tokenizer, tokenizer, "--tokenizer").to(where)
     side = codec.config.image_side
     images = load_images(data, side, console, augment=augment, augmentations=augmentations)
-    report = write_shards(
+    made = write_shards(
         codec,
         images,
         out,
@@ -73,10 +77,13 @@ def tokenize_command(
     )
     if process_index():
         return
-    train, validation = report.rows
+    train, validation = made.rows
+    result = {"out": out, "rows": {"train": train, "validation": validation}}
+    if report({**result, "files_made": made.made, "files_found": made.found}):
+        return
     rows = f"{train} rows of tokens to train on and {validation} held out in {shown(out)}"
     whose = f" by the first of {num_processes()} processes" if num_processes() > 1 else ""
-    files = f"{report.made} files made now{whose}, {report.found} were there"
+    files = f"{made.made} files made now{whose}, {made.found} were there"
     console.print(escape(f"{rows};\n{files}"), soft_wrap=True, highlight=False)
 
 

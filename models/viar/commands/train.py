@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -36,6 +36,9 @@ from ..training import (
     train_transformer,
 )
 from ..training.dry_run import (
+    Build,
+    Make,
+    Train,
     deepest_and_mean,
     made_up_tokenizer,
     random_images,
@@ -43,8 +46,9 @@ from ..training.dry_run import (
     two_steps,
 )
 from .checks import check_beside_data, check_run
-from .flags import given_flags
+from .flags import given_flags, optional
 from .loading import load_images, load_model, process_index
+from .output import report
 from .perceptual import load_perceptual
 
 Config = TypeVar("Config", TransformerConfig, TokenizerConfig)
@@ -75,18 +79,20 @@ TransformerChoice = Annotated[
     tyro.conf.arg(name="", constructor=_recipes(TRANSFORMERS)),
     tyro.conf.AvoidSubcommands,  # the recipe decides the kind of trunk
 ]
-From = Annotated[str | None, tyro.conf.arg(name="from")]
+NeededToTrain = tyro.conf.arg(help_behavior_hint="(required but with --dry-run)")
+Out = Annotated[Path | None, NeededToTrain]
+From = Annotated[str | None, tyro.conf.arg(name="from"), optional]
 CLASSES_NAMED = 20  # in a line of text
 
 
 def train_tokenizer_command(
-    recipe: TokenizerChoice, out: Path | None = None, from_: From = None, dry_run: bool = False
+    recipe: TokenizerChoice, out: Out = None, from_: From = None, dry_run: bool = False
 ) -> None:
     """Train a tokenizer, starting from a recipe whose every setting is a flag.
 
     Args:
         recipe: Where to start from.
-        out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
+        out: Folder of the run. An interrupted run goes on.
         from_: Start from the weights of a trained tokenizer: a folder, a hub id or a published checkpoint.
             Its settings are kept; --model.sides may be others.
         dry_run: Only tell parameters, memory and time, from two steps on pictures that are made up.
@@ -107,8 +113,7 @@ def train_tokenizer_command(
     )
     if dry_run:
         build, make = partial(Tokenizer, config), random_images(config.image_side)
-        told = two_steps([build], partial(train, console=Console(quiet=True)), make, recipe.train)
-        _say_first(console, told.lines())
+        _dry_run(console, [build], partial(train, console=Console(quiet=True)), make, recipe.train)
         return
     _say(console, _never_adversarial(recipe))
     batch_size = recipe.train.batch_size
@@ -135,7 +140,7 @@ def train_tokenizer_command(
         origin=_origin(from_, trained),
         console=console,
     )
-    console.print_json(json.dumps(metrics))
+    _tell(console, out, metrics)
 
 
 def _check_no_inert_flags(recipe: TokenizerRecipe) -> None:
@@ -162,8 +167,8 @@ def _never_adversarial(recipe: TokenizerRecipe) -> list[str]:
 
 def train_command(
     recipe: TransformerChoice,
-    tokenizer: str | None = None,
-    out: Path | None = None,
+    tokenizer: Annotated[str | None, NeededToTrain] = None,
+    out: Out = None,
     from_: From = None,
     dry_run: bool = False,
 ) -> None:
@@ -174,8 +179,8 @@ def train_command(
 
     Args:
         recipe: Where to start from; every setting is a flag.
-        tokenizer: Folder, hub id or published checkpoint of the tokenizer; needed but for --dry-run.
-        out: Folder of the run, needed but for --dry-run. An interrupted run goes on.
+        tokenizer: Folder, hub id or published checkpoint of the tokenizer.
+        out: Folder of the run. An interrupted run goes on.
         from_: Start from the weights of a trained model: a folder, a hub id or a published checkpoint. Its
             settings are kept; classes are those of the images, and sides those of the tokenizer.
         dry_run: Only tell parameters, memory and time, from two steps on tokens that are made up.
@@ -193,7 +198,7 @@ def train_command(
     if dry_run:
         builds = [partial(NextScaleTransformer, some) for some in deepest_and_mean(config)]
         train = partial(_fit_to_tokens, codec)
-        _say_first(console, two_steps(builds, train, random_tokens(config), recipe.train).lines())
+        _dry_run(console, builds, train, random_tokens(config), recipe.train)
         return
     data, held_out, num_classes, class_names = _images_or_tokens(recipe, codec.config.image_side, console)
     config = _with_classes_of(recipe.data, num_classes, config, owner, console)
@@ -214,7 +219,7 @@ def train_command(
         origin=_origin(from_, trained),
         console=console,
     )
-    console.print_json(json.dumps(metrics))
+    _tell(console, out, metrics)
 
 
 def _checked_out(out: Path | None, recipe: TokenizerRecipe | TransformerRecipe, dry_run: bool) -> Path:
@@ -367,7 +372,17 @@ def _say(console: Console, lines: list[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _say_first(console: Console, lines: list[str]) -> None:
-    """The first of several processes does."""
-    if not process_index():
-        _say(console, lines)
+def _tell(console: Console, out: Path, metrics: Mapping[str, float]) -> None:
+    """How a run ended."""
+    if not report({"out": out, **metrics}):
+        console.print_json(json.dumps(metrics))
+
+
+def _dry_run(
+    console: Console, builds: Sequence[Build], train: Train, make: Make, config: TrainConfig
+) -> None:
+    """Take two steps, and tell what they took; the first of several processes does."""
+    with console.status("two steps"):
+        told = two_steps(builds, train, make, config)
+    if not report(asdict(told)) and not process_index():
+        _say(console, told.lines())

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from ..files import replacing
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
+from ..screen import tracked
 from ..seeds import LARGEST_SEED
 from ..tokenizer import Tokenizer
 from .augment import SLIGHT
@@ -109,7 +109,7 @@ def write_shards(
     work = _Work(tokenizer, data, folder, settings)
     processes = min(processes, len(missing))
     made = _made_apart(work, missing, processes) if processes > 1 else work.make(missing)
-    for _ in track(made, "tokenize", len(missing), console=console, disable=not missing):
+    for _ in tracked(made, "tokenize", total=len(missing), console=console):
         pass
     _tidy(folder, {name for _, name, _ in own} | ({SETTINGS} if rank == 0 else set()))
     rows = settings.rows("train"), settings.rows("validation")

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, EndlessBatches
+from ..screen import tracked
 from ..training.optim import build_optimizer, lr_factor
 
 NUM_FEATURES = 64
@@ -166,7 +166,7 @@ def train_classifier(
     batches = iter(EndlessBatches(len(data), batch_size, seed=seed))
     device = next(classifier.parameters()).device
     classifier.train()
-    for step in track(range(steps), "classifier", console=console):
+    for step in tracked(range(steps), "classifier", console=console):
         images, labels = data.__getitems__(next(batches))
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(step / steps)

@@ -32,6 +32,8 @@ class Sampling:
         top_k: most likely tokens kept
         top_p: probability kept
         more_smooth: mixtures of codes instead of single ones; smoother pictures, not for metrics
+        seed: of all that is drawn at random
+        cache: of keys and values: at the fixed point, or one set an iteration, as published
 
     Raises:
         ValueError: a setting out of range; `seed` below 0; `cache` neither "equilibrium" nor "iterate".

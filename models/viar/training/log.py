@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..files import replacing
+from ..screen import is_watched
 
 LOG_EVERY = 10  # steps; the first one is logged too
 LINE_EVERY = 30.0  # seconds between two lines where no bar can be drawn, as in a file
@@ -75,7 +76,7 @@ class RunLog:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[shown]}"),
             console=self.console,
-            disable=not (is_main and self.console.is_terminal),
+            disable=not (is_main and is_watched(self.console)),
         )
         self._task = self._bar.add_task(name, total=1.0, shown="")
 

@@ -51,8 +51,8 @@ class TransformerRecipe:
     # Images: digits, mnist, emoji, hub:NAME, or a folder with a sub-folder a class; or what viar tokenize
     # wrote
     data: str
-    model: TransformerConfig
-    train: TrainConfig
+    model: TransformerConfig  # sizes and trunk
+    train: TrainConfig  # steps, batches, optimiser
     augment: int = 0  # changed versions added of each training image of a source that is held in memory
     # What training images go through, see `viar.data.load_data`; None is what the source does by itself.
     augmentations: tuple[str, ...] | None = None

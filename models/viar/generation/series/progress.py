@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...screen import is_watched
 from .folder import SeriesFolder
 
 LOOK_EVERY = 0.5  # seconds between two counts of the files
@@ -30,7 +31,7 @@ class SeriesProgress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not shown,
+            disable=not (shown and is_watched(console)),
         )
 
     def __enter__(self) -> SeriesProgress:
