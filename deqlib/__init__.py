@@ -4,6 +4,9 @@
 differentiate through it, `Stopping` says when it is good enough, `Solution` what was found.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import loops as loops
 from . import nn as nn  # not in __all__: a star import must not hide torch.nn
 from . import regularizers as regularizers
@@ -21,7 +24,6 @@ from .backward import (
     Unroll,
 )
 from .depths import DepthDistribution, Geometric, LogNormalPoisson, Poisson, Uniform
-from .diagnostics import Diagnosis, ablate, diagnose
 from .fixed_point import fixed_point
 from .layer import ImplicitLayer
 from .loops import (
@@ -55,6 +57,10 @@ from .solvers import (
 )
 from .steps import Step
 from .stopping import Stopping
+
+if TYPE_CHECKING:
+    from . import diagnostics as diagnostics
+    from .diagnostics import Diagnosis, ablate, diagnose
 
 __version__ = "0.2.0"
 
@@ -114,3 +120,18 @@ __all__ = [
     "record",
     "solve_stream",
 ]
+
+# Imported when asked for: a program that trains or serves a layer need not wait for what looks into one.
+_ON_DEMAND = ("Diagnosis", "ablate", "diagnose", "diagnostics")
+
+if not TYPE_CHECKING:  # to a type checker a module with a `__getattr__` has every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _ON_DEMAND:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        diagnostics = import_module(".diagnostics", __name__)
+        return diagnostics if name == "diagnostics" else getattr(diagnostics, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

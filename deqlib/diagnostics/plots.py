@@ -82,8 +82,7 @@ def _new_figure(owner: str, *texts: float) -> tuple[Figure, list[list[Any]]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"{owner}: needs matplotlib, which is not installed; pip install matplotlib, or the extra "
-            "deqlib[viar]"
+            f"{owner}: needs the package matplotlib ({error}); pip install 'deqlib[plot]'"
         ) from error
     heights = [max(_PANEL[1], text + 0.4) for text in texts]
     # Beside the panels there is room for a column of names a row, of lines as long as `_NAME`.

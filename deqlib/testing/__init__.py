@@ -2,7 +2,8 @@
 
 `deqlib.testing.strategies` (needs hypothesis) draws problems and states at random. `SolverConformance`
 (needs pytest and hypothesis) and `CellConformance` (needs pytest) are test suites that a solver and the
-cell of a layer can inherit; what they need is imported when they are asked for.
+cell of a layer can inherit; what they need is imported when they are asked for, and the extra `testing`
+brings it.
 """
 
 from __future__ import annotations
@@ -55,9 +56,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUITES:
+    if name not in _SUITES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         return getattr(import_module(f".{_SUITES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"deqlib.testing.{name} needs the packages pytest and hypothesis ({error}); "
+            "pip install 'deqlib[testing]'"
+        ) from error
 
 
 def __dir__() -> list[str]:

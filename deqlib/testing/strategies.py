@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from .._torch import tree_leaves, tree_map
 from .problems import Problem, linear, mixed_difficulty, mlp, tanh_rnn
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"deqlib.testing.strategies needs the package hypothesis ({error}); pip install 'deqlib[testing]'"
+    ) from error
 
 _FULL = (torch.float32, torch.float64)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

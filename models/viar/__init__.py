@@ -7,22 +7,28 @@ checkpoints, `load_shipped` what comes with the package.
 
 from deqlib import EquilibriumCache
 
-from .checkpoints.convert import export_official, load_official
-from .generation.editing import box_mask, edit
-from .generation.inference import prepare_inference
-from .generation.report import GenerationReport, ScaleReport
-from .generation.sampling import generate, sample_tokens
-from .generation.scalewise import Sample
-from .generation.series.series import SeriesReport, generate_series
-from .generation.settings import Sampling
-from .model.cache import IterateCache
-from .model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
-from .model.implicit import ImplicitTrunk
-from .model.schedule import Adaptive, Budget
-from .model.transformer import NextScaleTransformer
-from .model.trunk import ExplicitTrunk
-from .tokenizer import Tokenizer
-from .weights import load_shipped
+try:
+    from .checkpoints.convert import export_official, load_official
+    from .generation.editing import box_mask, edit
+    from .generation.inference import prepare_inference
+    from .generation.report import GenerationReport, ScaleReport
+    from .generation.sampling import generate, sample_tokens
+    from .generation.scalewise import Sample
+    from .generation.series.series import SeriesReport, generate_series
+    from .generation.settings import Sampling
+    from .model.cache import IterateCache
+    from .model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
+    from .model.implicit import ImplicitTrunk
+    from .model.schedule import Adaptive, Budget
+    from .model.transformer import NextScaleTransformer
+    from .model.trunk import ExplicitTrunk
+    from .tokenizer import Tokenizer
+    from .weights import load_shipped
+except ModuleNotFoundError as error:
+    # The files come with deqlib, what they need does not.
+    raise ModuleNotFoundError(
+        f"viar needs more packages than deqlib does ({error}); pip install 'deqlib[viar]'", name=error.name
+    ) from error
 
 __all__ = [
     "Adaptive",

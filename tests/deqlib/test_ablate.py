@@ -498,5 +498,5 @@ def test_without_matplotlib_the_plot_says_what_to_install(
     usual: Ablation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"Ablation\.plot: .*pip install matplotlib.*deqlib\[viar\]"):
+    with pytest.raises(ImportError, match=r"Ablation\.plot: .*matplotlib.*pip install 'deqlib\[plot\]'"):
         usual.plot()

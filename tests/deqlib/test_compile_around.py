@@ -283,10 +283,12 @@ def test_a_whole_step_compiles_no_more_than_its_parts(mode: str) -> None:
 
 @by_mode
 def test_compiled_autograd_gives_the_same(mode: str) -> None:
-    expected = training(lambda step: step, backward=MODES[mode])
+    # The graph of a backward pass holds every step: a rough solve has as many kinds of them, and fewer.
+    settings = {"backward": MODES[mode], "stopping": Stopping(rtol=1e-2)}
+    expected = training(lambda step: step, **settings)
     torch.compiler.reset()
     with torch._dynamo.config.patch(compiled_autograd=True):
-        found = training(lambda step: torch.compile(step, backend="eager"), backward=MODES[mode])
+        found = training(lambda step: torch.compile(step, backend="eager"), **settings)
     torch.testing.assert_close(found, expected)
 
 

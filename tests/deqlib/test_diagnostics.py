@@ -762,7 +762,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(
     healthy: Diagnosis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib.*deqlib\[viar\]"):
+    with pytest.raises(ImportError, match=r"matplotlib.*pip install 'deqlib\[plot\]'"):
         healthy.plot()
 
 

@@ -158,5 +158,8 @@ def test_the_library_does_not_need_the_test_tools(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     fresh = importlib.import_module("deqlib.testing")
     assert fresh.two_cycle is not two_cycle  # imported anew
-    with pytest.raises(ImportError, match="hypothesis"):
+    told = r"hypothesis.*pip install 'deqlib\[testing\]'"
+    with pytest.raises(ImportError, match=told):
         importlib.import_module("deqlib.testing.strategies")
+    with pytest.raises(ImportError, match=f"SolverConformance needs .*{told}"):
+        _ = fresh.SolverConformance

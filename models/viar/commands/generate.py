@@ -107,7 +107,7 @@ def generate_batches(
     def make(part: range) -> Tensor:
         chunk, first = labels[part.start : part.stop], part.start
         if tell is None:
-            images = generate(model, tokenizer, chunk, first_index=first, **settings)
+            images: Tensor = generate(model, tokenizer, chunk, first_index=first, **settings)
         else:
             made = generate(model, tokenizer, chunk, first_index=first, return_report=True, **settings)
             images, took = made

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ..files import replacing
 
 VIAR_COLOR, VAR_COLOR = "#1f6f8b", "#d1495b"
@@ -20,7 +18,16 @@ def draw_knob(points: Sequence[dict[str, Any]], path: Path) -> None:
         points: rows with model ("viar" or "var"), iterations (None for VAR), fid, class_consistency,
             validation_loss and images_per_second.
         path: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"the picture of the knob needs the package matplotlib ({error}); pip install 'deqlib[viar]'"
+        ) from error
     viar = [p for p in points if p["model"] == "viar"]
     (var,) = (p for p in points if p["model"] == "var")
     counts = [p["iterations"] for p in viar]

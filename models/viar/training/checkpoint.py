@@ -13,18 +13,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.distributed.checkpoint.stateful import Stateful
 
 from ..files import file_digest, flush
 from ..seeds import LARGEST_SEED, seed_at
 from .earlier import is_earlier, read_earlier
 from .processes import from_main, to_main
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful  # takes a second to import
 
 FILE, DIGEST = "state.pt", "state.sha256"  # in the folder of a state
 

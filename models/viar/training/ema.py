@@ -14,9 +14,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .processes import gathered
+from .processes import gathered, is_shared, placed_like
 
 
 class AveragedWeights:
@@ -81,11 +80,11 @@ class AveragedWeights:
             raise ValueError("the averaged weights are those of another model")
         for name, average in self._average.items():
             saved = state[name].to(average.device)
-            if isinstance(average, DTensor):
-                saved = distribute_tensor(saved, average.device_mesh, average.placements)
+            if is_shared(average):
+                saved = placed_like(saved, average)
             average.copy_(saved)
 
 
 def _own(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in place."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor

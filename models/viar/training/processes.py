@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_shared(value: object) -> TypeGuard[DTensor]:
+    """Whether it is a tensor that processes have shares of.
+
+    What makes such tensors has imported their class, which takes a second that most runs can do without.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
+def placed_like(tensor: Tensor, like: DTensor) -> Tensor:
+    """A tensor that every process has, in shares like those of another; all processes call it together."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor, of which each process may have a share; all processes call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
 def to_main(values: Any, *, is_main: bool) -> Any:
@@ -25,7 +44,7 @@ def to_main(values: Any, *, is_main: bool) -> Any:
         values: of this process.
         is_main: whether this is the main process.
     """
-    if isinstance(values, DTensor):
+    if is_shared(values):
         whole = gathered(values)
         return whole.cpu() if is_main else None
     if isinstance(values, Mapping):
@@ -75,8 +94,8 @@ def _filled(plan: Any, values: Any, like: Any, device: torch.device) -> Any:
     if not isinstance(plan, Tensor):
         return plan
     tensor = torch.empty_like(plan, device=device) if values is None else values.to(device).contiguous()
-    if isinstance(like, DTensor) and like.shape == tensor.shape:
-        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    if is_shared(like) and like.shape == tensor.shape:
+        return placed_like(tensor, like)
     dist.broadcast(tensor, src=0)
     return tensor.cpu()
 

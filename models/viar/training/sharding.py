@@ -7,19 +7,22 @@ it is gathered once, together with all that is no block.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..model.transformer import NextScaleTransformer
 from .processes import to_main
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def prepared(model: nn.Module, accelerator: Accelerator, sharding: str) -> nn.Module:
@@ -49,6 +52,10 @@ def shard(model: NextScaleTransformer) -> None:
     Args:
         model: on the device that it is trained on; changed in place, under the names that it had.
     """
+    # Takes a second to import, which most runs can do without.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # Its last layer gives a view in some versions of PyTorch. Nobody writes to logits.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -57,6 +64,11 @@ def shard(model: NextScaleTransformer) -> None:
     for unit in _units(model):
         fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _is_sharded(model: nn.Module) -> TypeGuard[FSDPModule]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where nothing imported it, nothing is sharded
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def _units(model: NextScaleTransformer) -> Iterator[list[nn.Module]]:
@@ -75,7 +87,7 @@ def resting(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(model, FSDPModule):
+        if _is_sharded(model):
             model.reshard()
 
 
@@ -88,7 +100,7 @@ def whole(model: nn.Module, *, is_main: bool) -> nn.Module | None:
         model: of this process.
         is_main: whether this is the main process.
     """
-    if not isinstance(model, FSDPModule):
+    if not _is_sharded(model):
         return model
     assert isinstance(model, NextScaleTransformer)
     weights = to_main(model.state_dict(), is_main=is_main)
