@@ -44,7 +44,7 @@ _READ_AS = {
     "text": "",
     "theta": "θ",
     "times": "×",
-    "top": "T",
+    "top": "ᵀ",
     "varepsilon": "ε",
     "Vert": "‖",
 }
@@ -98,6 +98,6 @@ def without_tex(text: str) -> str:
     def read(match: re.Match[str]) -> str:
         spelled = re.sub(r"\\[,; ]", " ", match[1])
         named = re.sub(r"\\([A-Za-z]+) ?", lambda name: _READ_AS.get(name[1], name[1] + " "), spelled)
-        return re.sub(r"[{}]|\^(?=[*T])", "", named)
+        return re.sub(r"[{}]|\^(?=[*ᵀ])", "", named)
 
     return re.sub(r"\\\((.*?)\\\)", read, re.sub(r"\\\[.*?\\\]", "", text, flags=re.S), flags=re.S)
