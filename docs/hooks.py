@@ -55,7 +55,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def names(match: re.Match[str]) -> str:
         part = f"api/{match[1]}.md"
-        told = re.findall(r"^::: (\S+)$", Path(config.docs_dir, part).read_text(), re.M)
+        text = Path(config.docs_dir, part).read_text()
+        told = []
+        for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.M):
+            told.append(name)
+            members = re.search(r"\bmembers: \[(.+)\]", options)
+            if members and name.rpartition(".")[2].islower():  # of a module
+                told += [f"{name}.{member}" for member in members[1].split(", ")]
         return ",\n".join(f"[`{name.rpartition('.')[2]}`]({part}#{name})" for name in told)
 
     return re.sub(r"<!-- names: (\w+) -->", names, markdown)
