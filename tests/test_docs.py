@@ -119,6 +119,6 @@ def test_a_failing_block_is_reported_with_page_and_line(code: str, report: str, 
 def test_the_picture_of_the_readme_is_drawn_by_its_script(tmp_path: Path) -> None:
     script = ROOT / "docs/assets/iterations.py"
     runpy.run_path(str(script))["main"](tmp_path / "digits.png")
-    drawn, shown = (Image.open(path) for path in (tmp_path / "digits.png", script.with_suffix(".png")))
-    assert drawn.size == shown.size  # on another processor a digit may be another
+    with Image.open(tmp_path / "digits.png") as drawn, Image.open(script.with_suffix(".png")) as shown:
+        assert drawn.size == shown.size  # on another processor a digit may be another
     assert script.with_suffix(".png").stat().st_size < 100_000
