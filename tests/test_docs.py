@@ -12,6 +12,7 @@ import doctest
 import io
 import linecache
 import re
+import runpy
 import sys
 import textwrap
 import traceback
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?P<indent> *)```python\b(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
@@ -112,3 +114,11 @@ def test_a_failing_block_is_reported_with_page_and_line(code: str, report: str, 
     (block,) = blocks_of(page)
     with pytest.raises(AssertionError, match=report):
         run(block, page, {})
+
+
+def test_the_picture_of_the_readme_is_drawn_by_its_script(tmp_path: Path) -> None:
+    script = ROOT / "docs/assets/iterations.py"
+    runpy.run_path(str(script))["main"](tmp_path / "digits.png")
+    with Image.open(tmp_path / "digits.png") as drawn, Image.open(script.with_suffix(".png")) as shown:
+        assert drawn.size == shown.size  # on another processor a digit may be another
+    assert script.with_suffix(".png").stat().st_size < 100_000

@@ -75,7 +75,10 @@ def test_every_make_command_that_is_told_exists(page: str) -> None:
 
 
 def test_the_reference_lists_every_name_that_users_are_promised() -> None:
-    told = set(re.findall(r"^(?::::| +heading:) (\S+)$", text_of("docs/api.md"), re.M))
+    pages = {page.stem: page.read_text() for page in (ROOT / "docs/api").glob("*.md")}
+    listed = re.findall(r"<!-- names: (\w+) -->", text_of("docs/api.md"))
+    assert sorted(listed) == sorted(pages)
+    told = set(re.findall(r"^(?::::| +heading:) (\S+)$", "\n".join(pages.values()), re.M))
     promised = {f"{package.__name__}.{name}" for package in (deqlib, viar) for name in package.__all__}
     assert promised - told == set()
 

@@ -6,6 +6,7 @@ Skipped without what builds the pages (`pip install '.[docs]'`), without Playwri
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,10 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pages are opened
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
 FORMULAS, TABLES, CODE, WORDS, PICTURES = "concepts", "benchmarks", "quickstart", "glossary", "diagnostics"
-PAGES = (FORMULAS, TABLES, CODE, WORDS, PICTURES)
+NAMES = "api/solvers"
+PAGES = (FORMULAS, TABLES, CODE, WORDS, PICTURES, NAMES)
+MOST_BYTES_OF_A_PAGE = 300_000  # a page of 1.2 MB took several seconds
+MOST_BYTES_AT_FIRST = 2_500_000  # with all that it loads: search and formulas alone are 1.4 MB
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,18 +65,21 @@ CUT_OFF_CODE = """() => [...document.querySelectorAll("pre > code")]
 
 
 class Loaded(HTMLParser):
-    """Addresses that a browser fetches to show a page: no links that a reader may follow."""
+    """Addresses that a browser fetches to show a page, soon or later: no links that a reader may follow."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.addresses: list[str] = []
+        self.at_first: set[str] = set()
         self.feed(page.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         fetches = tag == "link" and (found.get("rel") or "") not in ("canonical", "next", "prev")
         address = found.get("href") if fetches else found.get("src")
-        self.addresses += [address] if address else []
+        if address:
+            self.addresses.append(address)
+            self.at_first |= {address} if found.get("loading") != "lazy" else set()
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -115,11 +122,19 @@ def browser() -> Iterator[Any]:
 
 
 def complaints_of(page: Any, allowed: str) -> list[str]:
-    """Errors on the console, and all that is asked for elsewhere than below `allowed`."""
+    """Errors on the console, and all that is asked for elsewhere than below `allowed`.
+
+    A picture may be on its way when the page is left: that is not one.
+    """
     found: list[str] = []
     page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: found.append(str(error)))
-    page.on("requestfailed", lambda request: found.append(f"failed: {request.url}"))
+
+    def fail(request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":
+            found.append(f"failed: {request.url}")
+
+    page.on("requestfailed", fail)
 
     def look(request: Any) -> None:
         if not request.url.startswith((allowed, "data:", "blob:", "about:")):
@@ -143,6 +158,16 @@ def test_pages_show_formulas_and_nothing_beyond_the_edge(browser: Any, address: 
             assert page.evaluate(CUT_OFF_CODE) == [], name
     page.goto(f"{address}/{FORMULAS}.html")
     assert page.locator(".katex").count() > 50
+    page.close()
+    assert complaints == []
+
+
+def test_formulas_are_drawn_from_files_too(browser: Any, site: Path) -> None:
+    page = browser.new_page()
+    complaints = complaints_of(page, site.as_uri())
+    page.goto(f"{site.as_uri()}/{WORDS}.html")
+    assert page.locator(".arithmatex").count() > 10
+    assert page.locator(".arithmatex:not(:has(.katex))").count() == 0
     page.close()
     assert complaints == []
 
@@ -186,8 +211,56 @@ def test_pages_keep_the_addresses_that_they_had_as_folders(browser: Any, address
     page.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("deqlib.Anderson", "solvers"), ("deqlib.Solution.counts", "layer"), ("deqlib.nn.MonotoneCell", "nn")],
+)
+def test_names_are_found_at_their_address_of_when_the_reference_was_one_page(
+    browser: Any, address: str, name: str, page: str
+) -> None:
+    shown = browser.new_page()
+    shown.goto(f"{address}/api.html#{name}")
+    shown.wait_for_url(f"{address}/api/{page}.html#{name}")
+    assert shown.locator(f"[id='{name}']").count() == 1
+    shown.close()
+
+
+def test_no_page_is_heavy(site: Path) -> None:
+    search = (site / "search/search_index.json").stat().st_size
+    for page in site.rglob("*.html"):
+        weight = page.stat().st_size
+        assert weight <= MOST_BYTES_OF_A_PAGE, page.name
+        asked = [address for address in Loaded(page).at_first if not address.startswith("data:")]
+        near = {page.parent / re.split("[?#]", address)[0] for address in asked}
+        weight += search + sum(file.stat().st_size for file in near if file.is_file())
+        assert weight <= MOST_BYTES_AT_FIRST, page.name
+
+
+def test_pictures_keep_their_place_until_they_are_loaded(browser: Any, address: str) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{address}/{TABLES}.html")
+    last = page.locator("article img").last
+    assert not last.evaluate("picture => picture.complete")
+    shape = "picture => [picture.width, picture.height]"
+    before = last.evaluate(shape)
+    last.scroll_into_view_if_needed()
+    page.wait_for_function("picture => picture.naturalWidth > 0", arg=last.element_handle())
+    assert last.evaluate(shape) == before
+    page.close()
+
+
+def test_the_search_tells_formulas_in_words(site: Path) -> None:
+    index = (site / "search/search_index.json").read_text()
+    parts = json.loads(index)["docs"]
+    code = re.compile(r"<(code|pre)>.*?</\1>", re.S)
+    told = {part["location"]: code.sub("", part["title"] + part["text"]) for part in parts}
+    assert [location for location, text in told.items() if re.search(r"\\[(\[a-z]", text)] == []
+    assert "z = f(z, x)" in told["index.html"]
+    assert "solution of u = Jᵀu + g" in told["glossary.html"]
+
+
 def test_signatures_of_the_reference_are_formatted(site: Path) -> None:
-    text = (site / "api.html").read_text()
+    text = "".join(page.read_text() for page in sorted(site.glob("api/*.html")))
     signatures = re.findall(r'<div class="doc-signature.*?</div>', text, re.S)
     assert len(signatures) > 100
     lines = [re.sub("<[^>]+>", "", signature).strip("\n").splitlines() for signature in signatures]

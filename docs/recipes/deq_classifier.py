@@ -93,6 +93,7 @@ def draw(path, rows, images, num_steps):
     left.plot([steps for _, steps, _, _ in rows], [share for *_, share in rows], "o-", color="#1f6f8b")
     for rtol, steps, _, share in rows:
         left.annotate(f"{rtol:g}", (steps, share), textcoords="offset points", xytext=(4, -10), fontsize=8)
+    left.margins(0.15)  # for the texts beside the outer points
     left.set(xlabel="steps, mean of the images", ylabel="held-out accuracy", title="by tolerance")
     order = num_steps.argsort()
     picked = images[torch.cat([order[:8], order[-8:]]), 0].unflatten(0, (2, 8))

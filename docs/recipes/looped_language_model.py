@@ -344,10 +344,10 @@ def draw(alike: dict[int, float], needed: dict[float, tuple[float, float]], path
     left.set(xlabel="evaluations of the block", ylabel="held-out loss, nats a character")
     right.plot(list(alike), list(alike.values()), "o-", label="as many for all")
     losses, evaluations = zip(*needed.values(), strict=True)
-    right.plot(evaluations, losses, "o-", label="as many as each needs")
+    right.plot(evaluations, losses, "o-", label="as each needs, by its KL")
     for threshold, (loss, count) in needed.items():
         right.annotate(
-            f"KL {threshold:g}", (count, loss), (-6, -4), textcoords="offset points", ha="right", fontsize=7
+            f"{threshold:g}", (count, loss), (-5, -6), textcoords="offset points", ha="right", fontsize=7
         )
     right.set(xlabel="evaluations a character", xlim=(1.5, 8.5), ylim=(None, max(losses) + 0.03))
     right.legend()

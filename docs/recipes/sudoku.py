@@ -169,7 +169,7 @@ def draw(path, solved, puzzle, grids):
     axes = left.subplots()
     for name, shares in solved.items():
         axes.plot(range(1, len(shares) + 1), 100 * shares, marker=".", label=name)
-    axes.set(xlabel="solves", ylabel="puzzles solved, %", ylim=(0, 102))
+    axes.set(xlabel="solves", ylabel="puzzles solved, %", ylim=(0, 102), xticks=SHOWN)
     axes.legend(loc="lower right")
     places = right.subplots(1, len(grids), squeeze=False)[0]
     for axes, (count, grid) in zip(places, grids.items(), strict=True):
