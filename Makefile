@@ -108,7 +108,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.viar: EXTRAS := viar
-$(VENV)/.dev: EXTRAS := dev,bench,docs
+$(VENV)/.dev: EXTRAS := dev,bench,docs,app
 $(VENV)/.docs: EXTRAS := viar,docs
 $(VENV)/.release: EXTRAS := release
 $(VENV)/.viar $(VENV)/.dev $(VENV)/.docs $(VENV)/.release: pyproject.toml constraints.txt | $(BIN)/python
