@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import signal
-import subprocess
-import sys
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from served_page import served
 from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar
@@ -33,21 +31,8 @@ def pair() -> Pair:
 
 @pytest.fixture(scope="module")
 def address(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `viar app` serves the tiny models, in a process of its own."""
-    folder = tmp_path_factory.mktemp("models")
-    models = {"model": pair.model, "tokenizer": pair.tokenizer, "var": tiny_transformer("explicit")}
-    models["var-tokenizer"] = pair.tokenizer
-    arguments = [sys.executable, "-m", "viar", "app", "--device", "cpu"]
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        arguments += [f"--{name}", str(folder / name)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        (found,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline()) or [""]
-        assert found
+    with served(pair, tmp_path_factory.mktemp("models")) as found:
         yield found
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import socket
+import sys
 import threading
 from typing import Literal
 
@@ -14,6 +18,7 @@ from .flags import ExecutionFlags
 from .loading import load_model, load_pair, make_ready
 
 LOOPBACK = "127.0.0.1"
+MOST_PORT = 65535
 
 
 def app_command(
@@ -46,6 +51,7 @@ def app_command(
     """
     _check_both(var, var_tokenizer)
     _check_gradio()
+    _check_address(host, port)
     from ..app.page import build_page, serve
 
     flags = ExecutionFlags(device=device, dtype=dtype)
@@ -55,6 +61,8 @@ def app_command(
     address = serve(page, host, port, open_browser=open)
     console = Console()
     console.print(f"the page is at {address}; Ctrl-C ends it", markup=False, soft_wrap=True)
+    # As Ctrl-C does, so that the page is closed: by itself SIGTERM ends a process where it is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         threading.Event().wait()
     finally:
@@ -66,6 +74,25 @@ def _check_both(model: str | None, tokenizer: str | None) -> None:
     if (model is None) != (tokenizer is None):
         given, missing = ("--var", "--var-tokenizer") if tokenizer is None else ("--var-tokenizer", "--var")
         raise ValueError(f"{given}: given without {missing}; give both, or neither for one model alone")
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise unless the page can be served there, before time is spent on models."""
+    if port is not None and not 1 <= port <= MOST_PORT:
+        raise ValueError(f"--port: expected a number from 1 to {MOST_PORT}, got {port}")
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"--port: {port} is taken at {host}; give another, or none for the first free one"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"--port: {port} is for the administrator alone; give one above 1023") from error
+        raise ValueError(
+            f"--host: expected an address of this machine, got {host!r}; give {LOOPBACK}, or 0.0.0.0 for all "
+            "that it has"
+        ) from error
 
 
 def _check_gradio() -> None:
