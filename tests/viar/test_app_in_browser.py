@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ def pair() -> Pair:
 
 @pytest.fixture(scope="module")
 def address(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(pair, tmp_path_factory.mktemp("models")) as found:
+    with served(pair, tmp_path_factory.mktemp("models"), ended_by=signal.SIGTERM) as found:
         yield found
 
 
@@ -138,7 +139,7 @@ def choose(page: Any, dropdown: str, option: str) -> None:
 
 def paint(page: Any, *places: tuple[float, float], brush: int = 40) -> None:
     """A stroke by the mouse, places being shares of the picture's side from the left and from the top."""
-    page.locator("#viar-painting input").fill(str(brush))
+    page.locator("#viar-painting input[type=range]").fill(str(brush))
     board = page.locator("#viar-painting canvas")
     board.scroll_into_view_if_needed()
     box = board.bounding_box()

@@ -34,8 +34,11 @@ STYLE = """
 #viar-painting .board > * { position: absolute; width: 100%; height: 100%; border-radius: 4px; }
 #viar-painting canvas { opacity: .75; cursor: crosshair; touch-action: none; }
 #viar-painting .tools { display: flex; gap: .75rem; align-items: center; padding-top: .5rem; }
+#viar-painting input[type=range] { width: 7rem; }
 #viar-painting .tools * { accent-color: var(--color-accent); vertical-align: middle; }
-#viar-painting button { padding: 0 .75rem; border: 1px solid var(--border-color-primary); }
+#viar-painting button, #viar-painting .file {
+  padding: .1rem .6rem; border: 1px solid var(--border-color-primary); border-radius: 4px; cursor: pointer;
+}
 .viar-figures img { max-width: 100%; margin-top: 1.5rem; background: white; border-radius: 4px; }
 @media (max-width: 700px) {
   #viar-shown { position: static; order: -1; }
@@ -50,6 +53,7 @@ PAINTING = """
 <div class="board"><img alt="the picture to paint on"><canvas></canvas></div>
 <div class="tools">
   <label>brush <input type="range" min="3" max="40" value="15"></label><button>Clear</button>
+  <label class="file">Open a file<input type="file" accept="image/*" hidden></label>
 </div>
 """
 PART_SIDE = 72  # pixels that suffice for the picture after one scale

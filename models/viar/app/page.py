@@ -1,8 +1,8 @@
 """The page itself, made with gradio: controls, three tabs, and the interface for programs.
 
 What it computes is in `drawing` and how it shows it in `markup`. One picture is made at a time, whoever asks;
-who comes later waits in a queue of limited length. Pictures are in the page and in what is sent, so that no
-files are served; what a browser uploads is a file for an hour.
+who comes later waits in a queue of limited length. Pictures are in the page and in what is sent: no files are
+served, and none are written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from .drawing import (
     fitted,
     in_paint,
     presets,
-    read_sent,
     read_text,
     sampling_of,
 )
@@ -41,6 +40,7 @@ FIGURES = {
 LONGEST_QUEUE = 32  # who comes when so many wait is told to come later
 MOST_THREADS = 8  # that serve; models take one
 MOST_SENT = 3 * MOST_BYTES  # of a request: two pictures in base64, and the rest
+UPLOADS = ("/gradio_api/upload", "/upload")  # would write files; the page needs none
 GUIDANCE = 1.5
 HEAD = "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>"
 # One at a time, over all events: they share the cores and the memory of one machine.
@@ -80,8 +80,7 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
         pair: what the controls are for.
         beside: another model, shown beside it with the same class, seed and guidance, at its own iterations.
     """
-    # Files that a browser sent are gone after an hour.
-    with gr.Blocks(title="viar", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="viar", analytics_enabled=False) as page:
         gr.HTML(
             "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>", elem_id="viar-head"
         )
@@ -113,6 +112,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
     Raises:
         OSError: the port is taken.
     """
+    limits = Middleware(LimitedRequests, most_bytes=MOST_SENT, without=UPLOADS)
     system, fixed = gr.themes.Font("system-ui"), gr.themes.Font("ui-monospace")
     theme = gr.themes.Default(
         font=[system, gr.themes.Font("sans-serif")], font_mono=[fixed, gr.themes.Font("monospace")]
@@ -125,10 +125,9 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
         quiet=True,
         prevent_thread_lock=True,
         ssr_mode=False,
-        max_file_size=MOST_BYTES,
         max_threads=MOST_THREADS,
         show_error=True,  # which arguments a program left out
-        app_kwargs={"middleware": [Middleware(LimitedRequests, most_bytes=MOST_SENT)]},
+        app_kwargs={"middleware": [limits]},
         theme=theme,
         css=STYLE,
         footer_links=["api"],
@@ -209,16 +208,13 @@ def _drawing(pair: Pair) -> Callable[..., Iterator[str]]:
 def _in_paint_tab(tab: gr.Tab, pair: Pair, controls: _Controls) -> None:
     side = pair.tokenizer.config.image_side
 
-    def take_file(path: str) -> dict[str, str]:
+    def take_file(sent: dict[str, Any] | None) -> dict[str, str]:
         with _told():
-            return {"picture": picture_url(fitted(read_sent(Path(path).read_bytes(), "picture"), side))}
+            return {"picture": picture_url(fitted(read_text((sent or {}).get("file"), "picture"), side))}
 
     gr.HTML(
         "Paint over what is to be made anew. Class, seed, guidance and iterations are those of the controls."
     )
-    with gr.Row():
-        generated = gr.Button("Take the generated picture", size="sm", min_width=160)
-        file = gr.UploadButton("Take a picture file", file_types=["image"], size="sm", min_width=160)
     with gr.Row():
         with gr.Column(min_width=300):
             painting = gr.HTML(
@@ -229,11 +225,13 @@ def _in_paint_tab(tab: gr.Tab, pair: Pair, controls: _Controls) -> None:
             )
         with gr.Column(min_width=300):
             panel = gr.HTML(apply_default_css=False)
-    start = gr.Button("Make the painted part anew", variant="primary")
+    with gr.Row():
+        generated = gr.Button("Take the generated picture", min_width=250)
+        start = gr.Button("Make the painted part anew", variant="primary", min_width=250)
     kept = f"value => value && value.painted ? value : {SHOWN}"
     tab.select(None, painting, painting, js=kept, **IN_BROWSER)
     generated.click(None, None, painting, js=f"() => {SHOWN}", **IN_BROWSER)
-    file.upload(take_file, file, painting, **EVENT)
+    painting.upload(take_file, painting, painting, **EVENT)
     start.click(_in_painting(pair), [painting, *controls.all], panel, **EVENT)
 
 

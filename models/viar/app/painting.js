@@ -1,14 +1,15 @@
-// Painting over a picture, run by gradio's HTML component with its `element`, `props` and `watch`. What is painted
-// is black in the mask that the server gets beside the picture; both canvases have the pixels of the picture.
+// Painting over a picture, run by gradio's HTML component with its `element`, `props`, `trigger` and `watch`. What is
+// painted is black in the mask that the server gets beside the picture; both canvases have the pixels of the picture.
 const picture = element.querySelector("img");
 const shown = element.querySelector("canvas");
-const brush = element.querySelector("input");
+const brush = element.querySelector("input[type=range]");
+const chosen = element.querySelector("input[type=file]");
 const mask = document.createElement("canvas");
 let last = null; // where the pointer was, while it paints
 let painted = false;
 
-function tell() {
-    props.value = { picture: picture.src, mask: mask.toDataURL(), painted };
+function tell(more) {
+    props.value = { picture: picture.src, mask: mask.toDataURL(), painted, ...more };
 }
 
 function clear() {
@@ -50,6 +51,18 @@ function end() {
     last = null;
 }
 
+function read() {
+    // The server makes a picture of the right size of it, or says what is wrong with it.
+    const reader = new FileReader();
+    reader.addEventListener("load", () => {
+        tell({ file: reader.result });
+        trigger("upload");
+    });
+    reader.readAsDataURL(chosen.files[0]);
+    chosen.value = "";
+}
+
+chosen.addEventListener("change", read);
 shown.addEventListener("pointerdown", (event) => {
     shown.setPointerCapture(event.pointerId);
     stroke(event);
