@@ -1,8 +1,8 @@
 """The web page in a browser on the same machine: how soon it is there, and how soon it follows a slider.
 
 The page is that of `viar app` with the shipped model, served by this process, and opened in chromium by
-Playwright. Times are of the browser's own clock: from the start of a navigation, with nothing cached, to the first
-picture in the page; and from the event of a slider to the whole picture with the numbers of all scales.
+Playwright. Times are of the browser's own clock: from the start of a navigation, with nothing cached, to the
+first picture in the page; and from the event of a slider to the whole picture with the numbers of all scales.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONTENDERS = {"slider to picture": MOST_AFTER_SLIDER, "first load": MOST_FIRST_L
 WATCH = """new MutationObserver(() => {
     if (!window.firstPicture && document.querySelector(".whole")) window.firstPicture = performance.now();
 }).observe(document, {childList: true, subtree: true})"""
-# Seconds from the event until the table has the new count and is whole: while a picture grows, rows are empty.
+# Seconds from an event until the table has the new count and is whole: until then rows are empty.
 MOVE = """([number, value]) => new Promise((done) => {
     const sliders = document.querySelectorAll("#viar-counts input[type=range]");
     const slider = sliders[number % sliders.length];

@@ -47,6 +47,9 @@ STYLE = """
   .viar-panel .whole { width: 200px; }
   .viar-panel th, .viar-panel td { padding: 0 .16rem; height: 28px; font-size: .72rem; }
   .viar-panel .part { width: 24px; height: 24px; }
+  .viar-panel .scroll { margin: 0 -12px; max-width: calc(100% + 24px); }
+  #viar-painting .tools { gap: .5rem; font-size: .8rem; white-space: nowrap; }
+  #viar-painting input[type=range] { width: 5rem; }
 }
 """
 PAINTING = """

@@ -52,13 +52,18 @@ def app_command(
     _check_both(var, var_tokenizer)
     _check_gradio()
     _check_address(host, port)
-    from ..app.page import build_page, serve
-
     flags = ExecutionFlags(device=device, dtype=dtype)
     pair = Pair(*load_pair(model, tokenizer, flags))
     beside = None if var is None or var_tokenizer is None else _load_beside(pair, var, var_tokenizer, flags)
+    _serve(pair, beside, host, port, open)
+
+
+def _serve(pair: Pair, beside: Pair | None, host: str, port: int | None, open_browser: bool) -> None:
+    """Make the page, say where it is, and end with Ctrl-C or SIGTERM."""
+    from ..app.page import build_page, serve
+
     page = build_page(pair, beside)
-    address = serve(page, host, port, open_browser=open)
+    address = serve(page, host, port, open_browser=open_browser)
     console = Console()
     console.print(f"the page is at {address}; Ctrl-C ends it", markup=False, soft_wrap=True)
     # As Ctrl-C does, so that the page is closed: by itself SIGTERM ends a process where it is.
