@@ -119,7 +119,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.viar: EXTRAS := viar
-$(VENV)/.dev: EXTRAS := dev,bench,docs
+$(VENV)/.dev: EXTRAS := dev,bench,docs,app
 $(VENV)/.dev: HAS_TOO := $(VENV)/.viar $(VENV)/.docs
 $(VENV)/.docs: EXTRAS := viar,docs
 $(VENV)/.release: EXTRAS := release

@@ -17,6 +17,7 @@ from benchmarks.measure import profiled
 from benchmarks.show import draw as draw_picture
 from benchmarks.suites import viar as suite
 from benchmarks.suites.viar import (
+    app,
     attention,
     cache,
     digits,
@@ -702,3 +703,25 @@ def test_every_picture_can_be_drawn_of_quick_rows(
     assert len({bar.name for bar in bars}) == len(bars)
     draw_picture(case, rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# The web page
+
+
+def test_the_page_meets_its_bars_by_medians_and_says_what_is_missing_where_it_was_not_measured() -> None:
+    rows = [
+        {"contender": "first load", "seconds": [1.0, 2.5, 1.5]},
+        {"contender": "slider to picture", "seconds": [0.1, 0.2, 0.4, 0.3]},
+    ]
+    assert [(bar.value, bar.verdict) for bar in app.bars(rows)] == [
+        (0.25, "pass"),
+        (1.5, "pass"),
+    ]
+    assert app.table(rows).lines == [
+        ("slider to picture", "4", "250", "385"),
+        ("first load", "3", "1500", "2400"),
+    ]
+    assert app.table([]).lines == []
+    assert {(bar.verdict, bar.note) for bar in app.bars([])} == {
+        ("not measured", "needs gradio, playwright and chromium")
+    }

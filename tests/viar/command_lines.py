@@ -138,7 +138,7 @@ TRAINING = [
     Flag("--no-such-flag", [], [("1",)]),
 ]
 OUT_OF_PLACE = ["note.txt", "note.txt/inside", "/proc/nobody/x", "viar", "series", "tokens"]
-COMMANDS = ["train-tokenizer", "train", "tokenize", "generate", "evaluate", "edit", "convert", "demo"]
+COMMANDS = ["train-tokenizer", "train", "tokenize", "generate", "evaluate", "edit", "app", "convert", "demo"]
 
 
 def draw_line(world: Path, number: int) -> Line:
@@ -230,6 +230,15 @@ def _flags_of(
             (Flag("--num", [(2,)], COUNTS), False),
         ]
         return [(model, True), (tokenizer, True), *own, *sampling], [], out.with_suffix(".png")
+    if command == "app":
+        own = [
+            (Flag("--var", models("var", "viar"), [*nothing, *models("tokenizer")]), True),
+            (Flag("--var-tokenizer", tokenizer.right, tokenizer.wrong), True),
+            (Flag("--host", [("127.0.0.1",)], [("192.0.2.1",), ("a host",)]), False),
+            (Flag("--port", [], [("0",), ("65536",), ("-1",), ("many",), ()]), False),
+            *((flag, False) for flag in SAMPLING if flag.name in ("--device", "--dtype", "--no-such-flag")),
+        ]
+        return [(model, True), (tokenizer, True), *own], [], None
     if command == "convert":
         source = random.choice(["viar", "viar.pth"] * 4 + [*filter(None, NO_MODELS)])
         target = random.choice([out, out.with_suffix(".pth"), out.with_suffix(".safetensors")])

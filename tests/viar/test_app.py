@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import socket
 import sys
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from viar import GenerationReport, Sampling, ScaleReport
 from viar.app import drawing, markup
 from viar.app.calls import calls_of
 from viar.app.drawing import MOST_GUIDANCE, MOST_ITERATIONS, MOST_SEED, Pair, draw, in_paint, sampling_of
+from viar.app.limits import LimitedRequests, Message, Receive, Send
 from viar.data.decoding import decode_bytes
 from viar.data.pictures import as_picture
 from viar.generation.sampling import grow_images
@@ -122,6 +126,8 @@ def test_every_preset_is_a_schedule_that_the_page_allows(pair: Pair) -> None:
         ({"iterations": [MOST_ITERATIONS + 1] * 3}, "iterations: expected an integer from 1 to 20, got 21"),
         ({"iterations": [1.5, 1, 1]}, "iterations: expected an integer from 1 to 20, got 1.5"),
         ({"iterations": [1, 1]}, "iterations: expected one count a scale"),
+        ({"iterations": 5}, "iterations: expected a list of one count a scale, got 5"),
+        ({"seed": "9" * 1000}, "seed: expected an integer .* got '9{59}[.]{3}$"),
     ],
     ids=str,
 )
@@ -137,7 +143,7 @@ def test_what_costs_too_much_or_means_nothing_is_refused_by_name(
     ("text", "message"),
     [
         ("no base64!", "picture: expected a PNG or JPEG file in base64, got 'no base64!'"),
-        (None, "picture: expected a PNG or JPEG file in base64, got 'None'"),
+        (None, "picture: expected a PNG or JPEG file in base64, got None"),
         ("aGVsbG8=", "picture: is no picture"),
     ],
 )
@@ -179,16 +185,6 @@ def test_a_picture_enlarged_for_painting_is_the_same_again(factor: int) -> None:
     assert torch.equal(drawing.fitted(large, SIDE), drawing.fitted(picture(), SIDE))
 
 
-def test_what_is_painted_on_any_layer_is_black_in_the_mask() -> None:
-    layers = [Image.new("RGBA", (4, 4)) for _ in range(2)]
-    layers[0].putpixel((0, 1), (255, 0, 0, 255))
-    layers[1].putpixel((3, 2), (0, 0, 0, 40))
-    mask = np.asarray(drawing.kept_part(layers, (4, 4)))
-    assert [tuple(place) for place in np.argwhere(mask == 0)] == [(1, 0), (2, 3)]
-    assert set(np.unique(mask)) == {0, 255}
-    assert np.asarray(drawing.kept_part([], (4, 2))).tolist() == [[255] * 4] * 2
-
-
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -221,7 +217,9 @@ def cells(html: str) -> list[list[str]]:
 
 def test_the_numbers_shown_are_those_of_the_report() -> None:
     scales = (ScaleReport(1, 8.0, 1.5e-3, 0.0125, 2000), ScaleReport(2, 6.5, None, 0.02, 12345))
-    html = markup.report_panel("VIAR", ["data:a", "data:b"], GenerationReport(scales, 0.0011), (1, 2, 3))
+    html = markup.report_panel(
+        "VIAR", "data:b", ["data:a", "data:c"], GenerationReport(scales, 0.0011), (1, 2, 3)
+    )
     assert cells(html) == [
         list(markup.HEADINGS[1:]),
         ["1 x 1", "8.0", "1.5e-03", "12.5", "2.0"],
@@ -231,6 +229,7 @@ def test_the_numbers_shown_are_those_of_the_report() -> None:
         ["all", "14.5", "", "33.6", "12.3"],
     ]
     assert re.findall(r'<img class="whole" src="(.*?)"', html) == ["data:b"]
+    assert re.findall(r'<img class="part" src="(.*?)"', html) == ["data:a", "data:c"]
     assert "&lt;b&gt;" in markup.picture_panel("<b>", "data:c", 0.5)
 
 
@@ -238,6 +237,43 @@ def test_the_numbers_shown_are_those_of_the_report() -> None:
 def test_the_figures_of_the_page_are_those_of_the_documentation(name: str) -> None:
     shown = ROOT / "models/viar/app/figures" / f"{name}.png"
     assert shown.read_bytes() == (ROOT / "docs/assets/benchmarks" / f"viar_{name}.png").read_bytes()
+
+
+# What is taken
+
+
+def answer_to(chunks: list[bytes], headers: list[tuple[bytes, bytes]], path: str = "/") -> int:
+    """Status of a server that reads all that is sent, and takes 10 bytes."""
+
+    async def server(scope: Message, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200})
+
+    sent: list[Message] = []
+    parts = iter([{"body": part, "more_body": True} for part in chunks] + [{"more_body": False}])
+
+    async def receive() -> Message:
+        return next(parts)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    limited = LimitedRequests(server, 10, without=("/upload",))
+    asyncio.run(limited({"type": "http", "path": path, "headers": headers}, receive, send))
+    return int(sent[0]["status"])
+
+
+@pytest.mark.parametrize(
+    ("chunks", "status"), [([], 200), ([b"12345"] * 2, 200), ([b"12345"] * 3, 413), ([b"1" * 11], 413)]
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_request_of_too_many_bytes_is_refused_whether_it_tells_or_not(
+    chunks: list[bytes], status: int, told: bool
+) -> None:
+    length = str(len(b"".join(chunks))).encode()
+    assert answer_to(chunks, [(b"content-length", length)] if told else []) == status
+    assert answer_to([], [], "/upload/") == 404
 
 
 # The command
@@ -256,6 +292,25 @@ def test_a_model_beside_without_its_tokenizer_or_the_reverse_is_refused(given: s
     code, _, errors = call("app", given, "somewhere")
     assert code == 2
     assert errors.startswith(f"viar: {given}: given without --var")
+
+
+def test_a_port_or_address_that_cannot_be_had_is_told_before_models_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, errors = call("app", "--port", str(port), "--model", "nowhere")
+    assert (code, errors) == (
+        2,
+        f"viar: --port: {port} is taken at 127.0.0.1; give another, or none for the first free one",
+    )
+    for port in ("0", "65536", "-1"):
+        code, _, errors = call("app", "--port", port)
+        assert (code, errors) == (2, f"viar: --port: expected a number from 1 to 65535, got {port}")
+    code, _, errors = call("app", "--host", "192.0.2.1")  # of no machine, by RFC 5737
+    assert code == 2
+    assert errors.startswith("viar: --host: expected an address of this machine, got '192.0.2.1'; give")
 
 
 def test_nothing_but_the_page_and_its_command_needs_gradio() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
-import signal
-import subprocess
-import sys
+import urllib.error
 import urllib.request
 import warnings
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from served_page import served
 from tiny_models import tiny_tokenizer, tiny_transformer
 
 import viar
@@ -33,21 +36,8 @@ def pair() -> Pair:
 
 @pytest.fixture(scope="module")
 def address(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `viar app` serves the tiny models, in a process of its own."""
-    folder = tmp_path_factory.mktemp("models")
-    models = {"model": pair.model, "tokenizer": pair.tokenizer, "var": tiny_transformer("explicit")}
-    models["var-tokenizer"] = pair.tokenizer
-    arguments = [sys.executable, "-m", "viar", "app", "--device", "cpu"]
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        arguments += [f"--{name}", str(folder / name)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        (found,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline()) or [""]
-        assert found
+    with served(pair, tmp_path_factory.mktemp("models")) as found:
         yield found
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +85,64 @@ def test_two_who_ask_at_once_get_what_each_asked_for(pair: Pair, client: Any) ->
         asked = [(label, seed) for seed in range(4) for label in (0, 2)]
         answers = list(threads.map(lambda pick: client("generate", *pick)["picture"], asked))
     assert answers == [generated(pair, label, seed) for label, seed in asked]
+
+
+def asked(address: str, path: str, sent: object = None) -> tuple[int, str]:
+    """Status and text of an answer, as a program gets it that knows nothing of the page."""
+    content = None if sent is None else json.dumps(sent).encode()
+    request = urllib.request.Request(address + path, content, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("call", "values", "told"),
+    [
+        ("generate", ["three", 0, 1.5, None], "label: expected an integer from 0 to 3, got 'three'"),
+        ("generate", [None, 0, 1.5, None], "label: expected an integer from 0 to 3, got None"),
+        ("generate", [1, 2.5, 1.5, None], "seed: expected an integer"),
+        ("generate", [1, 0, {"a": 1}, None], "guidance: expected a number from 0 to 10, got {'a': 1}"),
+        ("generate", [1, 0, 1.5, 7], "iterations: expected a list of one count a scale, got 7"),
+        ("generate", [1, 0, 1.5, [1] * 9999], "iterations: expected one count a scale"),
+        ("in_paint", [5, "", 1, 0, 1.5, None], "picture: expected a PNG or JPEG file in base64, got 5"),
+        ("in_paint", ["A" * 11_000_000, "", 1, 0, 1.5, None], "picture: expected at most 8,000,000 bytes"),
+        ("generate", [], "generate"),
+    ],
+    ids=["text", "nothing", "half", "object", "number", "many", "no text", "huge", "without arguments"],
+)
+def test_a_malformed_call_is_told_what_is_wrong_and_the_server_goes_on(
+    address: str, pair: Pair, call: str, values: list[object], told: str
+) -> None:
+    path = f"/gradio_api/call/{call}"
+    status, answer = asked(address, path, {"data": values})
+    assert status == 200
+    status, events = asked(address, f"{path}/{json.loads(answer)['event_id']}")
+    assert status == 200
+    assert told in json.loads(events.partition("data: ")[2])["error"]
+    assert generated(pair, 1, 0) in asked(address, "/gradio_api/run/generate", {"data": [1, 0, 1.5, None]})[1]
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(client: Any) -> None:
+    from gradio_client.exceptions import AppError
+
+    file = BytesIO()
+    Image.new("1", (16_000, 16_000)).save(file, "png")
+    bomb = b64encode(file.getvalue()).decode()
+    with pytest.raises(AppError, match=r"picture: (expected at most|more than)"):
+        client("in_paint", bomb, bomb, 1)
+    with pytest.raises(TypeError, match="label"):
+        client("generate")
+
+
+def test_nothing_is_served_but_the_page_and_nothing_is_written(address: str) -> None:
+    for path in ("/etc/passwd", "models/viar/app/page.py", "../../../../etc/passwd", "file:///etc/passwd"):
+        assert asked(address, f"/gradio_api/file={path}")[0] in (400, 403, 404), path
+    assert asked(address, "/gradio_api/upload", {})[0] == 404
+    status, text = asked(address, "/gradio_api/call/generate", {"data": ["A" * 25_000_000]})
+    assert (status, "request: expected at most 24,000,000 bytes" in text) == (413, True)
 
 
 def test_the_page_is_whole_without_another_network_and_has_a_slider_for_each_scale(address: str) -> None:

@@ -13,6 +13,7 @@ from command_lines import did_what_was_asked, draw_line, make_world
 from test_broken_pictures import judge_of_two_steps
 from test_cli import call
 
+import viar.commands.app
 import viar.commands.demo
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -28,8 +29,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _little_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A classifier of two steps, and of the demo all that comes before its work."""
+    """A classifier of two steps, and of the demo and the page all that comes before their work."""
     judge_of_two_steps(monkeypatch)
+    monkeypatch.setattr(viar.commands.app, "_check_gradio", lambda: None)
+    monkeypatch.setattr(viar.commands.app, "_serve", lambda *_: None)
     monkeypatch.setattr(viar.commands.demo, "run_demo", lambda *_: {})
 
 
@@ -55,7 +58,7 @@ def test_so_do_processes_of_their_own(world: Path) -> None:
     viar_command = Path(sys.executable).parent / "viar"
     for number in range(8):
         line = draw_line(world, 1000 + number)
-        if line.arguments[0] in ("demo", "evaluate"):
+        if line.arguments[0] in ("demo", "evaluate", "app"):
             continue
         ended: Any = subprocess.run(
             [viar_command, *line.arguments], capture_output=True, text=True, cwd=world

@@ -292,6 +292,18 @@ def test_other_modes_are_the_colours_that_they_were_made_from(mode: str, tmp_pat
     assert abs(decoded(tmp_path / "a.tif") - np.asarray(source.convert("RGB"))).max() <= 4
 
 
+def test_light_and_colour_of_each_pixel_stay_together_over_strips_of_a_file(tmp_path: Path) -> None:
+    source = Image.fromarray(noise(8, 6, 3)).convert("YCbCr")
+    source.save(tmp_path / "a.tif", strip_size=2 * 6 * 3)  # two rows each
+    assert (decoded(tmp_path / "a.tif") == np.asarray(source.convert("RGB"))).all()
+    source.save(tmp_path / "packed.tif", compression="tiff_lzw")
+    assert abs(decoded(tmp_path / "packed.tif") - np.asarray(source.convert("RGB"))).max() <= 4
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    source.save(tmp_path / "b.tif", exif=tag)
+    assert (decoded(tmp_path / "b.tif") == turned(np.asarray(source.convert("RGB")), 6)).all()
+
+
 def swapped_profile() -> bytes:
     """sRGB with red and green exchanged, under another name."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -7,6 +7,7 @@ classes) is of no meaning and may fail its bar.
 """
 
 from . import (
+    app,
     attention,
     cache,
     convergence,
@@ -42,4 +43,5 @@ CASES = (
     convergence.CASE,
     editing.CASE,
     paper.CASE,
+    app.CASE,
 )

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import binascii
-from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from PIL import Image
-
-from .drawing import Pair, draw, in_paint, read_sent, sampling_of
+from .drawing import Pair, draw, in_paint, read_text, sampling_of
 from .markup import picture_url
 
 Call = Callable[..., dict[str, Any]]
@@ -63,20 +59,9 @@ def calls_of(pair: Pair) -> dict[str, Call]:
             `picture`, a PNG as "data:image/png;base64,...", and `seconds`.
         """
         sampling = sampling_of(pair, seed, guidance, iterations)
-        made, seconds = in_paint(pair, _sent(picture, "picture"), _sent(mask, "mask"), label, sampling)
+        made, seconds = in_paint(
+            pair, read_text(picture, "picture"), read_text(mask, "mask"), label, sampling
+        )
         return {"picture": picture_url(made), "seconds": seconds}
 
     return {"generate": generate, "in_paint": in_paint_picture}
-
-
-def _sent(text: str, name: str) -> Image.Image:
-    """The picture in a text of base64.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        content = b64decode(text.rpartition(",")[2], validate=True)
-    except (binascii.Error, ValueError, AttributeError) as error:
-        raise ValueError(f"{name}: expected a PNG or JPEG file in base64, got {str(text)[:40]!r}") from error
-    return read_sent(content, name)

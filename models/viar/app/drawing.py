@@ -7,10 +7,10 @@ memory is capped.
 from __future__ import annotations
 
 import time
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -88,12 +88,14 @@ def sampling_of(pair: Pair, seed: int, guidance: float, iterations: Sequence[int
             own.
 
     Raises:
-        ValueError, TypeError: anything else; the argument is named.
+        ValueError: anything else; the argument is named.
     """
     _check_integer("seed", seed, 0, MOST_SEED)
     is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
     if not (is_number and 0 <= guidance <= MOST_GUIDANCE):
-        raise ValueError(f"guidance: expected a number from 0 to {MOST_GUIDANCE:g}, got {guidance!r}")
+        raise ValueError(f"guidance: expected a number from 0 to {MOST_GUIDANCE:g}, got {_short(guidance)}")
+    if iterations is not None and not isinstance(iterations, list | tuple):
+        raise ValueError(f"iterations: expected a list of one count a scale, got {_short(iterations)}")
     for count in iterations or ():
         _check_integer("iterations", count, 1, pair.most_iterations)
     sampling = Sampling(seed=seed, cfg=guidance, iterations=list(iterations) if iterations else None)
@@ -163,19 +165,6 @@ def fitted(picture: Image.Image, side: int) -> Tensor:
     return fit_square(picture, side)
 
 
-def kept_part(layers: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
-    """The mask of what was painted on layers above a picture: black on any of them, white elsewhere, mode L.
-
-    Args:
-        layers: transparent where nothing is painted.
-        size: width and height of the picture.
-    """
-    painted = np.zeros((size[1], size[0]), dtype=bool)
-    for layer in layers:
-        painted |= np.asarray(layer.convert("RGBA").resize(size, Image.Resampling.NEAREST))[..., 3] > 0
-    return Image.fromarray(np.where(painted, 0, 255).astype(np.uint8))
-
-
 def read_sent(content: bytes, name: str) -> Image.Image:
     """A picture that was sent, in mode RGB.
 
@@ -191,6 +180,31 @@ def read_sent(content: bytes, name: str) -> Image.Image:
     return decode_bytes(content, name, most_pixels=MOST_PIXELS)
 
 
+def read_text(text: object, name: str) -> Image.Image:
+    """A picture that was sent as text, in mode RGB.
+
+    Args:
+        text: the file in base64, with or without "data:image/png;base64," before it.
+        name: what it is called in errors.
+
+    Raises:
+        ValueError: it is none, or one that `read_sent` refuses.
+    """
+    try:
+        if not isinstance(text, str):
+            raise ValueError
+        content = b64decode(text.rpartition(",")[2], validate=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a PNG or JPEG file in base64, got {_short(text)}") from error
+    return read_sent(content, name)
+
+
 def _check_integer(name: str, value: object, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {_short(value)}")
+
+
+def _short(value: object) -> str:
+    """A value as an error may show it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,7 +1,8 @@
 """The page itself, made with gradio: controls, three tabs, and the interface for programs.
 
 What it computes is in `drawing` and how it shows it in `markup`. One picture is made at a time, whoever asks;
-who comes later waits in a queue of limited length.
+who comes later waits in a queue of limited length. Pictures are in the page and in what is sent: no files are
+served, and none are written.
 """
 
 from __future__ import annotations
@@ -13,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
-from torch import Tensor
+from starlette.middleware import Middleware
 
-from ..data.decoding import to_rgb
-from ..data.pictures import as_picture
 from .calls import calls_of
 from .drawing import (
     MOST_BYTES,
@@ -27,21 +25,30 @@ from .drawing import (
     draw,
     fitted,
     in_paint,
-    kept_part,
     presets,
-    read_sent,
+    read_text,
     sampling_of,
 )
-from .markup import STYLE, picture_panel, picture_url, report_panel
+from .limits import LimitedRequests
+from .markup import PAINTING, PART_SIDE, STYLE, figures_panel, picture_panel, picture_url, report_panel
 
-FIGURES = Path(__file__).parent / "figures"
+HERE = Path(__file__).parent
+FIGURES = {
+    "quality against compute and against memory": "frontier.png",
+    "how fast the implicit block converges": "convergence.png",
+}
 LONGEST_QUEUE = 32  # who comes when so many wait is told to come later
-SHOWN_SIDE = 256  # pixels that a smaller picture is enlarged to for painting, by a whole factor
+MOST_THREADS = 8  # that serve; models take one
+MOST_SENT = 3 * MOST_BYTES  # of a request: two pictures in base64, and the rest
+UPLOADS = ("/gradio_api/upload", "/upload")  # would write files; the page needs none
 GUIDANCE = 1.5
+HEAD = "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>"
 # One at a time, over all events: they share the cores and the memory of one machine.
 TURNS: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
 EVENT: dict[str, Any] = {**TURNS, "api_visibility": "private", "show_progress": "hidden"}
 IN_BROWSER: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# In the browser, as the picture is there: that of the first model.
+SHOWN = "({picture: document.querySelector('.viar-panel .whole').src})"
 
 
 @dataclass(frozen=True)
@@ -67,25 +74,26 @@ class _Controls:
 
 
 def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
-    """The page, not yet served.
+    """The page, not yet served; its first picture is made here.
 
     Args:
         pair: what the controls are for.
         beside: another model, shown beside it with the same class, seed and guidance, at its own iterations.
     """
-    # Files that a browser sent are gone after an hour.
-    with gr.Blocks(title="viar", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown("# viar\nPictures scale by scale, with compute chosen for each.")
+    with gr.Blocks(title="viar", analytics_enabled=False) as page:
+        gr.HTML(
+            "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>", elem_id="viar-head"
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 controls = _controls(pair)
-            with gr.Column(scale=3, min_width=320), gr.Tabs():
+            with gr.Column(scale=3, min_width=320, elem_id="viar-shown"), gr.Tabs():
                 with gr.Tab("Generate"):
-                    _generate_tab(page, pair, beside, controls)
-                with gr.Tab("In-paint"):
-                    _in_paint_tab(pair, controls)
-                with gr.Tab("Figures"):
-                    _figures_tab()
+                    _generate_tab(pair, beside, controls)
+                with gr.Tab("In-paint") as tab:
+                    _in_paint_tab(tab, pair, controls)
+                with gr.Tab("Figures") as tab:
+                    _figures_tab(tab)
         for name, call in calls_of(pair).items():
             gr.api(_told()(call), api_name=name, **TURNS)
     page.queue(max_size=LONGEST_QUEUE)
@@ -104,6 +112,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
     Raises:
         OSError: the port is taken.
     """
+    limits = Middleware(LimitedRequests, most_bytes=MOST_SENT, without=UPLOADS)
     system, fixed = gr.themes.Font("system-ui"), gr.themes.Font("ui-monospace")
     theme = gr.themes.Default(
         font=[system, gr.themes.Font("sans-serif")], font_mono=[fixed, gr.themes.Font("monospace")]
@@ -116,7 +125,9 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
         quiet=True,
         prevent_thread_lock=True,
         ssr_mode=False,
-        max_file_size=MOST_BYTES,
+        max_threads=MOST_THREADS,
+        show_error=True,  # which arguments a program left out
+        app_kwargs={"middleware": [limits]},
         theme=theme,
         css=STYLE,
         footer_links=["api"],
@@ -128,30 +139,41 @@ def _controls(pair: Pair) -> _Controls:
     null = pair.model.null_class
     classes = [*((str(label), label) for label in range(null)), ("none in particular", null)]
     schedules = presets(pair)
-    return _Controls(
-        label=gr.Dropdown(classes, value=min(3, null), label="class"),
-        seed=gr.Number(0, precision=0, label="seed"),
-        another=gr.Button("Another seed", size="sm"),
-        guidance=gr.Slider(0, MOST_GUIDANCE, GUIDANCE, step=0.1, label="guidance"),
-        preset=gr.Dropdown(
-            list(schedules),
-            value=next(iter(schedules), None),
-            label="schedule of iterations",
-            visible=bool(schedules),
-        ),
-        counts=[
-            gr.Slider(1, pair.most_iterations, count, step=1, label=f"iterations at {side} x {side}")
-            for side, count in zip(pair.model.config.sides, pair.configured, strict=False)
-        ],
+    with gr.Row():
+        label = gr.Dropdown(classes, value=min(3, null), label="class", min_width=110)
+        seed = gr.Number(0, precision=0, label="seed", min_width=110)
+    another = gr.Button("Another seed", size="sm")
+    guidance = gr.Slider(0, MOST_GUIDANCE, GUIDANCE, step=0.1, label="guidance", buttons=[])
+    preset = gr.Dropdown(
+        list(schedules),
+        value=next(iter(schedules), None),
+        label="schedule of iterations",
+        visible=bool(schedules),
     )
+    with gr.Column(elem_id="viar-counts"):
+        counts = [
+            gr.Slider(
+                1,
+                pair.most_iterations,
+                count,
+                step=1,
+                label=f"iterations at {side} x {side}",
+                min_width=100,
+                buttons=[],
+            )
+            for side, count in zip(pair.model.config.sides, pair.configured, strict=False)
+        ]
+    return _Controls(label, seed, another, guidance, preset, counts)
 
 
-def _generate_tab(page: gr.Blocks, pair: Pair, beside: Pair | None, controls: _Controls) -> None:
-    for shown, inputs in ((pair, controls.all), (beside, controls.shared)):
-        if shown is not None:
-            panel = gr.HTML()
-            triggers = [page.load, *(control.change for control in inputs)]
-            gr.on(triggers, _drawing(shown), inputs, panel, trigger_mode="always_last", **EVENT)
+def _generate_tab(pair: Pair, beside: Pair | None, controls: _Controls) -> None:
+    with gr.Row():
+        for shown, inputs in ((pair, controls.all), (beside, controls.shared)):
+            if shown is not None:
+                with gr.Column(min_width=320):
+                    panel = gr.HTML(_first_panel(shown, inputs), apply_default_css=False)
+                triggers = [control.change for control in inputs]
+                gr.on(triggers, _drawing(shown), inputs, panel, trigger_mode="always_last", **EVENT)
     controls.another.click(
         None, controls.seed, controls.seed, js=f"seed => (seed + 1) % {MOST_SEED + 1}", **IN_BROWSER
     )
@@ -162,93 +184,82 @@ def _generate_tab(page: gr.Blocks, pair: Pair, beside: Pair | None, controls: _C
         gr.on(moved, None, None, controls.preset, js="() => null", **IN_BROWSER)
 
 
+def _first_panel(pair: Pair, inputs: list[Any]) -> str:
+    """What the page shows when it is opened, made twice: the first time takes longer than all that follow."""
+    for _ in range(2):
+        *_, panel = _drawing(pair)(*(control.value for control in inputs))
+    return panel
+
+
 def _drawing(pair: Pair) -> Callable[..., Iterator[str]]:
     """The function of an event: the picture and its numbers after each scale."""
     sides = pair.model.config.sides
 
     def drawn(label: int, seed: int, guidance: float, *counts: int) -> Iterator[str]:
-        urls: list[str] = []
+        parts: list[str] = []
         with _told():
             for image, report in draw(pair, label, sampling_of(pair, seed, guidance, counts)):
-                urls.append(picture_url(image))
-                yield report_panel(pair.name, urls, report, sides)
+                parts.append(picture_url(image, PART_SIDE))
+                yield report_panel(pair.name, picture_url(image), parts, report, sides)
 
     return drawn
 
 
-def _in_paint_tab(pair: Pair, controls: _Controls) -> None:
+def _in_paint_tab(tab: gr.Tab, pair: Pair, controls: _Controls) -> None:
     side = pair.tokenizer.config.image_side
-    shown_side = side * max(1, SHOWN_SIDE // side)
 
-    def take_generated(label: int, seed: int, guidance: float, *counts: int) -> dict[str, Any]:
+    def take_file(sent: dict[str, Any] | None) -> dict[str, str]:
         with _told():
-            *_, (image, _) = draw(pair, label, sampling_of(pair, seed, guidance, counts))
-            return _to_paint(image, shown_side)
+            return {"picture": picture_url(fitted(read_text((sent or {}).get("file"), "picture"), side))}
 
-    def take_file(path: str) -> dict[str, Any]:
-        with _told():
-            return _to_paint(fitted(read_sent(Path(path).read_bytes(), "picture"), side), shown_side)
-
-    gr.Markdown("Paint over what is to be made anew. Class, seed, guidance and iterations are those beside.")
+    gr.HTML(
+        "Paint over what is to be made anew. Class, seed, guidance and iterations are those of the controls."
+    )
     with gr.Row():
-        generated = gr.Button("Take the generated picture", size="sm")
-        file = gr.UploadButton("Take a picture file", file_types=["image"], size="sm")
+        with gr.Column(min_width=300):
+            painting = gr.HTML(
+                html_template=PAINTING,
+                js_on_load=(HERE / "painting.js").read_text(),
+                apply_default_css=False,
+                elem_id="viar-painting",
+            )
+        with gr.Column(min_width=300):
+            panel = gr.HTML(apply_default_css=False)
     with gr.Row():
-        editor = gr.ImageEditor(
-            take_generated(*(control.value for control in controls.all)),
-            type="pil",
-            sources=(),
-            transforms=(),
-            layers=gr.LayerOptions(allow_additional_layers=False),
-            brush=gr.Brush(default_size=40, colors=["#d1495b"], color_mode="fixed"),
-            canvas_size=(shown_side, shown_side),
-            fixed_canvas=True,
-            format="png",
-            label="picture",
-        )
-        panel = gr.HTML()
-    start = gr.Button("Make the painted part anew", variant="primary")
-    generated.click(take_generated, controls.all, editor, **EVENT)
-    file.upload(take_file, file, editor, **EVENT)
-    start.click(_in_painting(pair), [editor, *controls.all], panel, **EVENT)
-
-
-def _to_paint(image: Tensor, side: int) -> dict[str, Any]:
-    """A picture (3, H, W) in [0, 1] as the editor takes it, with nothing painted."""
-    picture = as_picture(image).resize((side, side), Image.Resampling.NEAREST)
-    return {"background": picture, "layers": [], "composite": picture}
+        generated = gr.Button("Take the generated picture", min_width=250)
+        start = gr.Button("Make the painted part anew", variant="primary", min_width=250)
+    kept = f"value => value && value.painted ? value : {SHOWN}"
+    tab.select(None, painting, painting, js=kept, **IN_BROWSER)
+    generated.click(None, None, painting, js=f"() => {SHOWN}", **IN_BROWSER)
+    painting.upload(take_file, painting, painting, **EVENT)
+    start.click(_in_painting(pair), [painting, *controls.all], panel, **EVENT)
 
 
 def _in_painting(pair: Pair) -> Callable[..., str]:
-    """The function of an event: the picture in the editor with its painted part made anew."""
+    """The function of an event: the picture that is painted on, with its painted part made anew."""
 
-    def made_anew(edited: dict[str, Any] | None, label: int, seed: int, guidance: float, *counts: int) -> str:
+    def made_anew(sent: dict[str, Any] | None, label: int, seed: int, guidance: float, *counts: int) -> str:
         with _told():
-            if edited is None or edited["background"] is None:
-                raise ValueError("picture: there is none; take the generated one or a file")
-            picture = to_rgb(edited["background"])
-            mask = kept_part(edited["layers"], picture.size)
+            picture, mask = (read_text((sent or {}).get(name), name) for name in ("picture", "mask"))
             made, seconds = in_paint(pair, picture, mask, label, sampling_of(pair, seed, guidance, counts))
             return picture_panel(pair.name, picture_url(made), seconds)
 
     return made_anew
 
 
-def _figures_tab() -> None:
-    gr.Markdown(
-        "VIAR and VAR of handwritten digits, as measured by `python -m benchmarks viar`; the documentation's "
-        "page Benchmarks has the tables. First the quality of the pictures against the work for them and "
-        "against memory, then how fast the implicit block converges."
+def _figures_tab(tab: gr.Tab) -> None:
+    """The figures come when they are asked for: they are larger than all else."""
+    gr.HTML(
+        "VIAR and VAR of handwritten digits, as measured by <code>python -m benchmarks viar</code>; the "
+        "documentation's page Benchmarks has the tables. First the quality of the pictures against the work "
+        "for them and against memory, then how fast the implicit block converges."
     )
-    for name in ("frontier", "convergence"):
-        gr.Image(
-            str(FIGURES / f"{name}.png"),
-            label=name,
-            show_label=False,
-            interactive=False,
-            buttons=["fullscreen"],
-            format="png",
-        )
+    panel = gr.HTML(apply_default_css=False)
+
+    def figures() -> str:
+        return figures_panel({name: (HERE / "figures" / file).read_bytes() for name, file in FIGURES.items()})
+
+    tab.select(figures, None, panel, **IN_BROWSER)
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import signal
+import socket
+import sys
 import threading
 from typing import Literal
 
@@ -15,6 +19,7 @@ from .loading import load_model, load_pair, make_ready
 from .output import report
 
 LOOPBACK = "127.0.0.1"
+MOST_PORT = 65535
 
 
 def app_command(
@@ -47,16 +52,24 @@ def app_command(
     """
     _check_both(var, var_tokenizer)
     _check_gradio()
-    from ..app.page import build_page, serve
-
+    _check_address(host, port)
     flags = ExecutionFlags(device=device, dtype=dtype)
     pair = Pair(*load_pair(model, tokenizer, flags))
     beside = None if var is None or var_tokenizer is None else _load_beside(pair, var, var_tokenizer, flags)
+    _serve(pair, beside, host, port, open)
+
+
+def _serve(pair: Pair, beside: Pair | None, host: str, port: int | None, open_browser: bool) -> None:
+    """Make the page, say where it is, and end with Ctrl-C or SIGTERM."""
+    from ..app.page import build_page, serve
+
     page = build_page(pair, beside)
-    address = serve(page, host, port, open_browser=open)
+    address = serve(page, host, port, open_browser=open_browser)
     console = Console()
     console.print(f"the page is at {address}; Ctrl-C ends it", markup=False, soft_wrap=True)
     report({"address": address})
+    # As Ctrl-C does, so that the page is closed: by itself SIGTERM ends a process where it is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         threading.Event().wait()
     finally:
@@ -68,6 +81,25 @@ def _check_both(model: str | None, tokenizer: str | None) -> None:
     if (model is None) != (tokenizer is None):
         given, missing = ("--var", "--var-tokenizer") if tokenizer is None else ("--var-tokenizer", "--var")
         raise ValueError(f"{given}: given without {missing}; give both, or neither for one model alone")
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise unless the page can be served there, before time is spent on models."""
+    if port is not None and not 1 <= port <= MOST_PORT:
+        raise ValueError(f"--port: expected a number from 1 to {MOST_PORT}, got {port}")
+    try:
+        socket.create_server((host, port or 0)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"--port: {port} is taken at {host}; give another, or none for the first free one"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"--port: {port} is for the administrator alone; give one above 1023") from error
+        raise ValueError(
+            f"--host: expected an address of this machine, got {host!r}; give {LOOPBACK}, or 0.0.0.0 for all "
+            "that it has"
+        ) from error
 
 
 def _check_gradio() -> None:

@@ -38,7 +38,7 @@ KINDS = {
 ENDINGS = frozenset(ending for endings in KINDS.values() for ending in endings)
 
 ORIENTATION = 0x0112  # of EXIF
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO, _YCBCR = 258, 262, 0, 6  # of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -172,7 +172,7 @@ def upright(image: Image.Image, name: object) -> Image.Image:
     tiles: Any = getattr(image, "tile", None)
     raw = tiles[0][3] if tiles else None  # how numbers lie in the file; gone when it is loaded
     with _named(name):
-        image.load()
+        image = _loaded(image)
     if raw == "RGB;16B" and "transparency" in image.info:
         # Only the upper half of the numbers is decoded, and the transparent colour cannot be told by it.
         raise ValueError(
@@ -283,6 +283,25 @@ def _of_16_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray(values.astype(np.uint16))
     grey.info = image.info
     return grey
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The image loaded.
+
+    Pillow before version 13 takes the three bytes of a pixel in an uncompressed TIFF of YCbCr for the first
+    of four of RGB: they are read as three here, and called what they are.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    tiles: Any = image.tile if tags.get(_PHOTOMETRIC) == _YCBCR else []  # type: ignore[attr-defined]
+    mistaken = bool(tiles) and (tiles[0].codec_name, tiles[0].args[0]) == ("raw", "RGBX")
+    if mistaken:
+        image.tile = [tile._replace(args=("RGB", *tile.args[1:])) for tile in tiles]  # type: ignore[attr-defined]
+    image.load()
+    if not mistaken:
+        return image
+    colours = Image.merge("YCbCr", image.split())
+    colours.info = image.info
+    return colours
 
 
 def _keyed(image: Image.Image, transparent: int | tuple[int, ...]) -> Image.Image:
