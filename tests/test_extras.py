@@ -19,7 +19,7 @@ DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["opti
 OURS = {"deqlib", "viar", "benchmarks"}
 # Imported by one name, installed by another.
 INSTALLED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
-# Nothing declares these: PyTorch brings triton where it can be used, gradio is made of starlette, and lpips wants
+# Nothing declares these: PyTorch brings triton where it can be used, gradio is made of starlette, lpips wants
 # a PyTorch of its choice.
 UNDECLARED = {"triton", "starlette", "lpips"}
 # Benchmarks of the page, without which they say that it is not measured.
