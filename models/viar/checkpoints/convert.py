@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from ..files import replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
+from ..pickles import load_pickled
+from ..pretrained import OF_DAMAGE, WEIGHTS, check_sizes, check_tensors, first_line, read_config
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -152,7 +152,7 @@ def convert_checkpoint(
         _check_out(out, (".safetensors", ".pth"), overwrite)
         model = _load_folder(source)
         tensors = export_official(model)
-        with replacing_path(out) as fresh:
+        with replacing_path(Path(os.path.realpath(out))) as fresh:
             if out.suffix == ".safetensors":
                 save_file(tensors, fresh)
             else:
@@ -160,7 +160,7 @@ def convert_checkpoint(
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
-        with replacing_path(out) as fresh:
+        with replacing_path(Path(os.path.realpath(out))) as fresh:
             model.save_pretrained(fresh)
     return model
 
@@ -214,9 +214,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         # torch.load warns of old pickles before it refuses them; the error says enough.
         with warnings.catch_warnings(action="ignore"):
-            # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
-            mapped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return load_pickled(path, mapped=True)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
@@ -226,7 +224,8 @@ def _read(path: Path) -> Any:
                 "trust the file, read it with torch.load(weights_only=False) and save its state dict alone"
             ) from None
         raise ValueError(
-            f"{path}: not a checkpoint, or a damaged one; expected a file of torch.save or a .safetensors"
+            f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); expected a file of "
+            "torch.save or a .safetensors"
         ) from error
 
 
@@ -247,15 +246,28 @@ def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
             "dict inside, if there is one"
         )
     state = {str(key): value for key, value in values.items()}
+    if spread := [key for key, tensor in state.items() if not tensor.is_meta and not _is_held(tensor)]:
+        raise ValueError(
+            f"{origin}: expected tensors with a number for each place, found others under {listed(spread)}; "
+            "save them with .to_dense() or .clone()"
+        )
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether memory has every number of a tensor: an expanded one can be of any shape, and take none."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _load_folder(folder: Path) -> Model:
     """Like `from_pretrained`, without drawing initial weights."""
     values = read_config(folder)
     try:
+        check_sizes(NextScaleTransformer if "trunk" in values else Tokenizer, values, folder / WEIGHTS)
         model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
         tensors = load_file(folder / WEIGHTS)
         check_tensors(model, tensors)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.extras import SubcommandApp
 
+from ..data.decoding import shown
 from ..memory import is_shortage
 from . import app, convert, demo, edit, evaluate, generate, reproduce, tokenize, train
 from .flags import given_flags
@@ -130,7 +131,8 @@ def main() -> None:
         if text is None:
             raise
         process = f" (process {process_index()})" if process_index() else ""
-        message = f"[red]viar:[/red] {escape(by_flags(text))}{process}"  # brackets in an error are no markup
+        told = escape(shown(by_flags(text)))  # brackets in an error are no markup, and names hold anything
+        message = f"[red]viar:[/red] {told}{process}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

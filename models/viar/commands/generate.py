@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -145,7 +146,7 @@ def _generate_grid(
     batches = generate_batches(transformer, codec, classes, flags, console, report=report)
     images = torch.cat(list(batches))
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, out, columns=per_class)
+    save_grid(images, Path(os.path.realpath(out)), columns=per_class)
     console.print(f"{len(images)} images in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 
 

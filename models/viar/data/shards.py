@@ -11,7 +11,6 @@ Shape letters: B batch, L tokens of all scales.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,13 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..files import file_digest
+from ..files import file_digest, read_json
+from ..model.config import check_at_least
+from ..model.scales import check_sides
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 
 SETTINGS = "shards.json"
 FORMAT = 1  # to be raised with whatever changes the rows of given settings
 SPLITS = ("train", "validation")
+
+MOST_FILES, MOST_TOKENS = 10**6, 2**24  # of a split, and of a row
 
 TokenRows = tuple[Tensor, Tensor]  # tokens of all scales (B, L) int64, labels (B,) int64
 
@@ -68,6 +71,25 @@ class ShardSettings:
     format: int = FORMAT
     class_names: tuple[str, ...] = ()
     augmentations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate: what a file tells may be anything."""
+        owner, counts = "tokens", (self.crops, self.shard_size, self.codebook_size, self.num_classes)
+        whole = [*counts, *self.sides, *self.images, self.seed, self.batch_size]
+        texts = (self.tokenizer, *self.class_names, *self.augmentations)
+        if not (all(type(n) is int for n in whole) and all(isinstance(text, str) for text in texts)):
+            raise ValueError(f"{owner}: expected integers as sizes and counts, and texts as names")
+        if not isinstance(self.origin, Mapping) or len(self.images) != 2:
+            raise ValueError(f"{owner}: expected where images come from, and how many for each of {SPLITS}")
+        check_sides(owner, self.sides)
+        check_at_least(owner, 0, train=self.images[0], validation=self.images[1], seed=self.seed)
+        check_at_least(owner, 1, crops=self.crops, shard_size=self.shard_size, batch_size=self.batch_size)
+        check_at_least(owner, 1, codebook_size=self.codebook_size, num_classes=self.num_classes)
+        num_files = max(self.rows(split) for split in SPLITS) // self.shard_size
+        if num_files > MOST_FILES:
+            raise ValueError(f"{owner}: expected at most {MOST_FILES:,} files, got {num_files:,}")
+        if (num_tokens := sum(side * side for side in self.sides)) > MOST_TOKENS:
+            raise ValueError(f"{owner}: expected at most {MOST_TOKENS:,} tokens a row, got {num_tokens:,}")
 
     def rows(self, split: str) -> int:
         """Rows of a split."""
@@ -155,8 +177,22 @@ class TokenShards(Dataset[TokenRows]):
     def _table(self, number: int) -> np.ndarray:
         """A file of the split."""
         if number not in self._tables:
-            self._tables[number] = np.load(self._paths[number], mmap_mode="r")
+            self._tables[number] = self._opened(number)
         return self._tables[number]
+
+    def _opened(self, number: int) -> np.ndarray:
+        path, size = self._paths[number], self.settings.shard_size
+        rows = range(len(self))[number * size : (number + 1) * size]
+        try:
+            table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            raise ValueError(f"{path}: damaged ({error}); run the same viar tokenize again") from error
+        if (table.dtype, table.shape) != (self.settings.dtype, (len(rows),)):
+            raise ValueError(
+                f"{path}: expected {len(rows)} rows of {self.settings.dtype}, got {table.shape} of "
+                f"{table.dtype}; run the same viar tokenize again"
+            )
+        return table
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise `ValueError` unless these are tokens of `tokenizer`."""
@@ -191,7 +227,7 @@ def read_settings(folder: Path) -> ShardSettings:
     if not path.is_file():
         raise ValueError(f"{folder}: no {SETTINGS} there, so no tokens; make them with viar tokenize")
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')} where {FORMAT} is known")
         lists = ("sides", "images", "class_names", "augmentations")
@@ -206,7 +242,7 @@ def read_settings(folder: Path) -> ShardSettings:
 def is_whole(path: Path) -> bool:
     """Whether a file of rows is there with the content that it was written with; reads all of it."""
     told = checksum_path(path)
-    return path.is_file() and told.is_file() and told.read_text().strip() == file_digest(path)
+    return path.is_file() and told.is_file() and told.read_bytes().strip() == file_digest(path).encode()
 
 
 def checksum_path(path: Path) -> Path:
