@@ -46,7 +46,7 @@ DOWNLOAD = (
     *("revision", "cache_dir", "force_download", "local_files_only", "token"),
     *("proxies", "resume_download"),
 )
-MORE_PARAMETERS = 10_000  # that are let be made before settings are found to be of another model
+MORE_PARAMETERS = 1000  # that are let be made before settings are found to be of another model
 LISTED = 4  # names of tensors that an error spells out of each kind
 
 
@@ -219,7 +219,7 @@ def check_sizes(
     """
     with safe_open(weights, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    with _at_most(4 * len(shapes) + MORE_PARAMETERS), torch.device("meta"):
+    with _at_most(2 * len(shapes) + MORE_PARAMETERS), torch.device("meta"):
         model = kind(config)
         tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
     check_tensors(model, tensors, strict=strict)

@@ -133,8 +133,8 @@ def _load(name: str) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise _refused(name, "the package datasets is needed; pip install 'deqlib[hub]'") from error
-    name, revision = _revision_of(name)
-    path, _, config = name.partition(":")
+    wanted, revision = _revision_of(name)
+    path, _, config = wanted.partition(":")
     try:
         if any((Path(path) / kept).is_file() for kept in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(path)

@@ -62,8 +62,11 @@ def _levels(path: Path, size: tuple[int, int]) -> npt.NDArray[np.float64]:
     """What a file of that size means as a mask, (height, width) upright, from 0, anew, to 1, keep."""
     with open_picture(path, any_range=True) as file:
         refuse_frames(file, path)
-        image = upright(file, path)
-    if image.size != size:  # before numbers are made of it, which take more memory than the picture
+        if sorted(file.size) == sorted(size):  # another is not loaded, as it may be of any size
+            image = upright(file, path)
+        else:
+            image = file
+    if image.size != size:
         raise ValueError(
             f"mask: {shown(path)} has {image.width} x {image.height} pixels, the picture {size[0]} x "
             f"{size[1]}; they must be of one size"

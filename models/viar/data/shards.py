@@ -11,6 +11,7 @@ Shape letters: B batch, L tokens of all scales.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -130,11 +131,12 @@ class TokenShards(Dataset[TokenRows]):
         self.folder, self.split = Path(folder), split
         self.settings = read_settings(self.folder)
         shards = self.settings.shards(split)
-        self._paths = [self.folder / name for name, _ in shards]
+        self._names = [name for name, _ in shards]
         self._tables = dict[int, np.ndarray]()
+        there = {entry.name for entry in os.scandir(self.folder)}
         sizes = {count: _size(self.settings.dtype, count) for count in {len(rows) for _, rows in shards}}
         self._refuse(
-            [self.folder / name for name, rows in shards if not self._is_there(name, sizes[len(rows)])]
+            [name for name, rows in shards if name not in there or not self._is_whole(name, sizes[len(rows)])]
         )
 
     def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
@@ -144,17 +146,17 @@ class TokenShards(Dataset[TokenRows]):
             rank: of this process; each of several reads files of its own.
             num_ranks: processes.
         """
-        self._refuse([path for path in self._paths[rank::num_ranks] if not is_whole(path)])
+        self._refuse([name for name in self._names[rank::num_ranks] if not is_whole(self.folder / name)])
 
-    def _is_there(self, name: str, size: int) -> bool:
+    def _is_whole(self, name: str, size: int) -> bool:
         path = self.folder / name
         return path.is_file() and path.stat().st_size == size and checksum_path(path).is_file()
 
-    def _refuse(self, broken: list[Path]) -> None:
+    def _refuse(self, broken: list[str]) -> None:
         if broken:
             raise ValueError(
-                f"{self.folder}: {len(broken)} of the {len(self._paths)} files of the {self.split} split are "
-                f"missing or damaged, the first of them {broken[0].name}; run the same viar tokenize again, "
+                f"{self.folder}: {len(broken)} of the {len(self._names)} files of the {self.split} split are "
+                f"missing or damaged, the first of them {broken[0]}; run the same viar tokenize again, "
                 "which makes those and no others"
             )
 
@@ -168,6 +170,15 @@ class TokenShards(Dataset[TokenRows]):
         places = [divmod(rows[index], size) for index in indices]
         table = np.stack([self._table(number)[row] for number, row in places])
         tokens, labels = (torch.from_numpy(table[name].astype(np.int64)) for name in ("tokens", "label"))
+        for what, values, count in (
+            ("tokens", tokens, self.settings.codebook_size),
+            ("labels", labels, self.settings.num_classes),
+        ):
+            if values.numel() and not (values.min() >= 0 and values.max() < count):
+                raise ValueError(
+                    f"{self.folder}: expected {what} of 0 to {count - 1}, got others; make them anew in "
+                    "another folder with viar tokenize"
+                )
         return tokens, labels
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,18 +192,13 @@ class TokenShards(Dataset[TokenRows]):
         return self._tables[number]
 
     def _opened(self, number: int) -> np.ndarray:
-        path, size = self._paths[number], self.settings.shard_size
+        name, size = self._names[number], self.settings.shard_size
         rows = range(len(self))[number * size : (number + 1) * size]
-        try:
-            table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise ValueError(f"{path}: damaged ({error}); run the same viar tokenize again") from error
-        if (table.dtype, table.shape) != (self.settings.dtype, (len(rows),)):
-            raise ValueError(
-                f"{path}: expected {len(rows)} rows of {self.settings.dtype}, got {table.shape} of "
-                f"{table.dtype}; run the same viar tokenize again"
-            )
-        return table
+        header = _header(self.settings.dtype, len(rows))
+        with (self.folder / name).open("rb") as file:
+            if file.read(len(header)) != header:  # what a damaged one may tell is of no interest
+                self._refuse([name])
+        return np.memmap(self.folder / name, self.settings.dtype, "r", len(header), (len(rows),))
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise `ValueError` unless these are tokens of `tokenizer`."""
@@ -252,9 +258,14 @@ def checksum_path(path: Path) -> Path:
 
 def _size(dtype: np.dtype[np.void], num_rows: int) -> int:
     """Bytes of a file of so many rows."""
+    return len(_header(dtype, num_rows)) + num_rows * dtype.itemsize
+
+
+def _header(dtype: np.dtype[np.void], num_rows: int) -> bytes:
+    """What stands before the rows, as `numpy.save` writes it."""
     header = BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
         header, {"descr": descr, "fortran_order": False, "shape": (num_rows,)}
     )
-    return len(header.getvalue()) + num_rows * dtype.itemsize
+    return header.getvalue()

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,10 @@ STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "count", "network", "pooled"}
 MOST_PACKING, MOST_PACKED = 100, 2**26
 # What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
 OF_DAMAGE = (
+    ArithmeticError,
+    SyntaxError,
+    TypeError,
+    TokenError,
     OSError,
     ValueError,
     KeyError,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...data.decoding import decode_picture
 from ...files import read_json, replacing
 
 SETTINGS = "series.json"
@@ -93,10 +94,11 @@ class SeriesFolder:
         """
         path = self.picture(index)
         try:
-            with Image.open(path) as image:
-                pixels_HWC = np.asarray(image)
-        except (OSError, SyntaxError) as error:  # Pillow raises a SyntaxError at a broken chunk of a PNG.
+            pixels_HWC = np.asarray(decode_picture(path))
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path}: damaged ({error}); remove it and run again") from error
+        if pixels_HWC.shape != (self.side, self.side, 3):
+            raise ValueError(f"{path}: expected {self.side} pixels a side; remove it and run again")
         return pixels_HWC
 
     def write_archive(self, num: int, labels: Iterable[int], pool: Executor) -> None:
