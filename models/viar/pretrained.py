@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from .cards import ENDING, model_card
 from .files import flush, read_json
@@ -46,7 +46,8 @@ DOWNLOAD = (
     *("revision", "cache_dir", "force_download", "local_files_only", "token"),
     *("proxies", "resume_download"),
 )
-MORE_PARAMETERS = 1000  # that are let be made before settings are found to be of another model
+# Tensors, and numbers in them, that are made before settings are found to be of another model.
+MORE_TENSORS, MORE_NUMBERS = 1000, 2**22
 LISTED = 4  # names of tensors that an error spells out of each kind
 
 
@@ -142,13 +143,16 @@ class Pretrained(PyTorchModelHubMixin):
             weights = os.path.join(model_id, WEIGHTS)
         else:
             weights = _downloaded(model_id, **download)
-        if isinstance(config, Mapping) or config is None:
-            try:
+        try:
+            if isinstance(config, Mapping) or config is None:
                 _check_kind(model_id, config, cls.telling)
-                check_sizes(cls, config, Path(weights), strict=strict)
-            except (ValueError, SafetensorError) as error:
-                raise _NotThisModel(str(error)) from error
-        loaded: Self = cls._load_as_safetensor(cls(**options), weights, map_location, strict)
+            with not_larger(Path(weights)) if strict else nullcontext():
+                model = cls(**options)
+        except SafetensorError as error:
+            raise _NotThisModel(f"{WEIGHTS} is damaged ({first_line(error)})") from error
+        except ValueError as error:
+            raise _NotThisModel(str(error)) from error
+        loaded: Self = cls._load_as_safetensor(model, weights, map_location, strict)
         return loaded
 
     @classmethod
@@ -202,47 +206,43 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected settings as JSON, found a damaged file ({error})") from error
 
 
-def check_sizes(
-    kind: Callable[[Any], Any], config: Mapping[str, Any] | None, weights: Path, *, strict: bool = True
-) -> None:
-    """Raise where settings are not those of weights, before memory is taken for either.
+@contextmanager
+def not_larger(weights: Path) -> Iterator[None]:
+    """Inside, this thread makes no model of far more than a file has, which settings may tell of.
+
+    What is a little too large is made, and `check_tensors` says what does not fit.
 
     Args:
-        kind: class of the model.
-        config: what config.json has.
         weights: a safetensors file, of which the header alone is read.
-        strict: see `check_tensors`.
 
     Raises:
-        ValueError: the file has other tensors.
-        SafetensorError: it is damaged.
+        ValueError: when parameters are made beyond that.
+        SafetensorError: the file is damaged.
     """
     with safe_open(weights, "pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    with _at_most(2 * len(shapes) + MORE_PARAMETERS), torch.device("meta"):
-        model = kind(config)
-        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
-    check_tensors(model, tensors, strict=strict)
-
-
-@contextmanager
-def _at_most(most: int) -> Iterator[None]:
-    """Inside, a model of more parameters than that cannot be made by this thread."""
-    count, own = 0, threading.get_ident()
-
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal count
-        count += threading.get_ident() == own
-        if count > most:
-            raise ValueError(
-                f"its settings are of a model of more than {most:,} tensors, its weights of fewer"
-            )
-
-    hook = register_module_parameter_registration_hook(counted)
-    try:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    with _NotLarger(2 * len(sizes) + MORE_TENSORS, 2 * sum(sizes) + MORE_NUMBERS):
         yield
-    finally:
-        hook.remove()
+
+
+class _NotLarger(TorchFunctionMode):
+    """Counts tensors that are made of a size, and the numbers in them, before memory is taken for them."""
+
+    MAKE = (torch.empty, torch.full, torch.zeros, torch.ones)
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        self.tensors, self.numbers = tensors, numbers  # that may yet be made
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.MAKE and args:
+            self.tensors -= 1
+            self.numbers -= math.prod(args if isinstance(args[0], int) else args[0])
+            if self.tensors < 0 or self.numbers < 0:
+                raise ValueError(f"its settings are of a far larger model than {WEIGHTS} has tensors for")
+        return func(*args, **(kwargs or {}))
 
 
 def _downloaded(name: str, **options: Any) -> str:

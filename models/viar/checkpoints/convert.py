@@ -19,7 +19,14 @@ from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerCo
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
 from ..pickles import load_pickled
-from ..pretrained import OF_DAMAGE, WEIGHTS, check_sizes, check_tensors, first_line, read_config
+from ..pretrained import (
+    OF_DAMAGE,
+    WEIGHTS,
+    check_tensors,
+    first_line,
+    not_larger,
+    read_config,
+)
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -267,8 +274,8 @@ def _load_folder(folder: Path) -> Model:
     """Like `from_pretrained`, without drawing initial weights."""
     values = read_config(folder)
     try:
-        check_sizes(NextScaleTransformer if "trunk" in values else Tokenizer, values, folder / WEIGHTS)
-        model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
+        with not_larger(folder / WEIGHTS):
+            model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
         tensors = load_file(folder / WEIGHTS)
         check_tensors(model, tensors)
         model.load_state_dict(tensors, assign=True)
