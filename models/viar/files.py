@@ -136,7 +136,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Values by name in a file of JSON, which may come from anybody.
+    """Settings, or other values by name, in a file of JSON, which may come from anybody.
 
     Args:
         path: of the file.
@@ -150,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("lists or names within one another, too deep to be read") from error
     if not isinstance(found, dict):
-        raise ValueError(f"expected values by name, found {type(found).__name__}")
+        raise ValueError(f"expected settings by name, found {type(found).__name__}")
     return found
 
 

@@ -376,6 +376,8 @@ def _check_packing(
         dtype: likewise.
         num_rows: that are read at a time; default all.
     """
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded, for they may hold code")
     size = math.prod(shape) * dtype.itemsize
     if size != there:
         raise ValueError(f"{shape} of {dtype} take {size:,} bytes, and there are {there:,}")
