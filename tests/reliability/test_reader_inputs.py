@@ -46,6 +46,7 @@ def count(tally: Callable[..., None], found: dict[str, Any], ending: str = "") -
         tally("inputs", what + ending, **figures)
 
 
+@pytest.mark.promise("A result or a reason")
 def test_spoiled_files_are_read_or_refused_by_name(
     times: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
