@@ -102,14 +102,14 @@ def _of_pictures(folder: Path) -> Iterator[Reader]:
             return content
 
     yield Reader(
-        "pictures, from memory", 12, seeds, lambda content: decode_bytes(content, "a.png"), ("a.png",), _png
+        "pictures, from memory", 40, seeds, lambda content: decode_bytes(content, "a.png"), ("a.png",), _png
     )
     yield Reader(
-        "pictures, files", 4, seeds, _written(path, lambda: read_picture(path, SIDE)), ("a.png",), _png
+        "pictures, files", 8, seeds, _written(path, lambda: read_picture(path, SIDE)), ("a.png",), _png
     )
-    yield Reader("masks", 3, pngs, _written(mask, lambda: read_mask(mask, SIDE, (8, 8))), ("mask.png",), _png)
+    yield Reader("masks", 6, pngs, _written(mask, lambda: read_mask(mask, SIDE, (8, 8))), ("mask.png",), _png)
     texts = tuple(base64.b64encode(seed) for seed in seeds[:3])
-    yield Reader("pictures sent to the page", 6, texts, page(), ("picture",), sent)
+    yield Reader("pictures sent to the page", 30, texts, page(), ("picture",), sent)
     series = SeriesFolder(folder / "series", 8)
     series.path.mkdir()
 
@@ -119,12 +119,12 @@ def _of_pictures(folder: Path) -> Iterator[Reader]:
 
     (series.path / "series.json").write_text(json.dumps({"format": FORMAT, "seed": 0}))
     yield Reader(
-        "pictures of a series", 3, pngs[:1], _written(series.picture(0), read_series), ("000000.png",), _png
+        "pictures of a series", 6, pngs[:1], _written(series.picture(0), read_series), ("000000.png",), _png
     )
     told = series.path / "series.json"
     Image.new("RGB", (8, 8)).save(series.picture(0))
     seed = json.dumps({"format": FORMAT, "seed": 0}).encode()
-    yield Reader("series.json", 12, (seed,), _written(told, read_series), ("series",), spoiling.spoiled_json)
+    yield Reader("series.json", 70, (seed,), _written(told, read_series), ("series",), spoiling.spoiled_json)
 
 
 def _png(draw: Any, content: bytes) -> bytes:
@@ -199,7 +199,7 @@ def _of_models(folder: Path) -> Iterator[Reader]:
 
     yield Reader(
         "headers of safetensors",
-        20,
+        100,
         (whole,),
         _written(weights, header),
         ("model.safetensors",),
@@ -259,7 +259,7 @@ def _of_configs(folder: Path) -> Reader:
     seeds = tuple(
         json.dumps(model.config.to_dict()).encode() for model in (tiny_tokenizer(), tiny_transformer())
     )
-    return Reader("config.json", 16, seeds, _written(path, read), ("config.json",), spoiling.spoiled_json)
+    return Reader("config.json", 100, seeds, _written(path, read), ("config.json",), spoiling.spoiled_json)
 
 
 def _of_settings(folder: Path) -> Iterator[Reader]:
@@ -276,7 +276,7 @@ def _of_settings(folder: Path) -> Iterator[Reader]:
     path = run / "run.json"
     yield Reader(
         "run.json",
-        8,
+        50,
         (json.dumps(settings).encode(),),
         _written(path, lambda: compare_settings(run, settings)),
         (str(run),),
@@ -286,7 +286,7 @@ def _of_settings(folder: Path) -> Iterator[Reader]:
     lines = [json.dumps({"step": step, "loss": 1 / step, "accuracy": 0.5}) for step in range(1, 6)]
     yield Reader(
         "metrics.jsonl",
-        16,
+        100,
         ("\n".join(lines).encode(),),
         _written(metrics, lambda: read_metrics(metrics)),
         (),
@@ -323,15 +323,15 @@ def _of_numbers(folder: Path) -> Iterator[Reader]:
 
     first = tokens / "train-00000.npy"
     whole = first.read_bytes()
-    yield Reader("token files", 8, (whole,), _written(first, read), ("tokens",))
+    yield Reader("token files", 50, (whole,), _written(first, read), ("tokens",))
     first.write_bytes(whole)
     yield Reader(
-        "shards.json", 12, (told.read_bytes(),), _written(told, read), ("tokens",), spoiling.spoiled_json
+        "shards.json", 50, (told.read_bytes(),), _written(told, read), ("tokens",), spoiling.spoiled_json
     )
     archive, network = folder / "reference.npz", FeatureNetwork("inception 1", _seen)
     yield Reader(
         "reference statistics and images",
-        4,
+        8,
         _archives(archive),
         _written(archive, lambda: check_reference(archive, network, SIDE)),
         ("reference.npz",),
@@ -339,7 +339,7 @@ def _of_numbers(folder: Path) -> Iterator[Reader]:
     )
     yield Reader(
         "archives of images",
-        3,
+        6,
         _archives(archive)[:1],
         _written(archive, lambda: list(find_pictures(archive).batches())),
         ("reference.npz",),

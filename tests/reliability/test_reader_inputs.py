@@ -59,7 +59,7 @@ def test_spoiled_files_are_read_or_refused_by_name(
 def test_files_made_to_reach_every_line_of_a_reader_are_read_or_refused_by_name(
     reader: str, times: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    inputs = times(0, 20_000)
+    inputs = times(0, 8_000)
     if not inputs or not (os.environ.get("ATHERIS") or importlib.util.find_spec("atheris")):
         pytest.skip("made with the package atheris, where all cases run")
     count(tally, told(inputs, "--guided", reader), ", guided by what they reach")
