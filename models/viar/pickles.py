@@ -24,13 +24,22 @@ def load_pickled(path: Path, *, mapped: bool = False) -> Any:
         ValueError: the file would take more memory than its size.
         Exception: whatever the reader makes of code, which is not run, and of damage.
     """
-    archive = zipfile.is_zipfile(path)
-    if archive:
+    check_pickled(path)
+    # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
+    mapped = mapped and zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def check_pickled(path: Path) -> None:
+    """Raise `ValueError` where a file of `torch.save` would take more memory than its size.
+
+    Args:
+        path: of the file.
+    """
+    if zipfile.is_zipfile(path):
         _check_archive(path)
     elif _holds(path, _OF_ANY_SIZE):
         raise ValueError("holds a bytearray, which is no tensor")
-    # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and archive)
 
 
 def _check_archive(path: Path) -> None:
