@@ -139,13 +139,11 @@ class Pretrained(PyTorchModelHubMixin):
         """In place of the mixin's, which takes memory before it compares, and pickles from the hub."""
         config = options.get("config")
         download = {name: options.pop(name) for name in DOWNLOAD if name in options}
-        if os.path.isdir(model_id):
-            weights = os.path.join(model_id, WEIGHTS)
-        else:
-            weights = _downloaded(model_id, **download)
         try:
-            if isinstance(config, Mapping) or config is None:
+            if isinstance(config, Mapping) or config is None:  # before weights are downloaded
                 _check_kind(model_id, config, cls.telling)
+            is_here = os.path.isdir(model_id)
+            weights = os.path.join(model_id, WEIGHTS) if is_here else _downloaded(model_id, **download)
             with not_larger(Path(weights)) if strict else nullcontext():
                 model = cls(**options)
         except SafetensorError as error:

@@ -54,6 +54,9 @@ VALUES: tuple[Any, ...] = (
 )
 
 
+PACKED = tuple(zlib.compress(bytes(size)) for size in (10, 2 * 10**6))
+
+
 def spoiled(draw: random.Random, content: bytes, structure: Spoil | None = None) -> bytes:
     """The content of a file with one to three things changed, half of them in its structure if it has one."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
@@ -134,13 +137,13 @@ def spoiled_safetensors(draw: random.Random, content: bytes) -> bytes:
 
 def spoiled_png(draw: random.Random, content: bytes) -> bytes:
     """A chunk changed, its checksum as it is then; or one that tells of much put before the others."""
-    chunks = re_chunks(content)
+    chunks = _chunks(content)
     if not chunks:
         return spoiled_bytes(draw, content)
     index = draw.randrange(len(chunks))
     name, data = chunks[index]
     if draw.random() < 0.3:
-        packed = zlib.compress(b"\0" * draw.choice((10, 2 * 10**6)))
+        packed = draw.choice(PACKED)
         added = draw.choice((b"zTXt", b"iCCP", b"iTXt", b"eXIf", b"tRNS", b"acTL", b"pHYs", b"gAMA", b"sRGB"))
         start = b"a\0\0" if added != b"iTXt" else b"a\0\1\0\0\0"
         chunks.insert(
@@ -154,7 +157,7 @@ def spoiled_png(draw: random.Random, content: bytes) -> bytes:
     )
 
 
-def re_chunks(content: bytes) -> list[tuple[bytes, bytes]]:
+def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
     """Names and contents of the chunks of a PNG, as far as they are whole."""
     found, place = list[tuple[bytes, bytes]](), 8
     while place + 12 <= len(content):

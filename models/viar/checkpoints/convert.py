@@ -83,6 +83,11 @@ def load_official(
         if isinstance(path_or_state_dict, str | os.PathLike):
             from_file, origin, values = True, str(path_or_state_dict), _read(Path(path_or_state_dict))
         state = _tensors(values, origin)
+        if from_file and (spread := [key for key, tensor in state.items() if not _is_held(tensor)]):
+            raise ValueError(
+                f"{origin}: expected tensors with a number for each place, found others under "
+                f"{listed(spread)}; save what .to_dense() or .clone() makes of them"
+            )
         try:
             model = _on_meta(official_config(state, None if sides is None else tuple(sides), num_heads))
             _check_tensors(state, model)
@@ -253,11 +258,6 @@ def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
             "dict inside, if there is one"
         )
     state = {str(key): value for key, value in values.items()}
-    if spread := [key for key, tensor in state.items() if not tensor.is_meta and not _is_held(tensor)]:
-        raise ValueError(
-            f"{origin}: expected tensors with a number for each place, found others under {listed(spread)}; "
-            "save them with .to_dense() or .clone()"
-        )
     while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -265,7 +265,7 @@ def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
 
 def _is_held(tensor: Tensor) -> bool:
     """Whether memory has every number of a tensor: an expanded one can be of any shape, and take none."""
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 

@@ -151,7 +151,7 @@ def _load(name: str) -> dict[str, Any]:
 
 def _revision_of(name: str) -> tuple[str, str | None]:
     """The name without its revision, and the revision; none of a folder, in whose name @ is a letter."""
-    if Path(name).exists():
+    if Path(name.partition(":")[0]).exists():
         return name, None
     name, _, revision = name.partition("@")
     return name, revision or None
