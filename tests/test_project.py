@@ -117,6 +117,22 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
             assert numbers(pins[name.replace("_", "-")]) >= numbers(lowest), name
 
 
+# The first versions without a fault that this code would reach, by what pyproject.toml says of them.
+WITHOUT_FAULTS = {"torch": "2.6", "filelock": "3.20.1", "datasets": "4", "pillow": "11.3"}
+
+
+@pytest.mark.promise("No dependency with a known fault")
+def test_no_dependency_may_be_of_a_version_with_a_known_fault() -> None:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    lowest = dict(
+        requirement.split(">=")
+        for requirement in itertools.chain(PROJECT["project"]["dependencies"], *extras)
+        if ">=" in requirement and ";" not in requirement
+    )
+    assert {name for name in WITHOUT_FAULTS if numbers(lowest[name]) < numbers(WITHOUT_FAULTS[name])} == set()
+    assert all(f"{name} {version}" in text_of("pyproject.toml") for name, version in WITHOUT_FAULTS.items())
+
+
 def numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".")]
 

@@ -1,15 +1,20 @@
-"""Files that are whole or not there: written under another name first, then moved to their own."""
+"""Files that are whole or not there: written under another name first, then moved to their own.
+
+A folder may have been somebody else's, with links in it to files elsewhere: where a file is written whose
+name a user did not give, a link of that name is replaced, and what it leads to stays as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -53,7 +58,8 @@ def _check_regular(path: Path, owner: str) -> None:
 def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and is gone if it never is.
 
-    Of a link, what it leads to is replaced.
+    A link is replaced itself, whatever it leads to; a user who names one means the other file, so commands
+    pass on `os.path.realpath` of what was named.
 
     Args:
         path: of the file.
@@ -63,10 +69,11 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
     Raises:
         ValueError: `path` is a device or a pipe.
     """
-    path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
     owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
     partial = path.with_name(f"{path.name}{owner}.partial")
+    if partial.is_symlink():  # else it would be written through
+        partial.unlink()
     try:
         with partial.open("wb") as file:
             yield file
@@ -82,13 +89,14 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     Yields a path of the same name in a new folder beside `path`; its parents are made. A file, or a folder
     where none was, takes the place of `path`. Of a folder that is there, each file that was written is
-    replaced, and the others stay. Of a link, what it leads to is replaced.
+    replaced, and the others stay. A link to a folder stands for that folder; any other is replaced itself.
 
     Raises:
         ValueError: `path` is a device or a pipe.
     """
-    path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
+    if path.is_dir() or not path.is_symlink():
+        path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder, path.name)
@@ -125,6 +133,25 @@ def held(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
             (folder / LOCK).unlink()
         lock.release()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Settings, or other values by name, in a file of JSON, which may come from anybody.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: it holds something else, or is damaged; the caller names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("lists or names within one another, too deep to be read") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"expected settings by name, found {type(found).__name__}")
+    return found
 
 
 def flush(path: Path) -> None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from safetensors import SafetensorError
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .cards import ENDING, model_card
-from .files import flush
+from .files import flush, read_json
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -39,6 +41,13 @@ MARKS = {
 }
 # What settings of a wrong type or size raise where a model is made of them, and damaged weights.
 OF_DAMAGE = (TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, EOFError, UnpicklingError)
+# How a file of the hub is asked for; the last two by releases of huggingface_hub before 1.
+DOWNLOAD = (
+    *("revision", "cache_dir", "force_download", "local_files_only", "token"),
+    *("proxies", "resume_download"),
+)
+# Tensors, and numbers in them, that are made before settings are found to be of another model.
+MORE_TENSORS, MORE_NUMBERS = 1000, 2**22
 LISTED = 4  # names of tensors that an error spells out of each kind
 
 
@@ -56,7 +65,8 @@ class Pretrained(PyTorchModelHubMixin):
         """The model of a folder that `save_pretrained` wrote, or of a name on the Hugging Face hub.
 
         Args:
-            pretrained_model_name_or_path: the folder or the name.
+            pretrained_model_name_or_path: the folder or the name; "NAME@REVISION" names a commit, tag or
+                branch on the hub, as `revision="..."` does.
             options: of `huggingface_hub.ModelHubMixin.from_pretrained`; `strict=False` leaves weights that
                 are missing at their random start.
 
@@ -64,6 +74,9 @@ class Pretrained(PyTorchModelHubMixin):
             ValueError: no such folder or name, or one that holds something else, a part, or damaged files.
         """
         source = str(pretrained_model_name_or_path)
+        if not os.path.exists(source) and "revision" not in options:
+            source, _, revision = source.partition("@")
+            options |= {"revision": revision} if revision else {}
         if os.path.isdir(source):
             _check_kind(source, read_config(Path(source)), cls.telling)
         elif os.path.exists(source):
@@ -76,10 +89,10 @@ class Pretrained(PyTorchModelHubMixin):
                 raise ValueError(_named(source, error)) from error
             raise ValueError(
                 f"{source}: no such folder, and no name that can be read from the Hugging Face hub "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
         except OF_DAMAGE as error:
-            reason = f"no model can be made of {CONFIG} and {WEIGHTS} ({_first_line(error)})"
+            reason = f"no model can be made of {CONFIG} and {WEIGHTS} ({first_line(error)})"
             raise ValueError(f"{source}: {reason}") from error
         return loaded
 
@@ -93,6 +106,8 @@ class Pretrained(PyTorchModelHubMixin):
         """
         folder = Path(save_directory)
         fresh = folder / ".saving"
+        if fresh.is_symlink():  # else files would be made where it leads to
+            fresh.unlink()
         shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
         try:
             pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
@@ -118,15 +133,24 @@ class Pretrained(PyTorchModelHubMixin):
         return model_card(self.config.to_dict(), num_parameters, run, ending)  # type: ignore[operator, union-attr]
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> Self:
-        model_id, config = str(kwargs["model_id"]), kwargs.get("config")
-        if isinstance(config, Mapping) or config is None:
-            try:
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **options: Any
+    ) -> Self:
+        """In place of the mixin's, which takes memory before it compares, and pickles from the hub."""
+        config = options.get("config")
+        download = {name: options.pop(name) for name in DOWNLOAD if name in options}
+        try:
+            if isinstance(config, Mapping) or config is None:  # before weights are downloaded
                 _check_kind(model_id, config, cls.telling)
-            except ValueError as error:
-                raise _NotThisModel(str(error)) from error
-        with redirect_stdout(io.StringIO()):  # the mixin prints a line for every local folder
-            loaded: Self = super()._from_pretrained(strict=strict, **kwargs)
+            is_here = os.path.isdir(model_id)
+            weights = os.path.join(model_id, WEIGHTS) if is_here else _downloaded(model_id, **download)
+            with not_larger(Path(weights)) if strict else nullcontext():
+                model = cls(**options)
+        except SafetensorError as error:
+            raise _NotThisModel(f"{WEIGHTS} is damaged ({first_line(error)})") from error
+        except ValueError as error:
+            raise _NotThisModel(str(error)) from error
+        loaded: Self = cls._load_as_safetensor(model, weights, map_location, strict)
         return loaded
 
     @classmethod
@@ -134,7 +158,7 @@ class Pretrained(PyTorchModelHubMixin):
         try:
             tensors = load_file(model_file, device=map_location)
         except (SafetensorError, OSError) as error:
-            raise _NotThisModel(f"{WEIGHTS} is damaged ({_first_line(error)})") from error
+            raise _NotThisModel(f"{WEIGHTS} is damaged ({first_line(error)})") from error
         check_tensors(model, tensors, strict=strict)
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
@@ -175,12 +199,58 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / CONFIG
     try:
-        values = json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected settings as JSON, found a damaged file ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected settings by name, found {type(values).__name__}")
-    return values
+
+
+@contextmanager
+def not_larger(weights: Path) -> Iterator[None]:
+    """Inside, this thread makes no model of far more than a file has, which settings may tell of.
+
+    What is a little too large is made, and `check_tensors` says what does not fit.
+
+    Args:
+        weights: a safetensors file, of which the header alone is read.
+
+    Raises:
+        ValueError: when parameters are made beyond that.
+        SafetensorError: the file is damaged.
+    """
+    with safe_open(weights, "pt") as file:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    with _NotLarger(2 * len(sizes) + MORE_TENSORS, 2 * sum(sizes) + MORE_NUMBERS):
+        yield
+
+
+class _NotLarger(TorchFunctionMode):
+    """Counts tensors that are made of a size, and the numbers in them, before memory is taken for them."""
+
+    MAKE = (torch.empty, torch.full, torch.zeros, torch.ones)
+
+    def __init__(self, tensors: int, numbers: int) -> None:
+        super().__init__()
+        self.tensors, self.numbers = tensors, numbers  # that may yet be made
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.MAKE and args:
+            self.tensors -= 1
+            self.numbers -= math.prod(args if isinstance(args[0], int) else args[0])
+            if self.tensors < 0 or self.numbers < 0:
+                raise ValueError(f"its settings are of a far larger model than {WEIGHTS} has tensors for")
+        return func(*args, **(kwargs or {}))
+
+
+def _downloaded(name: str, **options: Any) -> str:
+    """Where the weights of a model on the hub are kept."""
+    try:
+        return str(hf_hub_download(name, WEIGHTS, **options))
+    except LocalEntryNotFoundError:  # without a network, and not downloaded before
+        raise
+    except EntryNotFoundError as error:
+        raise _NotThisModel(f"{name}: has no {WEIGHTS}; pickles are not read from the hub") from error
 
 
 def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -238,11 +308,12 @@ def _listed(names: list[str]) -> str:
 
 def _named(source: str, error: Exception) -> str:
     """The message of an error, which begins with what it is about."""
-    text = _first_line(error)
+    text = first_line(error)
     return text if text.startswith(source) else f"{source}: {text}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -74,18 +74,6 @@ def test_a_command_does_not_write_to_a_pipe(command: str, world: Path, tmp_path:
     assert pipe.is_fifo()
 
 
-def test_a_file_is_written_through_a_link(tmp_path: Path) -> None:
-    target, link = tmp_path / "there" / "a", tmp_path / "link"
-    target.parent.mkdir()
-    target.write_text("before")
-    link.symlink_to(target)
-    check_writable(link, "--out", folder=False)
-    with replacing(link) as file:
-        file.write(b"after")
-    assert link.is_symlink()
-    assert target.read_text() == "after"
-
-
 @pytest.mark.parametrize(("num", "name"), [(1, "a"), (2, "a-1"), (1, "a-strip")])
 def test_an_edit_does_not_take_the_place_of_what_it_reads(
     num: int, name: str, world: Path, tmp_path: Path

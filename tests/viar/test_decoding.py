@@ -428,7 +428,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_file_that_must_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
-    def refused(path: Path) -> None:
+    def refused(path: Path, **how: Any) -> None:
         raise PermissionError(
             13, "Permission denied", str(path)
         )  # whoever runs the tests may read everything

@@ -370,8 +370,8 @@ def test_opening_reads_no_rows_and_reading_maps_the_files_that_have_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path)
-    mapped, load = list[str](), np.load
-    monkeypatch.setattr(np, "load", lambda path, **how: mapped.append(path.name) or load(path, **how))
+    mapped, memmap = list[str](), np.memmap
+    monkeypatch.setattr(np, "memmap", lambda path, *how: mapped.append(path.name) or memmap(path, *how))
     monkeypatch.setattr(viar.data.shards, "file_digest", None)  # it would be called in vain
     rows = TokenShards(tmp_path)
     assert not mapped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,15 @@ from ..files import replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
+from ..pickles import load_pickled
+from ..pretrained import (
+    OF_DAMAGE,
+    WEIGHTS,
+    check_tensors,
+    first_line,
+    not_larger,
+    read_config,
+)
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -76,6 +83,11 @@ def load_official(
         if isinstance(path_or_state_dict, str | os.PathLike):
             from_file, origin, values = True, str(path_or_state_dict), _read(Path(path_or_state_dict))
         state = _tensors(values, origin)
+        if from_file and (spread := [key for key, tensor in state.items() if not _is_held(tensor)]):
+            raise ValueError(
+                f"{origin}: expected tensors with a number for each place, found others under "
+                f"{listed(spread)}; save what .to_dense() or .clone() makes of them"
+            )
         try:
             model = _on_meta(official_config(state, None if sides is None else tuple(sides), num_heads))
             _check_tensors(state, model)
@@ -152,7 +164,7 @@ def convert_checkpoint(
         _check_out(out, (".safetensors", ".pth"), overwrite)
         model = _load_folder(source)
         tensors = export_official(model)
-        with replacing_path(out) as fresh:
+        with replacing_path(Path(os.path.realpath(out))) as fresh:
             if out.suffix == ".safetensors":
                 save_file(tensors, fresh)
             else:
@@ -160,7 +172,7 @@ def convert_checkpoint(
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
-        with replacing_path(out) as fresh:
+        with replacing_path(Path(os.path.realpath(out))) as fresh:
             model.save_pretrained(fresh)
     return model
 
@@ -214,9 +226,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         # torch.load warns of old pickles before it refuses them; the error says enough.
         with warnings.catch_warnings(action="ignore"):
-            # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
-            mapped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return load_pickled(path, mapped=True)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
@@ -226,7 +236,8 @@ def _read(path: Path) -> Any:
                 "trust the file, read it with torch.load(weights_only=False) and save its state dict alone"
             ) from None
         raise ValueError(
-            f"{path}: not a checkpoint, or a damaged one; expected a file of torch.save or a .safetensors"
+            f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); expected a file of "
+            "torch.save or a .safetensors"
         ) from error
 
 
@@ -252,11 +263,19 @@ def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
     return state
 
 
+def _is_held(tensor: Tensor) -> bool:
+    """Whether memory has every number of a tensor: an expanded one can be of any shape, and take none."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _load_folder(folder: Path) -> Model:
     """Like `from_pretrained`, without drawing initial weights."""
     values = read_config(folder)
     try:
-        model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
+        with not_larger(folder / WEIGHTS):
+            model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
         tensors = load_file(folder / WEIGHTS)
         check_tensors(model, tensors)
         model.load_state_dict(tensors, assign=True)

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 import deqlib
 
+from ..data.decoding import shown
 from ..memory import is_shortage
 from .table import COMMANDS
 
@@ -56,7 +57,8 @@ def main() -> None:
         from .parsing import by_flags
 
         process = f" (process {process_index()})" if process_index() else ""
-        message = f"[red]viar:[/red] {escape(by_flags(text))}{process}"  # brackets in an error are no markup
+        told = escape(shown(by_flags(text)))  # brackets in an error are no markup, and names hold anything
+        message = f"[red]viar:[/red] {told}{process}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,7 +138,7 @@ def _save(picture: Tensor, kept: Tensor, edited: Tensor, out: Path, console: Con
     out.parent.mkdir(parents=True, exist_ok=True)
     *names, strip = _results(out, len(edited))
     for name, result in zip(names, edited, strict=True):
-        save_picture(result, name)
+        save_picture(result, Path(os.path.realpath(name)) if name == out else name)
     save_edit(picture, kept, edited, strip)
     report({"images": names, "strip": strip})
     text = f"{len(edited)} edited in {shown(out.parent)}, side by side in {shown(strip)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -133,7 +134,7 @@ def evaluate_command(
             console.print_json(json.dumps(result, allow_nan=False))
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as written:
+    with replacing(Path(os.path.realpath(out))) as written:
         written.write(json.dumps(result, indent=1, allow_nan=False).encode())
     console.print(f"figures in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 
@@ -251,7 +252,7 @@ def _reference(
                 reference = with_held_out(reference, source, judge)
     if comparison.save_statistics is not None:
         comparison.save_statistics.parent.mkdir(parents=True, exist_ok=True)
-        save_reference(reference, comparison.save_statistics)
+        save_reference(reference, Path(os.path.realpath(comparison.save_statistics)))
     return reference, told | {"network": network.name, "reference": _told(reference, comparison)}
 
 

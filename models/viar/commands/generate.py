@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +155,7 @@ def _generate_grid(
     batches = generate_batches(transformer, codec, classes, flags, console, tell=tell if is_report else None)
     images = torch.cat(list(batches))
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, out, columns=per_class)
+    save_grid(images, Path(os.path.realpath(out)), columns=per_class)
     report({"out": out, "num_images": len(images)} | ({"batches": reports} if is_report else {}))
     console.print(f"{len(images)} images in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 

@@ -25,7 +25,7 @@ from .flags import ExecutionFlags, given_flags
 
 Model = TypeVar("Model", NextScaleTransformer, Tokenizer)
 SHIPPED_DATA = "mnist"  # of the models that commands use where none are given
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # others the hub is not asked for
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")  # the hub is not asked for others
 HOSTS_OF_WEIGHTS = (
     "cpu",
     "cuda",
@@ -134,7 +134,7 @@ def _say_where(source: str, flag: str) -> None:
 def _say(line: str) -> None:
     """The first of several processes does."""
     if not process_index():
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        Console().print(shown(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:

@@ -27,7 +27,7 @@ from ..evaluation.published import (
     checked_digests,
 )
 from ..evaluation.references import check_reference, find_pictures, read_reference
-from ..files import file_digest, replacing
+from ..files import file_digest, read_json, replacing
 from ..generation.series.folder import SETTINGS
 from ..generation.series.series import generate_series
 from ..generation.settings import Sampling
@@ -240,7 +240,7 @@ def _figures(
     """Figures of the images, from the record where it is of the same images, files and network."""
     if record.is_file():
         try:
-            found = json.loads(record.read_text())
+            found = read_json(record)
             figures: dict[str, float | None] = found.pop("figures")
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{shown(record)} is damaged ({error}); remove it") from error
@@ -276,4 +276,4 @@ def _warn(console: Console, text: str) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(text), markup=False, highlight=False, soft_wrap=True)

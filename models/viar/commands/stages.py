@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..files import replacing
+from ..files import read_json, replacing
 
 BEGUN, DONE = "begun.json", "done.json"
 Result = dict[str, Any]  # plain values only, since it is kept as JSON
@@ -162,8 +162,8 @@ def _read(done: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        return dict(json.loads(done.read_text()))
-    except (ValueError, TypeError) as error:
+        return read_json(done)
+    except ValueError as error:
         raise ValueError(
             f"{done}: expected the result of a stage, found a damaged file; remove it, and the stage is done "
             "again"

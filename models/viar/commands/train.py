@@ -369,7 +369,7 @@ def _origin(source: str | None, trained: NextScaleTransformer | Tokenizer | None
 
 def _say(console: Console, lines: list[str]) -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(shown(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell(console: Console, out: Path, metrics: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ KINDS = {
 }
 ENDINGS = frozenset(ending for endings in KINDS.values() for ending in endings)
 
+_OPENED = tuple(kind for kind in KINDS if kind != "MPO")  # which is opened as a JPEG
+_HEAD = 16  # bytes by which Pillow tells kinds apart
 ORIENTATION = 0x0112  # of EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO, _YCBCR = 258, 262, 0, 6  # of TIFF
 _UPRIGHT = {
@@ -82,8 +84,7 @@ def decode_bytes(content: bytes, name: object, *, most_pixels: int | None = None
     Raises:
         ValueError: it is no picture, broken, or too large.
     """
-    with _named(name):
-        image = Image.open(BytesIO(content))
+    image = _opened(BytesIO(content), name)
     if most_pixels is not None and image.width * image.height > most_pixels:
         raise ValueError(
             f"{shown(name)}: expected at most {most_pixels:,} pixels, got {image.width} x {image.height}; "
@@ -109,13 +110,31 @@ def open_picture(path: Path, *, any_range: bool = False) -> Iterator[Image.Image
             # By the open file, not by its name: named files are mapped into memory, and then Pillow reads a
             # TIFF that lies on its side with width and height exchanged.
             file = open_files.enter_context(path.open("rb"))
-            image = open_files.enter_context(Image.open(file))
-        if image.format not in KINDS:
-            kinds = ", ".join(kind for kind in KINDS if KINDS[kind])
-            raise ValueError(f"{shown(path)}: {image.format} files are not read; save it as one of {kinds}")
+        image = open_files.enter_context(_opened(file, path))
         if image.mode in ("I", "F") and not (any_range or _is_16_bit(image)):
             _refuse_range(image, path)
         yield image
+
+
+def _opened(file: BinaryIO, name: object) -> Image.Image:
+    """A picture of a kind that is read, its header read; no other of Pillow's many readers sees the file."""
+    with _named(name):
+        try:
+            return Image.open(file, formats=_OPENED)
+        except UnidentifiedImageError:
+            file.seek(0)
+            kind = _kind(file.read(_HEAD))
+            if kind is None:
+                raise
+    kinds = ", ".join(kind for kind in KINDS if KINDS[kind])
+    raise ValueError(f"{shown(name)}: {kind} files are not read; save it as one of {kinds}")
+
+
+def _kind(head: bytes) -> str | None:
+    """What Pillow calls files of another kind that begin so."""
+    Image.init()
+    accepts = {kind: accept for kind, (_, accept) in Image.OPEN.items() if accept and kind not in KINDS}
+    return next((kind for kind, accept in accepts.items() if accept(head) is True), None)
 
 
 def has_frames(image: Image.Image, name: object) -> bool:

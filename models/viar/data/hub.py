@@ -86,7 +86,8 @@ def split_hub(name: str) -> HubSplit:
     """Find pictures and labels of a data set.
 
     Args:
-        name: as on the hub, also with a configuration, "NAME:CONFIG"; or a folder that `datasets` reads.
+        name: as on the hub, also with a configuration, and a commit, tag or branch, "NAME:CONFIG@REVISION";
+            or a folder that `datasets` reads.
 
     Raises:
         ValueError: `datasets` is not installed, the data set cannot be had, or which of its columns are
@@ -132,12 +133,13 @@ def _load(name: str) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise _refused(name, "the package datasets is needed; pip install 'deqlib[hub]'") from error
-    path, _, config = name.partition(":")
+    wanted, revision = _revision_of(name)
+    path, _, config = wanted.partition(":")
     try:
         if any((Path(path) / kept).is_file() for kept in ("dataset_dict.json", "state.json")):
             found = datasets.load_from_disk(path)
         else:
-            found = datasets.load_dataset(path, config or None)
+            found = datasets.load_dataset(path, config or None, revision=revision)
     except Exception as error:  # of networks, of the hub, of files: the package raises dozens of kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _refused(
@@ -145,6 +147,14 @@ def _load(name: str) -> dict[str, Any]:
             f"cannot be had ({reason}); without a network, only what was loaded before and folders can be",
         ) from error
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _revision_of(name: str) -> tuple[str, str | None]:
+    """The name without its revision, and the revision; none of a folder, in whose name @ is a letter."""
+    if Path(name.partition(":")[0]).exists():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or None
 
 
 def _refused(name: str, reason: str) -> ValueError:

@@ -38,13 +38,7 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
         FileNotFoundError: there is none.
         PermissionError: it must not be read.
     """
-    levels = _levels(path)
-    found = levels.shape[1], levels.shape[0]
-    if found != size:
-        raise ValueError(
-            f"mask: {shown(path)} has {found[0]} x {found[1]} pixels, the picture {size[0]} x {size[1]}; "
-            "they must be of one size"
-        )
+    levels = _levels(path, size)
     between = float(((levels > 0.25) & (levels < 0.75)).mean())
     if between > _MUCH:
         warnings.warn(
@@ -54,6 +48,7 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
     grey = Image.fromarray((levels * 255).round().astype(np.uint8))
     mask = (fit_square(grey, side).mean(0) > 0.5).float()
     if mask.min() == mask.max():
+        found = levels.shape[1], levels.shape[0]
         kept = "everything" if mask.max() else "nothing"
         cut = "" if found == (side, side) else f", cut to {side} x {side},"
         raise ValueError(
@@ -63,11 +58,19 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def _levels(path: Path) -> npt.NDArray[np.float64]:
-    """What a file means as a mask, (height, width) upright, from 0, anew, to 1, keep."""
+def _levels(path: Path, size: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """What a file of that size means as a mask, (height, width) upright, from 0, anew, to 1, keep."""
     with open_picture(path, any_range=True) as file:
         refuse_frames(file, path)
-        image = upright(file, path)
+        if sorted(file.size) == sorted(size):  # another is not loaded, as it may be of any size
+            image = upright(file, path)
+        else:
+            image = file
+    if image.size != size:
+        raise ValueError(
+            f"mask: {shown(path)} has {image.width} x {image.height} pixels, the picture {size[0]} x "
+            f"{size[1]}; they must be of one size"
+        )
     if image.mode.startswith(("I", "F")) and _is_switch(numbers := np.asarray(image)):
         return (numbers > 0).astype(np.float64)
     image.info.pop("icc_profile", None)  # a mask's numbers are no colours

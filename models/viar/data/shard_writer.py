@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..files import replacing
+from ..files import read_json, replacing
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
 from ..screen import tracked
@@ -166,7 +166,7 @@ def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> Non
     others = any(path.suffix != ".partial" for path in folder.iterdir())  # before another begins the folder
     if is_shards(folder):
         read_settings(folder)
-        found = {"augmentations": list(earlier), **json.loads((folder / SETTINGS).read_text())}
+        found = {"augmentations": list(earlier), **read_json(folder / SETTINGS)}
         # What else an older folder does not tell is taken to be the same.
         wanted["origin"] = {name: wanted["origin"].get(name) for name in found["origin"]}
         differ = [name for name in wanted if name in found and wanted[name] != found[name]]

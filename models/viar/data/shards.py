@@ -11,7 +11,7 @@ Shape letters: B batch, L tokens of all scales.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..files import file_digest
+from ..files import file_digest, read_json
+from ..model.config import check_at_least
+from ..model.scales import check_sides
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 
 SETTINGS = "shards.json"
 FORMAT = 1  # to be raised with whatever changes the rows of given settings
 SPLITS = ("train", "validation")
+
+MOST_FILES, MOST_TOKENS = 10**6, 2**24  # of a split, and of a row
 
 TokenRows = tuple[Tensor, Tensor]  # tokens of all scales (B, L) int64, labels (B,) int64
 
@@ -68,6 +72,25 @@ class ShardSettings:
     format: int = FORMAT
     class_names: tuple[str, ...] = ()
     augmentations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate: what a file tells may be anything."""
+        owner, counts = "tokens", (self.crops, self.shard_size, self.codebook_size, self.num_classes)
+        whole = [*counts, *self.sides, *self.images, self.seed, self.batch_size]
+        texts = (self.tokenizer, *self.class_names, *self.augmentations)
+        if not (all(type(n) is int for n in whole) and all(isinstance(text, str) for text in texts)):
+            raise ValueError(f"{owner}: expected integers as sizes and counts, and texts as names")
+        if not isinstance(self.origin, Mapping) or len(self.images) != 2:
+            raise ValueError(f"{owner}: expected where images come from, and how many for each of {SPLITS}")
+        check_sides(owner, self.sides)
+        check_at_least(owner, 0, train=self.images[0], validation=self.images[1], seed=self.seed)
+        check_at_least(owner, 1, crops=self.crops, shard_size=self.shard_size, batch_size=self.batch_size)
+        check_at_least(owner, 1, codebook_size=self.codebook_size, num_classes=self.num_classes)
+        num_files = max(self.rows(split) for split in SPLITS) // self.shard_size
+        if num_files > MOST_FILES:
+            raise ValueError(f"{owner}: expected at most {MOST_FILES:,} files, got {num_files:,}")
+        if (num_tokens := sum(side * side for side in self.sides)) > MOST_TOKENS:
+            raise ValueError(f"{owner}: expected at most {MOST_TOKENS:,} tokens a row, got {num_tokens:,}")
 
     def rows(self, split: str) -> int:
         """Rows of a split."""
@@ -108,11 +131,12 @@ class TokenShards(Dataset[TokenRows]):
         self.folder, self.split = Path(folder), split
         self.settings = read_settings(self.folder)
         shards = self.settings.shards(split)
-        self._paths = [self.folder / name for name, _ in shards]
+        self._names = [name for name, _ in shards]
         self._tables = dict[int, np.ndarray]()
+        there = {entry.name for entry in os.scandir(self.folder)}
         sizes = {count: _size(self.settings.dtype, count) for count in {len(rows) for _, rows in shards}}
         self._refuse(
-            [self.folder / name for name, rows in shards if not self._is_there(name, sizes[len(rows)])]
+            [name for name, rows in shards if name not in there or not self._is_whole(name, sizes[len(rows)])]
         )
 
     def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
@@ -122,17 +146,17 @@ class TokenShards(Dataset[TokenRows]):
             rank: of this process; each of several reads files of its own.
             num_ranks: processes.
         """
-        self._refuse([path for path in self._paths[rank::num_ranks] if not is_whole(path)])
+        self._refuse([name for name in self._names[rank::num_ranks] if not is_whole(self.folder / name)])
 
-    def _is_there(self, name: str, size: int) -> bool:
+    def _is_whole(self, name: str, size: int) -> bool:
         path = self.folder / name
         return path.is_file() and path.stat().st_size == size and checksum_path(path).is_file()
 
-    def _refuse(self, broken: list[Path]) -> None:
+    def _refuse(self, broken: list[str]) -> None:
         if broken:
             raise ValueError(
-                f"{self.folder}: {len(broken)} of the {len(self._paths)} files of the {self.split} split are "
-                f"missing or damaged, the first of them {broken[0].name}; run the same viar tokenize again, "
+                f"{self.folder}: {len(broken)} of the {len(self._names)} files of the {self.split} split are "
+                f"missing or damaged, the first of them {broken[0]}; run the same viar tokenize again, "
                 "which makes those and no others"
             )
 
@@ -146,6 +170,15 @@ class TokenShards(Dataset[TokenRows]):
         places = [divmod(rows[index], size) for index in indices]
         table = np.stack([self._table(number)[row] for number, row in places])
         tokens, labels = (torch.from_numpy(table[name].astype(np.int64)) for name in ("tokens", "label"))
+        for what, values, count in (
+            ("tokens", tokens, self.settings.codebook_size),
+            ("labels", labels, self.settings.num_classes),
+        ):
+            if values.numel() and not (values.min() >= 0 and values.max() < count):
+                raise ValueError(
+                    f"{self.folder}: expected {what} of 0 to {count - 1}, got others; make them anew in "
+                    "another folder with viar tokenize"
+                )
         return tokens, labels
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,8 +188,17 @@ class TokenShards(Dataset[TokenRows]):
     def _table(self, number: int) -> np.ndarray:
         """A file of the split."""
         if number not in self._tables:
-            self._tables[number] = np.load(self._paths[number], mmap_mode="r")
+            self._tables[number] = self._opened(number)
         return self._tables[number]
+
+    def _opened(self, number: int) -> np.ndarray:
+        name, size = self._names[number], self.settings.shard_size
+        rows = range(len(self))[number * size : (number + 1) * size]
+        header = _header(self.settings.dtype, len(rows))
+        with (self.folder / name).open("rb") as file:
+            if file.read(len(header)) != header:  # what a damaged one may tell is of no interest
+                self._refuse([name])
+        return np.memmap(self.folder / name, self.settings.dtype, "r", len(header), (len(rows),))
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise `ValueError` unless these are tokens of `tokenizer`."""
@@ -191,7 +233,7 @@ def read_settings(folder: Path) -> ShardSettings:
     if not path.is_file():
         raise ValueError(f"{folder}: no {SETTINGS} there, so no tokens; make them with viar tokenize")
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')} where {FORMAT} is known")
         lists = ("sides", "images", "class_names", "augmentations")
@@ -206,7 +248,7 @@ def read_settings(folder: Path) -> ShardSettings:
 def is_whole(path: Path) -> bool:
     """Whether a file of rows is there with the content that it was written with; reads all of it."""
     told = checksum_path(path)
-    return path.is_file() and told.is_file() and told.read_text().strip() == file_digest(path)
+    return path.is_file() and told.is_file() and told.read_bytes().strip() == file_digest(path).encode()
 
 
 def checksum_path(path: Path) -> Path:
@@ -216,9 +258,14 @@ def checksum_path(path: Path) -> Path:
 
 def _size(dtype: np.dtype[np.void], num_rows: int) -> int:
     """Bytes of a file of so many rows."""
+    return len(_header(dtype, num_rows)) + num_rows * dtype.itemsize
+
+
+def _header(dtype: np.dtype[np.void], num_rows: int) -> bytes:
+    """What stands before the rows, as `numpy.save` writes it."""
     header = BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
         header, {"descr": descr, "fortran_order": False, "shape": (num_rows,)}
     )
-    return len(header.getvalue()) + num_rows * dtype.itemsize
+    return header.getvalue()

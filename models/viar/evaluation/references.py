@@ -8,14 +8,15 @@ images.
 
 from __future__ import annotations
 
-import json
 import lzma
+import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,22 @@ from torch import Tensor
 from ..data import load_data, read_picture
 from ..data.decoding import decode_picture, shown
 from ..data.scan import scan
-from ..files import file_digest, replacing
+from ..files import file_digest, read_json, replacing
 from .features import FeatureNetwork, Features, features_of
 from .inception import INCEPTION
 from .moments import Moments
 from .quality import BATCH, Reference, images_of
 
 ARCHIVE = ".npz"
+STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "count", "network", "pooled"}
+# What is read at once may take so many times the bytes of its file, or at least these: packed zeros take few.
+MOST_PACKING, MOST_PACKED = 100, 2**26
 # What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
 OF_DAMAGE = (
+    ArithmeticError,
+    SyntaxError,
+    TypeError,
+    TokenError,
     OSError,
     ValueError,
     KeyError,
@@ -101,6 +109,8 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             shape, dtype = _header(member)
             labels = _array(path, "arr_1") if "arr_1.npy" in archive.namelist() else None
+            there = archive.getinfo("arr_0.npy").file_size - member.tell()
+            _check_packing(path, there, shape, dtype, num_rows=BATCH)
     except OF_DAMAGE as error:
         raise ValueError(f"{shown(path)} is no archive of images with arr_0 in it ({error})") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
@@ -194,7 +204,7 @@ def _read_statistics(
     pictures = _several(find_pictures(path, image_side)) if has_images else None
     if "mu" not in arrays:
         if pictures is None:
-            there = ", ".join(sorted(arrays))
+            there = ", ".join(sorted(map(shown, _members(path))))
             raise ValueError(f"{shown(path)}: expected mu and sigma, or arr_0, got {there}")
         return None, pictures
     _check_network(path, arrays, network)
@@ -244,9 +254,8 @@ def _read_arrays(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("cut off, or something else")
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            return {name: archive[name] for name in names - {"arr_0", "arr_1"}}, "arr_0" in names
+        names = _members(path)
+        return {name: _array(path, name) for name in names & STATISTICS}, "arr_0" in names
     except OF_DAMAGE as error:
         raise ValueError(f"{shown(path)} is no archive of numpy that can be read ({error})") from error
 
@@ -331,19 +340,53 @@ def _read_archive(path: Path) -> Iterator[Tensor]:
         raise ValueError(f"{shown(path)} is damaged ({error}); fetch or make it again") from error
 
 
-def _header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array that begins here, whose rows follow."""
+def _header(member: Any, *, by_rows: bool = True) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array that begins here; its numbers follow, if `by_rows` row by row."""
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read(member)
-    if by_columns:
+    if by_columns and by_rows:
         raise ValueError("its rows are not one after the other")
     return shape, dtype
 
 
+def _members(path: Path) -> set[str]:
+    """Names of the arrays of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
 def _array(path: Path, name: str) -> Any:
-    with np.load(path, allow_pickle=False) as archive:
-        return archive[name]
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        shape, dtype = _header(member, by_rows=False)
+        _check_packing(path, archive.getinfo(f"{name}.npy").file_size - member.tell(), shape, dtype)
+    with np.load(path, allow_pickle=False) as found:
+        return found[name]
+
+
+def _check_packing(
+    path: Path, there: int, shape: tuple[int, ...], dtype: np.dtype[Any], num_rows: int | None = None
+) -> None:
+    """Raise `ValueError` for an array that is not all there, or takes far more memory than its file is large.
+
+    Args:
+        path: of the archive.
+        there: bytes of its numbers, unpacked.
+        shape: what it tells.
+        dtype: likewise.
+        num_rows: that are read at a time; default all.
+    """
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded, for they may hold code")
+    size = math.prod(shape) * dtype.itemsize
+    if size != there:
+        raise ValueError(f"{shape} of {dtype} take {size:,} bytes, and there are {there:,}")
+    rows = shape if num_rows is None else (*(min(num_rows, num) for num in shape[:1]), *shape[1:])
+    taken = math.prod(rows) * dtype.itemsize
+    if taken > max(MOST_PACKED, MOST_PACKING * path.stat().st_size):
+        raise ValueError(
+            f"{rows} of {dtype} take {taken:,} bytes, packed into a file of {path.stat().st_size:,}"
+        )
 
 
 def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
@@ -352,7 +395,7 @@ def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
     if not settings.is_file():
         return None
     try:
-        classes = json.loads(settings.read_text())["labels"]
+        classes = read_json(settings)["labels"]
         if not (isinstance(classes, list) and all(type(n) is int and 0 <= n < 2**63 for n in classes)):
             raise ValueError("expected labels, integers of at least 0")
         return torch.tensor([classes[int(picture.stem) % len(classes)] for picture in pictures])

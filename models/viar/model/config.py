@@ -21,6 +21,8 @@ Projection = Literal["random", "identity"]  # initial weights of what joins stat
 # Settings of a tokenizer and of a trunk that came later, as all were before.
 BEFORE: dict[str, Any] = {"patch": 1, "projection": "random"}
 
+DEEPEST = 2**16  # blocks; nobody has so many, and a damaged file may tell of any number
+
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -224,6 +226,8 @@ class TransformerConfig:
         object.__setattr__(self, "sides", _tuple(self.sides))
         check_sides(owner, self.sides)
         check_at_least(owner, 1, depth=self.depth)
+        if self.depth > DEEPEST:
+            raise ValueError(f"{owner}: depth must be at most {DEEPEST}, got {self.depth}")
         if self.width is None:
             object.__setattr__(self, "width", 64 * self.depth)
         if self.num_heads is None:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from ..files import file_digest, flush
+from ..pickles import load_pickled
 from ..seeds import LARGEST_SEED, seed_at
 from .earlier import is_earlier, read_earlier
 from .processes import from_main, to_main
@@ -233,7 +234,7 @@ def _read(folder: Path) -> dict[str, Any]:
     path, wanted = folder / FILE, (folder / DIGEST).read_text()
     if (found := file_digest(path)) != wanted:
         raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")
-    held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    held: dict[str, Any] = load_pickled(path)
     return held
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from accelerate.utils import load
 from safetensors.torch import load_file
 
+from ..pickles import check_pickled
+
 
 def is_earlier(folder: Path) -> bool:
     """Whether a folder has a state of an earlier release."""
@@ -24,18 +26,24 @@ def read_earlier(folder: Path) -> dict[str, Any]:
     scaler = folder / "scaler.pt"
     return {
         "models": [weights],
-        "optimizers": [load(folder / "optimizer.bin", map_location="cpu")],
-        "scalers": [load(scaler)] if scaler.is_file() else [],
-        "registered": [load(folder / "custom_checkpoint_0.pkl")],
+        "optimizers": [_load(folder / "optimizer.bin")],
+        "scalers": [_load(scaler)] if scaler.is_file() else [],
+        "registered": [_load(folder / "custom_checkpoint_0.pkl")],
         "generators": list(_generators(folder)),
     }
+
+
+def _load(path: Path) -> Any:
+    """What a file holds; the states of numpy's generators too, which Accelerate knows of."""
+    check_pickled(path)
+    return load(path, map_location="cpu", weights_only=True)
 
 
 def _generators(folder: Path) -> Iterator[dict[str, Any]]:
     """Of each process in turn."""
     rank = 0
     while (path := folder / f"random_states_{rank}.pkl").is_file():
-        held = load(path)
+        held = _load(path)
         states = {"cpu": held["torch_manual_seed"]}
         if on_devices := held.get("torch_cuda_manual_seed"):  # of all that a process sees, its own among them
             states["cuda"] = on_devices[rank % len(on_devices)]

@@ -152,14 +152,18 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, without one that was not written to its end."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(dict(json.loads(line)))
-        except ValueError:
-            break
-    return rows
+    """The lines of a run's metrics.jsonl, without those that are damaged or were not written to their end."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """Metrics by name with their step, if the line has them."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from ..data import (
     TensorImages,
     TokenShards,
 )
-from ..files import replacing
+from ..files import read_json, replacing
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
@@ -120,8 +120,8 @@ def compare_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return [f"{folder} has no {FILE}: what its run was started with is not known, and not compared"]
     try:
-        found = _flat(_completed(json.loads(path.read_text()), settings))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = _flat(_completed(read_json(path), settings))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected the settings of a run, found a damaged file ({error}); give another folder"
         ) from error

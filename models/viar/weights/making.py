@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def _write(
     name: str,
 ) -> None:
     """A model in bfloat16, what its run tells, and its card."""
-    with replacing_path(folder) as fresh:
+    with replacing_path(Path(os.path.realpath(folder))) as fresh:
         model.to(torch.bfloat16).save_pretrained(fresh)
         (fresh / RUN).write_text(json.dumps(run, indent=1))
         digests = {f"`{file}`": f"`{file_digest(fresh / file)}`" for file in (CONFIG, WEIGHTS, RUN)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...files import replacing
+from ...data.decoding import decode_picture
+from ...files import read_json, replacing
 
 SETTINGS = "series.json"
 FORMAT = 1  # of a series; to be raised with whatever changes the images of given settings
 READ_AT_ONCE = 256  # pictures held while the archive is written
 
+_NUMBERED = re.compile(r"[0-9]{6,18}\.png")
 # A whole PNG ends with this chunk.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -91,10 +94,11 @@ class SeriesFolder:
         """
         path = self.picture(index)
         try:
-            with Image.open(path) as image:
-                pixels_HWC = np.asarray(image)
-        except (OSError, SyntaxError) as error:  # Pillow raises a SyntaxError at a broken chunk of a PNG.
+            pixels_HWC = np.asarray(decode_picture(path))
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path}: damaged ({error}); remove it and run again") from error
+        if pixels_HWC.shape != (self.side, self.side, 3):
+            raise ValueError(f"{path}: expected {self.side} pixels a side; remove it and run again")
         return pixels_HWC
 
     def write_archive(self, num: int, labels: Iterable[int], pool: Executor) -> None:
@@ -132,8 +136,9 @@ class SeriesFolder:
             yield from pool.map(self.read, range(num)[start : start + READ_AT_ONCE])
 
     def _indices(self) -> set[int]:
-        names = (entry.name for entry in os.scandir(self.path))
-        return {int(name[:-4]) for name in names if name.endswith(".png") and name[:-4].isdecimal()}
+        names = {entry.name for entry in os.scandir(self.path)}
+        numbers = {int(name[:-4]) for name in names if _NUMBERED.fullmatch(name)}
+        return {number for number in numbers if self.picture(number).name in names}
 
     def _is_whole(self, path: Path) -> bool:
         head = struct.pack(">8sI4sIIBB", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", self.side, self.side, 8, 2)
@@ -152,8 +157,8 @@ class SeriesFolder:
                 "were made; give another folder"
             )
         try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            found = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path}: unreadable ({error}); give another folder") from error
         names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if names:
