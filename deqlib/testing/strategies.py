@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .._torch import tree_leaves, tree_map
+from ._arguments import checked
 from .problems import Problem, linear, mixed_difficulty, mlp, tanh_rnn
 
 _FULL = (torch.float32, torch.float64)
@@ -87,6 +88,7 @@ def contractions(
     )
 
 
+@checked
 def states(
     *,
     min_batch: int = 0,
@@ -164,6 +166,7 @@ class PytreeProblem:
         return self.cell(z, *self.inputs)
 
 
+@checked
 def pytree_problems(
     *,
     max_rate: float = 0.9,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .cards import ENDING, model_card
 from .files import flush
+from .kinds import check_kind
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -91,6 +92,7 @@ class Pretrained(PyTorchModelHubMixin):
             options: of `huggingface_hub.ModelHubMixin.save_pretrained`; `model_card_kwargs={"run": ...}` has
                 what run.json tells of the training.
         """
+        check_kind("save_directory: expected", save_directory, str | Path)
         folder = Path(save_directory)
         fresh = folder / ".saving"
         shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import replacing_path
+from ..kinds import checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
@@ -118,6 +119,7 @@ def export_official(model: Model) -> dict[str, Tensor]:
     return official_tensors(model)
 
 
+@checked
 def convert_checkpoint(
     source: Path,
     out: Path,
@@ -165,6 +167,7 @@ def convert_checkpoint(
     return model
 
 
+@checked
 def describe(model: Model) -> dict[str, str]:
     """What a model is, for people: kind, sizes, number of parameters.
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..files import replacing
+from ..kinds import checked
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
 from ..seeds import LARGEST_SEED
@@ -55,6 +56,7 @@ class ShardReport:
     found: int
 
 
+@checked
 def write_shards(
     tokenizer: Tokenizer,
     data: ImageData,

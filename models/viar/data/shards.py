@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..files import file_digest
+from ..kinds import check_fields, checked
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
 
@@ -69,6 +70,10 @@ class ShardSettings:
     class_names: tuple[str, ...] = ()
     augmentations: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Validate what kinds they are of."""
+        check_fields(self)
+
     def rows(self, split: str) -> int:
         """Rows of a split."""
         train, validation = self.images
@@ -104,6 +109,7 @@ class TokenShards(Dataset[TokenRows]):
 
     at_random = False
 
+    @checked
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         self.folder, self.split = Path(folder), split
         self.settings = read_settings(self.folder)
@@ -176,6 +182,7 @@ class TokenShards(Dataset[TokenRows]):
             )
 
 
+@checked
 def is_shards(folder: str | Path) -> bool:
     """Whether a folder holds tokens, finished or not."""
     return (Path(folder) / SETTINGS).is_file()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kinds import check_tensor, checked
 from ..model.config import TokenizerConfig
 from ..pretrained import Pretrained
 from .autoencoder import Decoder, Encoder
@@ -46,6 +47,7 @@ class Tokenizer(nn.Module, Pretrained):
 
     telling = "multipliers"
 
+    @checked
     def __init__(self, config: TokenizerConfig | dict[str, Any]) -> None:
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
@@ -82,11 +84,17 @@ class Tokenizer(nn.Module, Pretrained):
         Raises:
             ValueError: `images` is not floating point of shape (B, 3, H, W).
         """
+        check_tensor("images", images_B3HW)
         side = self.config.image_side
         if tuple(images_B3HW.shape[1:]) != (3, side, side) or not images_B3HW.is_floating_point():
             raise ValueError(
                 f"images must be floating point of shape (B, 3, {side}, {side}), "
                 f"got {images_B3HW.dtype} {tuple(images_B3HW.shape)}"
+            )
+        if images_B3HW.device != self.pre_quantizer.weight.device:
+            raise ValueError(
+                f"images must be on the tokenizer's device, {self.pre_quantizer.weight.device}, "
+                f"got {images_B3HW.device}"
             )
         weight_type = self.pre_quantizer.weight.dtype  # a lower precision only if asked for
         features_BZhw: Tensor = self.pre_quantizer(self.encoder(images_B3HW.to(weight_type)))

@@ -26,6 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...files import held
+from ...kinds import checked
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class SeriesReport:
     seconds: float
 
 
+@checked
 def generate_series(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
