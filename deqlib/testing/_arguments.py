@@ -11,7 +11,8 @@ import torch
 
 from .._checks import check_instance, check_integer, check_number, plain
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _LARGEST = 1e6  # of a gain or a rate: no problem is beyond
 _MAY_BE_ZERO = ("batch", "min_batch", "max_batch", "max_axes", "max_length", "seed")
 
@@ -32,7 +33,8 @@ def checked(make: Callable[P, R]) -> Callable[P, R]:
     def call(*values: P.args, **named: P.kwargs) -> R:
         by_position = [settled(name, value) for name, value in zip(parameters, values, strict=False)]
         by_name = {name: settled(name, value) for name, value in named.items()}
-        return make(*by_position, *values[len(by_position) :], **by_name)
+        rest: Any = values[len(by_position) :]  # too many of them: for Python to refuse
+        return make(*by_position, *rest, **by_name)
 
     return call
 

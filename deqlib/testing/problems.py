@@ -157,7 +157,9 @@ def linear(
         check_tensor("linear", spectrum=spectrum)
     else:
         check_instance("linear", list, "a tensor or a list of numbers", spectrum=spectrum)
-        check_number("linear", -math.inf, **{f"spectrum[{i}]": value for i, value in enumerate(spectrum)})
+        for i, value in enumerate(spectrum):
+            named: dict[str, Any] = {f"spectrum[{i}]": value}
+            check_number("linear", -math.inf, **named)
     if isinstance(spectrum, Tensor) and (spectrum.dim() != 1 or spectrum.is_complex() or spectrum.is_meta):
         raise ValueError(
             f"linear: spectrum must be real, of shape (D,), got {spectrum.dtype} {tuple(spectrum.shape)}"

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _NAMES = {
     int: "an integer",
     float: "a number",

@@ -1,4 +1,4 @@
-"""Values that nobody should pass, made for the place of a valid one: what the fuzzer of the interfaces draws from."""
+"""Values that nobody should pass, made for the place of a valid one."""
 
 from __future__ import annotations
 

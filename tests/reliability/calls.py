@@ -1,27 +1,19 @@
 """Calls with bad arguments, each watched: what came of it, and whether anybody could tell from it what to do.
 
-A call runs in a forked process, so that one that ends the interpreter or never ends is counted like any other.
+A call runs in a fork, so that one that ends the interpreter or never ends is counted like any other.
 """
 
 from __future__ import annotations
 
 import ast
-import faulthandler
-import json
-import os
 import re
-import resource
-import select
-import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
@@ -30,18 +22,15 @@ from random import Random
 from typing import Any
 
 import bad_values
-import huggingface_hub
 import torch
+from forks import AT_A_TIME, Counted, Hung, Outcome, counted_in_forks, limit
 from torch import Tensor
 
 import deqlib
 import viar
 from viar.memory import is_shortage
 
-SECONDS = 5  # of a processor that a call may take, and in all so many times as long
-PATIENCE = 6
-AT_A_TIME = 1000  # calls of one process
-BYTES = 2 << 30  # of addresses that a process may take more than it has: what asks for more is told so
+SECONDS = 5  # of a processor that a call may take
 PACKAGES = tuple(str(Path(package.__file__).parent) for package in (deqlib, viar))
 OWN_WARNINGS = ("deqlib", "viar")
 # What Python says where a callable of the caller's takes other arguments.
@@ -73,27 +62,6 @@ class Target:
     share: float = 1.0
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a call.
-
-    Attributes:
-        kind: "taken", "refused", "undocumented" or "hung".
-        target: name of what was called.
-        told: in one line, what was raised or what is wrong with what was returned.
-        changed: arguments that were not the valid ones.
-    """
-
-    kind: str
-    target: str
-    told: str = ""
-    changed: str = ""
-
-
-class Hung(BaseException):
-    """A call took too long; no `Exception`, so that nobody on its way can take it for one."""
-
-
 def drawn(targets: Sequence[Target], number: int) -> tuple[Target, dict[str, Any], list[str]]:
     """The call of a number, the same for the same number: target, arguments, names of those that are odd."""
     random = Random(number)
@@ -118,7 +86,7 @@ def drawn(targets: Sequence[Target], number: int) -> tuple[Target, dict[str, Any
 def watched(target: Target, given: dict[str, Any], changed: Sequence[str]) -> Outcome:
     """What comes of a call."""
     odd = ", ".join(f"{name}={_shown(given[name])}" if name in given else name for name in changed)
-    _limit(SECONDS)
+    limit(SECONDS)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -133,7 +101,7 @@ def watched(target: Target, given: dict[str, Any], changed: Sequence[str]) -> Ou
         told = f"{type(error).__name__}: {str(error).strip()[:300]}"
         return Outcome("undocumented" if wrong else "refused", target.name, f"{wrong}{told}", odd)
     finally:
-        _limit(0)
+        limit(0)
     wrong = unsound(result) or foreign([warning.message for warning in caught])
     return Outcome("undocumented" if wrong else "taken", target.name, wrong, odd)
 
@@ -208,25 +176,6 @@ def _is_own(text: str) -> bool:
     return text.startswith(("deqlib", "viar", "ImplicitLayer", "fixed_point"))
 
 
-@dataclass
-class Counted:
-    """Outcomes by kind, and every distinct thing that was told, with the arguments of its first call."""
-
-    kinds: Counter[str] = field(default_factory=Counter)
-    told: dict[tuple[str, str, str], str] = field(default_factory=dict)
-
-    def add(self, outcome: Outcome, number: int) -> None:
-        """Count one."""
-        self.kinds[outcome.kind] += 1
-        first = outcome.told.splitlines()[0] if outcome.told else ""
-        self.told.setdefault((outcome.kind, outcome.target, first), f"#{number} {outcome.changed}")
-
-    def bad(self) -> str:
-        """What must not happen, for a message."""
-        kinds = ("undocumented", "hung")
-        return "\n".join(f"{key}: {where}" for key, where in self.told.items() if key[0] in kinds)
-
-
 def count_calls(module: str, numbers: range, processes: int) -> Counted:
     """What comes of the calls of these numbers of the targets of a module, in processes of their own.
 
@@ -255,85 +204,4 @@ def _calls_of(module: str, numbers: range, folder: str) -> Counted:
 
 def run_calls(targets: Sequence[Target], numbers: range) -> Counted:
     """What comes of the calls of these numbers, each in a forked process with others."""
-    counted = Counted()
-    at = numbers.start
-    while at < numbers.stop:
-        part = range(at, min(at + AT_A_TIME, numbers.stop))
-        for number, outcome in _forked(part, lambda number: watched(*drawn(targets, number))):
-            counted.add(outcome, number)
-            at = number + 1
-    return counted
-
-
-def _forked(numbers: range, work: Callable[[int], Outcome]) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes as they come; the last is of the call that ended its process, if one did."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _work(writing, numbers, work)
-    os.close(writing)
-    done = numbers.start
-    held = b""
-    while done < numbers.stop:
-        ready, _, _ = select.select([reading], [], [], 2 * PATIENCE * SECONDS)
-        more = os.read(reading, 1 << 16) if ready else b""
-        if not more:
-            break
-        *lines, held = (held + more).split(b"\n")
-        for line in lines:
-            yield done, Outcome(*json.loads(line))
-            done += 1
-    is_late = done < numbers.stop and not os.waitpid(child, os.WNOHANG)[0] and not _ends(child)
-    os.close(reading)
-    if done < numbers.stop:
-        yield (
-            done,
-            Outcome("hung", "?", f"call {done}")
-            if is_late
-            else Outcome("undocumented", "?", f"call {done} ended the interpreter"),
-        )
-    elif not is_late:
-        _ends(child)
-
-
-def _ends(child: int) -> bool:
-    """Whether a process ends by itself; it ends in any case."""
-    for _ in range(100):
-        try:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return True
-        except ChildProcessError:
-            return True
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
-def _work(writing: int, numbers: range, work: Callable[[int], Outcome]) -> None:
-    """What the forked process does, which never returns."""
-    try:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        os.chdir(tempfile.mkdtemp())  # a name that is a path after all is one from here
-        faulthandler.enable(open(os.devnull, "w"))
-        signal.signal(signal.SIGALRM, _too_late)
-        signal.signal(signal.SIGPROF, _too_late)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
-        for number in numbers:
-            outcome = work(number)
-            told = [outcome.kind, outcome.target, outcome.told, outcome.changed]
-            os.write(writing, json.dumps(told).encode() + b"\n")
-    finally:
-        os._exit(0)
-
-
-def _limit(seconds: float) -> None:
-    """Let a call be ended after so long, or no more: on a machine that is busy it is at work for less."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
-
-
-def _too_late(*_: Any) -> None:
-    raise Hung
+    return counted_in_forks(lambda number: watched(*drawn(targets, number)), numbers, SECONDS)

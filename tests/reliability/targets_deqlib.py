@@ -11,7 +11,8 @@ from calls import Target
 from torch import Tensor, nn
 
 import deqlib
-from deqlib import diagnostics, nn as deq_nn, regularizers, testing
+from deqlib import diagnostics, regularizers, testing
+from deqlib import nn as deq_nn
 from deqlib.testing import strategies
 
 BATCH, WIDTH = 3, 4
@@ -61,10 +62,10 @@ def defaults(made: Callable[..., Any], **values: Any) -> dict[str, Any]:
     return {**found, **values}
 
 
-def made_by(made: Callable[..., Any], name: str = "", **values: Any) -> Target:
+def made_by(made: Callable[..., Any], name: str = "", share: float = 1.0, **values: Any) -> Target:
     """The target of a class or function whose valid arguments are its defaults and these."""
     full = name or f"{made.__module__.partition('.')[0]}.{made.__qualname__}"
-    return Target(full, made, lambda: defaults(made, **values))
+    return Target(full, made, lambda: defaults(made, **values), share=share)
 
 
 SETTINGS = [
@@ -376,20 +377,13 @@ LOOKS = [
         lambda: {"compute": lambda: nn.Linear(WIDTH, WIDTH)(x()).square(), "exclude": [x()]},
     ),
 ]
+SMALL = {"width": 8, "spectrum": [0.5, -0.2]}  # a problem is computed in full
 PROBLEMS = [
-    Target(
-        f"deqlib.testing.{name}",
-        getattr(testing, name),
-        # Small, as a problem is computed in full.
-        lambda made=getattr(testing, name): {
-            **defaults(made),
-            **({"spectrum": [0.5, -0.2]} if "spectrum" in inspect.signature(made).parameters else {}),
-            **({"width": 8} if "width" in inspect.signature(made).parameters else {}),
-        },
-        share=0.4,
+    made_by(
+        made, f"deqlib.testing.{name}", share=0.4, **{key: SMALL[key] for key in SMALL if key in arguments}
     )
-    for name in testing.__all__
-    if name not in ("Problem", "suite")
+    for name, made in ((name, getattr(testing, name)) for name in testing.__all__ if name[0].islower())
+    if (arguments := inspect.signature(made).parameters)
 ]
 STRATEGIES = [
     made_by(getattr(strategies, name), f"deqlib.testing.strategies.{name}")
@@ -399,9 +393,9 @@ TARGETS = [*SETTINGS, *SOLVES, *CACHES, *MODULES, *LOOKS, *PROBLEMS, *STRATEGIES
 
 # Public, and not called with arguments of a user's: why not.
 NOT_CALLED = {
-    "Backward, DepthDistribution, KeyValueCache, Readout, Solver": "to be inherited from; what does is called",
+    "Backward, DepthDistribution, KeyValueCache, Readout, Solver": "bases",
     "Ablation, BackwardRow, CouplingReport, Diagnosis, GradientReport, PathReport, PrecisionReport, Problem, "
-    "RecordedSolve, RecordedSolves, Solution, SolveReport, SolverRow, Step, Stream, StreamReport": "given, not made",
+    "RecordedSolve, RecordedSolves, Solution, SolveReport, SolverRow, Step, Stream, StreamReport": "results",
     "NonConvergenceError, NonConvergenceWarning, ReconstructionError, ReconstructionWarning": "raised",
     "OnFailure, Status": "names for values",
     "suite": "takes nothing, and computes all problems",

@@ -771,11 +771,12 @@ TARGETS = [*CONFIGS, *MODELS, *GENERATION, *DATA, *TRAINING, *EVALUATION]
 
 # Public, and not called with arguments of a user's: why not.
 NOT_CALLED = {
-    "GenerationReport, ScaleReport, SeriesReport, Sample, FolderReport, Skipped, ShardReport, Quality, Evaluation, "
-    "Pictures, Features, Reference, FeatureNetwork, ImageData, QuantizerOutput, TokenizerOutput, TokenizerRecipe, "
-    "TransformerRecipe": "given, or no more than a place for fields",
+    "Evaluation, Features, FeatureNetwork, FolderReport, GenerationReport, ImageData, Pictures": "given",
+    "Quality, QuantizerOutput, Reference, Sample, ScaleReport, SeriesReport, ShardReport, Skipped": "given",
+    "TokenizerOutput, TokenizerRecipe, TransformerRecipe": "given",
     "EquilibriumCache": "deqlib's",
-    "Batch, TokenBatch, BatchedDataset, Extractor, AUGMENTATIONS, JUDGE, SHIPPED, TOKENIZERS, TRANSFORMERS": "names",
+    "AUGMENTATIONS, Batch, BatchedDataset, Extractor, JUDGE, SHIPPED, TokenBatch": "names",
+    "TOKENIZERS, TRANSFORMERS": "names",
     "HubImages, inception_network, lpips_distance": "of packages that need not be there",
     "check_adaptable, shipped_folder": "behind others that are called",
 }

@@ -1,4 +1,4 @@
-"""Whatever is given to what deqlib and viar export: a result, or an error that says what was wrong with it."""
+"""Whatever is given to what deqlib and viar export: a result, or an error that says what was wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ sys.path.append(str(Path(__file__).parents[1] / "viar"))
 import targets_deqlib
 import targets_viar
 from bad_values import Own
-from calls import Outcome, Target, count_calls, drawn, run_calls, unclear, watched
+from calls import Target, count_calls, drawn, run_calls, unclear, watched
+from forks import Outcome
 
 FIRST = 1_000_000  # number of the first call, which no trial while writing this had
 TARGETS = {"deqlib": targets_deqlib, "viar": targets_viar}
@@ -90,7 +91,7 @@ def test_a_process_that_ends_or_never_answers_is_counted(monkeypatch: pytest.Mon
 
 
 def test_calls_after_one_that_ended_its_process_are_made_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calls.AT_A_TIME", 6)
+    monkeypatch.setattr("forks.AT_A_TIME", 6)
     calls = Target("it", lambda at: os._exit(3) if at == 1 else at, lambda: {"at": torch.tensor([5])})
     counted = run_calls([calls], range(30))
     assert sum(counted.kinds.values()) == 30

@@ -42,8 +42,8 @@ class Moments:
     def __post_init__(self) -> None:
         """Validate what is quickly told; `check_covariance` tells the rest."""
         check_kind("count: expected", self.count, int | None)
-        check_tensor("mean", self.mean, has_numbers=True)
-        check_tensor("covariance", self.covariance, has_numbers=True)
+        check_tensor("mean", self.mean)
+        check_tensor("covariance", self.covariance)
         if self.mean.ndim != 1 or not len(self.mean) or self.covariance.shape != 2 * self.mean.shape:
             raise ValueError(
                 "mean, covariance: expected shapes (F,) and (F, F), F at least 1, got "
@@ -52,6 +52,7 @@ class Moments:
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value.dtype != torch.float64:
                 raise ValueError(f"{name}: expected float64, got {value.dtype}")
+            check_tensor(name, value, has_numbers=True)
             if not value.isfinite().all():
                 raise ValueError(f"{name}: expected finite numbers, got some that are not")
         apart = (self.covariance - self.covariance.T).abs().max()

@@ -256,11 +256,6 @@ class TransformerConfig:
         check_fraction(owner, drop_path=filled(self.drop_path), label_dropout=self.label_dropout)
         if width % num_heads:
             raise ValueError(f"{owner}: num_heads={num_heads} must divide width={width}")
-        if not isinstance(self.trunk, TrunkConfig):
-            raise TypeError(
-                f"{owner}: trunk must be {' or '.join(cls.__name__ for cls in _TRUNKS.values())}, "
-                f"got {type(self.trunk).__name__}"
-            )
         if isinstance(self.trunk, ImplicitTrunkConfig):
             used = self.trunk.num_pre + 1 + self.trunk.num_post
             if used > self.depth:

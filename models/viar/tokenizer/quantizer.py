@@ -163,13 +163,15 @@ class MultiScaleQuantizer(nn.Module):
         self._check_scale(scale, len(self.sides))
         check_tensor("embeddings", embeddings_BZpp)
         expected = (f_hat_BZhw.shape[0], f_hat_BZhw.shape[1], self.sides[scale], self.sides[scale])
-        if embeddings_BZpp.shape != expected or not embeddings_BZpp.is_floating_point():
+        if embeddings_BZpp.shape != expected:
             raise ValueError(
-                f"embeddings must be floating point of shape {expected} at scale {scale}, got "
-                f"{embeddings_BZpp.dtype} {tuple(embeddings_BZpp.shape)}"
+                f"embeddings must have shape {expected} at scale {scale}, got {tuple(embeddings_BZpp.shape)}"
             )
-        if embeddings_BZpp.device != f_hat_BZhw.device:
-            raise ValueError(f"embeddings must be on {f_hat_BZhw.device}, got {embeddings_BZpp.device}")
+        if not embeddings_BZpp.is_floating_point() or embeddings_BZpp.device != f_hat_BZhw.device:
+            raise ValueError(
+                f"embeddings must be floating point on {f_hat_BZhw.device}, got {embeddings_BZpp.dtype} on "
+                f"{embeddings_BZpp.device}"
+            )
         return f_hat_BZhw.float() + self._refine(embeddings_BZpp, scale)
 
     def embed(self, tokens_Bl: Tensor) -> Tensor:

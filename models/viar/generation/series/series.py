@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...files import held
-from ...kinds import checked
+from ...kinds import check_kind
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
@@ -63,7 +63,6 @@ class SeriesReport:
     seconds: float
 
 
-@checked
 def generate_series(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
@@ -106,6 +105,8 @@ def generate_series(
             folder; memory does not suffice for a batch whose size is a setting of the series.
         MemoryError, RuntimeError: memory does not suffice for a single image.
     """
+    check_kind("folder: expected", folder, str | Path)
+    check_kind("console: expected", console, Console | None)
     sampling = as_sampling(sampling)
     _check(model, tokenizer, num, formats, batch_size)
     classes = _classes(model, labels)
