@@ -87,6 +87,7 @@ class Layout:
             and tree.shape == self.shapes[0]
             and tree.dtype == self.dtype
             and tree.device == self.device
+            and tree.layout == torch.strided
         )
 
     def of_batch(self, batch: int) -> Layout:

@@ -120,6 +120,9 @@ class KeyValueCache(ABC):
         """
         owner = f"{type(self).__name__}.update"
         check_tensor(owner, keys=keys, values=values)
+        for name, new in (("keys", keys), ("values", values)):
+            if new.dim() != 4:
+                raise ValueError(f"{owner}: {name} must be (B, H, tokens, width), got {tuple(new.shape)}")
         check_instance(owner, str, "a name", layer=layer)
         evaluation = self._evaluations.get(layer, 0)
         held = self._held(layer, evaluation, (keys, values))
@@ -352,12 +355,12 @@ def causal_mask(
     seen = torch.ones(num_new, num_tokens, dtype=torch.bool, device=keys.device).tril(last)
     if first is None:
         return seen
-    if first.dtype not in _INTEGERS:
-        raise TypeError(f"causal_mask: first must hold integers, got {first.dtype}")
     if first.shape != queries.shape[:1]:
         raise ValueError(
             f"causal_mask: first must have shape (B,) = {tuple(queries.shape[:1])}, got {tuple(first.shape)}"
         )
+    if first.dtype not in _INTEGERS:
+        raise TypeError(f"causal_mask: first must hold integers, got {first.dtype}")
     begun = torch.arange(num_tokens, device=keys.device) >= first.view(-1, 1, 1, 1)
     # A query without any key gets no number where the softmax is spelled out, and its sequence fails.
     return seen & begun | seen.triu(last)

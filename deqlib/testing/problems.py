@@ -470,7 +470,12 @@ def transformer(
         dtype: of the problem; it is made in float64.
         seed: of all that is random.
         name: of the problem.
+
+    Raises:
+        ValueError: `heads` is no divisor of `width`.
     """
+    if width % heads:
+        raise ValueError(f"transformer: heads must divide width={width}, got {heads}")
     draw = _Draw(seed)
     weights = (
         draw.weight(width, width, gain=sharpness),

@@ -128,6 +128,8 @@ def unclear(error: Exception) -> str:
         return ""  # a cell, a head or a loss of the caller's, which failed by itself
     if ours.name == "evaluate":
         return ""  # what calls the cell: one that is no Python has no frame of its own
+    if ours.name == "from_dict" and "unexpected keyword argument" in str(error):
+        return ""  # documented so: it names what is no field
     if (
         BINDING.match(str(error))
         or NO_SUCH.match(str(error))
@@ -167,6 +169,8 @@ def unsound(result: Any) -> str:
 def foreign(caught: Sequence[Warning | str]) -> str:
     """The first warning that is none of the packages', as one line."""
     for warning in caught:
+        if isinstance(warning, DeprecationWarning | FutureWarning):
+            continue  # what PyTorch says of itself
         if not type(warning).__module__.startswith(OWN_WARNINGS) and not _is_own(str(warning)):
             return f"warns {type(warning).__name__}: {str(warning)[:200]}"
     return ""

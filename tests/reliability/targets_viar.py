@@ -100,7 +100,7 @@ def _reference() -> evaluation.Reference:
 
 
 def _all_of(made: data.ImageFolder) -> Any:
-    return made.__getitems__(range(len(made)))
+    return made.__getitems__(range(len(made))) if len(made) else None
 
 
 def tokens() -> list[Tensor]:
@@ -438,6 +438,7 @@ DATA = [
         "viar.data.augmented",
         data.augmented,
         lambda: {"data": _rows(), "copies": 1, "names": ("flip", "shift")},
+        work=("copies",),
     ),
     Target("viar.data.rows_of", data.rows_of, lambda: {"data": _rows(), "rows": [0, 5, 2], "seed": 3}),
     Target(
@@ -472,7 +473,6 @@ DATA = [
             "seed": 0,
             "shard_size": 8,
             "batch_size": 2,
-            "processes": 1,
             "rank": 0,
             "num_ranks": 1,
             "console": QUIET,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,9 @@ def rows_of(data: BatchedDataset[Any], rows: Sequence[int], seed: int) -> Any:
         One batch, a tuple of tensors (B, ...).
     """
     check_kind("data: expected", data, BatchedDataset)
-    if not isinstance(rows, Collection) or not all(isinstance(row, int | np.integer) for row in rows):
+    if not isinstance(rows, Sequence | np.ndarray) or not all(
+        isinstance(row, int | np.integer) for row in rows
+    ):
         raise TypeError(f"rows: expected integers, got {shown(rows)}")
     draw = getattr(data, "draw", None)
     if draw is not None:
@@ -94,6 +96,8 @@ class EndlessBatches(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise ValueError(f"size: expected at least 1 sample to draw batches from, got {size}")
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
         if batch_size < 1 or num_ranks < 1:
             raise ValueError(
                 f"batch_size, num_ranks: expected at least 1 of each, got {batch_size} and {num_ranks}"

@@ -40,6 +40,8 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
         FileNotFoundError: there is none.
         PermissionError: it must not be read.
     """
+    if len(size) != 2:
+        raise ValueError(f"size: expected width and height, got {size}")
     levels = _levels(path)
     found = levels.shape[1], levels.shape[0]
     if found != size:

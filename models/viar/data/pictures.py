@@ -122,10 +122,16 @@ def save_edit(
         after: (B, 3, H, W) in [0, 1], the results.
         path: of the file.
     """
+    check_tensor("mask", mask, has_numbers=True)
     if mask.ndim != 2:
         raise ValueError(f"mask: expected shape (h, w), got {tuple(mask.shape)}")
     _check_pictures("before", before[None])
     _check_pictures("after", after)
+    if after.shape[1:] != before.shape or not mask.numel():
+        raise ValueError(
+            f"after, mask: expected pictures like before, {tuple(before.shape)}, and a mask of at least one "
+            f"pixel, got {tuple(after.shape)} and {tuple(mask.shape)}"
+        )
     shade = F.interpolate(mask[None, None].float().cpu(), size=before.shape[-2:], mode="area")
     strip = torch.cat([before[None].cpu(), shade.expand(1, 3, -1, -1), after.cpu()])
     save_grid(strip, path, columns=len(strip))

@@ -28,10 +28,13 @@ def accuracy(classifier: nn.Module, data: BatchedDataset[Batch], batch_size: int
         batch_size: images at a time; has no influence.
 
     Raises:
-        ValueError: `data` is empty.
+        ValueError: `data` is empty, or the classifier has no weights.
     """
     _check_not_empty(data)
-    device = next(classifier.parameters()).device
+    first = next(classifier.parameters(), None)
+    if first is None:
+        raise ValueError("classifier: expected a module with weights, got one without")
+    device = first.device
     hits = sum(
         int((classifier(images.to(device)).argmax(1).cpu() == labels).sum())
         for images, labels in all_batches(data, batch_size)

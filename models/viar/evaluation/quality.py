@@ -123,6 +123,8 @@ class Reference:
         """
         if labels is not None:
             check_tensor("labels", labels, has_numbers=True)
+            if labels.ndim != 1:
+                raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
         features, count = list[Features](), 0
         hits, nearest = list[Tensor](), list[Tensor]()
         with torch.no_grad():
@@ -210,6 +212,8 @@ def evaluate_images(
     Raises:
         ValueError: no images, or another number of labels.
     """
+    if isinstance(images, Tensor):
+        check_tensor("images", images, has_numbers=True)
     if isinstance(images, Tensor) and images.ndim != 4:
         raise ValueError(f"images: expected shape (N, 3, H, W), got {tuple(images.shape)}")
     seen = reference.see(torch.split(images, BATCH) if isinstance(images, Tensor) else images, labels)

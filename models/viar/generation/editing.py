@@ -73,6 +73,7 @@ def edit(
     Raises:
         ValueError: an argument of the wrong shape or out of range, or a border with `keep="codes"`.
     """
+    check_kind("tokenizer: expected", tokenizer, Tokenizer)
     for name, value in (("images", images), ("mask", mask)):
         check_tensor(name, value, has_numbers=True)
     check_kind("keep: expected", keep, str)
@@ -133,7 +134,7 @@ def made_share(kept_B1HW: Tensor, border: int) -> Tensor:
     """
     near = 1 - kept_B1HW.float()
     share = near.clone()
-    for distance in range(1, border + 1):
+    for distance in range(1, min(border, max(kept_B1HW.shape[-2:])) + 1):  # beyond, all is near
         near = F.max_pool2d(near, 3, stride=1, padding=1)
         share = share.maximum(near * (1 - distance / (border + 1)))
     return share

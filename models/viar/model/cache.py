@@ -58,7 +58,7 @@ def tokens_of(sides: Iterable[int]) -> int:
 
 def check_cache_name(cache: str) -> None:
     """Raise `ValueError` unless `cache` names one of `CACHES`."""
-    if cache not in CACHES:
+    if not isinstance(cache, str) or cache not in CACHES:
         raise ValueError(f"cache: expected one of {CACHES}, got {cache!r}")
 
 

@@ -166,6 +166,10 @@ class NextScaleTransformer(nn.Module, Pretrained):
         """
         self.check_labels(labels)
         check_tensor("inputs", inputs)
+        if not inputs.is_floating_point():
+            raise ValueError(f"inputs: expected floating point, got {inputs.dtype}")
+        if not isinstance(return_penalty, bool):
+            raise TypeError(f"return_penalty: expected True or False, got {type(return_penalty).__name__}")
         labels = labels.long()  # narrower ones cannot be looked up, nor hold every null class
         expected = (
             labels.shape[0],
@@ -275,6 +279,8 @@ class NextScaleTransformer(nn.Module, Pretrained):
             labels: to check; where it can be chosen, before they are moved to the device.
         """
         check_tensor("labels", labels)
+        if labels.is_meta and not self.pos_embed.is_meta:
+            raise ValueError(f"labels: expected numbers, got {labels.dtype} on the meta device")
         is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         if labels.dim() != 1 or not is_integer:
             raise ValueError(

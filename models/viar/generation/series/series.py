@@ -106,6 +106,8 @@ def generate_series(
         MemoryError, RuntimeError: memory does not suffice for a single image.
     """
     check_kind("folder: expected", folder, str | Path)
+    check_kind("num: expected", num, int)
+    check_kind("batch_size: expected", batch_size, int)
     check_kind("console: expected", console, Console | None)
     sampling = as_sampling(sampling)
     _check(model, tokenizer, num, formats, batch_size)
