@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -210,7 +210,9 @@ def watched(line: Line) -> Outcome:
     before = files_in(line.world)
     sys.argv = ["viar", *line.arguments]
     shown = " ".join(word[:80] for word in line.arguments)
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as printed:
+    # As Python's own streams write what is no text: a name that is not in UTF-8.
+    utf8 = partial(tempfile.TemporaryFile, "w+", encoding="utf-8")
+    with utf8(errors="backslashreplace") as said, utf8() as printed:
         limit(SECONDS)
         try:
             with redirect_stderr(said), redirect_stdout(printed):

@@ -21,6 +21,9 @@ def all_batches(data: BatchedDataset[T_co], batch_size: int) -> Iterator[T_co]:
     Args:
         data: what to serve.
         batch_size: samples at a time, at least 1; the last batch may be smaller.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1 sample at a time, got {batch_size}")
@@ -43,11 +46,13 @@ def rows_of(data: BatchedDataset[Any], rows: Sequence[int], seed: int) -> Any:
 
     Returns:
         One batch, a tuple of tensors (B, ...).
+
+    Raises:
+        TypeError: `rows` are no integers.
     """
     check_kind("data: expected", data, BatchedDataset)
-    if not isinstance(rows, Sequence | np.ndarray) or not all(
-        isinstance(row, int | np.integer) for row in rows
-    ):
+    are_rows = isinstance(rows, Sequence | np.ndarray)
+    if not are_rows or not all(isinstance(row, int | np.integer) for row in rows):
         raise TypeError(f"rows: expected integers, got {shown(rows)}")
     draw = getattr(data, "draw", None)
     if draw is not None:

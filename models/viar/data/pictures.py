@@ -101,6 +101,9 @@ def save_picture(image: Tensor, path: Path) -> None:
     Args:
         image: shape (3, H, W) in [0, 1].
         path: of the file.
+
+    Raises:
+        ValueError: no picture of that shape.
     """
     _check_pictures("image", image[None])
     with replacing(path) as file:
@@ -121,6 +124,9 @@ def save_edit(
         mask: (h, w) in [0, 1].
         after: (B, 3, H, W) in [0, 1], the results.
         path: of the file.
+
+    Raises:
+        ValueError: pictures or a mask of other shapes.
     """
     check_tensor("mask", mask, has_numbers=True)
     if mask.ndim != 2:
@@ -154,6 +160,9 @@ def save_grid(
         columns: images a row.
         least_side: smaller images are enlarged by a whole factor to at least so many pixels a side.
         row_names: written in black to the left of the rows; default nothing.
+
+    Raises:
+        ValueError: no pictures of that shape, or no columns.
     """
     _check_pictures("images", images)
     if columns < 1:

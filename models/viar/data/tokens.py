@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..kinds import checked
+from ..kinds import check_tensor, checked
 from ..tokenizer import Tokenizer
 from .batches import all_batches
 from .dataset import Batch, BatchedDataset
@@ -32,6 +32,7 @@ def tokenize(tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> TokenBatch
     Raises:
         ValueError: `images` have another size than the tokenizer's.
     """
+    check_tensor("images", images, has_numbers=True)
     with torch.autocast(images.device.type, enabled=False):
         tokens = tokenizer.encode(images)
         return tokenizer.next_scale_inputs(tokens), torch.cat(tokens, 1), labels
@@ -49,6 +50,7 @@ def from_rows(tokenizer: Tokenizer, tokens_BL: Tensor, labels: Tensor) -> TokenB
     Raises:
         ValueError: a token is none of the codebook's, or there are too many or too few.
     """
+    check_tensor("tokens", tokens_BL, has_numbers=True)
     num_tokens = sum(side * side for side in tokenizer.config.sides)
     if tokens_BL.shape[1:] != (num_tokens,):
         raise ValueError(f"tokens: expected shape (B, {num_tokens}), got {tuple(tokens_BL.shape)}")

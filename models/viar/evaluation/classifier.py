@@ -85,8 +85,14 @@ class Classifier(nn.Module):
         features_BF: Tensor = self.hidden(self.convolutions(images_B3HW))
         return features_BF.float()
 
-    def check_images(self, images: Tensor) -> None:
+    def check_images(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> None:
         """Raise unless these are images of its side, in the type of its weights and on their device.
+
+        Args:
+            images: (B, 3, H, W).
 
         Raises:
             TypeError, ValueError: see above.

@@ -21,6 +21,9 @@ def seconds_of(tasks: Sequence[Callable[[], object]], *, repeats: int = 3) -> li
     Args:
         tasks: what to run; a GPU's work is waited for.
         repeats: runs of each, the first of which is no warm-up but counts.
+
+    Raises:
+        ValueError: `repeats` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1 run of each task, got {repeats}")

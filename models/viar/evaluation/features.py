@@ -114,6 +114,9 @@ def features_of(network: FeatureNetwork, batches: Iterable[Tensor]) -> Features:
     Args:
         network: to look with.
         batches: images (B, 3, H, W) in [0, 1], at least one batch; their pixels are brought to 8 bits.
+
+    Raises:
+        TypeError: one tensor in place of several batches.
     """
     if isinstance(batches, Tensor):
         raise TypeError(f"batches: expected several of images, got {shown(batches)}; give a list of them")

@@ -121,7 +121,11 @@ def _check_not_empty(data: BatchedDataset[Batch]) -> None:
 
 @checked
 def balanced_labels(num_classes: int, per_class: int) -> Tensor:
-    """Labels 0, 0, ..., 1, 1, ...: `per_class` of each class, (num_classes * per_class,) int64."""
+    """Labels 0, 0, ..., 1, 1, ...: `per_class` of each class, (num_classes * per_class,) int64.
+
+    Raises:
+        ValueError: a number is below 0.
+    """
     if num_classes < 0 or per_class < 0:
         raise ValueError(
             f"num_classes, per_class: expected at least 0 of each, got {num_classes} and {per_class}"

@@ -102,6 +102,9 @@ def choose(
 
     `top_p` counts the probability that `top_k` leaves; a token stays if those more likely than it have less
     than `top_p` together, so the most likely one always does.
+
+    Raises:
+        ValueError: logits of another shape or type, noise of other images, no candidates.
     """
     V = logits_BlV.shape[-1]
     k = V if top_k is None else min(top_k, V)

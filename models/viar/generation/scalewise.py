@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kinds import check_tensor
 from ..model.scales import scale_slices
 from ..model.schedule import Adaptive
 from ..model.transformer import NextScaleTransformer
@@ -107,6 +108,7 @@ class Generation:
             self.f_hat, replace(scale, embeddings) if replace else embeddings, scale
         )
         self.f_hat = hold(scale, f_hat) if hold else f_hat
+        check_tensor("hold", self.f_hat)
         if self.f_hat.shape != f_hat.shape:
             raise ValueError(f"hold: expected shape {tuple(f_hat.shape)} back, got {tuple(self.f_hat.shape)}")
         if scale < len(self.sides) - 1:

@@ -64,6 +64,9 @@ def block_causal_mask(sides: Sequence[int]) -> Tensor:
     """Boolean (L, L), true where the token of the row may attend to the token of the column.
 
     A token sees its own scale and all earlier ones.
+
+    Raises:
+        ValueError: no sides, or one below 1.
     """
     if not len(sides) or min(sides) < 1:
         raise ValueError(f"sides: expected at least one, each at least 1, got {tuple(sides)}")
@@ -80,6 +83,9 @@ def block_causal(sides: Sequence[int]) -> BlockCausal:
 
     Args:
         sides: of the scales, rising.
+
+    Raises:
+        ValueError: no sides, or one below 1.
     """
     if not len(sides) or min(sides) < 1:
         raise ValueError(f"sides: expected at least one, each at least 1, got {tuple(sides)}")
