@@ -50,9 +50,7 @@ class Target:
         call: called with what is given, by name.
         given: makes valid arguments anew.
         work: names of those that are an amount of work, where a huge number is no mistake.
-        optional: names of further arguments, and a value like those that they take.
         share: how often it is drawn, relative to others.
-        may_be_nan: whether a result may be no number although no argument was.
     """
 
     name: str

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ def flags_of(command: str) -> tuple[tuple[str, ...], ...]:
                 if name.startswith("--") and name != "--help":
                     found[name] = tuple(map(str, action.choices or ()))
 
-    look(tyro.extras.get_parser(COMMANDS[command]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way to ask for the flags
+        look(tyro.extras.get_parser(COMMANDS[command]))
     return tuple((name, *choices) for name, choices in found.items())
 
 

@@ -54,7 +54,7 @@ def _counted(world: Path, numbers: range, folder: str) -> Counted:
 def test_a_line_with_mistakes_is_refused_in_a_line_and_touches_no_file_but_its_own(
     world: Path, tmp_path: Path, times: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    numbers = range(FIRST, FIRST + times(50, 2_400))
+    numbers = range(FIRST, FIRST + times(30, 2_400))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         counted = pool.submit(_counted, world, numbers, str(tmp_path)).result()
     assert sum(counted.kinds.values()) == len(numbers)

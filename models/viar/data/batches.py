@@ -101,12 +101,15 @@ class EndlessBatches(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise ValueError(f"size: expected at least 1 sample to draw batches from, got {size}")
-        if seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {seed}")
+        for name, value in (("seed", seed), ("start", start)):
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
         if batch_size < 1 or num_ranks < 1:
             raise ValueError(
                 f"batch_size, num_ranks: expected at least 1 of each, got {batch_size} and {num_ranks}"
             )
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if batch_size % num_ranks:
             raise ValueError(f"batch_size: {batch_size} does not divide among {num_ranks} processes")
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
