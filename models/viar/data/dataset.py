@@ -55,7 +55,7 @@ class TensorImages(Dataset[Batch]):
         labels: Tensor,  # (N,)
         augmentations: tuple[str, ...] = (),
     ) -> None:
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
+        if labels.is_complex() or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"labels: expected integers, one an image, got {shown(labels)} for {shown(images)}"
             )
