@@ -6,6 +6,9 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _SHOWN = 100  # longest value that an error repeats
 
 
@@ -39,6 +42,8 @@ def check_integer(owner: str, minimum: int, **values: Any) -> None:
             raise TypeError(f"{owner}: {name} must be an int, got {value!r} ({type(value).__name__})")
         if int(value) < minimum:
             raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value}")
+        if int(value) >= 2**63:
+            raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
 
 
 def check_number(
@@ -48,6 +53,8 @@ def check_number(
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{owner}: {name} must be a number, got {value!r} ({type(value).__name__})")
+        if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+            raise ValueError(f"{owner}: {name} must be a float where 64 bits do not hold it, got {value}")
         number = float(value)
         inside = number > minimum if open_minimum else number >= minimum
         if not (inside and number <= maximum):  # written so that NaN fails
@@ -63,3 +70,24 @@ def check_instance(owner: str, expected: type, hint: str, **values: Any) -> None
             # A module or a tensor fills a page.
             got = f"{shown} ({kind})" if len(shown) <= _SHOWN and "\n" not in shown else kind
             raise TypeError(f"{owner}: {name} must be {hint}, got {got}")
+
+
+def check_callable(owner: str, **values: Any) -> None:
+    """Raise `TypeError` unless every value can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
+
+
+def check_generator(owner: str, generator: Any) -> None:
+    """Raise `TypeError` unless random numbers can be drawn from it; `None` is PyTorch's own."""
+    if generator is not None:
+        check_instance(owner, torch.Generator, "a torch.Generator or None", generator=generator)
+
+
+def check_tensor(owner: str, **values: Any) -> None:
+    """Raise `TypeError` unless every value is a dense tensor."""
+    for name, value in values.items():
+        check_instance(owner, Tensor, "a tensor", **{name: value})
+        if value.layout != torch.strided:
+            raise TypeError(f"{owner}: {name} must be dense, got a tensor of layout {value.layout}")

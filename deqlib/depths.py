@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ._checks import check_integer, check_number, settle_numbers
+from ._checks import check_generator, check_instance, check_integer, check_number, settle_numbers
 from ._settings import Settings
 
 
@@ -35,6 +35,9 @@ class DepthDistribution(Settings, ABC):
         Args:
             shape: of what is drawn; `()` for one number.
             generator: draws them, on the CPU; `None` uses PyTorch's default generator.
+
+        Raises:
+            TypeError, ValueError: no shape or no generator.
         """
 
     def towards(self, end: Self, fraction: float) -> Self:
@@ -96,6 +99,7 @@ class Uniform(DepthDistribution):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """See `DepthDistribution`."""
+        _check_draw(shape, generator)
         return torch.randint(self.least, self.most + 1, shape, generator=generator, device="cpu")
 
 
@@ -120,6 +124,7 @@ class _Tailed(DepthDistribution):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         """See `DepthDistribution`."""
+        _check_draw(shape, generator)
         excess = torch.full(shape, self.mean - self.least, dtype=torch.float64, device="cpu")
         drawn = self._drawn(excess, generator).to(torch.int64) + self.least
         return drawn if self.most is None else drawn.clamp_max(self.most)
@@ -198,6 +203,14 @@ class Geometric(_Tailed):
         # By inversion: `Tensor.geometric_` refuses to be sure of the first step.
         uniform = 1 - torch.empty_like(mean).uniform_(generator=generator)  # in (0, 1]
         return torch.floor(uniform.log() / torch.log(mean / (mean + 1)))
+
+
+def _check_draw(shape: Any, generator: Any) -> None:
+    """Raise unless something can be drawn in this shape."""
+    check_instance("draw", tuple, "a tuple of lengths", shape=shape)
+    for i, length in enumerate(shape):
+        check_integer("draw", 0, **{f"shape[{i}]": length})
+    check_generator("draw", generator)
 
 
 def check_depths(owner: str, least: int, **depths: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._autocast import coarsest_dtype
-from ._checks import check_instance, plain
+from ._checks import check_callable, check_instance, plain
 from ._compiler import run_eagerly
 from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map, tree_unflatten
 from .backward import Backward, ImplicitDifferentiation
@@ -136,6 +136,7 @@ def solve_for(
     settings: dict[str, Any] = {"solver": solver, "stopping": stopping, "backward": backward}
     settings |= {"on_failure": on_failure, "compact": compact}
     owner = "fixed_point" if layer is None else "ImplicitLayer"
+    check_callable(owner, **{"f" if layer is None else "cell": f})
     check_settings(owner, **settings)
     check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
     if with_step:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_instance, check_integer, check_number
+from ._checks import check_callable, check_generator, check_instance, check_integer, check_number, plain
 from ._scope import one_solve
 from ._torch import tree_map
 from .fixed_point import fixed_point
@@ -55,10 +55,9 @@ def jacobian_penalty(
             structure, shape, dtype or device.
         RuntimeError: under `torch.inference_mode`, where nothing can be differentiated.
     """
+    check_callable("jacobian_penalty", cell=cell)
     check_integer("jacobian_penalty", 1, num_probes=num_probes)
-    if generator is not None:
-        hint = "a torch.Generator or None"
-        check_instance("jacobian_penalty", torch.Generator, hint, generator=generator)
+    check_generator("jacobian_penalty", generator)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "jacobian_penalty: nothing can be differentiated under inference_mode; use no_grad instead"
@@ -124,6 +123,7 @@ def trajectory(
         NonConvergenceError: as the layer.
     """
     check_instance("trajectory", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
+    check_instance("trajectory", Sequence, "a sequence of numbers of steps", steps=steps)
     check_integer("trajectory", 0, **{f"steps[{i}]": step for i, step in enumerate(steps)})
     if sorted(set(steps)) != list(steps):
         raise ValueError(f"trajectory: steps must be increasing, got {tuple(steps)}")
@@ -193,6 +193,9 @@ def correction_loss(
             a scalar.
     """
     check_number("correction_loss", 0, 1, open_minimum=True, decay=decay)
+    decay = plain(decay)
+    check_callable("correction_loss", criterion=criterion)
+    check_instance("correction_loss", Sequence, "a sequence of states", states=states)
     if not len(states):
         raise ValueError("correction_loss: states must hold at least one state, got none")
     losses = [criterion(state) for state in states]

@@ -65,7 +65,8 @@ class FailurePolicy:
 
 def check_on_failure(owner: str, on_failure: object) -> None:
     """Raise `ValueError` unless `on_failure` names a policy or is one."""
-    if not isinstance(on_failure, FailurePolicy) and on_failure not in get_args(OnFailure):
+    named = isinstance(on_failure, str) and on_failure in get_args(OnFailure)
+    if not named and not isinstance(on_failure, FailurePolicy):
         raise ValueError(
             f"{owner}: on_failure must be one of {get_args(OnFailure)} or a deqlib.FailurePolicy, "
             f"got {on_failure!r}"

@@ -87,6 +87,7 @@ class Layout:
             and tree.shape == self.shapes[0]
             and tree.dtype == self.dtype
             and tree.device == self.device
+            and tree.layout == torch.strided
         )
 
     def of_batch(self, batch: int) -> Layout:
@@ -154,6 +155,8 @@ class Layout:
             raise ValueError(
                 f"{where} must be on the device of the state, expected {self.device}, got {leaf.device}"
             )
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{where} must be dense, got a tensor of layout {leaf.layout}")
         # Autocast picks output types by operation, so under it the type says nothing about the cell.
         if leaf.dtype != self.dtypes[index] and autocast_dtype(self.device.type) is None:
             raise ValueError(

@@ -144,6 +144,7 @@ class Stopping(Settings):
             TypeError, ValueError: `fraction` is out of range, or one rule has a tolerance and the other not.
         """
         check_number("Stopping.towards", 0, 1, fraction=fraction)
+        check_instance("Stopping.towards", Stopping, "a deqlib.Stopping", end=end)
         if self.is_fixed != end.is_fixed:
             raise ValueError("Stopping.towards: both rules must have a tolerance, or both a number of steps")
 

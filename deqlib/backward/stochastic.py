@@ -73,7 +73,7 @@ class StochasticJFB(Backward):
         """Validate."""
         settle_numbers(self)
         check_instance("StochasticJFB", bool, "True or False", checkpoint=self.checkpoint)
-        if self.per not in _PER:
+        if not isinstance(self.per, str) or self.per not in _PER:
             raise ValueError(f"StochasticJFB: per must be one of {_PER}, got {self.per!r}")
         check_depths("StochasticJFB", 0, no_grad=self.no_grad)
         check_depths("StochasticJFB", 1, grad=self.grad)

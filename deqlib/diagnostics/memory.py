@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .._checks import check_callable, check_instance
 from .._torch import coordinates, is_wrapped, unwrapped, unwrapped_if_dead
 
 
@@ -27,7 +28,16 @@ def saved_bytes(compute: Callable[[], object], *, exclude: Iterable[Tensor] = ()
     Args:
         compute: runs the forward pass and returns what keeps its graph alive, its output or loss.
         exclude: tensors whose storages do not count, such as parameters; default none.
+
+    Raises:
+        TypeError: an argument of another kind.
     """
+    check_callable("saved_bytes", compute=compute)
+    if isinstance(exclude, Tensor) or not isinstance(exclude, Iterable):
+        raise TypeError(f"saved_bytes: exclude must be a list of tensors, got {type(exclude).__name__}")
+    exclude = list(exclude)
+    for tensor in exclude:
+        check_instance("saved_bytes", Tensor, "tensors", exclude=tensor)
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def note(tensor: Tensor) -> _Saved:

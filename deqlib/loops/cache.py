@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_instance, check_integer
+from .._checks import check_instance, check_integer, check_tensor
 
 ALL_ROWS = slice(None)
 _INTEGERS = (torch.int32, torch.int64)
@@ -74,6 +74,13 @@ class KeyValueCache(ABC):
             ValueError: no room for so many; while gradients are recorded.
         """
         check_integer(f"{type(self).__name__}.open", 1, num_tokens=num_tokens)
+        if like is not None:
+            check_tensor(f"{type(self).__name__}.open", like=like)
+            if like.dim() != 4:
+                raise ValueError(
+                    f"{type(self).__name__}.open: like must have shape (B, H, any, width), got "
+                    f"{tuple(like.shape)}"
+                )
         self._refuse_gradients()
         if self._end + num_tokens > self._max_tokens[0]:
             raise ValueError(
@@ -111,6 +118,12 @@ class KeyValueCache(ABC):
                 than before; tokens before that this set of the layer has not seen; while gradients are
                 recorded.
         """
+        owner = f"{type(self).__name__}.update"
+        check_tensor(owner, keys=keys, values=values)
+        for name, new in (("keys", keys), ("values", values)):
+            if new.dim() != 4:
+                raise ValueError(f"{owner}: {name} must be (B, H, tokens, width), got {tuple(new.shape)}")
+        check_instance(owner, str, "a name", layer=layer)
         evaluation = self._evaluations.get(layer, 0)
         held = self._held(layer, evaluation, (keys, values))
         for name, new, buffer in zip(("keys", "values"), (keys, values), held.buffers, strict=True):
@@ -137,6 +150,10 @@ class KeyValueCache(ABC):
         Raises:
             ValueError: `open` was not told; else see `update`.
         """
+        owner = f"{type(self).__name__}.slot"
+        check_instance(owner, str, "a name", layer=layer)
+        check_instance(owner, slice, "a slice", rows=rows)
+        check_integer(owner, 0, evaluation=evaluation)
         if self._like is None:
             raise ValueError("cache: a slot is allocated by what `open(num_tokens, like)` is told; pass like")
         held = self._held(layer, evaluation, (self._like, self._like))
@@ -177,13 +194,20 @@ class KeyValueCache(ABC):
             rows: (new B,) integers, each any number of times.
 
         Raises:
-            ValueError: `rows` of another shape or type.
+            ValueError: `rows` of another shape or type, or on a CPU out of range.
         """
-        check_instance("reorder", Tensor, "a tensor of the sequences to go on from", rows=rows)
+        check_tensor("reorder", rows=rows)
         if rows.dim() != 1 or rows.dtype not in _INTEGERS:
             raise ValueError(
                 f"reorder: rows must be integers of shape (new B,), got {rows.dtype} {tuple(rows.shape)}"
             )
+        num_rows = min((len(held.buffers[0]) for held in self._sets.values()), default=None)
+        if num_rows is not None and rows.device.type == "cpu" and rows.numel():
+            low, high = int(rows.min()), int(rows.max())
+            if low < 0 or high >= num_rows:
+                raise ValueError(
+                    f"reorder: rows must be sequences 0 to {num_rows - 1}, got values from {low} to {high}"
+                )
         for held in self._sets.values():
             keys, values = (_taken(buffer, rows, held.num_tokens) for buffer in held.buffers)
             held.buffers = keys, values
@@ -308,8 +332,22 @@ def causal_mask(
         (l, L), or with `first` (B, 1, l, L).
 
     Raises:
-        ValueError: `first` of another shape.
+        TypeError: no tensors, or `first` without integers.
+        ValueError: `queries` or `keys` without tokens, or `first` of another shape.
     """
+    for name, tensor in (("queries", queries), ("keys", keys)):
+        check_tensor("causal_mask", **{name: tensor})
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"causal_mask: {name} must have shape (B, ..., tokens, any), got {tuple(tensor.shape)}"
+            )
+    if first is not None:
+        check_tensor("causal_mask", first=first)
+    devices = {tensor.device for tensor in (queries, keys, first) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"causal_mask: queries, keys and first must be on one device, got {sorted(map(str, devices))}"
+        )
     num_new, num_tokens = queries.shape[-2], keys.shape[-2]
     if first is None and num_new == 1:
         return None
@@ -321,6 +359,8 @@ def causal_mask(
         raise ValueError(
             f"causal_mask: first must have shape (B,) = {tuple(queries.shape[:1])}, got {tuple(first.shape)}"
         )
+    if first.dtype not in _INTEGERS:
+        raise TypeError(f"causal_mask: first must hold integers, got {first.dtype}")
     begun = torch.arange(num_tokens, device=keys.device) >= first.view(-1, 1, 1, 1)
     # A query without any key gets no number where the softmax is spelled out, and its sequence fails.
     return seen & begun | seen.triu(last)

@@ -10,6 +10,7 @@ from itertools import accumulate, islice, takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._autocast import coarsest_dtype
 from .._checks import check_instance, check_integer
@@ -68,6 +69,8 @@ def solve_stream(
     """
     check_instance("solve_stream", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
     check_integer("solve_stream", 1, batch_size=batch_size)
+    if kwargs is not None:
+        check_instance("solve_stream", Mapping, "a dict with names as its keys", kwargs=kwargs)
     rule = layer.stopping if stopping is None else stopping
     check_setting("solve_stream", "stopping", rule)
     if rule.is_fixed:
@@ -81,7 +84,8 @@ def solve_stream(
             f"solve_stream: samples are at different steps beside one another, got a layer of {option}=True; "
             "solve batch by batch"
         )
-    if isinstance(samples, tuple) or not isinstance(samples, Iterable):
+    is_one = isinstance(samples, tuple) or (isinstance(samples, Tensor) and not samples.dim())
+    if is_one or not isinstance(samples, Iterable):
         raise TypeError(
             "solve_stream: samples must be an iterable of samples, and no tuple, which holds the inputs of "
             f"one, got {type(samples).__name__}; pass zip(x, y) for a cell of two inputs, or a list"

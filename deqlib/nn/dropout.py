@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_instance, check_number, plain
+from .._checks import check_instance, check_number, check_tensor, plain
 from .._scope import current
 from .._torch import is_func_active
 
@@ -57,6 +57,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with the numbers that this solve drops set to zero, the others scaled up."""
+        check_tensor("Dropout", input=x)
         if not self.training or self.p == 0:
             return x
         scope = current.scope

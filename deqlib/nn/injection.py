@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_integer, check_number, plain
+from .._checks import check_integer, check_number, check_tensor, plain
+from ._inputs import check_alike, check_input
 
 
 class StableInjection(nn.Module):
@@ -67,8 +68,12 @@ class StableInjection(nn.Module):
         """The next state, of the shape of `z`.
 
         Raises:
-            ValueError: the state has no such channels.
+            TypeError: the state is none.
+            ValueError: the state has no such channels, or the input does not go with it.
         """
+        check_tensor("StableInjection", state=z)
+        if not z.is_floating_point():
+            raise TypeError(f"StableInjection: the state must be floating point, got {z.dtype}")
         if not -z.dim() <= self.axis < z.dim() or z.shape[self.axis] != self.width:
             raise ValueError(
                 f"StableInjection: expected a state with {self.width} channels along axis {self.axis}, "
@@ -76,7 +81,11 @@ class StableInjection(nn.Module):
             )
         shape = [1] * z.dim()
         shape[self.axis] = self.width
-        return torch.lerp(self.inject(x).to(z.dtype), z, self.decay.to(z.dtype).view(shape))
+        if type(self.inject) is nn.Linear:  # else the caller's, who knows what it takes
+            check_input("StableInjection", x, self.inject.in_features, self.inject.weight)
+        injected = self.inject(x)
+        check_alike("StableInjection", z, injected)
+        return torch.lerp(injected.to(z.dtype), z, self.decay.to(z.dtype).view(shape))
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""

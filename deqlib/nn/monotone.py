@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .._autocast import without_autocast
-from .._checks import check_integer, check_number, plain
+from .._checks import check_integer, check_number, check_tensor, plain
 from .._scope import current
 from .._torch import is_func_active, times_written
+from ._inputs import check_alike
 
 
 class MonotoneCell(nn.Module):
@@ -59,14 +60,23 @@ class MonotoneCell(nn.Module):
         """The next state, of the shape of `u`.
 
         Raises:
-            ValueError: state or input are not of this width.
+            TypeError: they are no floating-point tensors, or the input is of a wider type.
+            ValueError: state or input are not of this width, or do not go together.
         """
         for name, tensor in (("state", u), ("input", x)):
+            check_tensor("MonotoneCell", **{name: tensor})
+            if not tensor.is_floating_point():
+                raise TypeError(f"MonotoneCell: the {name} must be floating point, got {tensor.dtype}")
             if tensor.shape[-1:] != (self.width,):
                 raise ValueError(
                     f"MonotoneCell: expected a {name} of shape (..., {self.width}), got "
                     f"{tuple(tensor.shape)}; put nn.Linear(..., {self.width}) before the layer"
                 )
+        check_alike("MonotoneCell", u, x)
+        if torch.promote_types(u.dtype, x.dtype) != u.dtype:
+            raise TypeError(
+                f"MonotoneCell: the input must be no wider than the state, {u.dtype}, got {x.dtype}"
+            )
         step, resolvent = self._of_solve()
         reflected = u.abs()  # 2 relu(u) - u
         return 2 * (reflected + step.to(x.dtype) * x) @ resolvent.to(u.dtype) - reflected

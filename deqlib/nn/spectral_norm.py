@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .._autocast import without_autocast
-from .._checks import check_integer, check_number
+from .._checks import check_generator, check_instance, check_integer, check_number, plain
 from .._scope import current
 from .._torch import is_func_active
 from ._copying import make_copyable
@@ -62,10 +62,15 @@ def spectral_norm(
         `module`.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: there is nothing to normalise in it, a weight is normalised already, is not initialised,
             or is zero without `at_most`.
     """
+    check_instance("spectral_norm", nn.Module, "a module", module=module)
     check_number("spectral_norm", 0, open_minimum=True, norm=norm)
+    norm = plain(norm)
+    check_instance("spectral_norm", bool, "True or False", at_most=at_most)
+    check_generator("spectral_norm", generator)
     check_integer("spectral_norm", 1, num_iterations=num_iterations)
     weights = list(_weights(module))
     if not weights:
@@ -102,8 +107,10 @@ def remove_spectral_norm(module: M) -> M:
     """Undo `spectral_norm`: the weights of `module` become plain parameters with their scaled values.
 
     Raises:
+        TypeError: it is no module.
         ValueError: nothing in it is normalised, or a weight has other parametrizations too.
     """
+    check_instance("remove_spectral_norm", nn.Module, "a module", module=module)
     found = [(owner, name) for _, owner, name, _ in _weights(module) if _find(owner, name) is not None]
     if not found:
         raise ValueError(f"remove_spectral_norm: nothing in {type(module).__name__} is normalised")

@@ -5,6 +5,7 @@ it is one. `rate` is the spectral radius of the Jacobian there, the factor by wh
 shrinks an error in the long run; where it is 1 or more, Picard does not converge.
 
 `suite()` is the set that the benchmarks run; the constructors take sizes, types and seeds of your own.
+They raise `TypeError` or `ValueError` for those that are none.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import check_instance, check_number, check_tensor
 from ..state import AUTOMATIC, cut
+from ._arguments import checked
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def _affine_cell(z: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     return z @ matrix + x
 
 
+@checked
 def linear(
     spectrum: Tensor | list[float],
     *,
@@ -145,7 +149,23 @@ def linear(
         dtype: of the problem; it is made in float64.
         seed: of all that is random.
         name: of the problem.
+
+    Raises:
+        TypeError, ValueError: no such spectrum.
     """
+    if isinstance(spectrum, Tensor):
+        check_tensor("linear", spectrum=spectrum)
+    else:
+        check_instance("linear", list, "a tensor or a list of numbers", spectrum=spectrum)
+        for i, value in enumerate(spectrum):
+            named: dict[str, Any] = {f"spectrum[{i}]": value}
+            check_number("linear", -math.inf, **named)
+    if isinstance(spectrum, Tensor) and (spectrum.dim() != 1 or spectrum.is_complex() or spectrum.is_meta):
+        raise ValueError(
+            f"linear: spectrum must be real, of shape (D,), got {spectrum.dtype} {tuple(spectrum.shape)}"
+        )
+    if not len(spectrum):
+        raise ValueError("linear: spectrum must hold at least one eigenvalue, got none")
     draw, values = _Draw(seed), torch.as_tensor(spectrum, dtype=torch.float64)
     width, rate = len(values), float(values.abs().max())
     schur = torch.diag(values)
@@ -157,6 +177,7 @@ def linear(
     return _make(name, _affine_cell, solution, (solution - solution @ matrix, matrix), rate, dtype)
 
 
+@checked
 def nearly_singular(
     *, batch: int = 4, width: int = 64, gap: float = 1e-2, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
@@ -174,6 +195,7 @@ def nearly_singular(
     return linear(spectrum, batch=batch, dtype=dtype, seed=seed, name="nearly singular")
 
 
+@checked
 def expanding(
     *, batch: int = 4, width: int = 64, rate: float = 3.0, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
@@ -190,6 +212,7 @@ def expanding(
     return linear(spectrum, batch=batch, dtype=dtype, seed=seed, name="expanding")
 
 
+@checked
 def two_cycle(
     *, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
@@ -209,6 +232,7 @@ def _reflection_cell(z: Tensor, centre: Tensor) -> Tensor:
     return 2 * centre - z
 
 
+@checked
 def drift(*, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
     """f(z) = z + x: no fixed point. No solver can succeed; all must say so.
 
@@ -226,6 +250,7 @@ def _shift_cell(z: Tensor, x: Tensor) -> Tensor:
     return z + x
 
 
+@checked
 def explosion(
     *, batch: int = 4, width: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
@@ -245,6 +270,7 @@ def _square_cell(z: Tensor, x: Tensor) -> Tensor:
     return z.square() + 1 + x.abs()
 
 
+@checked
 def tanh_rnn(
     *,
     batch: int = 4,
@@ -279,6 +305,7 @@ def _tanh_cell(z: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     return torch.tanh(z @ matrix + x)
 
 
+@checked
 def monotone(
     *,
     batch: int = 4,
@@ -347,6 +374,7 @@ class _NormedCell:
         return _norm(x + self.update(z, *weights))
 
 
+@checked
 def mlp(
     *,
     batch: int = 8,
@@ -380,6 +408,7 @@ def _mlp_update(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return torch.tanh(z @ w1) @ w2
 
 
+@checked
 def mixer(
     *,
     batch: int = 8,
@@ -414,6 +443,7 @@ def _mixer_update(z: Tensor, t1: Tensor, t2: Tensor, c1: Tensor, c2: Tensor) -> 
     return F.gelu(z @ c1) @ c2
 
 
+@checked
 def transformer(
     *,
     batch: int = 8,
@@ -440,7 +470,12 @@ def transformer(
         dtype: of the problem; it is made in float64.
         seed: of all that is random.
         name: of the problem.
+
+    Raises:
+        ValueError: `heads` is no divisor of `width`.
     """
+    if width % heads:
+        raise ValueError(f"transformer: heads must divide width={width}, got {heads}")
     draw = _Draw(seed)
     weights = (
         draw.weight(width, width, gain=sharpness),
@@ -465,6 +500,7 @@ class _AttentionUpdate:
         return mixed + F.gelu((z + mixed) @ w1) @ w2
 
 
+@checked
 def convolution(
     *,
     batch: int = 4,
@@ -500,6 +536,7 @@ def _convolution_update(z: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return F.conv2d(F.relu(F.conv2d(z, w1, padding=1)), w2, padding=1)
 
 
+@checked
 def mixed_difficulty(
     *,
     batch: int = 32,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch import tree_leaves, tree_map
+from ._arguments import checked
 from .problems import Problem, linear, mixed_difficulty, mlp, tanh_rnn
 
 try:
@@ -93,6 +94,7 @@ def contractions(
     )
 
 
+@checked
 def states(
     *,
     min_batch: int = 0,
@@ -170,6 +172,7 @@ class PytreeProblem:
         return self.cell(z, *self.inputs)
 
 
+@checked
 def pytree_problems(
     *,
     max_rate: float = 0.9,

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cards import ENDING, model_card
 from .files import flush, read_json
+from .kinds import check_kind
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -104,6 +105,7 @@ class Pretrained(PyTorchModelHubMixin):
             options: of `huggingface_hub.ModelHubMixin.save_pretrained`; `model_card_kwargs={"run": ...}` has
                 what run.json tells of the training.
         """
+        check_kind("save_directory: expected", save_directory, str | Path)
         folder = Path(save_directory)
         fresh = folder / ".saving"
         if fresh.is_symlink():  # else files would be made where it leads to

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import replacing_path
+from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
@@ -78,6 +79,8 @@ def load_official(
             shape, or derived buffers of another value (one message lists them all); `sides` or `num_heads`
             contradict the tensors.
     """
+    check_kind("sides: expected", sides, Sequence[int] | None)
+    check_kind("num_heads: expected", num_heads, int | None)
     from_file, origin, values = False, "the state dict", path_or_state_dict
     with torch.device("cpu"):  # whatever the default device is
         if isinstance(path_or_state_dict, str | os.PathLike):
@@ -130,6 +133,7 @@ def export_official(model: Model) -> dict[str, Tensor]:
     return official_tensors(model)
 
 
+@checked
 def convert_checkpoint(
     source: Path,
     out: Path,
@@ -177,6 +181,7 @@ def convert_checkpoint(
     return model
 
 
+@checked
 def describe(model: Model) -> dict[str, str]:
     """What a model is, for people: kind, sizes, number of parameters.
 

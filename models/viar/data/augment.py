@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..kinds import checked
 from ..seeds import seed_at
 from .batches import rows_of
 from .dataset import Batch, BatchedDataset, TensorImages
@@ -30,7 +31,7 @@ NUM_DRAWS = 8  # numbers drawn for an image
 SLIGHT = ("rotate", "shear", "scale", "shift")  # what leaves a digit the digit that it is
 
 
-def check_augmentations(names: Sequence[str]) -> None:
+def check_augmentations(names: Collection[str]) -> None:
     """Raise `ValueError` unless these are names of augmentations, each once."""
     strange = [name for name in names if name not in AUGMENTATIONS]
     if strange:
@@ -39,6 +40,7 @@ def check_augmentations(names: Sequence[str]) -> None:
         raise ValueError(f"augmentations: expected each name once, got {', '.join(names)}")
 
 
+@checked
 def augmented(data: TensorImages, copies: int, names: Collection[str] = SLIGHT) -> TensorImages:
     """`data` and `copies` changed versions of each image, always the same ones.
 
@@ -49,7 +51,11 @@ def augmented(data: TensorImages, copies: int, names: Collection[str] = SLIGHT) 
 
     Returns:
         (1 + copies) N images: those of `data`, then every version of all of them in turn.
+
+    Raises:
+        ValueError: a name of no augmentation.
     """
+    check_augmentations(names)
     generator = torch.Generator().manual_seed(0)
     versions = [data.images]
     for _ in range(copies):
@@ -69,11 +75,16 @@ class AugmentedImages(Dataset[Batch]):
     Args:
         data: N images.
         names: some of `AUGMENTATIONS`, "crop" only if `data` does not cut its pictures itself.
+
+    Raises:
+        ValueError: a name of no augmentation.
     """
 
     at_random = True
 
+    @checked
     def __init__(self, data: BatchedDataset[Batch], names: Collection[str]) -> None:
+        check_augmentations(names)
         self.data, self.names = data, in_order(names)
 
     def __len__(self) -> int:

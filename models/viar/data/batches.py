@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from ..kinds import check_kind, checked, shown
 from ..seeds import seed_at
 from .dataset import BatchedDataset, T_co
 
 
+@checked
 def all_batches(data: BatchedDataset[T_co], batch_size: int) -> Iterator[T_co]:
     """Every sample once, in order.
 
     Args:
         data: what to serve.
         batch_size: samples at a time, at least 1; the last batch may be smaller.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1 sample at a time, got {batch_size}")
     for start in range(0, len(data), batch_size):
         yield data.__getitems__(range(start, min(start + batch_size, len(data))))
 
@@ -38,7 +46,14 @@ def rows_of(data: BatchedDataset[Any], rows: Sequence[int], seed: int) -> Any:
 
     Returns:
         One batch, a tuple of tensors (B, ...).
+
+    Raises:
+        TypeError: `rows` are no integers.
     """
+    check_kind("data: expected", data, BatchedDataset)
+    are_rows = isinstance(rows, Sequence | np.ndarray)
+    if not are_rows or not all(isinstance(row, int | np.integer) for row in rows):
+        raise TypeError(f"rows: expected integers, got {shown(rows)}")
     draw = getattr(data, "draw", None)
     if draw is not None:
         return draw(rows, seed)
@@ -72,6 +87,7 @@ class EndlessBatches(Sampler[list[int]]):
         ValueError: there are no samples, or `batch_size` does not divide among the processes.
     """
 
+    @checked
     def __init__(
         self,
         size: int,
@@ -85,6 +101,15 @@ class EndlessBatches(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise ValueError(f"size: expected at least 1 sample to draw batches from, got {size}")
+        for name, value in (("seed", seed), ("start", start)):
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if batch_size < 1 or num_ranks < 1:
+            raise ValueError(
+                f"batch_size, num_ranks: expected at least 1 of each, got {batch_size} and {num_ranks}"
+            )
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if batch_size % num_ranks:
             raise ValueError(f"batch_size: {batch_size} does not divide among {num_ranks} processes")
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start

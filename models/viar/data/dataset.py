@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..kinds import checked, shown
 from .report import FolderReport
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) in [-1, 1], labels (B,) int64
@@ -17,6 +18,7 @@ Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W) in [-1, 1], labels (B,) int
 T_co = TypeVar("T_co", covariant=True)
 
 
+@runtime_checkable
 class BatchedDataset(Protocol[T_co]):
     """A number of samples that are served a batch at a time: `Batch` for images with labels.
 
@@ -39,16 +41,24 @@ class TensorImages(Dataset[Batch]):
         images: (N, 3, H, W) in [-1, 1].
         labels: (N,) classes.
         augmentations: names of those that some of the images have gone through.
+
+    Raises:
+        TypeError, ValueError: no such images or labels.
     """
 
     at_random = False
 
+    @checked
     def __init__(
         self,
         images: Tensor,  # (N, 3, H, W) in [-1, 1]
         labels: Tensor,  # (N,)
         augmentations: tuple[str, ...] = (),
     ) -> None:
+        if labels.is_complex() or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels: expected integers, one an image, got {shown(labels)} for {shown(images)}"
+            )
         self.images, self.labels, self.augmentations = images, labels.long(), augmentations
 
     def __len__(self) -> int:

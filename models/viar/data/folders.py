@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from ..kinds import checked
 from .dataset import Batch
 from .decoding import decode_picture
 from .pictures import cut_square
@@ -27,6 +28,7 @@ class ImageFolder(Dataset[Batch]):
         train: cut at random, by PyTorch's own generator, which `rows_of` seeds.
     """
 
+    @checked
     def __init__(self, files: Sequence[tuple[Path, int]], image_side: int, *, train: bool) -> None:
         self.files, self.image_side, self.train = list(files), image_side, train
 

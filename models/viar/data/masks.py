@@ -11,12 +11,14 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from ..kinds import checked
 from .decoding import colour_and_alpha, open_picture, refuse_frames, shown, upright
 from .pictures import fit_square
 
 _MUCH = 0.25  # the share of pixels that a blurred edge does not reach
 
 
+@checked
 def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
     """A mask (side, side) for `viar.edit` from a picture file: 1, keep, where it is lighter than mid-grey.
 
@@ -38,6 +40,8 @@ def read_mask(path: Path, side: int, size: tuple[int, int]) -> Tensor:
         FileNotFoundError: there is none.
         PermissionError: it must not be read.
     """
+    if len(size) != 2:
+        raise ValueError(f"size: expected width and height, got {size}")
     levels = _levels(path, size)
     between = float(((levels > 0.25) & (levels < 0.75)).mean())
     if between > _MUCH:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..files import replacing
+from ..kinds import check_tensor, checked, shown
 from .decoding import open_picture, refuse_frames, to_rgb
 
 RESIZE = 1.125  # shorter edge before the cut, in units of the square (VAR, arXiv 2404.02905)
@@ -19,6 +20,7 @@ LARGEST_FONT = 24  # pixels, of the names of rows
 LONG_STRIP = 16  # enlarged edge, in units of the square, from which on only the square is computed
 
 
+@checked
 def cut_square(image: Image.Image, side: int, *, at_random: bool) -> Tensor:
     """A square of a picture, (3, side, side) in [-1, 1].
 
@@ -32,6 +34,8 @@ def cut_square(image: Image.Image, side: int, *, at_random: bool) -> Tensor:
     Raises:
         ValueError: the image is broken, or has numbers of an unknown range.
     """
+    if side < 1:
+        raise ValueError(f"side: expected at least 1 pixel, got {side}")
     image = to_rgb(image, getattr(image, "filename", "") or "picture")
     scale = round(RESIZE * side) / min(image.size)
     enlarged = [max(side, round(edge * scale)) for edge in image.size]
@@ -58,6 +62,7 @@ def fit_square(image: Image.Image, side: int) -> Tensor:
     return cut_square(image, side, at_random=False).add(1).div(2)
 
 
+@checked
 def read_picture(path: Path, side: int) -> tuple[Tensor, tuple[int, int]]:
     """A picture file as (3, side, side) in [0, 1], and the width and height that it has upright.
 
@@ -89,17 +94,23 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+@checked
 def save_picture(image: Tensor, path: Path) -> None:
     """Write an image as a PNG of H x W pixels of 8 bits; `path` is whole or as it was.
 
     Args:
         image: shape (3, H, W) in [0, 1].
         path: of the file.
+
+    Raises:
+        ValueError: no picture of that shape.
     """
+    _check_pictures("image", image[None])
     with replacing(path) as file:
         as_picture(image).save(file, "png")
 
 
+@checked
 def save_edit(
     before: Tensor,  # (3, H, W) in [0, 1]
     mask: Tensor,  # (h, w) in [0, 1], enlarged as it is
@@ -113,12 +124,26 @@ def save_edit(
         mask: (h, w) in [0, 1].
         after: (B, 3, H, W) in [0, 1], the results.
         path: of the file.
+
+    Raises:
+        ValueError: pictures or a mask of other shapes.
     """
+    check_tensor("mask", mask, has_numbers=True)
+    if mask.ndim != 2:
+        raise ValueError(f"mask: expected shape (h, w), got {tuple(mask.shape)}")
+    _check_pictures("before", before[None])
+    _check_pictures("after", after)
+    if after.shape[1:] != before.shape or not mask.numel():
+        raise ValueError(
+            f"after, mask: expected pictures like before, {tuple(before.shape)}, and a mask of at least one "
+            f"pixel, got {tuple(after.shape)} and {tuple(mask.shape)}"
+        )
     shade = F.interpolate(mask[None, None].float().cpu(), size=before.shape[-2:], mode="area")
     strip = torch.cat([before[None].cpu(), shade.expand(1, 3, -1, -1), after.cpu()])
     save_grid(strip, path, columns=len(strip))
 
 
+@checked
 def save_grid(
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     path: Path,
@@ -135,7 +160,13 @@ def save_grid(
         columns: images a row.
         least_side: smaller images are enlarged by a whole factor to at least so many pixels a side.
         row_names: written in black to the left of the rows; default nothing.
+
+    Raises:
+        ValueError: no pictures of that shape, or no columns.
     """
+    _check_pictures("images", images)
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1 image a row, got {columns}")
     factor = max(1, -(-least_side // images.shape[-1]))
     images = F.interpolate(images, scale_factor=factor, mode="nearest")
     images = F.pad(images, (1, 1, 1, 1), value=1.0)
@@ -150,6 +181,15 @@ def save_grid(
         sheet.paste(name, (0, row * height))
     with replacing(path) as file:
         sheet.save(file, "png")
+
+
+def _check_pictures(name: str, images: Tensor) -> None:
+    """Raise `ValueError` unless these are pictures of at least one pixel."""
+    check_tensor(name, images, has_numbers=True)
+    if images.ndim != 4 or images.shape[1] != 3 or not images.shape[2:].numel():
+        raise ValueError(f"{name}: expected pictures of shape (3, H, W) in [0, 1], got {shown(images)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{name}: expected floating point in [0, 1], got {images.dtype}")
 
 
 def _written(text: str, height: int) -> Image.Image:

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from ..files import read_json, replacing
+from ..kinds import checked
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
 from ..screen import tracked
@@ -55,6 +56,7 @@ class ShardReport:
     found: int
 
 
+@checked
 def write_shards(
     tokenizer: Tokenizer,
     data: ImageData,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..files import file_digest, read_json
+from ..kinds import check_fields, checked
 from ..model.config import check_at_least
 from ..model.scales import check_sides
 from ..pretrained import fingerprint
@@ -75,13 +76,8 @@ class ShardSettings:
 
     def __post_init__(self) -> None:
         """Validate: what a file tells may be anything."""
-        owner, counts = "tokens", (self.crops, self.shard_size, self.codebook_size, self.num_classes)
-        whole = [*counts, *self.sides, *self.images, self.seed, self.batch_size]
-        texts = (self.tokenizer, *self.class_names, *self.augmentations)
-        if not (all(type(n) is int for n in whole) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(f"{owner}: expected integers as sizes and counts, and texts as names")
-        if not isinstance(self.origin, Mapping) or len(self.images) != 2:
-            raise ValueError(f"{owner}: expected where images come from, and how many for each of {SPLITS}")
+        check_fields(self)
+        owner = "tokens"
         check_sides(owner, self.sides)
         check_at_least(owner, 0, train=self.images[0], validation=self.images[1], seed=self.seed)
         check_at_least(owner, 1, crops=self.crops, shard_size=self.shard_size, batch_size=self.batch_size)
@@ -127,6 +123,7 @@ class TokenShards(Dataset[TokenRows]):
 
     at_random = False
 
+    @checked
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         self.folder, self.split = Path(folder), split
         self.settings = read_settings(self.folder)
@@ -218,6 +215,7 @@ class TokenShards(Dataset[TokenRows]):
             )
 
 
+@checked
 def is_shards(folder: str | Path) -> bool:
     """Whether a folder holds tokens, finished or not."""
     return (Path(folder) / SETTINGS).is_file()

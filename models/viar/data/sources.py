@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kinds import checked
 from .augment import SLIGHT, AugmentedImages, augmented, check_augmentations
 from .dataset import Batch, BatchedDataset, ImageData, TensorImages
 from .decoding import shown
@@ -30,6 +31,7 @@ T = TypeVar("T")
 HELD_OUT = 10  # one image in so many, class by class, is kept for validation
 
 
+@checked
 def load_data(
     source: str, image_side: int, *, augment: int = 0, augmentations: Sequence[str] | None = None
 ) -> ImageData:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..kinds import check_tensor, checked
 from ..tokenizer import Tokenizer
 from .batches import all_batches
 from .dataset import Batch, BatchedDataset
@@ -16,6 +17,7 @@ from .dataset import Batch, BatchedDataset
 TokenBatch = tuple[Tensor, Tensor, Tensor]
 
 
+@checked
 @torch.no_grad()
 def tokenize(tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> TokenBatch:
     """Teacher-forcing inputs (B, L - p_1^2, Z), targets (B, L) and labels (B,) of images.
@@ -30,11 +32,13 @@ def tokenize(tokenizer: Tokenizer, images: Tensor, labels: Tensor) -> TokenBatch
     Raises:
         ValueError: `images` have another size than the tokenizer's.
     """
+    check_tensor("images", images, has_numbers=True)
     with torch.autocast(images.device.type, enabled=False):
         tokens = tokenizer.encode(images)
         return tokenizer.next_scale_inputs(tokens), torch.cat(tokens, 1), labels
 
 
+@checked
 def from_rows(tokenizer: Tokenizer, tokens_BL: Tensor, labels: Tensor) -> TokenBatch:
     """The same from tokens that are known, such as rows of `TokenShards`; needs no encoder.
 
@@ -46,6 +50,10 @@ def from_rows(tokenizer: Tokenizer, tokens_BL: Tensor, labels: Tensor) -> TokenB
     Raises:
         ValueError: a token is none of the codebook's, or there are too many or too few.
     """
+    check_tensor("tokens", tokens_BL, has_numbers=True)
+    num_tokens = sum(side * side for side in tokenizer.config.sides)
+    if tokens_BL.shape[1:] != (num_tokens,):
+        raise ValueError(f"tokens: expected shape (B, {num_tokens}), got {tuple(tokens_BL.shape)}")
     with torch.autocast(tokens_BL.device.type, enabled=False):
         tokens = list(torch.split(tokens_BL, [side * side for side in tokenizer.config.sides], dim=1))
         return tokenizer.next_scale_inputs(tokens), tokens_BL, labels
@@ -65,6 +73,7 @@ class TokenizedImages(Dataset[TokenBatch]):
 
     at_random = False
 
+    @checked
     def __init__(self, tokenizer: Tokenizer, data: BatchedDataset[Batch], batch_size: int = 256) -> None:
         if not len(data):
             raise ValueError("data: expected at least 1 image to tokenize, got 0")

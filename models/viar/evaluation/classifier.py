@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, EndlessBatches
+from ..kinds import check_tensor, checked, shown
+from ..model.config import check_at_least
 from ..screen import tracked
 from ..training.optim import build_optimizer, lr_factor
 
 NUM_FEATURES = 64
+MOST = 2**20  # classes, and channels: far above what such a small network is for
 SMALL_SIDE = 16  # pixels, up to which every pixel counts
 
 
@@ -38,10 +41,15 @@ class Classifier(nn.Module):
 
     num_features = NUM_FEATURES
 
+    @checked
     def __init__(self, num_classes: int, image_side: int, width: int = 32) -> None:
         super().__init__()
-        if image_side % 4:
+        if image_side < 4 or image_side % 4:
             raise ValueError(f"image_side: expected a multiple of 4, got {image_side}")
+        for name, value in (("num_classes", num_classes), ("width", width)):
+            if not 1 <= value <= MOST:
+                raise ValueError(f"{name}: expected 1 to {MOST}, got {value}")
+        self.image_side = image_side
         self.convolutions = nn.Sequential(
             nn.Conv2d(3, width, 3, padding=1),
             nn.GELU(),
@@ -63,7 +71,12 @@ class Classifier(nn.Module):
         self.logits = nn.Linear(NUM_FEATURES, num_classes)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Logits (B, N) of images in [-1, 1]."""
+        """Logits (B, N) of images in [-1, 1].
+
+        Raises:
+            TypeError, ValueError: no images of its side.
+        """
+        self.check_images(images_B3HW)
         logits_BN: Tensor = self.logits(self.hidden(self.convolutions(images_B3HW)))
         return logits_BN
 
@@ -71,6 +84,27 @@ class Classifier(nn.Module):
         """Activations (B, F) of the hidden layer, float32, of images in [-1, 1]."""
         features_BF: Tensor = self.hidden(self.convolutions(images_B3HW))
         return features_BF.float()
+
+    def check_images(
+        self,
+        images: Tensor,  # (B, 3, H, W)
+    ) -> None:
+        """Raise unless these are images of its side, in the type of its weights and on their device.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Raises:
+            TypeError, ValueError: see above.
+        """
+        check_tensor("images", images)
+        weight, side = self.logits.weight, self.image_side
+        shape = tuple(images.shape[1:])
+        if shape != (3, side, side) or (images.dtype, images.device) != (weight.dtype, weight.device):
+            raise ValueError(
+                f"images: expected {weight.dtype} (B, 3, {side}, {side}) on {weight.device}, "
+                f"got {shown(images)}"
+            )
 
     def save(self, path: Path) -> None:
         """Write the weights to `path`, in safetensors' format."""
@@ -86,6 +120,7 @@ class Classifier(nn.Module):
         return self
 
     @classmethod
+    @checked
     def read(cls, path: Path, image_side: int) -> Classifier:
         """What `save` wrote to `path`, in evaluation mode; its sizes are those of the weights.
 
@@ -140,6 +175,7 @@ class ClassifierFeatures(nn.Module):
         return maps
 
 
+@checked
 def train_classifier(
     classifier: Classifier,
     data: BatchedDataset[Batch],
@@ -160,7 +196,12 @@ def train_classifier(
         lr: highest learning rate.
         seed: of the order of the images, and of dropout through PyTorch's own generator.
         console: where progress is shown; default standard output.
+
+    Raises:
+        ValueError: a number out of range.
     """
+    check_at_least("train_classifier", 1, steps=steps, batch_size=batch_size)
+    check_at_least("train_classifier", 0, lr=lr, seed=seed)
     torch.manual_seed(seed)
     optimizer = build_optimizer(classifier, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     batches = iter(EndlessBatches(len(data), batch_size, seed=seed))

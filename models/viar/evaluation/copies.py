@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kinds import check_tensor, checked
+
 BLOCK = 1024  # images and pictures that are compared at a time
 
 
+@checked
 def nearest_distances(
     images: Tensor,  # (B, 3, H, W)
     reference: Tensor,  # (N, 3, H, W)
@@ -24,14 +27,18 @@ def nearest_distances(
     Raises:
         ValueError: images of another size, or no reference.
     """
+    for name, pictures in (("images", images), ("reference", reference)):
+        check_tensor(name, pictures, has_numbers=True)
+        if pictures.ndim < 2:
+            raise ValueError(f"{name}: expected shape (B, 3, H, W), got {tuple(pictures.shape)}")
     if images.shape[1:] != reference.shape[1:] or not len(reference):
         raise ValueError(
             f"reference: expected pictures of the images' shape {tuple(images.shape[1:])}, at least one, got "
             f"shape {tuple(reference.shape)}"
         )
-    reference = reference.to(images.device).flatten(1)
-    parts = [_nearest(rows, reference) for rows in torch.split(images.flatten(1), BLOCK)]
-    return torch.cat(parts) if parts else images.new_empty(0)
+    reference = reference.to(images.device, torch.float32).flatten(1)
+    parts = [_nearest(rows, reference) for rows in torch.split(images.float().flatten(1), BLOCK)]
+    return torch.cat(parts) if parts else images.new_empty(0, dtype=torch.float32)
 
 
 def _nearest(rows: Tensor, reference: Tensor) -> Tensor:
@@ -44,6 +51,8 @@ def _nearest(rows: Tensor, reference: Tensor) -> Tensor:
     return distances_B
 
 
+@checked
+@torch.no_grad()
 def memorisation(
     images: Tensor,  # (B, 3, H, W)
     training: Tensor,  # (N, 3, H, W)
@@ -61,11 +70,12 @@ def memorisation(
     Raises:
         ValueError: other sizes, no images, or held-out pictures half of which are training pictures.
     """
-    if not len(images) or not len(held_out):
+    distances, others = nearest_distances(images, training), nearest_distances(held_out, training)
+    if not len(distances) or not len(others):
         raise ValueError(
-            f"images, held_out: expected at least one of each, got {len(images)} and {len(held_out)}"
+            f"images, held_out: expected at least one of each, got {len(distances)} and {len(others)}"
         )
-    return median_ratio(nearest_distances(images, training), nearest_distances(held_out, training))
+    return median_ratio(distances, others)
 
 
 def median_ratio(distances: Tensor, held_out: Tensor) -> float:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kinds import check_tensor, checked, shown
 from ..pretrained import fingerprint
 from .classifier import Classifier
 
@@ -72,6 +73,7 @@ class FeatureNetwork:
     see: Callable[[Tensor], Features]
 
 
+@checked
 def extractor_network(extractor: Extractor, name: str) -> FeatureNetwork:
     """A network of features alone: no sFID and no Inception score.
 
@@ -82,6 +84,7 @@ def extractor_network(extractor: Extractor, name: str) -> FeatureNetwork:
     return FeatureNetwork(name, lambda images: Features(extractor(images)))
 
 
+@checked
 def judge_network(classifier: Classifier) -> FeatureNetwork:
     """The judge's hidden layer, its last convolution by place, and its classes.
 
@@ -90,10 +93,12 @@ def judge_network(classifier: Classifier) -> FeatureNetwork:
     Args:
         classifier: in evaluation mode; its weights are part of the name.
     """
-    device = next(classifier.parameters()).device
+    like = classifier.logits.weight
 
     def see(images: Tensor) -> Features:
-        maps = classifier.convolutions(images.to(device))
+        images = images.to(like.device, like.dtype)
+        classifier.check_images(images)
+        maps = classifier.convolutions(images)
         embedding = classifier.hidden(maps)
         places = F.adaptive_avg_pool2d(maps, SPATIAL_SIDE)[:, :NUM_SPATIAL_CHANNELS]
         return Features(embedding, places.flatten(1), classifier.logits(embedding).softmax(1))
@@ -101,6 +106,7 @@ def judge_network(classifier: Classifier) -> FeatureNetwork:
     return FeatureNetwork(f"judge {fingerprint(classifier)[:12]}", see)
 
 
+@checked
 @torch.no_grad()
 def features_of(network: FeatureNetwork, batches: Iterable[Tensor]) -> Features:
     """What a network sees in many images, a batch at a time.
@@ -108,7 +114,12 @@ def features_of(network: FeatureNetwork, batches: Iterable[Tensor]) -> Features:
     Args:
         network: to look with.
         batches: images (B, 3, H, W) in [0, 1], at least one batch; their pixels are brought to 8 bits.
+
+    Raises:
+        TypeError: one tensor in place of several batches.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError(f"batches: expected several of images, got {shown(batches)}; give a list of them")
     return Features.joined([network.see(of_8_bits(images)) for images in batches])
 
 
@@ -121,6 +132,7 @@ def of_8_bits(images: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) in [-1, 1].
     """
+    check_tensor("images", images, has_numbers=True)
     return images.mul(255).round().mul(2 / 255).sub(1)
 
 

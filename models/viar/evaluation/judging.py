@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 
 from ..data import AugmentedImages, ImageData
-from ..data.augment import SLIGHT
+from ..data.augment import SLIGHT, check_augmentations
 from ..files import replacing_path
+from ..kinds import check_fields, checked
+from ..model.config import check_at_least
 from .classifier import Classifier, train_classifier
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "judges"
@@ -34,6 +36,9 @@ class JudgeRecipe:
         lr: highest learning rate.
         augmentations: that training images go through anew whenever one is drawn.
         seed: of weights, order, changes and dropout.
+
+    Raises:
+        TypeError, ValueError: a setting of another kind or out of range.
     """
 
     width: int = 16
@@ -43,10 +48,18 @@ class JudgeRecipe:
     augmentations: tuple[str, ...] = SLIGHT
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_fields(self)
+        check_at_least("JudgeRecipe", 1, width=self.width, steps=self.steps, batch_size=self.batch_size)
+        check_at_least("JudgeRecipe", 0, seed=self.seed, lr=self.lr)
+        check_augmentations(self.augmentations)
+
 
 JUDGE = JudgeRecipe()
 
 
+@checked
 def judge(
     data: ImageData,
     *,

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..data import Batch, BatchedDataset, all_batches
 from ..generation.editing import edit
 from ..generation.settings import Sampling
+from ..kinds import checked, shown
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 
 
+@checked
 @torch.no_grad()
 def accuracy(classifier: nn.Module, data: BatchedDataset[Batch], batch_size: int = 512) -> float:
     """Share of images whose class `classifier` finds, 0 to 1.
@@ -26,10 +28,13 @@ def accuracy(classifier: nn.Module, data: BatchedDataset[Batch], batch_size: int
         batch_size: images at a time; has no influence.
 
     Raises:
-        ValueError: `data` is empty.
+        ValueError: `data` is empty, or the classifier has no weights.
     """
     _check_not_empty(data)
-    device = next(classifier.parameters()).device
+    first = next(classifier.parameters(), None)
+    if first is None:
+        raise ValueError("classifier: expected a module with weights, got one without")
+    device = first.device
     hits = sum(
         int((classifier(images.to(device)).argmax(1).cpu() == labels).sum())
         for images, labels in all_batches(data, batch_size)
@@ -37,16 +42,29 @@ def accuracy(classifier: nn.Module, data: BatchedDataset[Batch], batch_size: int
     return hits / len(data)
 
 
+@checked
 @torch.no_grad()
 def class_consistency(
     classifier: nn.Module,
     images: Tensor,  # (B, 3, H, W) in [0, 1], as generated
     labels: Tensor,  # (B,) classes asked for, on the same device
 ) -> float:
-    """Share of generated images, 0 to 1, in which `classifier` sees the class that `labels` asked for."""
-    return float((classifier(images * 2 - 1).argmax(1) == labels).float().mean())
+    """Share of generated images, 0 to 1, in which `classifier` sees the class that `labels` asked for.
+
+    Raises:
+        ValueError: not one label an image, or a classifier that gives no logits.
+    """
+    if labels.shape != images.shape[:1] or labels.device != images.device:
+        raise ValueError(
+            f"labels: expected one an image, on its device, got {shown(labels)} for {shown(images)}"
+        )
+    logits = classifier(images * 2 - 1)
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(f"classifier: expected logits (B, N) of {len(labels)} images, got {shown(logits)}")
+    return float((logits.argmax(1) == labels).float().mean())
 
 
+@checked
 def inpainting_consistency(
     classifier: nn.Module,
     model: NextScaleTransformer,
@@ -101,6 +119,15 @@ def _check_not_empty(data: BatchedDataset[Batch]) -> None:
         raise ValueError("data: expected at least 1 image to measure, got 0")
 
 
+@checked
 def balanced_labels(num_classes: int, per_class: int) -> Tensor:
-    """Labels 0, 0, ..., 1, 1, ...: `per_class` of each class, (num_classes * per_class,) int64."""
+    """Labels 0, 0, ..., 1, 1, ...: `per_class` of each class, (num_classes * per_class,) int64.
+
+    Raises:
+        ValueError: a number is below 0.
+    """
+    if num_classes < 0 or per_class < 0:
+        raise ValueError(
+            f"num_classes, per_class: expected at least 0 of each, got {num_classes} and {per_class}"
+        )
     return torch.arange(num_classes).repeat_interleave(per_class)

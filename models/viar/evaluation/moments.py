@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kinds import check_kind, check_tensor, checked
+
 ROUNDING = 1e-6  # of what is written in float32, relative
 
 
@@ -39,6 +41,9 @@ class Moments:
 
     def __post_init__(self) -> None:
         """Validate what is quickly told; `check_covariance` tells the rest."""
+        check_kind("count: expected", self.count, int | None)
+        check_tensor("mean", self.mean)
+        check_tensor("covariance", self.covariance)
         if self.mean.ndim != 1 or not len(self.mean) or self.covariance.shape != 2 * self.mean.shape:
             raise ValueError(
                 "mean, covariance: expected shapes (F,) and (F, F), F at least 1, got "
@@ -47,6 +52,7 @@ class Moments:
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value.dtype != torch.float64:
                 raise ValueError(f"{name}: expected float64, got {value.dtype}")
+            check_tensor(name, value, has_numbers=True)
             if not value.isfinite().all():
                 raise ValueError(f"{name}: expected finite numbers, got some that are not")
         apart = (self.covariance - self.covariance.T).abs().max()
@@ -66,6 +72,7 @@ class Moments:
         Raises:
             ValueError: another shape, no samples, or features that are not finite.
         """
+        check_tensor("features", features, has_numbers=True)
         if features.ndim != 2 or not len(features):
             raise ValueError(
                 f"features: expected shape (N, F) with N at least 1, got {tuple(features.shape)}"
@@ -100,6 +107,7 @@ class Moments:
         return Moments(count, self.mean + apart * (other.count / count), scatter / (count - 1))
 
 
+@checked
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Fréchet distance of two Gaussians with these moments, at least 0: FID, if they are Inception's.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, ImageData, TensorImages, all_batches
+from ..kinds import check_tensor, checked
 from .classifier import Classifier
 from .copies import median_ratio, nearest_distances
 from .features import FeatureNetwork, Features, features_of, judge_network, of_8_bits
@@ -120,6 +121,10 @@ class Reference:
         Raises:
             ValueError: no images, or another number of labels.
         """
+        if labels is not None:
+            check_tensor("labels", labels, has_numbers=True)
+            if labels.ndim != 1:
+                raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
         features, count = list[Features](), 0
         hits, nearest = list[Tensor](), list[Tensor]()
         with torch.no_grad():
@@ -189,6 +194,7 @@ class Evaluation:
         }
 
 
+@checked
 def evaluate_images(
     images: Tensor | Iterable[Tensor],
     labels: Tensor | None,
@@ -206,6 +212,10 @@ def evaluate_images(
     Raises:
         ValueError: no images, or another number of labels.
     """
+    if isinstance(images, Tensor):
+        check_tensor("images", images, has_numbers=True)
+    if isinstance(images, Tensor) and images.ndim != 4:
+        raise ValueError(f"images: expected shape (N, 3, H, W), got {tuple(images.shape)}")
     seen = reference.see(torch.split(images, BATCH) if isinstance(images, Tensor) else images, labels)
     generated = reference.quality(seen)
     held_out = reference.held_out
@@ -216,6 +226,7 @@ def evaluate_images(
     return Evaluation(generated, matched, reference.quality(held_out.some(num)))
 
 
+@checked
 def data_reference(
     data: ImageData,
     judge: Classifier,
@@ -240,6 +251,7 @@ def data_reference(
     )
 
 
+@checked
 def with_held_out(reference: Reference, data: ImageData, judge: Classifier) -> Reference:
     """The same reference, with a judge and held-out pictures to compare with.
 

@@ -27,6 +27,7 @@ from ..data import load_data, read_picture
 from ..data.decoding import decode_picture, shown
 from ..data.scan import scan
 from ..files import file_digest, read_json, replacing
+from ..kinds import checked
 from .features import FeatureNetwork, Features, features_of
 from .inception import INCEPTION
 from .moments import Moments
@@ -82,6 +83,7 @@ class Pictures:
         return _read_archive(self.path)
 
 
+@checked
 def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
     """What a folder or an archive of images holds, before it is read.
 
@@ -121,6 +123,7 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
     return Pictures(shape[0], shape[1], classes, path)
 
 
+@checked
 def read_reference(
     source: str, network: FeatureNetwork, image_side: int, *, sha256: str | None = None
 ) -> Reference:
@@ -150,6 +153,7 @@ def read_reference(
     return Reference.of(shown(source), network, features_of(network, batches))
 
 
+@checked
 def save_reference(reference: Reference, path: Path) -> None:
     """Write statistics, and features of single images where there are any, for `read_reference`.
 

@@ -15,9 +15,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kinds import check_tensor, checked
+
 BLOCK = 1024  # rows of a matrix of all pairs that are held at a time
 
 
+@checked
+@torch.no_grad()
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Squared maximum mean discrepancy of two sets by the kernel (x y / F + 1)^3, without bias.
 
@@ -48,6 +52,8 @@ def _mean_kernel(a: Tensor, b: Tensor, *, paired: bool = False) -> float:
     return total / (len(a) * (len(a) - 1))
 
 
+@checked
+@torch.no_grad()
 def inception_score(probabilities: Tensor, *, split_size: int = 5000, seed: int = 0) -> float:
     """exp of the mean of KL(p(class | image) || p(class)): 1 to C, higher for clear images of many classes.
 
@@ -63,6 +69,9 @@ def inception_score(probabilities: Tensor, *, split_size: int = 5000, seed: int 
     Raises:
         ValueError: another shape, or rows that are no probabilities.
     """
+    check_tensor("probabilities", probabilities, has_numbers=True)
+    if split_size < 1:
+        raise ValueError(f"split_size: expected at least 1 image, got {split_size}")
     if probabilities.ndim != 2 or not len(probabilities):
         raise ValueError(f"probabilities: expected shape (N, C), got {tuple(probabilities.shape)}")
     probabilities = probabilities.double()
@@ -78,6 +87,8 @@ def _score(probabilities: Tensor) -> float:
     return float((torch.special.entr(probabilities.mean(0)).sum() - entropy).exp())
 
 
+@checked
+@torch.no_grad()
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Share of generated images among the real ones, and of real images among the generated ones, 0 to 1.
 
@@ -120,6 +131,7 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 def check_features(a: Tensor, b: Tensor, *, least: int) -> None:
     """Raise `ValueError` unless both are features (N, F) of one F, of at least so many images."""
     for features in (a, b):
+        check_tensor("features", features, has_numbers=True)
         if features.ndim != 2 or len(features) < least:
             raise ValueError(
                 f"features: expected shape (N, F) with N at least {least}, got {tuple(features.shape)}; "

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kinds import checked, shown
 from ..model.execution import sent
 
 ROUNDING = 1e-4  # logits; far above what float32 sums in another order differ by, far below what matters
@@ -89,6 +90,7 @@ class _Candidates(NamedTuple):
     doubtful: Tensor  # (B, l, k) bool, in or out by no more than rounding
 
 
+@checked
 def choose(
     logits_BlV: Tensor,  # float32
     noise: TokenNoise,
@@ -100,9 +102,21 @@ def choose(
 
     `top_p` counts the probability that `top_k` leaves; a token stays if those more likely than it have less
     than `top_p` together, so the most likely one always does.
+
+    Raises:
+        ValueError: logits of another shape or type, noise of other images, no candidates.
     """
     V = logits_BlV.shape[-1]
     k = V if top_k is None else min(top_k, V)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], or None to keep all tokens, got {top_p}")
+    if len(noise.keys_B) != len(logits_BlV):
+        raise ValueError(f"noise: expected that of {len(logits_BlV)} images, got {len(noise.keys_B)} keys")
+    if k < 1 or logits_BlV.ndim != 3 or not logits_BlV.is_floating_point():
+        raise ValueError(
+            "logits, top_k: expected floating-point (B, l, V) and at least 1 of the V tokens, got "
+            f"{shown(logits_BlV)} and {top_k}"
+        )
     if k == 1:
         values, tokens = logits_BlV.topk(min(2, V))
         return Choice(tokens[..., 0], _apart(values))
@@ -167,7 +181,7 @@ def _candidates(logits_BlV: Tensor, k: int, top_p: float | None) -> _Candidates:
     doubtful = torch.zeros_like(inside)  # in or out by no more than rounding
     if nucleus:
         before = values[..., :k].softmax(-1).cumsum(-1).roll(1, -1)
-        before[..., 0] = 0
+        before[..., 0] = -1  # the most likely one is in, however small the share
         inside[..., :k] &= before < share
         doubtful[..., :k] = (before - share).abs() < ROUNDING
     if k < V or nucleus:

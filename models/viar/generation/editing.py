@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kinds import check_kind, check_tensor, checked
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 from .sampling import decode_images, sample_tokens
@@ -72,6 +73,11 @@ def edit(
     Raises:
         ValueError: an argument of the wrong shape or out of range, or a border with `keep="codes"`.
     """
+    check_kind("tokenizer: expected", tokenizer, Tokenizer)
+    for name, value in (("images", images), ("mask", mask)):
+        check_tensor(name, value, has_numbers=True)
+    check_kind("keep: expected", keep, str)
+    check_kind("border: expected", border, int | None)
     labels = as_labels(labels)
     _check_images(images, labels, tokenizer.config.image_side)
     token = images.shape[-1] // tokenizer.config.sides[-1]
@@ -96,6 +102,7 @@ def edit(
     return images.lerp(made, made_share(kept_B1HW, border).to(images.dtype))
 
 
+@checked
 def box_mask(
     box: Sequence[float],  # top, left, bottom, right as fractions of the picture
     side: int,
@@ -105,6 +112,8 @@ def box_mask(
     Raises:
         ValueError: not four fractions with top < bottom and left < right, or a box that holds no pixel.
     """
+    if side < 1:
+        raise ValueError(f"side: expected at least 1 pixel, got {side}")
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(
             "box: expected fractions (top, left, bottom, right) in [0, 1], top below bottom and left below "
@@ -125,7 +134,7 @@ def made_share(kept_B1HW: Tensor, border: int) -> Tensor:
     """
     near = 1 - kept_B1HW.float()
     share = near.clone()
-    for distance in range(1, border + 1):
+    for distance in range(1, min(border, max(kept_B1HW.shape[-2:])) + 1):  # beyond, all is near
         near = F.max_pool2d(near, 3, stride=1, padding=1)
         share = share.maximum(near * (1 - distance / (border + 1)))
     return share
@@ -196,6 +205,7 @@ def _check_mask(mask: Tensor, batch: int) -> Tensor:
 
 
 def _check_values(name: str, values: Tensor) -> None:
+    check_tensor(name, values, has_numbers=True)
     low, high = torch.stack(values.aminmax()).tolist()  # both by one wait for the device
     if not 0 <= low <= high <= 1:
         raise ValueError(f"{name}: expected values in [0, 1], got {low:.3g} to {high:.3g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kinds import checked
 from ..model.execution import computes_in
 from ..model.graphs import Graphs
 from ..model.transformer import NextScaleTransformer
@@ -12,6 +13,7 @@ from ..tokenizer import Tokenizer
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@checked
 def prepare_inference(
     model: NextScaleTransformer,
     tokenizer: Tokenizer | None = None,

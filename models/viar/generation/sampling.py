@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ..kinds import check_kind
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.execution import sent
 from ..model.schedule import Adaptive, Iterations
@@ -169,6 +170,8 @@ def sample_tokens(
         ValueError, TypeError: an argument out of range; model and tokenizer of different sizes; a model in
             training mode.
     """
+    check_kind("replace: expected", replace, Replace | None)
+    check_kind("hold: expected", hold, Hold | None)
     work = _prepared(model, tokenizer, labels, sampling, first_index)
     graphs = model.graphs  # another thread may take them off
     if graphs is not None:
@@ -251,7 +254,13 @@ def _prepared(
 
 
 def check_pair(model: NextScaleTransformer, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` unless the transformer speaks the tokenizer's language."""
+    """Raise `ValueError` unless the transformer speaks the tokenizer's language.
+
+    Raises:
+        TypeError: one of them is none.
+    """
+    check_kind("model: expected", model, NextScaleTransformer)
+    check_kind("tokenizer: expected", tokenizer, Tokenizer)
     check_same_sizes(model.config, tokenizer.config)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kinds import check_tensor
 from ..model.scales import scale_slices
 from ..model.schedule import Adaptive
 from ..model.transformer import NextScaleTransformer
@@ -97,6 +98,9 @@ class Generation:
             scale: k, from 0.
             replace: sees the embeddings sampled and returns those to go on with; default all.
             hold: the same with f_hat once they are added.
+
+        Raises:
+            ValueError: `replace` or `hold` give back something of another shape.
         """
         start = time.perf_counter()
         embeddings = self._draw(scale, self.predictor.predict(scale, self.next_input))
@@ -104,6 +108,9 @@ class Generation:
             self.f_hat, replace(scale, embeddings) if replace else embeddings, scale
         )
         self.f_hat = hold(scale, f_hat) if hold else f_hat
+        check_tensor("hold", self.f_hat)
+        if self.f_hat.shape != f_hat.shape:
+            raise ValueError(f"hold: expected shape {tuple(f_hat.shape)} back, got {tuple(self.f_hat.shape)}")
         if scale < len(self.sides) - 1:
             self.next_input = self.quantizer.next_input(self.f_hat, scale)
         if self.measure:

@@ -12,6 +12,7 @@ from typing import Literal, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
+from ..kinds import shown
 from ..model.cache import check_cache_name
 from ..model.schedule import Adaptive, Iterations, checked_iterations
 from ..model.trunk import Trunk
@@ -137,7 +138,10 @@ def check_index(name: str, value: int) -> int:
 def _integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
-    return operator.index(value)
+    try:
+        return operator.index(value)
+    except TypeError as error:  # a tensor or an array of several, or a class of integers
+        raise TypeError(f"{name}: expected an integer, got {shown(value)}") from error
 
 
 def _number(name: str, value: object) -> float:

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from deqlib import KeyValueCache
 
+from ..kinds import checked
 from .schedule import Adaptive
 
 CACHES = ("equilibrium", "iterate")
@@ -37,6 +38,7 @@ class IterateCache(KeyValueCache):
         ValueError: see `check_iterate_schedule`; another number of counts than scales.
     """
 
+    @checked
     def __init__(self, sides: Sequence[int], iterations: Sequence[int]) -> None:
         check_iterate_schedule(iterations)
         if len(iterations) != len(sides):
@@ -56,7 +58,7 @@ def tokens_of(sides: Iterable[int]) -> int:
 
 def check_cache_name(cache: str) -> None:
     """Raise `ValueError` unless `cache` names one of `CACHES`."""
-    if cache not in CACHES:
+    if not isinstance(cache, str) or cache not in CACHES:
         raise ValueError(f"cache: expected one of {CACHES}, got {cache!r}")
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from ..kinds import check_fields, shown
 from .scales import check_sides
 
 T = TypeVar("T")
@@ -26,6 +28,12 @@ DEEPEST = 2**16  # blocks; nobody has so many, and a damaged file may tell of an
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+def _check_names(owner: str, values: Any) -> None:
+    """Raise `TypeError` unless these are values by name."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise TypeError(f"{owner}: expected values by the name of a field, got {shown(values)}")
 
 
 def _as_before(values: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +91,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
+        check_fields(self)
         for name in ("sides", "multipliers"):
             object.__setattr__(self, name, _tuple(getattr(self, name)))
         check_sides("TokenizerConfig", self.sides)
@@ -135,6 +144,7 @@ class TokenizerConfig:
             TypeError: a name that is no field.
             ValueError: a value out of range.
         """
+        _check_names("TokenizerConfig", values)
         return cls(**values)
 
 
@@ -161,10 +171,11 @@ class ImplicitTrunkConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
+        check_fields(self)
         for name, minimum in (("no_grad", 0), ("grad", 1)):
-            low, high = pair = _tuple(getattr(self, name))
+            pair = _tuple(getattr(self, name))
             object.__setattr__(self, name, pair)
-            if not minimum <= low <= high:
+            if len(pair) != 2 or not minimum <= pair[0] <= pair[1]:
                 raise ValueError(
                     f"ImplicitTrunkConfig: {name} must be (least, most) with "
                     f"{minimum} <= least <= most, got {pair}"
@@ -222,6 +233,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Resolve defaults that depend on other fields, then validate."""
+        check_fields(self)
         owner = "TransformerConfig"
         object.__setattr__(self, "sides", _tuple(self.sides))
         check_sides(owner, self.sides)
@@ -248,11 +260,6 @@ class TransformerConfig:
         check_fraction(owner, drop_path=filled(self.drop_path), label_dropout=self.label_dropout)
         if width % num_heads:
             raise ValueError(f"{owner}: num_heads={num_heads} must divide width={width}")
-        if not isinstance(self.trunk, TrunkConfig):
-            raise TypeError(
-                f"{owner}: trunk must be {' or '.join(cls.__name__ for cls in _TRUNKS.values())}, "
-                f"got {type(self.trunk).__name__}"
-            )
         if isinstance(self.trunk, ImplicitTrunkConfig):
             used = self.trunk.num_pre + 1 + self.trunk.num_post
             if used > self.depth:
@@ -282,8 +289,11 @@ class TransformerConfig:
             TypeError: a name that is no field.
             ValueError: a value out of range, or no such kind of trunk.
         """
+        _check_names("TransformerConfig", values)
         values = dict(values)
-        trunk = dict(values.pop("trunk", {"kind": "explicit"}))
+        trunk = values.pop("trunk", {"kind": "explicit"})
+        _check_names("TransformerConfig: trunk", trunk)
+        trunk = dict(trunk)
         kind = trunk.pop("kind", None)
         if kind not in _TRUNKS:
             raise ValueError(f"TransformerConfig: trunk kind must be one of {sorted(_TRUNKS)}, got {kind!r}")

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kinds import checked
+
 # Tokens from which on a scale attends by itself. What that saves grows with the tokens of the scale, what it
 # costs does not: another call of the kernel, another gradient of keys and values to add up. On CPUs scales of
 # 36 to 100 tokens took the same time either way, in models of width 64 as of width 384; smaller ones were
@@ -57,15 +59,22 @@ def scale_ids(sides: Sequence[int]) -> Tensor:
     return torch.cat([torch.full((side * side,), scale) for scale, side in enumerate(sides)])
 
 
+@checked
 def block_causal_mask(sides: Sequence[int]) -> Tensor:
     """Boolean (L, L), true where the token of the row may attend to the token of the column.
 
     A token sees its own scale and all earlier ones.
+
+    Raises:
+        ValueError: no sides, or one below 1.
     """
+    if not len(sides) or min(sides) < 1:
+        raise ValueError(f"sides: expected at least one, each at least 1, got {tuple(sides)}")
     ids = scale_ids(sides)
     return ids[:, None] >= ids[None, :]
 
 
+@checked
 def block_causal(sides: Sequence[int]) -> BlockCausal:
     """Scales of at least `MIN_TOKENS_ALONE` tokens by themselves, the smaller ones before them together.
 
@@ -74,7 +83,12 @@ def block_causal(sides: Sequence[int]) -> BlockCausal:
 
     Args:
         sides: of the scales, rising.
+
+    Raises:
+        ValueError: no sides, or one below 1.
     """
+    if not len(sides) or min(sides) < 1:
+        raise ValueError(f"sides: expected at least one, each at least 1, got {tuple(sides)}")
     small = list(takewhile(lambda side: side * side < MIN_TOKENS_ALONE, sides))
     first = small or sides[:1]
     sizes = [side * side for side in sides[len(first) :]]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from deqlib import JFB, Picard, Solution, Solver, Stopping, fixed_point
 
+from ..kinds import check_kind
+
 # Made once: a scale of a small model takes milliseconds. Nothing is recorded, so the mode has no say.
 _PICARD, _NO_GRADIENT = Picard(), JFB()
 MOST_ITERATIONS = 1_000_000  # a count above is a slip of the hand: a scale of it would take days
@@ -39,6 +41,7 @@ class Adaptive:
                 f"Adaptive: solver must be a deqlib solver such as Picard(), got {self.solver!r} "
                 f"({type(self.solver).__name__})"
             )
+        check_kind("Adaptive: per_sample must be", self.per_sample, bool)
         self.stopping  # noqa: B018  # validates rtol and max_steps
 
     @property
@@ -71,6 +74,7 @@ class Budget:
             )
         if self.evaluations > MOST_ITERATIONS:
             raise ValueError(f"Budget: evaluations must be at most {MOST_ITERATIONS}, got {self.evaluations}")
+        check_kind("Budget: ratio must be", self.ratio, float)
         if not 1 <= self.ratio < float("inf"):
             raise ValueError(f"Budget: ratio must be a number of at least 1, got {self.ratio}")
 
@@ -142,6 +146,9 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
     Raises:
         TypeError, ValueError: anything else, a list of another length, a count below 1.
     """
+    check_kind("num_scales: expected", num_scales, int)
+    if num_scales < 1:
+        raise ValueError(f"num_scales: expected at least 1, got {num_scales}")
     checked = checked_iterations(iterations)
     if isinstance(checked, Adaptive):
         return [checked] * num_scales

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kinds import check_tensor, checked
 from ..pretrained import Pretrained
 from .blocks import norm
 from .config import ExplicitTrunkConfig, ImplicitTrunkConfig, TransformerConfig, TrunkConfig, filled
@@ -48,6 +49,7 @@ class NextScaleTransformer(nn.Module, Pretrained):
     scale_ids: Tensor  # (L,) int64, the scale of every token
     first_mask: Tensor | None  # of the first group of scales, see `BlockCausal.mask_ll`
 
+    @checked
     def __init__(self, config: TransformerConfig | dict[str, Any]) -> None:
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
@@ -163,12 +165,22 @@ class NextScaleTransformer(nn.Module, Pretrained):
             TypeError: `iterations` that are not those of a single solve.
         """
         self.check_labels(labels)
+        check_tensor("inputs", inputs)
+        if not inputs.is_floating_point():
+            raise ValueError(f"inputs: expected floating point, got {inputs.dtype}")
+        if not isinstance(return_penalty, bool):
+            raise TypeError(f"return_penalty: expected True or False, got {type(return_penalty).__name__}")
         labels = labels.long()  # narrower ones cannot be looked up, nor hold every null class
         expected = (
             labels.shape[0],
             self.pos_embed.shape[1] - self.pos_start.shape[1],
             self.config.code_channels,
         )
+        if not labels.device == inputs.device == self.pos_embed.device:
+            raise ValueError(
+                f"labels, inputs: expected both on the model's device, {self.pos_embed.device}, got "
+                f"{labels.device} and {inputs.device}"
+            )
         if inputs.shape != expected:
             raise ValueError(f"inputs: expected shape {expected}, got {tuple(inputs.shape)}")
         if not (iterations is None or isinstance(iterations, int | Adaptive)):
@@ -266,6 +278,9 @@ class NextScaleTransformer(nn.Module, Pretrained):
         Args:
             labels: to check; where it can be chosen, before they are moved to the device.
         """
+        check_tensor("labels", labels)
+        if labels.is_meta and not self.pos_embed.is_meta:
+            raise ValueError(f"labels: expected numbers, got {labels.dtype} on the meta device")
         is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         if labels.dim() != 1 or not is_integer:
             raise ValueError(

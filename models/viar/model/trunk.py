@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deqlib import EquilibriumCache, KeyValueCache
 
+from ..kinds import check_kind
 from .blocks import Block
 from .cache import IterateCache, check_cache_name, tokens_of
 from .config import TransformerConfig, filled
@@ -82,6 +83,7 @@ class Trunk(nn.Module, ABC):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        check_kind("config: expected", config, TransformerConfig)
         self.sides = config.sides
         heads = filled(config.num_heads)
         self.head_shape = (heads, filled(config.width) // heads)

@@ -14,6 +14,7 @@ import math
 
 from torch import Tensor, nn
 
+from ..kinds import checked
 from ..model.config import check_at_least
 
 MOST_LAYERS, MOST_WIDENING = 3, 8  # of the published network
@@ -46,6 +47,7 @@ class Discriminator(nn.Module):
         ValueError: the picture is too small for the layers, or a number is below 1.
     """
 
+    @checked
     def __init__(self, image_side: int, *, num_layers: int | None = None, base_channels: int = 64) -> None:
         super().__init__()
         if num_layers is None:

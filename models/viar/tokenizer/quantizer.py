@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kinds import check_kind, check_tensor
 from ..model.config import TokenizerConfig
 from ..model.execution import fails_on_device, in_type_of
 from ..precision import full_float32
@@ -87,6 +88,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        check_kind("config: expected", config, TokenizerConfig)
         self.sides = config.sides
         self.num_phi = config.num_phi
         self.phi_ratio = config.phi_ratio
@@ -159,10 +161,16 @@ class MultiScaleQuantizer(nn.Module):
         """
         self.check_feature_map("f_hat", f_hat_BZhw)
         self._check_scale(scale, len(self.sides))
+        check_tensor("embeddings", embeddings_BZpp)
         expected = (f_hat_BZhw.shape[0], f_hat_BZhw.shape[1], self.sides[scale], self.sides[scale])
         if embeddings_BZpp.shape != expected:
             raise ValueError(
                 f"embeddings must have shape {expected} at scale {scale}, got {tuple(embeddings_BZpp.shape)}"
+            )
+        if not embeddings_BZpp.is_floating_point() or embeddings_BZpp.device != f_hat_BZhw.device:
+            raise ValueError(
+                f"embeddings must be floating point on {f_hat_BZhw.device}, got {embeddings_BZpp.dtype} on "
+                f"{embeddings_BZpp.device}"
             )
         return f_hat_BZhw.float() + self._refine(embeddings_BZpp, scale)
 
@@ -301,6 +309,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def check_feature_map(self, name: str, value: Tensor) -> None:
         """Raise `ValueError` unless `value`, called `name`, is (B, Z, p_K, p_K) floating point."""
+        check_tensor(name, value)
         expected = (self.codebook.embedding_dim, self.sides[-1], self.sides[-1])
         if value.ndim != 4 or tuple(value.shape[1:]) != expected or not value.is_floating_point():
             raise ValueError(
@@ -322,6 +331,8 @@ class MultiScaleQuantizer(nn.Module):
             count = str(most) if all_scales else f"1 to {most}"
             raise ValueError(f"tokens must be a list of {count} tensors, one a scale, got {got}")
         size = self.codebook.num_embeddings
+        for scale, tokens_Bl in enumerate(tokens):
+            check_tensor(f"tokens[{scale}]", tokens_Bl)
         batch = tokens[0].shape[0] if tokens[0].ndim else 0
         for scale, (tokens_Bl, side) in enumerate(zip(tokens, self.sides, strict=False)):
             if tokens_Bl.dtype not in (torch.int64, torch.int32):

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kinds import checked
+
 RANGE = 2.0  # from the darkest pixel, -1, to the brightest, 1
 WINDOW, DEVIATION = 11, 1.5  # pixels: side of SSIM's window, standard deviation of its Gaussian weights
 K_LUMINANCE, K_CONTRAST = 0.01, 0.03  # SSIM's constants, for pixels in [0, 1]
 
 
+@checked
 def psnr(
     images_BCHW: Tensor,  # in [-1, 1]
     reconstruction_BCHW: Tensor,
@@ -32,6 +35,7 @@ def psnr(
     return 10 * torch.log10(RANGE**2 / error_B)
 
 
+@checked
 def ssim(
     images_BCHW: Tensor,  # in [-1, 1]
     reconstruction_BCHW: Tensor,
@@ -74,6 +78,10 @@ def _window(side: int, device: torch.device) -> Tensor:
 
 
 def _check(images: Tensor, reconstruction: Tensor) -> None:
+    if not images.is_floating_point() or not reconstruction.is_floating_point():
+        raise ValueError(f"images: expected floating point, got {images.dtype} and {reconstruction.dtype}")
+    if images.device != reconstruction.device:
+        raise ValueError(f"images: expected one device, got {images.device} and {reconstruction.device}")
     if images.ndim != 4 or images.shape != reconstruction.shape:
         raise ValueError(
             f"reconstruction must have the shape (B, C, H, W) of images, got {tuple(reconstruction.shape)} "

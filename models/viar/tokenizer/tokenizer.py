@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kinds import check_tensor, checked
 from ..model.config import TokenizerConfig
 from ..pretrained import Pretrained
 from .autoencoder import Decoder, Encoder
@@ -46,6 +47,7 @@ class Tokenizer(nn.Module, Pretrained):
 
     telling = "multipliers"
 
+    @checked
     def __init__(self, config: TokenizerConfig | dict[str, Any]) -> None:
         super().__init__()
         if isinstance(config, dict):  # how from_pretrained hands over config.json
@@ -82,12 +84,14 @@ class Tokenizer(nn.Module, Pretrained):
         Raises:
             ValueError: `images` is not floating point of shape (B, 3, H, W).
         """
+        check_tensor("images", images_B3HW)
         side = self.config.image_side
         if tuple(images_B3HW.shape[1:]) != (3, side, side) or not images_B3HW.is_floating_point():
             raise ValueError(
                 f"images must be floating point of shape (B, 3, {side}, {side}), "
                 f"got {images_B3HW.dtype} {tuple(images_B3HW.shape)}"
             )
+        self._check_device("images", images_B3HW)
         weight_type = self.pre_quantizer.weight.dtype  # a lower precision only if asked for
         features_BZhw: Tensor = self.pre_quantizer(self.encoder(images_B3HW.to(weight_type)))
         return features_BZhw
@@ -121,6 +125,7 @@ class Tokenizer(nn.Module, Pretrained):
             ValueError: `f_hat` has another shape.
         """
         self.quantizer.check_feature_map("f_hat", f_hat_BZhw)
+        self._check_device("f_hat", f_hat_BZhw)
         x_BZhw = f_hat_BZhw.to(self.post_quantizer.weight.dtype)  # a lower precision only if asked for
         images_B3HW: Tensor = self.decoder(self.post_quantizer(x_BZhw))
         return images_B3HW.to(f_hat_BZhw.dtype).clamp(-1, 1)
@@ -135,3 +140,8 @@ class Tokenizer(nn.Module, Pretrained):
             ValueError: `tokens` has a wrong number of scales, shape, dtype or values.
         """
         return self.quantizer.next_scale_inputs(tokens)
+
+    def _check_device(self, name: str, value: Tensor) -> None:
+        device = self.post_quantizer.weight.device
+        if value.device != device:
+            raise ValueError(f"{name} must be on the tokenizer's device, {device}, got {value.device}")

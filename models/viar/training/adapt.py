@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..kinds import checked
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.scales import scale_slices
 from ..model.transformer import NextScaleTransformer
@@ -55,6 +56,7 @@ class _Move:
     source: str | None = None  # name of the tensor they come from, where that is another
 
 
+@checked
 def adapt_transformer(
     trained: NextScaleTransformer, config: TransformerConfig
 ) -> tuple[NextScaleTransformer, list[str]]:
@@ -78,6 +80,7 @@ def adapt_transformer(
     return model, _take(trained, model, moves)
 
 
+@checked
 def adapt_tokenizer(trained: Tokenizer, config: TokenizerConfig) -> tuple[Tokenizer, list[str]]:
     """A tokenizer of `config` with the weights of a trained one.
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor
 
+from ..kinds import check_fields
 from ..model.config import check_at_least
 
 LARGEST_WEIGHT = 1e4
@@ -46,6 +47,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
+        check_fields(self)
         check_at_least("AdversarialConfig", 0, weight=self.weight, start=self.start)
         check_at_least("AdversarialConfig", 1, base_channels=self.base_channels)
         if self.num_layers is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..kinds import check_fields
 from ..model.config import check_at_least, check_fraction
 from ..seeds import LARGEST_SEED
 
@@ -52,6 +53,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
+        check_fields(self)
         if self.steps is None and self.seconds is None:
             raise ValueError("TrainConfig: give steps or seconds, so that the run has an end")
         counts: tuple[tuple[int, tuple[str, ...]], ...] = (

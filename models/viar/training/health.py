@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deqlib.diagnostics.krylov import spectral_radius
 
 from ..data import TokenBatch
+from ..kinds import checked
 from ..model.implicit import ImplicitTrunk
 from ..model.transformer import NextScaleTransformer
 from .samples import undisturbed
@@ -16,6 +17,7 @@ NUM_SAMPLES = 8
 NUM_PRODUCTS = 12  # vector-Jacobian products; the estimate may take twice as many
 
 
+@checked
 def cell_health(
     model: NextScaleTransformer, batch: TokenBatch, *, iterations: int | None = None
 ) -> dict[str, float]:
@@ -41,6 +43,8 @@ def cell_health(
     Raises:
         ValueError: no samples, or as the model.
     """
+    if len(batch) != 3:
+        raise ValueError(f"batch: expected (inputs, targets, labels), got {len(batch)} tensors")
     trunk = model.trunk
     if not isinstance(trunk, ImplicitTrunk):
         return {}

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..data import BatchedDataset, EndlessBatches
 from ..files import held
+from ..kinds import checked
 from ..seeds import seed_at
 from .asked import asked_to_end
 from .checkpoint import Checkpoint
@@ -408,6 +409,7 @@ def _among_processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+@checked
 def check_device(config: TrainConfig) -> None:
     """Raise `ValueError` unless a run can have what is asked for, on its device and among its processes.
 

@@ -14,6 +14,7 @@ from accelerate.utils import extract_model_from_parallel, gather, reduce
 from torch import Tensor, nn
 
 from ..data import Batch, BatchedDataset, TokenBatch, all_batches, tokenize
+from ..kinds import checked, shown
 from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..seeds import seed_at
@@ -217,14 +218,29 @@ def check_classes(labels: Tensor, num_classes: int) -> None:
         )
 
 
+@checked
 def cross_entropy(
     logits_BLV: Tensor,
     targets_BL: Tensor,  # int64 in [0, V)
 ) -> Tensor:
-    """Mean over all positions of all scales in nats, scalar."""
-    return F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    """Mean over all positions of all scales in nats, scalar.
+
+    Raises:
+        ValueError: other shapes or types, or on a CPU a target that is no token.
+    """
+    is_fit = logits_BLV.is_floating_point() and logits_BLV.device == targets_BL.device
+    if not is_fit or targets_BL.dtype != torch.int64 or logits_BLV.shape[:-1] != targets_BL.shape:
+        raise ValueError(
+            "logits, targets: expected floating-point (B, L, V) and int64 (B, L) on one device, got "
+            f"{shown(logits_BLV)} and {shown(targets_BL)}"
+        )
+    try:
+        return F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    except IndexError as error:
+        raise ValueError(f"targets: expected tokens 0 to {logits_BLV.shape[-1] - 1}, got others") from error
 
 
+@checked
 @torch.no_grad()
 def validation_loss(
     model: NextScaleTransformer,
@@ -277,6 +293,7 @@ def _edges(images: Tensor, reconstruction: Tensor) -> Tensor:
 TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "edges": _edges}
 
 
+@checked
 def loss_terms(kind: str) -> list[str]:
     """The terms of a reconstruction loss.
 
@@ -292,6 +309,7 @@ def loss_terms(kind: str) -> list[str]:
     return terms
 
 
+@checked
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str = "l1+l2") -> Tensor:
     """Scalar loss between images (B, 3, H, W) and their reconstruction, the mean over all pixels.
 
@@ -303,9 +321,14 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str = "l1+
             full, half and quarter resolution.
 
     Raises:
-        ValueError: the shapes differ or a term of `kind` is unknown.
+        ValueError: shapes or devices differ, images are not floating point, or a term of `kind` is unknown.
     """
     terms = loss_terms(kind)
+    if not images.is_floating_point() or images.device != reconstruction.device:
+        raise ValueError(
+            "images, reconstruction: expected floating point on one device, got "
+            f"{shown(images)} and {shown(reconstruction)}"
+        )
     if images.shape != reconstruction.shape:
         raise ValueError(
             f"reconstruction must have the shape of images, {tuple(images.shape)}, "

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..kinds import checked
+
 # Added to squared norms: where a network sees nothing, no gradient is magnified more than 1,000 times.
 EPSILON = 1e-6
 VGG = "vgg16-*.pth"  # torchvision's file of weights that lpips takes
@@ -28,6 +30,7 @@ class FeatureDistance(nn.Module):
             them.
     """
 
+    @checked
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
         self.features = features

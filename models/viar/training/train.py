@@ -27,6 +27,7 @@ from ..data import (
 )
 from ..data.tokens import TokenBatch
 from ..generation.sampling import check_pair
+from ..kinds import checked
 from ..model.config import check_at_least
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import fingerprint
@@ -41,6 +42,7 @@ from .samples import generated, reconstructed
 from .settings import compare_settings, run_settings
 
 
+@checked
 def train_tokenizer(
     tokenizer: Tokenizer,
     data: BatchedDataset[Batch],
@@ -165,6 +167,7 @@ def _critic(
     return Critic(discriminator, adversarial, lr=config.lr)
 
 
+@checked
 def train_transformer(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,

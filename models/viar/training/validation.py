@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ..data import Batch, BatchedDataset
+from ..kinds import checked
 from ..tokenizer import Tokenizer
 from .held_out import HeldOut, measured, tokenizer_measure
 
 
+@checked
 def tokenizer_validation(
     model: Tokenizer, data: BatchedDataset[Batch], *, batch_size: int = 256
 ) -> dict[str, float]:
@@ -25,6 +27,8 @@ def tokenizer_validation(
     """
     if not len(data):
         raise ValueError("data: expected at least 1 image to reconstruct, got 0")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1 image at a time, got {batch_size}")
     training = model.training
     model.eval()
     numbers = measured(

@@ -13,6 +13,7 @@ import torch
 from ..cards import rows
 from ..files import file_digest, replacing_path
 from ..generation.sampling import check_pair
+from ..kinds import checked
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import CARD, CONFIG, WEIGHTS, fingerprint
 from ..tokenizer import Tokenizer
@@ -68,6 +69,7 @@ that were learnt from them is not known to us.
 """
 
 
+@checked
 def ship(
     model: str | Path, tokenizer: str | Path, told: str | Path, name: str, *, root: str | Path = ROOT
 ) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..kinds import checked
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ def shipped_folder(name: str = "mnist") -> Path:
     return ROOT / name
 
 
+@checked
 def load_shipped(name: str = "mnist") -> tuple[NextScaleTransformer, Tokenizer]:
     """A trained VIAR and its tokenizer that come with the package; nothing is downloaded.
 

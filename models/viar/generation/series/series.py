@@ -26,6 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...files import held
+from ...kinds import check_kind
 from ...model.config import check_at_least
 from ...model.transformer import NextScaleTransformer
 from ...tokenizer import Tokenizer
@@ -104,6 +105,10 @@ def generate_series(
             folder; memory does not suffice for a batch whose size is a setting of the series.
         MemoryError, RuntimeError: memory does not suffice for a single image.
     """
+    check_kind("folder: expected", folder, str | Path)
+    check_kind("num: expected", num, int)
+    check_kind("batch_size: expected", batch_size, int)
+    check_kind("console: expected", console, Console | None)
     sampling = as_sampling(sampling)
     _check(model, tokenizer, num, formats, batch_size)
     classes = _classes(model, labels)
