@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 LOCK = ".lock"  # in a folder that a process works in
 
@@ -62,15 +64,17 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
 
     Raises:
         ValueError: `path` is a device or a pipe.
+        OSError: it cannot be written; it is named, see `naming`.
     """
     path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
     owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
     partial = path.with_name(f"{path.name}{owner}.partial")
     try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
+        with naming(path):
+            with partial.open("wb") as file:
+                yield file
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -86,18 +90,50 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` is a device or a pipe.
+        OSError: it cannot be written; it is named, see `naming`.
     """
     path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder, path.name)
-        yield fresh
+        with naming(path):
+            yield fresh
         if path.is_dir():  # It may be somebody's working directory, so even an empty one is not replaced.
             for file in fresh.iterdir():
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses in writing is told of `path`.
+
+    Writers of Python name no file, and those of PyTorch and of safetensors raise errors of other kinds.
+
+    Raises:
+        OSError: where one was raised without a name, or in words of a writer's own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _refusal(error: BaseException) -> int | None:
+    """The number of what the operating system said, unless the error tells of which file."""
+    if isinstance(error, SafetensorError):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        return int(told[1]) if told else None
+    if isinstance(error, OSError) and error.filename is not None:
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    return None if error.__context__ is None else _refusal(error.__context__)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -14,14 +13,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
-import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .cards import ENDING, model_card
-from .files import flush
+from .checksums import digest_of, load_tensors, save_tensors
+from .files import flush, naming
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -46,7 +44,8 @@ class Pretrained(PyTorchModelHubMixin):
     """`save_pretrained(path)` and `from_pretrained(path_or_hub_id)`: config.json and model.safetensors.
 
     Missing or unexpected weights are an error unless `strict=False` is given: the mixin's default would
-    leave missing weights at their random start.
+    leave missing weights at their random start. The weights are kept with a checksum of themselves and of the
+    settings; what was saved without one is taken as it is.
     """
 
     telling: ClassVar[str]  # the setting of `KINDS` by which config.json tells that it is of this class
@@ -61,7 +60,8 @@ class Pretrained(PyTorchModelHubMixin):
                 are missing at their random start.
 
         Raises:
-            ValueError: no such folder or name, or one that holds something else, a part, or damaged files.
+            ValueError: no such folder or name, or one that holds something else, a part, or damaged files; or
+                config.json or the weights are not as they were saved.
         """
         source = str(pretrained_model_name_or_path)
         if os.path.isdir(source):
@@ -95,7 +95,8 @@ class Pretrained(PyTorchModelHubMixin):
         fresh = folder / ".saving"
         shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
         try:
-            pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
+            with naming(folder):
+                pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
             if (folder / CARD).exists():
                 (fresh / CARD).unlink()
             for path in fresh.iterdir():
@@ -129,12 +130,19 @@ class Pretrained(PyTorchModelHubMixin):
             loaded: Self = super()._from_pretrained(strict=strict, **kwargs)
         return loaded
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        save_tensors(self.state_dict(), save_directory / WEIGHTS, settings_text(self._hub_mixin_config))
+
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        path = Path(model_file)
         try:
-            tensors = load_file(model_file, device=map_location)
+            tensors = load_tensors(path, settings_text(read_config(path.parent)))
         except (SafetensorError, OSError) as error:
             raise _NotThisModel(f"{WEIGHTS} is damaged ({_first_line(error)})") from error
+        except ValueError as error:
+            raise _NotThisModel(str(error)) from error
         check_tensors(model, tensors, strict=strict)
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
@@ -147,12 +155,13 @@ def fingerprint(module: nn.Module) -> str:
         module: a tokenizer, a transformer, or any other, of which the text of its layers counts.
     """
     config = getattr(module, "config", None)
-    settings = str(module) if config is None else json.dumps(config.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    settings = str(module) if config is None else settings_text(config.to_dict())
+    return digest_of(module.state_dict(), settings)[:32]
+
+
+def settings_text(settings: Any) -> str:
+    """Settings as one text, however they lie in config.json."""
+    return json.dumps(settings, sort_keys=True)
 
 
 class _NotThisModel(ValueError):

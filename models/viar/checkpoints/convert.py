@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checksums import load_tensors, save_tensors
 from ..files import replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
+from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config, settings_text
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -154,9 +154,10 @@ def convert_checkpoint(
         tensors = export_official(model)
         with replacing_path(out) as fresh:
             if out.suffix == ".safetensors":
-                save_file(tensors, fresh)
+                save_tensors(tensors, fresh)
             else:
-                torch.save(tensors, fresh)
+                with fresh.open("wb") as file:
+                    torch.save(tensors, file)
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
@@ -211,14 +212,18 @@ def _read(path: Path) -> Any:
     path.open("rb").close()  # A file without read permission raises here, and is not called damaged below.
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_tensors(path)
         # torch.load warns of old pickles before it refuses them; the error says enough.
         with warnings.catch_warnings(action="ignore"):
             # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
             mapped = zipfile.is_zipfile(path)
+            if mapped:
+                _check_sums(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except _Damaged as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
         if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
             raise ValueError(
@@ -228,6 +233,21 @@ def _read(path: Path) -> Any:
         raise ValueError(
             f"{path}: not a checkpoint, or a damaged one; expected a file of torch.save or a .safetensors"
         ) from error
+
+
+class _Damaged(ValueError):
+    """A file has a checksum, and holds something else."""
+
+
+def _check_sums(path: Path) -> None:
+    """Raise `_Damaged` unless an archive of torch.save is as it was written: torch.load does not ask."""
+    with zipfile.ZipFile(path) as archive:
+        name = archive.testzip()
+    if name is not None:
+        raise _Damaged(
+            f"{name} in it is damaged, its CRC-32 is another; fetch or make it again (where it was written "
+            "without sums, by torch.serialization.set_crc32_options(False), load it and save it with them)"
+        )
 
 
 def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
@@ -257,7 +277,7 @@ def _load_folder(folder: Path) -> Model:
     values = read_config(folder)
     try:
         model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_tensors(folder / WEIGHTS, settings_text(values))
         check_tensors(model, tensors)
         model.load_state_dict(tensors, assign=True)
     except (*OF_DAMAGE, ValueError, SafetensorError, OSError) as error:

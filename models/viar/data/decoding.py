@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,7 @@ KINDS = {
 ENDINGS = frozenset(ending for endings in KINDS.values() for ending in endings)
 
 ORIENTATION = 0x0112  # of EXIF
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -172,6 +175,7 @@ def upright(image: Image.Image, name: object) -> Image.Image:
     tiles: Any = getattr(image, "tile", None)
     raw = tiles[0][3] if tiles else None  # how numbers lie in the file; gone when it is loaded
     with _named(name):
+        _check_sums(image)
         image.load()
     if raw == "RGB;16B" and "transparency" in image.info:
         # Only the upper half of the numbers is decoded, and the transparent colour cannot be told by it.
@@ -215,6 +219,33 @@ def colour_and_alpha(image: Image.Image, name: object) -> tuple[Image.Image, Ima
     elif image.mode not in _WITH_PROFILE:
         image = _lab_to_rgb(image, name) if image.mode == "LAB" else image.convert("RGB")
     return _to_srgb(image, profile), alpha
+
+
+def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The kind of each chunk of a PNG, and whether it is whole and as its CRC-32 says.
+
+    Args:
+        file: read from its beginning; afterwards it stands where it did.
+    """
+    before = file.tell()
+    try:
+        file.seek(len(PNG_BEGIN))
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            content, told = file.read(size), file.read(4)
+            yield kind, told == struct.pack(">I", zlib.crc32(kind + content))
+    finally:
+        file.seek(before)
+
+
+def _check_sums(image: Image.Image) -> None:
+    """Raise `ValueError` where pixels of a PNG are not as they were written: Pillow does not ask."""
+    file: Any = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:  # it is loaded
+        return
+    for kind, is_sound in png_chunks(file):
+        if kind == b"IDAT" and not is_sound:
+            raise ValueError("its pixels are not what their checksum says")
 
 
 def _check_file(path: Path) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from ..checksums import from_json, to_json
 from ..files import replacing
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
@@ -166,7 +167,7 @@ def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> Non
     others = any(path.suffix != ".partial" for path in folder.iterdir())  # before another begins the folder
     if is_shards(folder):
         read_settings(folder)
-        found = {"augmentations": list(earlier), **json.loads((folder / SETTINGS).read_text())}
+        found = {"augmentations": list(earlier), **from_json((folder / SETTINGS).read_text())}
         # What else an older folder does not tell is taken to be the same.
         wanted["origin"] = {name: wanted["origin"].get(name) for name in found["origin"]}
         differ = [name for name in wanted if name in found and wanted[name] != found[name]]
@@ -180,7 +181,7 @@ def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> Non
     if others:
         raise ValueError(f"{folder}: holds something else than tokens; give a new or an empty folder")
     with replacing(folder / SETTINGS, apart=True) as file:
-        file.write(json.dumps(wanted, indent=1).encode())
+        file.write(to_json(wanted))
 
 
 def _tidy(folder: Path, names: set[str]) -> None:

@@ -11,7 +11,6 @@ Shape letters: B batch, L tokens of all scales.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..checksums import from_json
 from ..files import file_digest
 from ..pretrained import fingerprint
 from ..tokenizer import Tokenizer
@@ -191,7 +191,7 @@ def read_settings(folder: Path) -> ShardSettings:
     if not path.is_file():
         raise ValueError(f"{folder}: no {SETTINGS} there, so no tokens; make them with viar tokenize")
     try:
-        found = json.loads(path.read_text())
+        found = from_json(path.read_text())
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')} where {FORMAT} is known")
         lists = ("sides", "images", "class_names", "augmentations")

@@ -8,11 +8,7 @@ images.
 
 from __future__ import annotations
 
-import json
-import lzma
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checksums import OF_DAMAGED_ARCHIVES, from_json
 from ..data import load_data, read_picture
 from ..data.decoding import decode_picture, shown
 from ..data.scan import scan
@@ -32,19 +29,6 @@ from .moments import Moments
 from .quality import BATCH, Reference, images_of
 
 ARCHIVE = ".npz"
-# What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
-OF_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
             shape, dtype = _header(member)
             labels = _array(path, "arr_1") if "arr_1.npy" in archive.namelist() else None
-    except OF_DAMAGE as error:
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is no archive of images with arr_0 in it ({error})") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
         raise ValueError(f"{shown(path)}: expected arr_0 (N, H, H, 3) in uint8, got {shape} in {dtype}")
@@ -244,10 +228,10 @@ def _read_arrays(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("cut off, or something else")
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            return {name: archive[name] for name in names - {"arr_0", "arr_1"}}, "arr_0" in names
-    except OF_DAMAGE as error:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+        return {name: _array(path, name) for name in names - {"arr_0", "arr_1"}}, "arr_0" in names
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is no archive of numpy that can be read ({error})") from error
 
 
@@ -327,7 +311,8 @@ def _read_archive(path: Path) -> Iterator[Tensor]:
                 rows = min(BATCH, num - start)
                 values = np.frombuffer(member.read(rows * size), np.uint8).reshape(rows, *shape)
                 yield torch.from_numpy(values.copy()).permute(0, 3, 1, 2).float() / 255
-    except OF_DAMAGE as error:
+            _check_end(member)
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is damaged ({error}); fetch or make it again") from error
 
 
@@ -342,8 +327,16 @@ def _header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _array(path: Path, name: str) -> Any:
-    with np.load(path, allow_pickle=False) as archive:
-        return archive[name]
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        _check_end(member)
+        return array
+
+
+def _check_end(member: Any) -> None:
+    """Raise where an array is longer than its header says; its checksum is looked at where it ends."""
+    if member.read(1):
+        raise ValueError("an array is longer than its header says")
 
 
 def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
@@ -352,7 +345,7 @@ def _labels_of_series(folder: Path, pictures: list[Path]) -> Tensor | None:
     if not settings.is_file():
         return None
     try:
-        classes = json.loads(settings.read_text())["labels"]
+        classes = from_json(settings.read_text())["labels"]
         if not (isinstance(classes, list) and all(type(n) is int and 0 <= n < 2**63 for n in classes)):
             raise ValueError("expected labels, integers of at least 0")
         return torch.tensor([classes[int(picture.stem) % len(classes)] for picture in pictures])

@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..files import replacing
+from ..files import naming, replacing
 from ..screen import is_watched
 
 LOG_EVERY = 10  # steps; the first one is logged too
@@ -143,7 +143,7 @@ class RunLog:
         return f"  {timedelta(seconds=round(left))} left"
 
     def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def _track(self, group: str, step: int, metrics: Mapping[str, float]) -> None:

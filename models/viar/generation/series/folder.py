@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...checksums import OF_DAMAGED_ARCHIVES, from_json, to_json
+from ...data.decoding import PNG_BEGIN, png_chunks
 from ...files import replacing
 
 SETTINGS = "series.json"
 FORMAT = 1  # of a series; to be raised with whatever changes the images of given settings
 READ_AT_ONCE = 256  # pictures held while the archive is written
+
+MEMBERS = {"arr_0.npy", "arr_1.npy"}  # of the archive
 
 # A whole PNG ends with this chunk.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -49,8 +53,13 @@ class SeriesFolder:
         return self.path / f"samples_{num}x{self.side}x{self.side}x3.npz"
 
     def has_archive(self, num: int) -> bool:
-        """Whether the archive of the first `num` images is there, to its end."""
-        return zipfile.is_zipfile(self.archive(num))
+        """Whether the archive of the first `num` images is there and what was written; reads all of it."""
+        path = self.archive(num)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return set(archive.namelist()) == MEMBERS and archive.testzip() is None
+        except OF_DAMAGED_ARCHIVES:
+            return False
 
     def prepare(self, settings: dict[str, Any], num: int, formats: Sequence[str]) -> list[int]:
         """Begin in the folder, or go on in one of the same settings; indices below `num` of images to make.
@@ -64,9 +73,8 @@ class SeriesFolder:
         there = self._indices()
         if there or any(self.path.glob("samples_*.npz")):
             self._compare(settings)
-        text = json.dumps(settings, indent=1)
         with replacing(self.path / SETTINGS) as file:
-            file.write(text.encode())
+            file.write(to_json(settings))
         if "png" not in formats and self.has_archive(num):
             return []
         missing = [i for i in range(num) if i not in there or not self._is_whole(self.picture(i))]
@@ -91,6 +99,8 @@ class SeriesFolder:
         """
         path = self.picture(index)
         try:
+            if not self._is_whole(path):
+                raise OSError("it is not what was written")
             with Image.open(path) as image:
                 pixels_HWC = np.asarray(image)
         except (OSError, SyntaxError) as error:  # Pillow raises a SyntaxError at a broken chunk of a PNG.
@@ -136,12 +146,13 @@ class SeriesFolder:
         return {int(name[:-4]) for name in names if name.endswith(".png") and name[:-4].isdecimal()}
 
     def _is_whole(self, path: Path) -> bool:
-        head = struct.pack(">8sI4sIIBB", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", self.side, self.side, 8, 2)
+        head = struct.pack(">8sI4sIIBB", PNG_BEGIN, 13, b"IHDR", self.side, self.side, 8, 2)
         with path.open("rb") as file:
             if file.read(len(head)) != head:
                 return False
+            chunks = list(png_chunks(file))
             file.seek(-len(_PNG_END), os.SEEK_END)
-            return file.read() == _PNG_END
+            return all(is_sound for _, is_sound in chunks) and file.read() == _PNG_END
 
     def _compare(self, settings: dict[str, Any]) -> None:
         """Raise `ValueError` unless the images of this folder were made with `settings`."""
@@ -152,7 +163,7 @@ class SeriesFolder:
                 "were made; give another folder"
             )
         try:
-            found = dict(json.loads(path.read_text()))
+            found = from_json(path.read_text())
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: unreadable ({error}); give another folder") from error
         names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]

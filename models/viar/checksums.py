@@ -1,0 +1,123 @@
+"""Files whose content is held against a checksum: tensors and settings get one, archives have their own.
+
+Damage that leaves a file readable is told by it. Files of safetensors and JSON of earlier releases, and of
+others, have none and are taken as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
+OF_DAMAGED_ARCHIVES = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+CHECKSUM = "sha256"  # its name among the metadata of tensors and among settings
+
+
+def digest_of(tensors: Mapping[str, Tensor], settings: str = "") -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal digits, whatever device they are on.
+
+    Args:
+        tensors: of any shape.
+        settings: text that counts too.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, settings: str = "") -> None:
+    """Write a file of safetensors with the checksum of what is in it.
+
+    Args:
+        tensors: of any shape.
+        path: of the file.
+        settings: text kept elsewhere, without which they are of no use; `load_tensors` wants the same.
+    """
+    metadata = {"format": "pt", CHECKSUM: digest_of(tensors, settings)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def load_tensors(path: Path, settings: str = "") -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, on the CPU.
+
+    Args:
+        path: of the file.
+        settings: as when they were saved.
+
+    Raises:
+        SafetensorError: the file is cut off, or something else.
+        ValueError: it has a checksum, and holds or goes with something else than was saved.
+        OSError: it cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        wanted = (file.metadata() or {}).get(CHECKSUM)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    if wanted is not None and (found := digest_of(tensors, settings)) != wanted:
+        beside = " or what is kept beside it" if settings else ""
+        raise ValueError(
+            f"{path.name}{beside} is damaged or was changed (SHA-256 {found[:8]}... instead of "
+            f"{wanted[:8]}...); fetch or make it again"
+        )
+    return tensors
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """A file of JSON with a checksum among its values.
+
+    Args:
+        values: such as JSON has, by name.
+    """
+    return json.dumps({**values, CHECKSUM: checksum_of(values)}, indent=1).encode()
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """The values of such a file, without the checksum.
+
+    Args:
+        text: of the file.
+
+    Raises:
+        ValueError: it is no JSON, or not what was written.
+        TypeError: it has no values by name.
+    """
+    values: dict[str, Any] = dict(json.loads(text))
+    wanted = values.pop(CHECKSUM, None)
+    if wanted is not None and wanted != checksum_of(values):
+        raise ValueError("what is in it is not what was written")
+    return values
+
+
+def checksum_of(values: Mapping[str, Any]) -> str:
+    """What `to_json` adds to values, by the name `CHECKSUM`, and `from_json` looks at.
+
+    Args:
+        values: such as JSON has, by name.
+    """
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
