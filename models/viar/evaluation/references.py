@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checksums import OF_DAMAGED_ARCHIVES, from_json
 from ..data import load_data, read_picture
-from ..data.decoding import decode_picture, shown
+from ..data.decoding import ENDINGS, decode_picture, shown
 from ..data.scan import scan
 from ..files import file_digest, replacing
 from .features import FeatureNetwork, Features, features_of
@@ -70,10 +70,11 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
             `viar.data.read_picture`; default that of the first. An archive must have them so.
 
     Raises:
-        ValueError: there is nothing of the kind, another size, or classes that are no integers of at least 0.
+        ValueError: there is nothing of the kind, another size, classes that are no integers of at least 0, or
+            a picture of a folder that cannot be read.
     """
     if path.is_dir():
-        pictures = scan(path).pictures
+        pictures = _whole_pictures(path)
         archives = sorted(path.glob(f"*{ARCHIVE}"))
         if not pictures and len(archives) == 1:
             return find_pictures(archives[0], image_side)
@@ -292,6 +293,22 @@ def _check_digest(path: Path, sha256: str) -> None:
         raise ValueError(
             f"sha256: {shown(path)} is another file: expected {sha256}, got {found}; fetch it again"
         )
+
+
+def _whole_pictures(folder: Path) -> list[Path]:
+    """Pictures of a folder; one that cannot be read is not left out, as figures would be of fewer."""
+    found = scan(folder)
+    broken = [
+        skipped
+        for skipped in found.skipped
+        if skipped.path.suffix.lower() in ENDINGS and not skipped.path.name.startswith(".")
+    ]
+    if broken:
+        raise ValueError(
+            f"{shown(folder / broken[0].path)}: {broken[0].reason}; {len(broken)} of "
+            f"{len(broken) + len(found.pictures)} pictures cannot be read, mend or remove them"
+        )
+    return found.pictures
 
 
 def _read_pictures(folder: Path, image_side: int) -> Iterator[Tensor]:
