@@ -143,7 +143,13 @@ def _other_series(folder: Path) -> None:
 
 def _series_gone_on_with(folder: Path) -> object:
     _series(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    found: dict[str, object] = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".png", ".json")
+    }
+    for path in folder.glob("*.npz"):  # where dates and the like may differ, which nothing reads
+        with np.load(path) as arrays:
+            found[path.name] = {name: array.tolist() for name, array in arrays.items()}
+    return found
 
 
 def _series_looked_at(folder: Path) -> object:
@@ -156,7 +162,7 @@ def _network() -> FeatureNetwork:
     return FeatureNetwork("small", lambda images: Features(images.mean((2, 3)).double()))
 
 
-def _write_reference(folder: Path) -> None:
+def write_reference(folder: Path) -> None:
     pooled = uniform(8, 3).double()
     reference = Reference("a", _network(), Moments.of(pooled), None, pooled.float())
     save_reference(reference, folder / "reference.npz")
@@ -194,12 +200,12 @@ def _figures(folder: Path) -> object:
     return reproduce._figures(folder / "figures.json", told, images, images, _network(), quiet())
 
 
-def _stage(folder: Path) -> object:
+def stage(folder: Path) -> object:
     stages = Stages(folder, quiet(), "code")
     return stages.run("judge", Stage(lambda _: {"accuracy": 0.975, "steps": [1, 2]}, {"seed": 1}))
 
 
-def _write_results(folder: Path) -> None:
+def write_results(folder: Path) -> None:
     Results.load(min(EXAMPLE.glob("recipes_*.json"))).save(folder / "results.json")
 
 
@@ -214,18 +220,17 @@ class _Killed(Exception):
     """What ends a run half way."""
 
 
-def _train(folder: Path, seed: int = 0) -> NextScaleTransformer:
+def train(folder: Path, seed: int = 0, sample_every: int = 0) -> NextScaleTransformer:
     torch.manual_seed(seed)
     model = NextScaleTransformer(tiny_config(drop_path=0.3))
     data = pictures()
-    config = TrainConfig(
-        steps=STEPS, batch_size=4, lr=3e-3, save_every=1e-9, validate_every=1, seed=seed, sample_every=0
-    )
+    every = {"save_every": 1e-9, "validate_every": 1, "sample_every": sample_every}
+    config = TrainConfig(steps=STEPS, batch_size=4, lr=3e-3, seed=seed, **every)
     train_transformer(model, CODEC, data, folder, config, held_out=data, console=quiet())
     return model
 
 
-def _half_a_run(folder: Path, seed: int = 0) -> None:
+def half_a_run(folder: Path, seed: int = 0, sample_every: int = 0) -> None:
     """A run that ended before its last step, with a state and the best weights so far."""
     original, calls = training_loop.set_progress, []
 
@@ -237,7 +242,7 @@ def _half_a_run(folder: Path, seed: int = 0) -> None:
 
     training_loop.set_progress = set_progress
     try:
-        _train(folder, seed)
+        train(folder, seed, sample_every)
     except _Killed:
         return
     finally:
@@ -247,7 +252,7 @@ def _half_a_run(folder: Path, seed: int = 0) -> None:
 
 def _rest_of_a_run(folder: Path) -> object:
     """Its weights; the log of a run tells of it, and has no part in it."""
-    _train(folder)
+    train(folder)
     weights = NextScaleTransformer.from_pretrained(folder)
     return fingerprint(weights), hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
 
@@ -281,16 +286,16 @@ KEPT = {
     "pictures": Kept("PNG files that are learnt from", _write_pictures, _read_pictures),
     "series": Kept("a series that goes on", _series, _series_gone_on_with, others=(_other_series,)),
     "looked at": Kept("a series that is evaluated", _series, _series_looked_at, ("*.png", "series.json")),
-    "reference": Kept("statistics of a reference", _write_reference, _read_reference),
+    "reference": Kept("statistics of a reference", write_reference, _read_reference),
     "archive": Kept("an archive of images", _write_archive, _read_archive),
     "figures": Kept("figures.json of a reproduction", _figures, _figures),
-    "stage": Kept("done.json and begun.json of a stage", _stage, _stage),
-    "results": Kept("figures of benchmarks", _write_results, _read_results),
+    "stage": Kept("done.json and begun.json of a stage", stage, stage),
+    "results": Kept("figures of benchmarks", write_results, _read_results),
     "run": Kept(
         "state, best weights, log and settings of a run that goes on",
-        _half_a_run,
+        half_a_run,
         _rest_of_a_run,
         ("run.json", "metrics.jsonl", "state/*", "best/*/model.safetensors"),
-        (lambda f: _half_a_run(f, 1),),
+        (lambda f: half_a_run(f, 1),),
     ),
 }

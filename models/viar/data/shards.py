@@ -206,7 +206,7 @@ def read_settings(folder: Path) -> ShardSettings:
 def is_whole(path: Path) -> bool:
     """Whether a file of rows is there with the content that it was written with; reads all of it."""
     told = checksum_path(path)
-    return path.is_file() and told.is_file() and told.read_text().strip() == file_digest(path)
+    return path.is_file() and told.is_file() and told.read_bytes().strip() == file_digest(path).encode()
 
 
 def checksum_path(path: Path) -> Path:
