@@ -1,4 +1,4 @@
-"""Files whose content is held against a checksum: tensors and settings get one, archives have their own.
+"""Files whose content is held against a checksum: tensors and settings get one, archives and PNG have theirs.
 
 Damage that leaves a file readable is told by it. Files of safetensors and JSON of earlier releases, and of
 others, have none and are taken as they are.
@@ -12,9 +12,9 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -34,6 +34,7 @@ OF_DAMAGED_ARCHIVES = (
     zipfile.BadZipFile,
     zlib.error,
 )
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 CHECKSUM = "sha256"  # its name among the metadata of tensors and among settings
 
 
@@ -114,6 +115,23 @@ def from_json(text: str) -> dict[str, Any]:
     if wanted is not None and wanted != checksum_of(values):
         raise ValueError("what is in it is not what was written")
     return values
+
+
+def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The kind of each chunk of a PNG, and whether it is whole and as its CRC-32 says.
+
+    Args:
+        file: read from its beginning; afterwards it stands where it did.
+    """
+    before = file.tell()
+    try:
+        file.seek(len(PNG_BEGIN))
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            content, told = file.read(size), file.read(4)
+            yield kind, told == struct.pack(">I", zlib.crc32(kind + content))
+    finally:
+        file.seek(before)
 
 
 def checksum_of(values: Mapping[str, Any]) -> str:

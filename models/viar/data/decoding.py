@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
+
+from ..checksums import png_chunks
 
 # What Pillow calls each kind that is read, with the endings that files of it have. A JPEG of a phone that
 # holds a depth map or a second lens is an MPO to Pillow; its first picture is the photograph.
@@ -40,7 +40,6 @@ KINDS = {
 ENDINGS = frozenset(ending for endings in KINDS.values() for ending in endings)
 
 ORIENTATION = 0x0112  # of EXIF
-PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -219,23 +218,6 @@ def colour_and_alpha(image: Image.Image, name: object) -> tuple[Image.Image, Ima
     elif image.mode not in _WITH_PROFILE:
         image = _lab_to_rgb(image, name) if image.mode == "LAB" else image.convert("RGB")
     return _to_srgb(image, profile), alpha
-
-
-def png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """The kind of each chunk of a PNG, and whether it is whole and as its CRC-32 says.
-
-    Args:
-        file: read from its beginning; afterwards it stands where it did.
-    """
-    before = file.tell()
-    try:
-        file.seek(len(PNG_BEGIN))
-        while len(head := file.read(8)) == 8:
-            size, kind = struct.unpack(">I4s", head)
-            content, told = file.read(size), file.read(4)
-            yield kind, told == struct.pack(">I", zlib.crc32(kind + content))
-    finally:
-        file.seek(before)
 
 
 def _check_sums(image: Image.Image) -> None:

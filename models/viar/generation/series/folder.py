@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...checksums import OF_DAMAGED_ARCHIVES, from_json, to_json
-from ...data.decoding import PNG_BEGIN, png_chunks
+from ...checksums import OF_DAMAGED_ARCHIVES, PNG_BEGIN, from_json, png_chunks, to_json
 from ...files import replacing
 
 SETTINGS = "series.json"
