@@ -12,7 +12,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,12 +67,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, settings: str = "") 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
-def load_tensors(path: Path, settings: str = "") -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, settings: str = "", look: Callable[[dict[str, Tensor]], None] = lambda tensors: None
+) -> dict[str, Tensor]:
     """The tensors of a file of safetensors, on the CPU.
 
     Args:
         path: of the file.
         settings: as when they were saved.
+        look: called with the tensors before their checksum is looked at; it may raise what tells more.
 
     Raises:
         SafetensorError: the file is cut off, or something else.
@@ -82,6 +85,7 @@ def load_tensors(path: Path, settings: str = "") -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         wanted = (file.metadata() or {}).get(CHECKSUM)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    look(tensors)
     if wanted is not None and (found := digest_of(tensors, settings)) != wanted:
         beside = " or what is kept beside it" if settings else ""
         raise ValueError(

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
@@ -137,13 +138,13 @@ class Pretrained(PyTorchModelHubMixin):
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         path = Path(model_file)
+        settings, look = settings_text(read_config(path.parent)), partial(check_tensors, model, strict=strict)
         try:
-            tensors = load_tensors(path, settings_text(read_config(path.parent)))
+            tensors = load_tensors(path, settings, look)
         except (SafetensorError, OSError) as error:
             raise _NotThisModel(f"{WEIGHTS} is damaged ({_first_line(error)})") from error
         except ValueError as error:
             raise _NotThisModel(str(error)) from error
-        check_tensors(model, tensors, strict=strict)
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
 

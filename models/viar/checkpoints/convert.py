@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,7 @@ def _load_folder(folder: Path) -> Model:
     values = read_config(folder)
     try:
         model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
-        tensors = load_tensors(folder / WEIGHTS, settings_text(values))
-        check_tensors(model, tensors)
+        tensors = load_tensors(folder / WEIGHTS, settings_text(values), partial(check_tensors, model))
         model.load_state_dict(tensors, assign=True)
     except (*OF_DAMAGE, ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: not a model of this package: {error}") from error
