@@ -55,6 +55,7 @@ def damages(content: bytes, others: Sequence[bytes], random: Random) -> Iterator
         others: of files that may lie in its place.
         random: where to damage it.
     """
+    yield _flipped(content, random)
     yield "empty", b""
     yield from (("swapped", other) for other in others if other != content)
     ends = iter(random.sample(places := borders(content), len(places)))
@@ -67,7 +68,11 @@ def damages(content: bytes, others: Sequence[bytes], random: Random) -> Iterator
             end = random.randrange(len(content))
             yield f"cut at {end}", content[:end]
         else:
-            place = random.randrange(8 * len(content))
-            flipped = bytearray(content)
-            flipped[place // 8] ^= 1 << place % 8
-            yield f"bit {place} flipped", bytes(flipped)
+            yield _flipped(content, random)
+
+
+def _flipped(content: bytes, random: Random) -> tuple[str, bytes]:
+    place = random.randrange(8 * len(content))
+    flipped = bytearray(content)
+    flipped[place // 8] ^= 1 << place % 8
+    return f"bit {place} flipped", bytes(flipped)
