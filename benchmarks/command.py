@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from rich.console import Console
 
+from viar.files import replacing
+
 from . import gpu
 from .case import Run
 from .measure import profiled
@@ -251,7 +253,8 @@ def _docs(options: argparse.Namespace, console: Console) -> None:
         if before != after:
             raise SystemExit(f"{documents.PAGE} is not up to date: run `python -m benchmarks docs`")
         return
-    documents.PAGE.write_text(after)
+    with replacing(documents.PAGE) as file:
+        file.write(after.encode())
     console.print(f"written: {documents.PAGE}")
     for picture in documents.draw(known()):
         console.print(f"picture: {picture}")

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from viar.checksums import CHECKSUM, checksum_of, read_json
 from viar.files import replacing
 
 from .case import Bar, Row, Settings
@@ -86,7 +87,7 @@ class Results:
             "cases": self.points,
             "bars": self.bars,
         }
-        text = _json(record) + "\n"
+        text = _json({**record, CHECKSUM: checksum_of(record)}) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(text.encode())
@@ -96,12 +97,14 @@ class Results:
         """Read a file; its form is checked where jsonschema is installed, else its format alone.
 
         Raises:
-            ValueError: it is not one of ours, or of another format.
+            ValueError: it is not one of ours, or of another format, or was changed since it was written.
         """
         try:
-            record = json.loads(path.read_text())
+            record = read_json(path)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: damaged or changed: {error}") from None
         if (fault := _fault(record)) is not None:
             told = f"no figures of `python -m benchmarks` in format {FORMAT}"
             raise ValueError(f"{path}: {told}: {fault}")

@@ -42,6 +42,7 @@ ROOMS = {
         "model",
         "pretrained",
         "cards",
+        "checksums",
         "files",
         "memory",
         "seeds",

@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from viar.files import replacing
+
 from ..case import Case, Row
 from ..results import Results
 from ..rows import figure as number
@@ -38,7 +40,8 @@ def draw(case: Case, rows: list[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     case.picture.paint(rows, axes[: len(titles)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def draw_all(cases: Sequence[Case], results: Results, folder: Path, prefix: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -92,8 +93,19 @@ def _new_figure(owner: str, *texts: float) -> tuple[Figure, list[list[Any]]]:
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=120)
+    if path is None:
+        return figure
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")  # whose ending says the format
+    try:
+        figure.savefig(partial, dpi=120)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return figure
 
 

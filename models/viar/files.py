@@ -7,16 +7,17 @@ name a user did not give, a link of that name is replaced, and what it leads to 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 LOCK = ".lock"  # in a folder that a process works in
 
@@ -68,6 +69,7 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
 
     Raises:
         ValueError: `path` is a device or a pipe.
+        OSError: it cannot be written; it is named, see `naming`.
     """
     _check_regular(path, str(path))
     owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
@@ -75,9 +77,10 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
     if partial.is_symlink():  # else it would be written through
         partial.unlink()
     try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
+        with naming(path):
+            with partial.open("wb") as file:
+                yield file
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -93,6 +96,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` is a device or a pipe.
+        OSError: it cannot be written; it is named, see `naming`.
     """
     _check_regular(path, str(path))
     if path.is_dir() or not path.is_symlink():
@@ -100,12 +104,43 @@ def replacing_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder, path.name)
-        yield fresh
+        with naming(path):
+            yield fresh
         if path.is_dir():  # It may be somebody's working directory, so even an empty one is not replaced.
             for file in fresh.iterdir():
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses in writing is told of `path`.
+
+    Writers of Python name no file, and those of PyTorch and of safetensors raise errors of other kinds.
+
+    Raises:
+        OSError: where one was raised without a name, or in words of a writer's own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = _refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _refusal(error: BaseException) -> int | None:
+    """The number of what the operating system said, unless the error tells of which file."""
+    if isinstance(error, SafetensorError):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        return int(told[1]) if told else None
+    if isinstance(error, OSError) and error.filename is not None:
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    return None if error.__context__ is None else _refusal(error.__context__)
 
 
 @contextmanager
@@ -133,25 +168,6 @@ def held(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
             (folder / LOCK).unlink()
         lock.release()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Settings, or other values by name, in a file of JSON, which may come from anybody.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ValueError: it holds something else, or is damaged; the caller names the file.
-        OSError: it cannot be read.
-    """
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except RecursionError as error:
-        raise ValueError("lists or names within one another, too deep to be read") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"expected settings by name, found {type(found).__name__}")
-    return found
 
 
 def flush(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -10,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
@@ -18,12 +18,12 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .cards import ENDING, model_card
-from .files import flush, read_json
+from .checksums import digest_of, load_tensors, read_json, save_tensors
+from .files import flush, naming
 from .kinds import check_kind
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
@@ -56,7 +56,8 @@ class Pretrained(PyTorchModelHubMixin):
     """`save_pretrained(path)` and `from_pretrained(path_or_hub_id)`: config.json and model.safetensors.
 
     Missing or unexpected weights are an error unless `strict=False` is given: the mixin's default would
-    leave missing weights at their random start.
+    leave missing weights at their random start. The weights are kept with a checksum of themselves and of the
+    settings; what was saved without one is taken as it is.
     """
 
     telling: ClassVar[str]  # the setting of `KINDS` by which config.json tells that it is of this class
@@ -72,7 +73,8 @@ class Pretrained(PyTorchModelHubMixin):
                 are missing at their random start.
 
         Raises:
-            ValueError: no such folder or name, or one that holds something else, a part, or damaged files.
+            ValueError: no such folder or name, or one that holds something else, a part, or damaged files; or
+                config.json or the weights are not as they were saved.
         """
         source = str(pretrained_model_name_or_path)
         if not os.path.exists(source) and "revision" not in options:
@@ -112,7 +114,8 @@ class Pretrained(PyTorchModelHubMixin):
             fresh.unlink()
         shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
         try:
-            pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
+            with naming(folder):
+                pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
             if (folder / CARD).exists():
                 (fresh / CARD).unlink()
             for path in fresh.iterdir():
@@ -155,13 +158,20 @@ class Pretrained(PyTorchModelHubMixin):
         loaded: Self = cls._load_as_safetensor(model, weights, map_location, strict)
         return loaded
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        save_tensors(self.state_dict(), save_directory / WEIGHTS, settings_text(self._hub_mixin_config))
+
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        path = Path(model_file)
+        settings, look = settings_text(read_config(path.parent)), partial(check_tensors, model, strict=strict)
         try:
-            tensors = load_file(model_file, device=map_location)
+            tensors = load_tensors(path, settings, look)
         except (SafetensorError, OSError) as error:
             raise _NotThisModel(f"{WEIGHTS} is damaged ({first_line(error)})") from error
-        check_tensors(model, tensors, strict=strict)
+        except ValueError as error:
+            raise _NotThisModel(str(error)) from error
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
 
@@ -173,12 +183,13 @@ def fingerprint(module: nn.Module) -> str:
         module: a tokenizer, a transformer, or any other, of which the text of its layers counts.
     """
     config = getattr(module, "config", None)
-    settings = str(module) if config is None else json.dumps(config.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(settings.encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    settings = str(module) if config is None else settings_text(config.to_dict())
+    return digest_of(module.state_dict(), settings)[:32]
+
+
+def settings_text(settings: Any) -> str:
+    """Settings as one text, however they lie in config.json."""
+    return json.dumps(settings, sort_keys=True)
 
 
 class _NotThisModel(ValueError):

@@ -694,7 +694,7 @@ def test_an_interrupted_conversion_leaves_everything_as_it_was(
         path.write_text("half")
         raise ValueError("no space left")
 
-    monkeypatch.setattr(viar.checkpoints.convert, "save_file", interrupted)
+    monkeypatch.setattr(viar.checkpoints.convert, "save_tensors", interrupted)
     names = {path.name for path in tmp_path.iterdir()}
     assert call(tmp_path / "folder", out, "--overwrite")[0] == 2
     assert {path.name for path in tmp_path.iterdir()} == names

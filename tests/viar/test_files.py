@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from viar.files import held, replacing, replacing_path
+from viar.files import held, naming, replacing, replacing_path
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -72,6 +77,46 @@ def test_of_a_folder_that_is_there_only_files_that_were_written_are_replaced(
         fresh.mkdir()
         (fresh / "c").write_text("after")
     assert texts(Path()) == {"kept": "kept", "c": "after"}
+
+
+def by_pytorch(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(torch.zeros(1000), file)
+
+
+def by_safetensors(path: Path) -> None:
+    save_file({"a": torch.zeros(1000)}, path)
+
+
+def by_python(path: Path) -> None:
+    path.write_bytes(bytes(4000))
+
+
+@pytest.mark.parametrize("write", [by_pytorch, by_safetensors, by_python])
+def test_what_the_system_refuses_is_told_of_the_file_whoever_writes_it(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised, naming(tmp_path / "final"):
+            write(tmp_path / "partial")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(tmp_path / "final")
+
+
+def test_other_errors_are_not_taken_for_those_of_writing(tmp_path: Path) -> None:
+    given: list[Exception] = [
+        RuntimeError("no file at all"),
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "another"),
+        ValueError("a picture is damaged"),
+    ]
+    for error in given:
+        with pytest.raises(type(error)) as raised, naming(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 def test_a_folder_is_held_by_one_and_let_go_of_at_the_end(tmp_path: Path) -> None:

@@ -136,6 +136,15 @@ def test_a_file_is_held_to_its_digest(real: Reference, tmp_path: Path) -> None:
         read_reference("digits", NETWORK, 8, sha256="00ff")
 
 
+def test_a_picture_of_a_folder_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) -> None:
+    write_folder(tmp_path / "series", pixels(5))
+    (tmp_path / "series" / ".hidden.png").write_bytes(b"")
+    assert find_pictures(tmp_path / "series").num == 5
+    (tmp_path / "series" / "000003.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"000003.png: an empty file .*; 1 of 5 pictures cannot be read"):
+        find_pictures(tmp_path / "series")
+
+
 def test_a_series_tells_the_classes_of_its_pictures(tmp_path: Path) -> None:
     write_folder(tmp_path / "series", pixels(5))
     (tmp_path / "series" / "series.json").write_text(json.dumps({"labels": [4, 2, 7]}))

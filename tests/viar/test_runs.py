@@ -52,6 +52,7 @@ from viar.training.curve import draw_curve
 from viar.training.ema import AveragedWeights
 from viar.training.guard import StepGuard, poisoned
 from viar.training.held_out import BestWeights, HeldOut, measured, tokenizer_measure, transformer_measure
+from viar.training.log import RunLog
 from viar.training.loop import check_device
 from viar.training.settings import compare_settings, run_settings
 
@@ -340,6 +341,27 @@ def test_a_run_that_is_killed_ends_with_every_file_of_one_that_is_not(
     assert [name for name in found if found[name] != expected[name]] == []
     assert "samples/step-000008.png" in found
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 3, 6, 9, 10, 12]
+
+
+def test_damaged_lines_of_a_log_are_told_and_the_others_stay(tmp_path: Path) -> None:
+    good = '{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}'
+    path = tmp_path / "metrics.jsonl"
+    bad = [b'{"step": 1, "lo', b'{"stgp": 1}', b'{"step": "1"}', b"[1]", b'{"step": 1, "loss": \xff}']
+    path.write_bytes(b"\n".join([good[0].encode(), *bad, good[1].encode()]) + b"\n")
+    console = Console(file=io.StringIO(), width=10_000)
+    RunLog(
+        path,
+        "run",
+        step=2,
+        seconds=0.0,
+        progress=0.0,
+        batch_size=1,
+        device=torch.device("cpu"),
+        is_main=True,
+        console=console,
+    )
+    assert path.read_text().splitlines() == list(good)
+    assert console.file.getvalue() == f"{path}: 5 damaged or unfinished lines are left out\n"
 
 
 def terminate_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:

@@ -30,6 +30,7 @@ import viar.generation.choice
 import viar.generation.series.series
 from viar import Adaptive, Sampling, prepare_inference, sample_tokens
 from viar.files import held
+from viar.generation.series.folder import SeriesFolder
 from viar.generation.series.maker import runs, whole_batches
 from viar.generation.series.series import SeriesReport, generate_series
 from viar.pretrained import fingerprint
@@ -103,6 +104,7 @@ def test_a_series_is_numbered_pictures_their_settings_and_an_archive(series: dic
 def test_settings_are_told_in_the_form_that_older_series_have(series: dict[str, bytes]) -> None:
     told = json.loads(series["series.json"])
     machine = told.pop("machine")
+    assert told.pop("sha256")
     assert machine.startswith("cpu ")
     assert list(told.items()) == [
         ("format", 1),
@@ -388,15 +390,28 @@ def test_pictures_of_unknown_origin_are_refused(
     assert files(tmp_path) == there
 
 
-def test_a_picture_damaged_inside_is_named(tmp_path: Path) -> None:
+def test_a_picture_damaged_inside_is_named_and_made_again(tmp_path: Path) -> None:
     make(tmp_path, 4, formats=("png",))
-    broken = tmp_path / "000002.png"
+    before, broken = files(tmp_path), tmp_path / "000002.png"
     data = bytearray(broken.read_bytes())
     data[40:50] = bytes(10)
     broken.write_bytes(data)
     with pytest.raises(ValueError, match=r"000002.png: damaged .* remove it and run again"):
-        make(tmp_path, 4)
-    assert not list(tmp_path.glob("*.npz*"))
+        SeriesFolder(tmp_path, 6).read(2)
+    assert make(tmp_path, 4, formats=("png",)).made == 1
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("offset", [-400, -30])
+def test_an_archive_that_is_damaged_inside_is_made_again(tmp_path: Path, offset: int) -> None:
+    made = make(tmp_path, 4)
+    before = files(tmp_path)
+    assert made.archive is not None
+    data = bytearray(made.archive.read_bytes())
+    data[offset] ^= 1
+    made.archive.write_bytes(data)
+    make(tmp_path, 4)
+    assert files(tmp_path) == before
 
 
 # Where rounding decides

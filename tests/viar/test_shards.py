@@ -399,6 +399,7 @@ def test_a_folder_of_an_earlier_release_is_read_and_gone_on_with(tmp_path: Path)
     told = tmp_path / "shards.json"
     found = json.loads(told.read_text())
     assert (found.pop("class_names"), found.pop("augmentations")) == ([], [])
+    found.pop("sha256")
     told.write_text(json.dumps(found))
     assert len(TokenShards(tmp_path)) == 23
     (tmp_path / "train-00001.npy").unlink()

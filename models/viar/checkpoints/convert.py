@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checksums import load_tensors, save_tensors
 from ..files import replacing_path
 from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pickles import load_pickled
+from ..pickles import check_pickled, load_pickled
 from ..pretrained import (
     OF_DAMAGE,
     WEIGHTS,
@@ -27,6 +29,7 @@ from ..pretrained import (
     first_line,
     not_larger,
     read_config,
+    settings_text,
 )
 from ..tokenizer import Tokenizer
 from .official import (
@@ -170,9 +173,10 @@ def convert_checkpoint(
         tensors = export_official(model)
         with replacing_path(Path(os.path.realpath(out))) as fresh:
             if out.suffix == ".safetensors":
-                save_file(tensors, fresh)
+                save_tensors(tensors, fresh)
             else:
-                torch.save(tensors, fresh)
+                with fresh.open("wb") as file:
+                    torch.save(tensors, file)
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
@@ -228,12 +232,17 @@ def _read(path: Path) -> Any:
     path.open("rb").close()  # A file without read permission raises here, and is not called damaged below.
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_tensors(path)
         # torch.load warns of old pickles before it refuses them; the error says enough.
         with warnings.catch_warnings(action="ignore"):
+            check_pickled(path)
+            if zipfile.is_zipfile(path):
+                _check_sums(path)
             return load_pickled(path, mapped=True)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except _Damaged as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
         if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
             raise ValueError(
@@ -244,6 +253,21 @@ def _read(path: Path) -> Any:
             f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); expected a file of "
             "torch.save or a .safetensors"
         ) from error
+
+
+class _Damaged(ValueError):
+    """A file has a checksum, and holds something else."""
+
+
+def _check_sums(path: Path) -> None:
+    """Raise `_Damaged` unless an archive of torch.save is as it was written: torch.load does not ask."""
+    with zipfile.ZipFile(path) as archive:
+        name = archive.testzip()
+    if name is not None:
+        raise _Damaged(
+            f"{name} in it is damaged, its CRC-32 is another; fetch or make it again (where it was written "
+            "without sums, by torch.serialization.set_crc32_options(False), load it and save it with them)"
+        )
 
 
 def _tensors(values: Any, origin: str) -> dict[str, Tensor]:
@@ -281,8 +305,7 @@ def _load_folder(folder: Path) -> Model:
     try:
         with not_larger(folder / WEIGHTS):
             model = _on_meta((TransformerConfig if "trunk" in values else TokenizerConfig).from_dict(values))
-        tensors = load_file(folder / WEIGHTS)
-        check_tensors(model, tensors)
+        tensors = load_tensors(folder / WEIGHTS, settings_text(values), partial(check_tensors, model))
         model.load_state_dict(tensors, assign=True)
     except (*OF_DAMAGE, ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: not a model of this package: {error}") from error

@@ -7,7 +7,6 @@ shipped one; "viar", "var" and "judge" side by side; then "evaluation".
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,7 +142,8 @@ def run_demo(config: DemoConfig, console: Console) -> dict[str, Any]:
 def _publish(out: Path, stage: str, pictures: tuple[str, ...], console: Console) -> None:
     """Put pictures of a stage where one looks for them, and say where."""
     for picture in pictures:
-        shutil.copyfile(out / stage / picture, out / picture)
+        with replacing(out / picture) as file:
+            file.write((out / stage / picture).read_bytes())
         console.print(f"{out / picture}", markup=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ..checksums import read_json, to_json
 from ..data.decoding import shown
 from ..evaluation.features import FeatureNetwork
 from ..evaluation.inception import inception_network, usual_weights
@@ -27,7 +27,7 @@ from ..evaluation.published import (
     checked_digests,
 )
 from ..evaluation.references import check_reference, find_pictures, read_reference
-from ..files import file_digest, read_json, replacing
+from ..files import file_digest, replacing
 from ..generation.series.folder import SETTINGS
 from ..generation.series.series import generate_series
 from ..generation.settings import Sampling
@@ -242,7 +242,7 @@ def _figures(
         try:
             found = read_json(record)
             figures: dict[str, float | None] = found.pop("figures")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{shown(record)} is damaged ({error}); remove it") from error
         if found == told:
             _say(console, f"figures were there: {shown(record)}")
@@ -253,7 +253,7 @@ def _figures(
         real = read_reference(str(reference), network, pictures.image_side)
         figures = asdict(real.quality(real.see(pictures.batches())))
     with replacing(record) as file:
-        file.write(json.dumps({**told, "figures": figures}, indent=1).encode())
+        file.write(to_json({**told, "figures": figures}))
     return figures
 
 

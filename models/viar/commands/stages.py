@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..files import read_json, replacing
+from ..checksums import read_json, to_json
+from ..files import replacing
 
 BEGUN, DONE = "begun.json", "done.json"
 Result = dict[str, Any]  # plain values only, since it is kept as JSON
@@ -124,16 +125,17 @@ class Stages:
         folder = self.root / name
         begun = folder / BEGUN
         interrupted = begun.exists() and not self._done(name).exists()
-        if not (interrupted and begun.read_text() == json.dumps(fingerprint)):
+        told = json.dumps(fingerprint).encode()
+        if not (interrupted and begun.read_bytes() == told):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             with replacing(begun) as file:
-                file.write(json.dumps(fingerprint).encode())
+                file.write(told)
         return folder
 
     def _finish(self, name: str, fingerprint: str, result: Result) -> None:
         with replacing(self._done(name)) as file:
-            file.write(json.dumps({"fingerprint": fingerprint, "result": result}, indent=2).encode())
+            file.write(to_json({"fingerprint": fingerprint, "result": result}))
 
     def _done(self, name: str) -> Path:
         return self.root / name / DONE
@@ -163,7 +165,7 @@ def _read(done: Path) -> dict[str, Any]:
     """
     try:
         return read_json(done)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{done}: expected the result of a stage, found a damaged file; remove it, and the stage is done "
             "again"

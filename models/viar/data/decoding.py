@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from ..checksums import png_chunks
+
 # What Pillow calls each kind that is read, with the endings that files of it have. A JPEG of a phone that
 # holds a depth map or a second lens is an MPO to Pillow; its first picture is the photograph.
 KINDS = {
@@ -191,6 +193,7 @@ def upright(image: Image.Image, name: object) -> Image.Image:
     tiles: Any = getattr(image, "tile", None)
     raw = tiles[0][3] if tiles else None  # how numbers lie in the file; gone when it is loaded
     with _named(name):
+        _check_sums(image)
         image = _loaded(image)
     if raw == "RGB;16B" and "transparency" in image.info:
         # Only the upper half of the numbers is decoded, and the transparent colour cannot be told by it.
@@ -234,6 +237,16 @@ def colour_and_alpha(image: Image.Image, name: object) -> tuple[Image.Image, Ima
     elif image.mode not in _WITH_PROFILE:
         image = _lab_to_rgb(image, name) if image.mode == "LAB" else image.convert("RGB")
     return _to_srgb(image, profile), alpha
+
+
+def _check_sums(image: Image.Image) -> None:
+    """Raise `ValueError` where pixels of a PNG are not as they were written: Pillow does not ask."""
+    file: Any = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:  # it is loaded
+        return
+    for kind, is_sound in png_chunks(file):
+        if kind == b"IDAT" and not is_sound:
+            raise ValueError("its pixels are not what their checksum says")
 
 
 def _check_file(path: Path) -> None:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..files import read_json, replacing
+from ..checksums import read_json, to_json
+from ..files import replacing
 from ..kinds import checked
 from ..model.config import check_at_least
 from ..pretrained import fingerprint
@@ -182,7 +183,7 @@ def _enter(folder: Path, settings: ShardSettings, earlier: Sequence[str]) -> Non
     if others:
         raise ValueError(f"{folder}: holds something else than tokens; give a new or an empty folder")
     with replacing(folder / SETTINGS, apart=True) as file:
-        file.write(json.dumps(wanted, indent=1).encode())
+        file.write(to_json(wanted))
 
 
 def _tidy(folder: Path, names: set[str]) -> None:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..files import file_digest, read_json
+from ..checksums import read_json
+from ..files import file_digest
 from ..kinds import check_fields, checked
 from ..model.config import check_at_least
 from ..model.scales import check_sides

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..checksums import load_tensors, save_tensors
 from ..data import Batch, BatchedDataset, EndlessBatches
 from ..kinds import check_tensor, checked, shown
 from ..model.config import check_at_least
@@ -107,16 +107,17 @@ class Classifier(nn.Module):
             )
 
     def save(self, path: Path) -> None:
-        """Write the weights to `path`, in safetensors' format."""
-        save_file(self.state_dict(), path)
+        """Write the weights to `path`, in safetensors' format, with a checksum."""
+        save_tensors(self.state_dict(), path)
 
     def load(self, path: Path) -> Classifier:
         """Read what `save` wrote to `path`, and return the classifier itself.
 
         Raises:
             RuntimeError: the weights are those of a classifier of other sizes.
+            ValueError: they are not those that were saved.
         """
-        self.load_state_dict(load_file(path))
+        self.load_state_dict(load_tensors(path))
         return self
 
     @classmethod
@@ -129,13 +130,15 @@ class Classifier(nn.Module):
             image_side: pixels a side, a multiple of 4.
 
         Raises:
-            ValueError: the file holds something else, a classifier of an earlier version, or the side is no
-                multiple of 4.
+            ValueError: the file holds something else, a classifier of an earlier version, or weights that are
+                not those that were saved; or the side is no multiple of 4.
         """
         try:
-            tensors = load_file(path)
+            tensors = load_tensors(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: expected the weights of a classifier, found something else") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if "layers.11.bias" in tensors:
             raise ValueError(
                 f"{path}: expected a classifier with a hidden layer, found one of an earlier "

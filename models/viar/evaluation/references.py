@@ -8,25 +8,22 @@ images.
 
 from __future__ import annotations
 
-import lzma
 import math
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checksums import OF_DAMAGED_ARCHIVES, read_json
 from ..data import load_data, read_picture
-from ..data.decoding import decode_picture, shown
+from ..data.decoding import ENDINGS, decode_picture, shown
 from ..data.scan import scan
-from ..files import file_digest, read_json, replacing
+from ..files import file_digest, replacing
 from ..kinds import checked
 from .features import FeatureNetwork, Features, features_of
 from .inception import INCEPTION
@@ -37,23 +34,6 @@ ARCHIVE = ".npz"
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "count", "network", "pooled"}
 # What is read at once may take so many times the bytes of its file, or at least these: packed zeros take few.
 MOST_PACKING, MOST_PACKED = 100, 2**26
-# What a damaged archive, one with a password, or one packed in a way of its own makes readers raise.
-OF_DAMAGE = (
-    ArithmeticError,
-    SyntaxError,
-    TypeError,
-    TokenError,
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -96,10 +76,11 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
             `viar.data.read_picture`; default that of the first. An archive must have them so.
 
     Raises:
-        ValueError: there is nothing of the kind, another size, or classes that are no integers of at least 0.
+        ValueError: there is nothing of the kind, another size, classes that are no integers of at least 0, or
+            a picture of a folder that cannot be read.
     """
     if path.is_dir():
-        pictures = scan(path).pictures
+        pictures = _whole_pictures(path)
         archives = sorted(path.glob(f"*{ARCHIVE}"))
         if not pictures and len(archives) == 1:
             return find_pictures(archives[0], image_side)
@@ -113,7 +94,7 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
             labels = _array(path, "arr_1") if "arr_1.npy" in archive.namelist() else None
             there = archive.getinfo("arr_0.npy").file_size - member.tell()
             _check_packing(path, there, shape, dtype, num_rows=BATCH)
-    except OF_DAMAGE as error:
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is no archive of images with arr_0 in it ({error})") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
         raise ValueError(f"{shown(path)}: expected arr_0 (N, H, H, 3) in uint8, got {shape} in {dtype}")
@@ -260,7 +241,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, Any], bool]:
             raise ValueError("cut off, or something else")
         names = _members(path)
         return {name: _array(path, name) for name in names & STATISTICS}, "arr_0" in names
-    except OF_DAMAGE as error:
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is no archive of numpy that can be read ({error})") from error
 
 
@@ -323,6 +304,22 @@ def _check_digest(path: Path, sha256: str) -> None:
         )
 
 
+def _whole_pictures(folder: Path) -> list[Path]:
+    """Pictures of a folder; one that cannot be read is not left out, as figures would be of fewer."""
+    found = scan(folder)
+    broken = [
+        skipped
+        for skipped in found.skipped
+        if skipped.path.suffix.lower() in ENDINGS and not skipped.path.name.startswith(".")
+    ]
+    if broken:
+        raise ValueError(
+            f"{shown(folder / broken[0].path)}: {broken[0].reason}; {len(broken)} of "
+            f"{len(broken) + len(found.pictures)} pictures cannot be read, mend or remove them"
+        )
+    return found.pictures
+
+
 def _read_pictures(folder: Path, image_side: int) -> Iterator[Tensor]:
     pictures = scan(folder).pictures
     for start in range(0, len(pictures), BATCH):
@@ -340,7 +337,8 @@ def _read_archive(path: Path) -> Iterator[Tensor]:
                 rows = min(BATCH, num - start)
                 values = np.frombuffer(member.read(rows * size), np.uint8).reshape(rows, *shape)
                 yield torch.from_numpy(values.copy()).permute(0, 3, 1, 2).float() / 255
-    except OF_DAMAGE as error:
+            _check_end(member)
+    except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is damaged ({error}); fetch or make it again") from error
 
 
@@ -361,11 +359,21 @@ def _members(path: Path) -> set[str]:
 
 
 def _array(path: Path, name: str) -> Any:
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        shape, dtype = _header(member, by_rows=False)
-        _check_packing(path, archive.getinfo(f"{name}.npy").file_size - member.tell(), shape, dtype)
-    with np.load(path, allow_pickle=False) as found:
-        return found[name]
+    with zipfile.ZipFile(path) as archive:
+        with archive.open(f"{name}.npy") as member:
+            shape, dtype = _header(member, by_rows=False)
+            there = archive.getinfo(f"{name}.npy").file_size - member.tell()
+            _check_packing(path, there, shape, dtype)
+        with archive.open(f"{name}.npy") as member:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+            _check_end(member)
+            return array
+
+
+def _check_end(member: Any) -> None:
+    """Raise where an array is longer than its header says; its checksum is looked at where it ends."""
+    if member.read(1):
+        raise ValueError("an array is longer than its header says")
 
 
 def _check_packing(

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from ..files import file_digest, flush
+from ..files import file_digest, flush, naming
 from ..pickles import load_pickled
 from ..seeds import LARGEST_SEED, seed_at
 from .earlier import is_earlier, read_earlier
@@ -149,17 +149,28 @@ class Checkpoint:
             shutil.rmtree(self.folder.rename(self._fresh))
 
     def _write(self, held: dict[str, Any]) -> None:
-        self._fresh.mkdir(parents=True)
-        torch.save(held, self._fresh / FILE)
-        (self._fresh / DIGEST).write_text(file_digest(self._fresh / FILE))
-        for path in (self._fresh / FILE, self._fresh / DIGEST, self._fresh):
-            flush(path)
+        try:
+            with naming(self.folder):
+                self._write_fresh(held)
+        except BaseException:
+            shutil.rmtree(self._fresh, ignore_errors=True)  # where there is no space, it must not take some
+            raise
         if self.folder.is_dir():
             self.folder.rename(self._old)
             flush(self.folder.parent)
         self._fresh.rename(self.folder)
         flush(self.folder.parent)
         shutil.rmtree(self._old, ignore_errors=True)
+
+    def _write_fresh(self, held: dict[str, Any]) -> None:
+        self._fresh.mkdir(parents=True)
+        with (self._fresh / FILE).open(
+            "wb"
+        ) as file:  # of which errors tell the cause, unlike those of a name
+            torch.save(held, file)
+        (self._fresh / DIGEST).write_text(file_digest(self._fresh / FILE))
+        for path in (self._fresh / FILE, self._fresh / DIGEST, self._fresh):
+            flush(path)
 
     def _load(self) -> list[str]:
         """What to say of it. The main process reads and tells the others, also of what went wrong."""

@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..files import replacing
+from ..files import naming, replacing
 from ..screen import is_watched
 
 LOG_EVERY = 10  # steps; the first one is logged too
@@ -66,8 +66,8 @@ class RunLog:
         self.path, self.name, self.is_main, self.trackers = path, name, is_main, trackers
         self.batch_size, self.device = batch_size, device
         self.console = Console() if console is None else console
-        if is_main:
-            _keep_until(path, step)
+        if is_main and (num_damaged := _keep_until(path, step)):
+            self.say(f"{path}: {num_damaged} damaged or unfinished lines are left out")
         self._step, self._seconds = step, seconds  # of the last line of metrics
         self._began, self._first_progress = time.monotonic(), progress
         self._line_at = -math.inf
@@ -143,7 +143,7 @@ class RunLog:
         return f"  {timedelta(seconds=round(left))} left"
 
     def _keep(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def _track(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -152,18 +152,23 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl, without those that are damaged or were not written to their end."""
+    """The lines of a run's metrics.jsonl, without those that are damaged or not written to their end."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The lines that are numbers by name with their step, and how many are not."""
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-    return [row for row in map(_row, lines) if row is not None]
-
-
-def _row(line: str) -> dict[str, float] | None:
-    """Metrics by name with their step, if the line has them."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        numbers = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
+        if numbers and type(row.get("step")) is int:
+            rows.append(row)
+    return rows, len(lines) - len(rows)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -177,14 +182,19 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Remove what a metrics.jsonl tells of later steps: they are yet to come, or come again."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+def _keep_until(path: Path, step: int) -> int:
+    """Remove what a metrics.jsonl tells of later steps: they are yet to come, or come again.
+
+    Damaged lines are removed too; how many there were.
+    """
+    found, num_damaged = _read(path)
+    rows = [row for row in found if row["step"] <= step]
     if not rows:
         path.unlink(missing_ok=True)
-        return
+        return num_damaged
     with replacing(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    return num_damaged
 
 
 def _listed(metrics: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ..checksums import read_json
 from ..data import (
     AugmentedImages,
     Batch,
@@ -19,7 +20,7 @@ from ..data import (
     TensorImages,
     TokenShards,
 )
-from ..files import read_json, replacing
+from ..files import replacing
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
 from ..tokenizer import Tokenizer

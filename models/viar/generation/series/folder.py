@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...checksums import OF_DAMAGED_ARCHIVES, PNG_BEGIN, png_chunks, read_json, to_json
 from ...data.decoding import decode_picture
-from ...files import read_json, replacing
+from ...files import replacing
 
 SETTINGS = "series.json"
 FORMAT = 1  # of a series; to be raised with whatever changes the images of given settings
 READ_AT_ONCE = 256  # pictures held while the archive is written
 
+MEMBERS = {"arr_0.npy", "arr_1.npy"}  # of the archive
 _NUMBERED = re.compile(r"[0-9]{6,18}\.png")
 # A whole PNG ends with this chunk.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -52,8 +54,13 @@ class SeriesFolder:
         return self.path / f"samples_{num}x{self.side}x{self.side}x3.npz"
 
     def has_archive(self, num: int) -> bool:
-        """Whether the archive of the first `num` images is there, to its end."""
-        return zipfile.is_zipfile(self.archive(num))
+        """Whether the archive of the first `num` images is there and what was written; reads all of it."""
+        path = self.archive(num)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return set(archive.namelist()) == MEMBERS and archive.testzip() is None
+        except OF_DAMAGED_ARCHIVES:
+            return False
 
     def prepare(self, settings: dict[str, Any], num: int, formats: Sequence[str]) -> list[int]:
         """Begin in the folder, or go on in one of the same settings; indices below `num` of images to make.
@@ -67,9 +74,8 @@ class SeriesFolder:
         there = self._indices()
         if there or any(self.path.glob("samples_*.npz")):
             self._compare(settings)
-        text = json.dumps(settings, indent=1)
         with replacing(self.path / SETTINGS) as file:
-            file.write(text.encode())
+            file.write(to_json(settings))
         if "png" not in formats and self.has_archive(num):
             return []
         missing = [i for i in range(num) if i not in there or not self._is_whole(self.picture(i))]
@@ -94,6 +100,8 @@ class SeriesFolder:
         """
         path = self.picture(index)
         try:
+            if not self._is_whole(path):
+                raise OSError("it is not what was written")
             pixels_HWC = np.asarray(decode_picture(path))
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: damaged ({error}); remove it and run again") from error
@@ -141,12 +149,13 @@ class SeriesFolder:
         return {number for number in numbers if self.picture(number).name in names}
 
     def _is_whole(self, path: Path) -> bool:
-        head = struct.pack(">8sI4sIIBB", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", self.side, self.side, 8, 2)
+        head = struct.pack(">8sI4sIIBB", PNG_BEGIN, 13, b"IHDR", self.side, self.side, 8, 2)
         with path.open("rb") as file:
             if file.read(len(head)) != head:
                 return False
+            chunks = list(png_chunks(file))
             file.seek(-len(_PNG_END), os.SEEK_END)
-            return file.read() == _PNG_END
+            return all(is_sound for _, is_sound in chunks) and file.read() == _PNG_END
 
     def _compare(self, settings: dict[str, Any]) -> None:
         """Raise `ValueError` unless the images of this folder were made with `settings`."""
@@ -158,7 +167,7 @@ class SeriesFolder:
             )
         try:
             found = read_json(path)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: unreadable ({error}); give another folder") from error
         names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if names:
