@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -80,8 +81,8 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
 def replacing_path(path: Path) -> Iterator[Path]:
     """The same for writers that ask for a name, not an open file, and for those that write a folder.
 
-    Yields a path of the same name in a new folder beside `path`; its parents are made. A file, or a folder
-    where none was, takes the place of `path`. Of a folder that is there, each file that was written is
+    Yields a path of the same name in a new folder beside `path`, which one process at a time has; its parents
+    are made. A file, or a folder where none was, takes the place of `path`. Of a folder that is there, each file that was written is
     replaced, and the others stay. Of a link, what it leads to is replaced.
 
     Raises:
@@ -89,15 +90,37 @@ def replacing_path(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     _check_regular(path, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        fresh = Path(folder, path.name)
+    folder = path.with_name(f".{path.name}.partial")
+    with alone(folder):
+        fresh = folder / path.name
         yield fresh
         if path.is_dir():  # It may be somebody's working directory, so even an empty one is not replaced.
             for file in fresh.iterdir():
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, this process or thread has a new and empty folder, which is gone afterwards; others wait for it.
+
+    What a process that was killed left in it is gone too.
+
+    Args:
+        folder: its parents are made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with FileLock(lock):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
+                lock.unlink()
 
 
 @contextmanager

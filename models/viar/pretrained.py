@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .cards import ENDING, model_card
-from .files import flush
+from .files import alone, flush
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
 # A setting that config.json of one kind has and that of the other has not.
@@ -86,6 +85,9 @@ class Pretrained(PyTorchModelHubMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
         """Write config.json, model.safetensors and, where there is none, README.md: each whole or not at all.
 
+        Of several processes that do so at once, one comes after the other. One that is killed may leave no
+        weights, and never those of another model than the settings.
+
         Args:
             save_directory: made if it is not there.
             options: of `huggingface_hub.ModelHubMixin.save_pretrained`; `model_card_kwargs={"run": ...}` has
@@ -93,16 +95,18 @@ class Pretrained(PyTorchModelHubMixin):
         """
         folder = Path(save_directory)
         fresh = folder / ".saving"
-        shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
-        try:
+        with alone(fresh):
             pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
             if (folder / CARD).exists():
                 (fresh / CARD).unlink()
-            for path in fresh.iterdir():
+            paths = sorted(fresh.iterdir())
+            for path in paths:
                 flush(path)
+            if _of_other_settings(folder, fresh):  # between the two moves they would be taken for the new ones
+                (folder / WEIGHTS).unlink(missing_ok=True)
+                flush(folder)
+            for path in paths:
                 os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
         flush(folder)
         return pushed
 
@@ -138,6 +142,12 @@ class Pretrained(PyTorchModelHubMixin):
         check_tensors(model, tensors, strict=strict)
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
+
+
+def _of_other_settings(folder: Path, fresh: Path) -> bool:
+    """Whether a folder has a model of other settings than a fresh one."""
+    path = folder / CONFIG
+    return path.exists() and path.read_bytes() != (fresh / CONFIG).read_bytes()
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import replacing_path
+from ..files import replacing, replacing_path
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pretrained import OF_DAMAGE, WEIGHTS, check_tensors, read_config
+from ..pretrained import CARD, OF_DAMAGE, WEIGHTS, check_tensors, read_config
 from ..tokenizer import Tokenizer
 from .official import (
     NUM_GROUPS,
@@ -160,8 +160,13 @@ def convert_checkpoint(
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
-        with replacing_path(out) as fresh:
-            model.save_pretrained(fresh)
+        if out.is_dir():
+            model.save_pretrained(out)
+            with replacing(out / CARD) as file:  # which else would stay that of the model before
+                file.write(str(model.generate_model_card()).encode())
+        else:
+            with replacing_path(out) as fresh:
+                model.save_pretrained(fresh)
     return model
 
 

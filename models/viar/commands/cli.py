@@ -16,11 +16,12 @@ from rich.markup import escape
 import deqlib
 
 from ..memory import is_shortage
+from .ended import Ended, told_of_sigterm
 from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
-INTERRUPTED, NOBODY_READS = 130, 141  # as shells count signals 2 and 13
+INTERRUPTED, NOBODY_READS, ENDED = 130, 141, 143  # as shells count signals 2, 13 and 15
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -45,6 +46,9 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("[red]viar:[/red] interrupted")
         sys.exit(INTERRUPTED)
+    except Ended:
+        Console(stderr=True).print("[red]viar:[/red] ended by SIGTERM")
+        sys.exit(ENDED)
     except (SystemExit, *EXPECTED) as error:
         if nobody_reads(error):
             # Python flushes once more at its end.
@@ -71,7 +75,9 @@ def _run(arguments: list[str]) -> None:
     elif name in COMMANDS:
         from .parsing import parsed
 
-        parsed(name, arguments[1:])()
+        command = parsed(name, arguments[1:])
+        with told_of_sigterm():
+            command()
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         way_out = f"is {near[0]} meant?" if near else "viar --help says what they do"

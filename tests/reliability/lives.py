@@ -1,0 +1,114 @@
+"""Commands in processes that can be killed, stopped and short of memory; no tests.
+
+A fork server has imported all that they need, which saves each of them the seconds that this takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "viar"))  # where models of a few thousand parameters are made
+LIMIT = 300.0  # seconds after which a process is taken to hang
+
+_context = multiprocessing.get_context("forkserver")
+_COMMANDS = ("cli", "parsing", "train", "generate", "edit", "convert", "tokenize", "evaluate")
+# With what commands import when they are asked for, which takes longer than their work here.
+_LATE = ("sklearn.datasets", "torch._dynamo", "torch.distributed.tensor", "matplotlib.pyplot", "safetensors.torch")
+_context.set_forkserver_preload(
+    ["lives", "tiny_models", *_LATE, *(f"viar.commands.{name}" for name in _COMMANDS)]
+)
+
+
+def live(
+    work: Callable[..., None], arguments: Sequence[object], told: Path, environment: Mapping[str, str]
+) -> None:
+    """What a process does: work, with all that it says in a file."""
+    import torch
+
+    with told.open("ab", buffering=0) as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for output in (1, 2))
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def viar(*arguments: str) -> None:
+    """The command `viar`, as a shell would start it."""
+    from viar.commands.cli import main
+
+    sys.argv = ["viar", *arguments]
+    main()
+
+
+@dataclass
+class Life:
+    """A process that does one piece of work.
+
+    Attributes:
+        told: file of what it says.
+    """
+
+    process: ForkServerProcess
+    told: Path
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return not self.process.is_alive()
+
+    def ended(self, seconds: float = LIMIT) -> int:
+        """How it ended, within so many seconds: its exit code, below 0 the signal that it died of."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"hangs after {seconds} s: {self.said()[-2000:]}")
+        return self.process.exitcode
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        if not self.is_over:
+            os.kill(self.pid, number)
+
+    def until(self, there: Callable[[], bool], seconds: float = LIMIT) -> bool:
+        """Wait until something is there, or the process has ended; whether it is there."""
+        limit = time.monotonic() + seconds
+        while not there():
+            if self.is_over:
+                return there()
+            assert time.monotonic() < limit, f"waits for nothing: {self.said()[-2000:]}"
+            time.sleep(0.001)
+        return True
+
+    def said(self) -> str:
+        """All that it said."""
+        return self.told.read_text()
+
+
+def begin(
+    work: Callable[..., None], *arguments: object, told: Path, environment: Mapping[str, str] | None = None
+) -> Life:
+    """Start a process."""
+    process = _context.Process(target=live, args=(work, arguments, told, environment or {}))
+    process.start()
+    return Life(process, told)
