@@ -5,16 +5,13 @@ A fork server has imported all that they need, which saves each of them the seco
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -112,3 +109,24 @@ def begin(
     process = _context.Process(target=live, args=(work, arguments, told, environment or {}))
     process.start()
     return Life(process, told)
+
+
+def save_pair(folder: Path) -> tuple[str, ...]:
+    """Write a small VIAR and its tokenizer of images of 8 x 8 and 10 classes; the flags that name them."""
+    from tiny_models import tiny_tokenizer, tiny_transformer
+
+    sides = (1, 2, 4)
+    tiny_tokenizer(sides=sides).save_pretrained(folder / "tokenizer")
+    tiny_transformer(sides=sides, num_classes=10).save_pretrained(folder / "viar")
+    return ("--model", str(folder / "viar"), "--tokenizer", str(folder / "tokenizer"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files in a folder, by name; of those that another process removes meanwhile none."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        try:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            continue
+    return found
