@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,13 @@ LIMIT = 300.0  # seconds after which a process is taken to hang
 _context = multiprocessing.get_context("forkserver")
 _COMMANDS = ("cli", "parsing", "train", "generate", "edit", "convert", "tokenize", "evaluate")
 # With what commands import when they are asked for, which takes longer than their work here.
-_LATE = ("sklearn.datasets", "torch._dynamo", "torch.distributed.tensor", "matplotlib.pyplot", "safetensors.torch")
+_LATE = (
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "matplotlib.pyplot",
+    "safetensors.torch",
+)
 _context.set_forkserver_preload(
     ["lives", "tiny_models", *_LATE, *(f"viar.commands.{name}" for name in _COMMANDS)]
 )
@@ -130,3 +137,16 @@ def contents(folder: Path) -> dict[str, bytes]:
         except (FileNotFoundError, IsADirectoryError):
             continue
     return found
+
+
+def environments(num: int) -> list[dict[str, str]]:
+    """What tells processes of one machine of one another, as a launcher does; of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        | {"ACCELERATE_USE_CPU": "true"}
+        for rank in range(num)
+    ]

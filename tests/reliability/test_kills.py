@@ -6,64 +6,15 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import lives
 import pytest
 from PIL import Image
+from works import SETTINGS, WEIGHTS, Work, converted, edited, picture, series, tokens, training
 
 Times = Callable[[int, int], int]
 Tally = Callable[..., None]
-TRAINING = ("--train.batch-size", "4", "--train.seconds", "None", "--train.save-every", "1e-6")
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is killed.
-
-    Attributes:
-        what: in words, for the page.
-        arguments: of the command that does it in a folder.
-        kept: names of the files that have to be the same; default all of the folder, and no others.
-        goes_on: names, as patterns, of files that are whole once they are there, and stay.
-        begins_with: the name whose change begins the span of time in which it is killed; default any.
-        ends_once: whether the same command is refused where all is done.
-    """
-
-    what: str
-    arguments: Callable[[Path], list[str]]
-    kept: tuple[str, ...] = ()
-    goes_on: tuple[str, ...] = ()
-    begins_with: str = ""
-    ends_once: bool = False
-
-    def mark(self, folder: Path) -> object:
-        """Another value after the work has written something."""
-        places = [folder / self.begins_with] if self.begins_with else [*folder.rglob("*")]
-        marks = []
-        for place in places:
-            try:
-                marks.append((place, place.stat().st_mtime_ns))
-            except FileNotFoundError:
-                continue
-        return sorted(marks)
-
-    def result(self, folder: Path) -> dict[str, bytes]:
-        """What has to be the same in the end."""
-        found = lives.contents(folder)
-        return {name: found[name] for name in self.kept} if self.kept else found
-
-    def is_done(self, folder: Path) -> bool:
-        """Whether a kill came after all was done."""
-        out = folder / "out"
-        return self.ends_once and (out / WEIGHTS).exists() and not (out / "state").exists()
-
-    def standing(self, folder: Path) -> dict[str, bytes]:
-        """What is there for good."""
-        names = {str(path.relative_to(folder)) for pattern in self.goes_on for path in folder.glob(pattern)}
-        return {name: text for name, text in lives.contents(folder).items() if name in names}
 
 
 def killed(work: Work, folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
@@ -113,59 +64,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return lives.save_pair(tmp_path_factory.mktemp("models"))
 
 
-def series(pair: tuple[str, ...], num: int) -> Work:
-    return Work(
-        "kill -9 of a series of images (`viar generate --num`)",
-        lambda folder: ["generate", *pair, "--num", str(num), "--batch-size", "4", "--out", str(folder / "out")],
-        goes_on=("out/*.png", "out/*.npz"),
-    )
-
-
-def tokens(pair: tuple[str, ...]) -> Work:
-    flags = ["--data", "digits", "--shard-size", "100", "--batch-size", "16", *pair[2:]]
-    return Work(
-        "kill -9 of `viar tokenize`",
-        lambda folder: ["tokenize", *flags, "--out", str(folder / "out")],
-        goes_on=("out/*.npy", "out/*.sha256", "out/shards.json"),
-    )
-
-
-def training(pair: tuple[str, ...], command: str, steps: int) -> Work:
-    names = ("digits",) if command == "train-tokenizer" else ("digits-viar", *pair[2:])
-    return Work(
-        f"kill -9 of `viar {command}`, a state saved after every step",
-        lambda folder: [command, *names, *TRAINING, "--train.steps", str(steps), "--out", str(folder / "out")],
-        kept=tuple(f"out/{name}" for name in (WEIGHTS, SETTINGS, "metrics.jsonl")),
-        begins_with="out/state",
-        ends_once=True,
-    )
-
-
-def picture(pair: tuple[str, ...]) -> Work:
-    return Work(
-        "kill -9 of a grid of images (`viar generate`)",
-        lambda folder: ["generate", *pair, "--per-class", "2", "--out", str(folder / "grid.png")],
-        goes_on=("grid.png",),
-    )
-
-
-def edited(pair: tuple[str, ...], image: Path) -> Work:
-    flags = [*pair, "--image", str(image), "--label", "1", "--box", "0", "0", "0.5", "0.5", "--num", "3"]
-    return Work(
-        "kill -9 of `viar edit`",
-        lambda folder: ["edit", *flags, "--out", str(folder / "edited.png")],
-        goes_on=("edited-*.png",),
-    )
-
-
-def converted(what: str, source: Path, name: str) -> Work:
-    return Work(
-        f"kill -9 of `viar convert` into {what}",
-        lambda folder: ["convert", str(source), str(folder / name), "--overwrite"],
-        goes_on=("out.pth", "out.safetensors", "out/*"),
-    )
-
-
 @pytest.mark.parametrize("command", ["train", "train-tokenizer"])
 def test_training_that_is_killed_goes_on_to_the_same_weights(
     command: str, pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
@@ -174,21 +72,21 @@ def test_training_that_is_killed_goes_on_to_the_same_weights(
     figures = killed(work, tmp_path, times(1, 30))
     for left in ("state", "state.new", "state.old", "best", ".saving", ".lock"):
         assert not (tmp_path / "parts" / "out" / left).exists(), left
-    tally("faults", work.what, **figures)
+    tally("faults", f"kill -9 of {work.what}", **figures)
 
 
 def test_a_series_that_is_killed_goes_on_to_the_same_files(
     pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
 ) -> None:
     work = series(pair, num=30)
-    tally("faults", work.what, **killed(work, tmp_path, times(2, 60)))
+    tally("faults", f"kill -9 of {work.what}", **killed(work, tmp_path, times(2, 60)))
 
 
 def test_tokenizing_that_is_killed_goes_on_to_the_same_files(
     pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
 ) -> None:
     work = tokens(pair)
-    tally("faults", work.what, **killed(work, tmp_path, times(2, 60)))
+    tally("faults", f"kill -9 of {work.what}", **killed(work, tmp_path, times(2, 60)))
 
 
 def test_a_picture_that_is_being_written_is_whole_or_not_there(
@@ -199,7 +97,7 @@ def test_a_picture_that_is_being_written_is_whole_or_not_there(
     for work in (picture(pair), edited(pair, image)):
         folder = tmp_path / work.what.split("`")[1]
         folder.mkdir()
-        tally("faults", work.what, **killed(work, folder, times(1, 60)))
+        tally("faults", f"kill -9 of {work.what}", **killed(work, folder, times(1, 60)))
 
 
 def test_a_conversion_that_is_killed_leaves_a_whole_checkpoint_or_none(
@@ -216,7 +114,7 @@ def test_a_conversion_that_is_killed_leaves_a_whole_checkpoint_or_none(
     for what, (source, name) in cases.items():
         work, folder = converted(what, source, name), tmp_path / what
         folder.mkdir()
-        tally("faults", work.what, **killed(work, folder, times(1, 40)))
+        tally("faults", f"kill -9 of {work.what}", **killed(work, folder, times(1, 40)))
 
 
 def wide(folder: Path) -> Path:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ending_images import Ending
 from hypothesis import given
 from hypothesis import strategies as st
-from ending_images import Ending
 from PIL import Image
 from test_cli import call
 from test_train import Interrupted, assert_same, fresh_transformer, pictures, settings
