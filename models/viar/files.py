@@ -82,8 +82,8 @@ def replacing_path(path: Path) -> Iterator[Path]:
     """The same for writers that ask for a name, not an open file, and for those that write a folder.
 
     Yields a path of the same name in a new folder beside `path`, which one process at a time has; its parents
-    are made. A file, or a folder where none was, takes the place of `path`. Of a folder that is there, each file that was written is
-    replaced, and the others stay. Of a link, what it leads to is replaced.
+    are made. A file, or a folder where none was, takes the place of `path`. Of a folder that is there, each
+    file that was written is replaced, and the others stay. Of a link, what it leads to is replaced.
 
     Raises:
         ValueError: `path` is a device or a pipe.
@@ -103,7 +103,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Inside, this process or thread has a new and empty folder, which is gone afterwards; others wait for it.
+    """Inside, this process or thread has a new and empty folder, gone afterwards; others wait for it.
 
     What a process that was killed left in it is gone too.
 

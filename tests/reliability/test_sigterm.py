@@ -1,4 +1,4 @@
-"""SIGTERM: training saves its state and ends well, all else ends in one line, and each goes on to the same."""
+"""SIGTERM: training saves its state and ends well, all else ends in one line; each goes on to the same."""
 
 from __future__ import annotations
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import lives
+import pytest
 
 TRAINING = ("--train.batch-size", "4", "--train.seconds", "None", "--train.save-every", "1e-6")
+# What another test shows in part, or a case of the same kind, within the time of every change.
+in_full = pytest.mark.skipif(os.environ.get("DEQLIB_THOROUGH") != "1", reason="make reliability does it")
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 

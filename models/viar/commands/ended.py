@@ -17,7 +17,7 @@ class Ended(BaseException):
 
 @contextmanager
 def told_of_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises `Ended`, so that half a file is not left; the second one ends this process at once.
+    """Inside, SIGTERM raises `Ended`, so that no half a file is left; a second ends this process at once.
 
     Among several processes it ends this one at once as ever: one that waits for another is told of nothing.
     So it does where this is not the main thread.
