@@ -118,13 +118,18 @@ def begin(
     return Life(process, told)
 
 
-def save_pair(folder: Path) -> tuple[str, ...]:
-    """Write a small VIAR and its tokenizer of images of 8 x 8 and 10 classes; the flags that name them."""
+def save_pair(folder: Path, **changes: int) -> tuple[str, ...]:
+    """Write a small VIAR and its tokenizer of images of 8 x 8 and 10 classes; the flags that name them.
+
+    Args:
+        folder: for both.
+        changes: of the settings of the VIAR.
+    """
     from tiny_models import tiny_tokenizer, tiny_transformer
 
     sides = (1, 2, 4)
     tiny_tokenizer(sides=sides).save_pretrained(folder / "tokenizer")
-    tiny_transformer(sides=sides, num_classes=10).save_pretrained(folder / "viar")
+    tiny_transformer(sides=sides, num_classes=10, **changes).save_pretrained(folder / "viar")
     return ("--model", str(folder / "viar"), "--tokenizer", str(folder / "tokenizer"))
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 import deqlib
 
 from ..memory import is_shortage
-from .ended import Ended, told_of_sigterm
+from .ended import Ended, lost_another, told_of_sigterm
 from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
@@ -123,6 +123,8 @@ def one_line(error: Exception) -> str | None:
     text = str(error)
     if is_shortage(error):
         return f"memory does not suffice ({text.strip().partition(chr(10))[0]}); make model or batch smaller"
+    if of_another := lost_another(error):
+        return of_another
     if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker"):
         return f"another process of this command was ended from outside ({text}); is there memory for it?"
     if isinstance(error, RuntimeError):
