@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from viar.files import held, replacing, replacing_path
+from viar.files import alone, held, replacing, replacing_path
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -108,3 +109,36 @@ def test_a_file_in_place_of_a_folder_is_not_held(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="expected a folder, found a file"), held(tmp_path / "file"):
         pass
+
+
+def half_a_folder(folder: Path) -> None:
+    with alone(folder):
+        assert list(folder.iterdir()) == []
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+
+def test_a_folder_of_ones_own_is_gone_in_the_end_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / ".saving"
+    folder.mkdir(parents=True)
+    (folder / "left").touch()
+    (tmp_path / "new" / ".saving.lock").touch()
+    with pytest.raises(KeyboardInterrupt):
+        half_a_folder(folder)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_of_ones_own_is_waited_for(tmp_path: Path) -> None:
+    folder, order = tmp_path / "a", []
+
+    def work() -> None:
+        with alone(folder):
+            order.append("second")
+
+    thread = threading.Thread(target=work)
+    with alone(folder):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
