@@ -130,7 +130,8 @@ def save(folder: str, names: tuple[str, ...], begun: str = "") -> None:
     from viar import NextScaleTransformer
 
     models = [NextScaleTransformer.from_pretrained(name) for name in names]
-    while True:
+    end = time.monotonic() + lives.LIMIT  # where nobody kills it
+    while time.monotonic() < end:
         for model in models:
             model.save_pretrained(folder)
         if begun:
