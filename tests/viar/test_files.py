@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_transformer
 
+from viar import NextScaleTransformer
 from viar.files import alone, held, replacing, replacing_path
 
 
@@ -142,3 +145,26 @@ def test_a_folder_of_ones_own_is_waited_for(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_model_that_is_half_way_written_over_another_is_not_read_as_a_mixture(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_transformer().save_pretrained(tmp_path)
+    real, done = os.replace, list[object]()
+
+    def ends(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", ends)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_transformer(seed=1, drop_path=0.25).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"found no model.safetensors"):
+        NextScaleTransformer.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    tiny_transformer(seed=1, drop_path=0.25).save_pretrained(tmp_path)
+    assert NextScaleTransformer.from_pretrained(tmp_path).config.drop_path == 0.25
