@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -90,9 +91,10 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
 def replacing_path(path: Path) -> Iterator[Path]:
     """The same for writers that ask for a name, not an open file, and for those that write a folder.
 
-    Yields a path of the same name in a new folder beside `path`; its parents are made. A file, or a folder
-    where none was, takes the place of `path`. Of a folder that is there, each file that was written is
-    replaced, and the others stay. A link to a folder stands for that folder; any other is replaced itself.
+    Yields a path of the same name in a new folder beside `path`, which one process at a time has; its parents
+    are made. A file, or a folder where none was, takes the place of `path`. Of a folder that is there, each
+    file that was written is replaced, and the others stay. A link to a folder stands for that folder; any
+    other is replaced itself.
 
     Raises:
         ValueError: `path` is a device or a pipe.
@@ -101,9 +103,9 @@ def replacing_path(path: Path) -> Iterator[Path]:
     _check_regular(path, str(path))
     if path.is_dir() or not path.is_symlink():
         path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        fresh = Path(folder, path.name)
+    folder = path.with_name(f".{path.name}.partial")
+    with alone(folder):
+        fresh = folder / path.name
         with naming(path):
             yield fresh
         if path.is_dir():  # It may be somebody's working directory, so even an empty one is not replaced.
@@ -141,6 +143,30 @@ def _refusal(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     return None if error.__context__ is None else _refusal(error.__context__)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, this process or thread has a new and empty folder, gone afterwards; others wait for it.
+
+    What a process that was killed left in it is gone too.
+
+    Args:
+        folder: its parents are made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f"{folder.name}.lock")
+    with FileLock(lock):
+        if folder.is_symlink():  # else files would be made where it leads to
+            folder.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
+                lock.unlink()
 
 
 @contextmanager

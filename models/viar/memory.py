@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 # What PyTorch says in a plain RuntimeError where memory does not suffice.
-_WORDS = ("not enough memory", "can't allocate memory", "out of memory")
+_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
 
 
 def is_shortage(error: BaseException) -> bool:

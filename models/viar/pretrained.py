@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cards import ENDING, model_card
 from .checksums import digest_of, load_tensors, read_json, save_tensors
-from .files import flush, naming
+from .files import alone, flush, naming
 from .kinds import check_kind
 
 CONFIG, WEIGHTS, CARD, STATE = "config.json", "model.safetensors", "README.md", "state"
@@ -102,6 +101,9 @@ class Pretrained(PyTorchModelHubMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
         """Write config.json, model.safetensors and, where there is none, README.md: each whole or not at all.
 
+        Of several processes that do so at once, one comes after the other. One that is killed may leave no
+        weights, and never those of another model than the settings.
+
         Args:
             save_directory: made if it is not there.
             options: of `huggingface_hub.ModelHubMixin.save_pretrained`; `model_card_kwargs={"run": ...}` has
@@ -110,19 +112,21 @@ class Pretrained(PyTorchModelHubMixin):
         check_kind("save_directory: expected", save_directory, str | Path)
         folder = Path(save_directory)
         fresh = folder / ".saving"
-        if fresh.is_symlink():  # else files would be made where it leads to
-            fresh.unlink()
-        shutil.rmtree(fresh, ignore_errors=True)  # what a process that was killed left
-        try:
+        with alone(fresh):
             with naming(folder):
                 pushed = super().save_pretrained(fresh, **{"repo_id": folder.name, **options})
             if (folder / CARD).exists():
                 (fresh / CARD).unlink()
-            for path in fresh.iterdir():
+            paths = sorted(fresh.iterdir())
+            for path in paths:
                 flush(path)
+            if _of_other_settings(
+                folder, fresh
+            ):  # between the two moves they would be taken for the new ones
+                (folder / WEIGHTS).unlink(missing_ok=True)
+                flush(folder)
+            for path in paths:
                 os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
         flush(folder)
         return pushed
 
@@ -174,6 +178,12 @@ class Pretrained(PyTorchModelHubMixin):
             raise _NotThisModel(str(error)) from error
         model.load_state_dict(tensors, strict=strict)
         return model.eval()
+
+
+def _of_other_settings(folder: Path, fresh: Path) -> bool:
+    """Whether a folder has a model of other settings than a fresh one."""
+    path = folder / CONFIG
+    return path.exists() and path.read_bytes() != (fresh / CONFIG).read_bytes()
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -7,14 +7,17 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_transformer
 
-from viar.files import held, naming, replacing, replacing_path
+from viar import NextScaleTransformer
+from viar.files import alone, held, naming, replacing, replacing_path
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -153,3 +156,59 @@ def test_a_file_in_place_of_a_folder_is_not_held(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="expected a folder, found a file"), held(tmp_path / "file"):
         pass
+
+
+def half_a_folder(folder: Path) -> None:
+    with alone(folder):
+        assert list(folder.iterdir()) == []
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+
+def test_a_folder_of_ones_own_is_gone_in_the_end_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / ".saving"
+    folder.mkdir(parents=True)
+    (folder / "left").touch()
+    (tmp_path / "new" / ".saving.lock").touch()
+    with pytest.raises(KeyboardInterrupt):
+        half_a_folder(folder)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_of_ones_own_is_waited_for(tmp_path: Path) -> None:
+    folder, order = tmp_path / "a", []
+
+    def work() -> None:
+        with alone(folder):
+            order.append("second")
+
+    thread = threading.Thread(target=work)
+    with alone(folder):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_model_that_is_half_way_written_over_another_is_not_read_as_a_mixture(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_transformer().save_pretrained(tmp_path)
+    real, done = os.replace, list[object]()
+
+    def ends(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", ends)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_transformer(seed=1, drop_path=0.25).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"found no model.safetensors"):
+        NextScaleTransformer.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    tiny_transformer(seed=1, drop_path=0.25).save_pretrained(tmp_path)
+    assert NextScaleTransformer.from_pretrained(tmp_path).config.drop_path == 0.25

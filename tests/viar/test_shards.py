@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ending_images import Ending
 from hypothesis import given
 from hypothesis import strategies as st
-from killed_shards import Ending
 from PIL import Image
 from test_cli import call
 from test_train import Interrupted, assert_same, fresh_transformer, pictures, settings
@@ -347,20 +344,6 @@ def test_files_half_written_by_killed_processes_are_tidied_up_by_whom_they_belon
     assert left == {name for name in names if "00001" not in name}
     write(tmp_path)
     assert [path.name for path in tmp_path.glob("*.partial")] == ["diary.txt.partial"]
-
-
-def test_processes_killed_at_random_instants_leave_what_can_be_gone_on_with(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("killed_shards.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, "3"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert any(0 < int(line.split()[0]) < 47 for line in done.stdout.splitlines()), done.stdout
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 # Opening

@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checksums import load_tensors, save_tensors
-from ..files import replacing_path
+from ..files import replacing, replacing_path
 from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
 from ..pickles import check_pickled, load_pickled
 from ..pretrained import (
+    CARD,
     OF_DAMAGE,
     WEIGHTS,
     check_tensors,
@@ -180,8 +181,14 @@ def convert_checkpoint(
     else:
         _check_out(out, None, overwrite)
         model = load_official(source, sides=sides, num_heads=num_heads)
-        with replacing_path(Path(os.path.realpath(out))) as fresh:
-            model.save_pretrained(fresh)
+        out = Path(os.path.realpath(out))
+        if out.is_dir():
+            model.save_pretrained(out)
+            with replacing(out / CARD) as file:  # which else would stay that of the model before
+                file.write(str(model.generate_model_card()).encode())
+        else:
+            with replacing_path(out) as fresh:
+                model.save_pretrained(fresh)
     return model
 
 

@@ -17,11 +17,12 @@ import deqlib
 
 from ..data.decoding import shown
 from ..memory import is_shortage
+from .ended import Ended, lost_another, told_of_sigterm
 from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
-INTERRUPTED, NOBODY_READS = 130, 141  # as shells count signals 2 and 13
+INTERRUPTED, NOBODY_READS, ENDED = 130, 141, 143  # as shells count signals 2, 13 and 15
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -46,6 +47,9 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("[red]viar:[/red] interrupted")
         sys.exit(INTERRUPTED)
+    except Ended:
+        Console(stderr=True).print("[red]viar:[/red] ended by SIGTERM")
+        sys.exit(ENDED)
     except (SystemExit, *EXPECTED) as error:
         if nobody_reads(error):
             # Python flushes once more at its end.
@@ -73,7 +77,9 @@ def _run(arguments: list[str]) -> None:
     elif name in COMMANDS:
         from .parsing import parsed
 
-        parsed(name, arguments[1:])()
+        command = parsed(name, arguments[1:])
+        with told_of_sigterm():
+            command()
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         way_out = f"is {near[0]} meant?" if near else "viar --help says what they do"
@@ -119,6 +125,8 @@ def one_line(error: Exception) -> str | None:
     text = str(error)
     if is_shortage(error):
         return f"memory does not suffice ({text.strip().partition(chr(10))[0]}); make model or batch smaller"
+    if of_another := lost_another(error):
+        return of_another
     if isinstance(error, BrokenExecutor) or text.startswith("DataLoader worker"):
         return f"another process of this command was ended from outside ({text}); is there memory for it?"
     if isinstance(error, RuntimeError):

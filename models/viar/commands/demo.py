@@ -20,7 +20,7 @@ import deqlib
 
 from ..data import load_data
 from ..evaluation import accuracy, judge
-from ..files import replacing
+from ..files import held, replacing
 from ..generation.settings import Sampling
 from ..model.config import check_at_least
 from ..model.schedule import checked_iterations
@@ -80,7 +80,8 @@ def demo_command(config: Annotated[DemoConfig, tyro.conf.arg(name="")] = DemoCon
         config: Settings of the demo.
     """
     check_demo(config.out)
-    report({"out": config.out, **run_demo(config, Console())})
+    with held(config.out):
+        report({"out": config.out, **run_demo(config, Console())})
 
 
 def check_demo(out: Path) -> None:

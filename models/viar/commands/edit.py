@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..data import read_mask, read_picture, save_edit, save_picture
 from ..data.decoding import shown
 from ..generation.editing import box_mask, edit
+from ..memory import BatchSize
 from ..model.config import check_at_least
 from ..screen import tracked
 from .checks import check_picture, check_sampling
@@ -79,25 +82,34 @@ def edit_command(
         cut = f"{shown(image)} is {size[0]} x {size[1]}: resized, and the centre of {side} x {side} cut out"
         console.print(escape(cut))
     kept = 1 - kept if invert else kept
-    batch_size = flags.execution.batch_size
-    before = picture.to(transformer.pos_embed.device).expand(min(num, batch_size), -1, -1, -1)
-    edited = torch.cat(
-        [
-            edit(
-                transformer,
-                codec,
-                before[: num - start],
-                kept,
-                [label] * len(before[: num - start]),
-                sampling=sampling,
-                keep=keep,
-                border=border,
-                first_index=start,
-            ).cpu()
-            for start in tracked(range(0, num, batch_size), "edit", console=console)
-        ]
-    )
+    before = picture.to(transformer.pos_embed.device)
+
+    def make(part: range) -> Tensor:
+        return edit(
+            transformer,
+            codec,
+            before.expand(len(part), -1, -1, -1),
+            kept,
+            [label] * len(part),
+            sampling=sampling,
+            keep=keep,
+            border=border,
+            first_index=part.start,
+        ).cpu()
+
+    edited = _in_parts(num, flags.execution.batch_size, make, console)
     _save(picture, kept, edited, out, console)
+
+
+def _in_parts(num: int, batch_size: int, make: Callable[[range], Tensor], console: Console) -> Tensor:
+    """All results, half as many at a time from where memory does not suffice for a batch on."""
+
+    def tell(most: int) -> None:
+        text = f"memory did not suffice: from here on {most} are edited at a time"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    parts = BatchSize(batch_size, tell).parts(range(num), make)
+    return torch.cat(list(tracked(parts, "edit", total=math.ceil(num / batch_size), console=console)))
 
 
 def _check_pictures(image: Path, box: tuple[float, float, float, float] | None, mask: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from ..evaluation.published import (
     checked_digests,
 )
 from ..evaluation.references import check_reference, find_pictures, read_reference
-from ..files import file_digest, replacing
+from ..files import file_digest, held, replacing
 from ..generation.series.folder import SETTINGS
 from ..generation.series.series import generate_series
 from ..generation.settings import Sampling
@@ -96,6 +97,20 @@ def reproduce_command(
     num = (NUM_DRY if dry_run else NUM_IMAGES) if num is None else num
     check_at_least("viar reproduce", NUM_DRY, num=num)
     check_series(out / "images")
+    with nullcontext() if process_index() else held(out):  # the first one holds it for all
+        _reproduce(files, inception, out, num, sha256, dry_run, shape, flags)
+
+
+def _reproduce(
+    files: dict[str, Path],
+    inception: Path | None,
+    out: Path,
+    num: int,
+    sha256: tuple[str, ...],
+    dry_run: bool,
+    shape: str,
+    flags: PublishedFlags,
+) -> None:
     console = Console()
     network = _network(inception, find_device(flags.execution.device), dry_run, console)
     if dry_run:

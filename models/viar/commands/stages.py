@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..checksums import read_json, to_json
 from ..files import replacing
+from .ended import Ended
 
 BEGUN, DONE = "begun.json", "done.json"
 Result = dict[str, Any]  # plain values only, since it is kept as JSON
@@ -97,7 +99,9 @@ class Stages:
                 for name in todo
             }
             while running:
-                for future in wait(running, timeout=LOOK_EVERY, return_when=FIRST_COMPLETED).done:
+                with _ended_together():
+                    done = wait(running, timeout=LOOK_EVERY, return_when=FIRST_COMPLETED).done
+                for future in done:
                     name, task = running.pop(future)
                     results[name] = future.result()
                     self._finish(name, found[name][0], results[name])
@@ -155,6 +159,17 @@ def fingerprint_of_code(packages: Sequence[Path], distributions: Sequence[str]) 
     for distribution in distributions:
         digest.update(metadata.version(distribution).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def _ended_together() -> Iterator[None]:
+    """Inside, SIGTERM is handed on to the processes of the stages, which save their state and end."""
+    try:
+        yield
+    except Ended:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 def _read(done: Path) -> dict[str, Any]:
