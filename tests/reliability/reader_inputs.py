@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LIMIT = 10.0  # seconds of one input, on a busy machine
+LIMIT = 10.0  # seconds that an input may take of the processor
+PATIENCE = 120.0  # seconds after which one that waits is taken to hang, on a busy machine
 MOST_MEMORY = 6 * 2**30  # bytes of addresses beyond those at the start: what asks for more is told
 EXAMPLES = 5  # of each reader that are shown, of what must not happen
 
@@ -54,7 +55,8 @@ def main() -> None:
         found = list(readers.readers(Path(folder)))
         warnings.simplefilter("ignore")
         _limit_memory()
-        signal.signal(signal.SIGALRM, _hang)
+        for limit in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(limit, _hang)
         if given.guided:
             (reader,) = (one for one in found if one.what == given.guided)
             _guided(reader, given.inputs)
@@ -96,7 +98,7 @@ def tried(reader: Any, content: bytes) -> tuple[str, str]:
         with _in_time():
             reader.read(content)
     except _HungError:
-        return "hung", f"more than {LIMIT} s"
+        return "hung", f"more than {LIMIT} s of work or {PATIENCE} s"
     except reader.documented as error:
         text = str(error)
         clear = any(name in text for name in reader.names)
@@ -117,11 +119,14 @@ def _of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    limits = {signal.ITIMER_PROF: LIMIT, signal.ITIMER_REAL: PATIENCE}
+    for timer, limit in limits.items():
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in limits:
+            signal.setitimer(timer, 0)
 
 
 def _hang(*_: object) -> None:
@@ -157,7 +162,7 @@ def _guided(reader: Any, inputs: int) -> None:
     with tempfile.TemporaryDirectory() as corpus:
         for index, seed in enumerate(reader.seeds):
             Path(corpus, str(index)).write_bytes(seed)
-        flags = [f"-atheris_runs={2 * inputs}", "-rss_limit_mb=0", "-max_len=1000000"]
+        flags = ["-seed=1", f"-atheris_runs={2 * inputs}", "-rss_limit_mb=0", "-max_len=1000000"]
         atheris.Setup([sys.argv[0], *flags, corpus], one, custom_mutator=changed)
         atheris.Fuzz()
 

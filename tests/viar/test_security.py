@@ -259,6 +259,7 @@ ABSURD: dict[str, Callable[[Path], Callable[[], object]]] = {
     "tokens of 10**15 images": shards_of(images=[10**15, 1]),
     "tokens of 10**9 a side": shards_of(sides=[1, 10**9]),
     "picture of 100,000 x 100,000": png(width=100_000, height=100_000),
+    "picture of 100 million pixels in 100 bytes": png(width=8, height=12 * 10**6),
     "packed text": png((b"zTXt", b"a\0\0" + PACKED)),
     "packed profile": png((b"iCCP", b"a\0\0" + PACKED)),
     "GIF": large_picture("gif"),

@@ -41,6 +41,8 @@ ENDINGS = frozenset(ending for endings in KINDS.values() for ending in endings)
 
 _OPENED = tuple(kind for kind in KINDS if kind != "MPO")  # which is opened as a JPEG
 _HEAD = 16  # bytes by which Pillow tells kinds apart
+FEW_PIXELS = 2**24  # that any file may tell of
+MOST_PIXELS_A_BYTE = 10_000  # of larger ones; packed to the utmost, white PNGs of one bit have 8,256
 ORIENTATION = 0x0112  # of EXIF
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO, _YCBCR = 258, 262, 0, 6  # of TIFF
 _UPRIGHT = {
@@ -120,16 +122,28 @@ def open_picture(path: Path, *, any_range: bool = False) -> Iterator[Image.Image
 
 def _opened(file: BinaryIO, name: object) -> Image.Image:
     """A picture of a kind that is read, its header read; no other of Pillow's many readers sees the file."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
     with _named(name):
         try:
-            return Image.open(file, formats=_OPENED)
+            image = Image.open(file, formats=_OPENED)
         except UnidentifiedImageError:
             file.seek(0)
             kind = _kind(file.read(_HEAD))
             if kind is None:
                 raise
+        else:
+            _check_size(image, num_bytes, name)
+            return image
     kinds = ", ".join(kind for kind in KINDS if KINDS[kind])
     raise ValueError(f"{shown(name)}: {kind} files are not read; save it as one of {kinds}")
+
+
+def _check_size(image: Image.Image, num_bytes: int, name: object) -> None:
+    """Raise `ValueError` where a large picture is told of by a file that can have next to nothing of it."""
+    pixels = image.width * image.height
+    if pixels > max(FEW_PIXELS, MOST_PIXELS_A_BYTE * num_bytes):
+        raise ValueError(f"{image.width} x {image.height} pixels in {num_bytes:,} bytes")
 
 
 def _kind(head: bytes) -> str | None:
