@@ -98,6 +98,7 @@ def asked(address: str, path: str, sent: object = None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+@pytest.mark.promise("The page is for this machine")
 @pytest.mark.parametrize(
     ("call", "values", "told"),
     [
@@ -125,6 +126,7 @@ def test_a_malformed_call_is_told_what_is_wrong_and_the_server_goes_on(
     assert generated(pair, 1, 0) in asked(address, "/gradio_api/run/generate", {"data": [1, 0, 1.5, None]})[1]
 
 
+@pytest.mark.promise("The page is for this machine")
 def test_a_picture_that_would_fill_the_memory_is_refused(client: Any) -> None:
     from gradio_client.exceptions import AppError
 
@@ -137,6 +139,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(client: Any) -> None:
         client("generate")
 
 
+@pytest.mark.promise("The page is for this machine")
 def test_nothing_is_served_but_the_page_and_nothing_is_written(address: str) -> None:
     for path in ("/etc/passwd", "models/viar/app/page.py", "../../../../etc/passwd", "file:///etc/passwd"):
         assert asked(address, f"/gradio_api/file={path}")[0] in (400, 403, 404), path
