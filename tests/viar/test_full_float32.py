@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from viar import Sampling
-from viar.generation.series.maker import deterministic_convolutions
+from viar.determinism import deterministic_convolutions
 from viar.generation.series.provenance import why_inexact
 from viar.precision import below_float32, full_float32
 from viar.tokenizer.quantizer import _full_precision

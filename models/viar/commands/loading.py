@@ -81,7 +81,7 @@ def _shipped_or_given(model: str | None, tokenizer: str | None) -> tuple[NextSca
             load_model(Tokenizer, tokenizer, "--tokenizer"),
         )
     if model is None and tokenizer is None:
-        _say(f"the VIAR of {SHIPPED_DATA} that comes with the package; --model and --tokenizer give another")
+        say(f"the VIAR of {SHIPPED_DATA} that comes with the package; --model and --tokenizer give another")
         return load_shipped(SHIPPED_DATA)
     given, missing = ("--model", "--tokenizer") if tokenizer is None else ("--tokenizer", "--model")
     raise ValueError(
@@ -128,11 +128,11 @@ def _say_where(source: str, flag: str) -> None:
     """Say that the hub is asked for what is not here: without a network that takes half a minute."""
     if os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return
-    _say(f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it")
+    say(f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it")
 
 
-def _say(line: str) -> None:
-    """The first of several processes does."""
+def say(line: str) -> None:
+    """Print a line; the first of several processes does."""
     if not process_index():
         Console().print(shown(line), markup=False, highlight=False, soft_wrap=True)
 

@@ -10,13 +10,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.extras import SubcommandApp
 
+from ..determinism import deterministic, holds_for
 from .flags import given_flags, optional
+from .loading import say
 from .output import results_as_json
 from .table import COMMANDS, load
 
@@ -27,6 +29,14 @@ Json = Annotated[
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.arg(
         help="Print the result as one JSON object on standard output, and all else on standard error."
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.arg(
+        help="Have the same bits in every run, on any number of threads, on this kind of machine. Slower: a "
+        "CPU computes on one thread. Series of --num and tokens on disk are the same without."
     ),
 ]
 Work = Callable[[], None]
@@ -147,15 +157,20 @@ def _refused(ended: SystemExit) -> str | None:
 def _later(name: str) -> Callable[..., Work]:
     """A command by its signature and help, but the work is returned: parsing and work are two things then.
 
-    Every command with a result takes `--json` too.
+    Every command with a result takes `--json` too, and `--deterministic` where its bits may hang on threads.
     """
     command = load(name)
 
     def take(*values: Any, **settings: Any) -> Work:
-        is_json = settings.pop("json", False)
+        is_json, is_deterministic = (settings.pop(name, False) for name in ("json", "deterministic"))
 
         def work() -> None:
-            with results_as_json() if is_json else nullcontext():
+            with ExitStack() as stack:
+                if is_json:
+                    stack.enter_context(results_as_json())
+                if is_deterministic:
+                    stack.enter_context(deterministic())
+                    say(holds_for())
                 command(*values, **settings)
 
         return work
@@ -164,9 +179,13 @@ def _later(name: str) -> Callable[..., Work]:
     take.__doc__ = re.sub(r"\n(?: {8}(?=\S)|(?=--))", " ", inspect.cleandoc(command.__doc__ or ""))
     parameters = list(inspect.signature(command).parameters.values())
     hints = get_type_hints(command, include_extras=True)
-    if COMMANDS[name].reports:
-        parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False))
-        hints["json"] = Json
+    for flag, kind, is_there in (
+        ("deterministic", Deterministic, COMMANDS[name].computes),
+        ("json", Json, COMMANDS[name].reports),
+    ):
+        if is_there:
+            parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False))
+            hints[flag] = kind
     for parameter in parameters:
         if (
             parameter.default is None or parameter.default == ()

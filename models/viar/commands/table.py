@@ -19,12 +19,14 @@ class Command:
         summary: what it does, in a few words.
         examples: command lines, each with what it is for.
         reports: whether it has a result to tell, so that it takes `--json`.
+        computes: whether bits of its result may hang on threads, so that it takes `--deterministic`.
     """
 
     module: str
     summary: str
     examples: tuple[tuple[str, str], ...]
     reports: bool = True
+    computes: bool = False
 
 
 # In the order that the help shows.
@@ -39,6 +41,7 @@ COMMANDS = {
                 "viar train-tokenizer emoji --data pictures --train.batch-size 16 --dry-run",
             ),
         ),
+        computes=True,
     ),
     "tokenize": Command(
         "tokenize",
@@ -49,6 +52,7 @@ COMMANDS = {
                 "viar tokenize --tokenizer runs/tokenizer --data pictures --out tokens --crops 4",
             ),
         ),
+        computes=True,
     ),
     "train": Command(
         "train",
@@ -61,6 +65,7 @@ COMMANDS = {
                 "--data pictures --out runs/mine",
             ),
         ),
+        computes=True,
     ),
     "generate": Command(
         "generate",
@@ -72,6 +77,7 @@ COMMANDS = {
             ),
             ("a thousand, numbered", "viar generate --num 1000 --format png --out samples"),
         ),
+        computes=True,
     ),
     "evaluate": Command(
         "evaluate",
@@ -80,6 +86,7 @@ COMMANDS = {
             ("the model that comes with the package", "viar evaluate --per-class 20 --iterations 4"),
             ("pictures that are made already", "viar evaluate --images samples --data mnist --json"),
         ),
+        computes=True,
     ),
     "reproduce": Command(
         "reproduce",
@@ -92,6 +99,7 @@ COMMANDS = {
                 "VIRTUAL_imagenet256_labeled.npz --dtype bfloat16",
             ),
         ),
+        computes=True,
     ),
     "edit": Command(
         "edit",
@@ -102,6 +110,7 @@ COMMANDS = {
                 "viar edit --image digit.png --label 3 --box 0 0 0.5 1 --num 4 --out edited.png",
             ),
         ),
+        computes=True,
     ),
     "app": Command(
         "app",

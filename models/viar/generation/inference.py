@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..determinism import is_deterministic
 from ..kinds import checked
 from ..model.execution import computes_in
 from ..model.graphs import Graphs
@@ -48,8 +49,14 @@ def prepare_inference(
     this again without `graphs` drops them; copies of the model capture their own.
 
     Raises:
-        ValueError: another `dtype`; a backend of `compile` that captures graphs itself, with `graphs`.
+        ValueError: another `dtype`; a backend of `compile` that captures graphs itself, with `graphs`;
+            `compile` inside of `viar.determinism.deterministic`.
     """
+    if compile and is_deterministic():
+        raise ValueError(
+            "compile: what is compiled is chosen by trials, and need not be the same in another run, got "
+            f"compile={compile!r}; leave it, or deterministic"
+        )
     if graphs and compile == "cudagraphs":
         raise ValueError(
             "graphs: compile='cudagraphs' captures the blocks by itself, and a capture cannot hold another; "

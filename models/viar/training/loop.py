@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..data import BatchedDataset, EndlessBatches
+from ..determinism import is_deterministic
 from ..files import held
 from ..kinds import checked
 from ..seeds import seed_at
@@ -413,9 +414,17 @@ def _among_processes() -> PartialState:
 def check_device(config: TrainConfig) -> None:
     """Raise `ValueError` unless a run can have what is asked for, on its device and among its processes.
 
+    Inside of `viar.determinism.deterministic` that leaves out what no run repeats.
+
     Args:
         config: settings of the run.
     """
+    for name, value in (("seconds", config.seconds), ("compile", config.compile or None)):
+        if value is not None and is_deterministic():
+            raise ValueError(
+                f"TrainConfig: {name}={value} goes by measured times, which no run repeats; give steps alone "
+                "and no compile, or leave deterministic"
+            )
     state = _among_processes()
     started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if started > 1 and state.num_processes == 1:

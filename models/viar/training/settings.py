@@ -20,6 +20,7 @@ from ..data import (
     TensorImages,
     TokenShards,
 )
+from ..determinism import is_deterministic
 from ..files import replacing
 from ..model.config import TokenizerConfig, TransformerConfig
 from ..model.transformer import NextScaleTransformer
@@ -43,6 +44,7 @@ FREE = {
     "train.max_skipped",
     "train.compile",
     "train.trackers",
+    "deterministic",
     "origin.source",
 }
 
@@ -62,7 +64,9 @@ def run_settings(
         others: further plain values that count, by name.
     """
     kind = "tokenizer" if isinstance(model, Tokenizer) else "transformer"
-    settings = {"kind": kind, "model": model.config.to_dict(), "train": asdict(config)}
+    settings: dict[str, Any] = {"kind": kind, "model": model.config.to_dict(), "train": asdict(config)}
+    if is_deterministic():  # absent else: a run of an earlier release goes on
+        settings["deterministic"] = True
     plain: dict[str, Any] = json.loads(json.dumps({**settings, "data": describe_data(data), **others}))
     return plain
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,34 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ...memory import BatchSize, is_shortage
-from ...precision import full_float32
 from ...tokenizer import Tokenizer
 from ..scalewise import Sample
 from .folder import SeriesFolder
 
 Code = list[Tensor] | Tensor | None  # tokens of one image, or its f_hat
-
-
-@contextmanager
-def deterministic_convolutions(device_type: str) -> Iterator[None]:
-    """Convolutions computed in float32, and on a GPU by the same algorithm each time.
-
-    PyTorch's default on a GPU is TensorFloat32, and the algorithm may be what a trial finds fastest. The
-    settings before are put back at the end.
-
-    Args:
-        device_type: that they are computed on.
-    """
-    wanted = {"benchmark": False, "deterministic": True}
-    before = {name: getattr(torch.backends.cudnn, name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            setattr(torch.backends.cudnn, name, value)
-        with full_float32(device_type, "conv"):
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(torch.backends.cudnn, name, value)
 
 
 def runs(missing: Sequence[int], batch_size: int) -> Iterator[tuple[range, list[int]]]:

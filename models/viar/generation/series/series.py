@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ...determinism import deterministic_convolutions
 from ...files import held
 from ...kinds import check_kind
 from ...model.config import check_at_least
@@ -34,7 +35,7 @@ from ..graphs import Parts, why_eager
 from ..sampling import check_pair, sample_tokens
 from ..settings import Sampling, as_labels, as_sampling
 from .folder import SeriesFolder
-from .maker import Maker, deterministic_convolutions, runs, whole_batches
+from .maker import Maker, runs, whole_batches
 from .processes import Processes
 from .progress import SeriesProgress
 from .provenance import provenance, why_inexact
