@@ -97,13 +97,14 @@ def reproduce_command(
     num = (NUM_DRY if dry_run else NUM_IMAGES) if num is None else num
     check_at_least("viar reproduce", NUM_DRY, num=num)
     check_series(out / "images")
+    network = _network(inception, find_device(flags.execution.device), dry_run, Console())
     with nullcontext() if process_index() else held(out):  # the first one holds it for all
-        _reproduce(files, inception, out, num, sha256, dry_run, shape, flags)
+        _reproduce(files, network, out, num, sha256, dry_run, shape, flags)
 
 
 def _reproduce(
     files: dict[str, Path],
-    inception: Path | None,
+    network: FeatureNetwork,
     out: Path,
     num: int,
     sha256: tuple[str, ...],
@@ -112,7 +113,6 @@ def _reproduce(
     flags: PublishedFlags,
 ) -> None:
     console = Console()
-    network = _network(inception, find_device(flags.execution.device), dry_run, console)
     if dry_run:
         _warn(console, MEANINGLESS)
         files, flags = _made_up(out / "stand-ins" / shape, shape, console), _small(flags, num)
