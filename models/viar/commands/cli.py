@@ -27,7 +27,8 @@ EXIT_CODES = """\
 exit codes:
   0    done
   1    a fault of this package: a traceback, which is worth a report
-  2    settings, files or data that do not fit, said in one line on standard error
+  2    settings, files or data that do not fit, said in one line on standard error; flags that the
+       parser does not take, in a box there
   130  interrupted by Ctrl-C
   141  who read the output has closed it, such as head
   143  ended from outside by SIGTERM, which a training answers with 0, its state saved; what goes on after an
