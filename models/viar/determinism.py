@@ -100,7 +100,7 @@ def _choose_workspace() -> None:
     found = os.environ.get(WORKSPACE)
     if found in WORKSPACES or not torch.cuda.is_available():
         return
-    if found is not None or torch.cuda.is_initialized():
+    if found is not None or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # as torch declares it
         raise ValueError(
             f"deterministic: expected {WORKSPACE}={WORKSPACES[0]} in the environment before CUDA starts, got "
             f"{found!r}; set it before this process, or enter before anything is on a GPU"

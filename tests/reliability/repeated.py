@@ -23,7 +23,7 @@ from deqlib.solvers import Solver
 from viar.commands.parsing import parsed
 
 SMALL = ("--model.width", "64", "--model.depth", "4", "--model.num-heads", "4")
-TRAINED = ("--train.batch-size", "64", "--train.validate-every", "0", "--train.sample-every", "0")
+TRAINED = ("--train.batch-size", "16", "--train.validate-every", "0", "--train.sample-every", "0")
 PAIR = ("--model", "viar", "--tokenizer", "tokenizer")
 # By what is made, in the order in which one needs the other: the command line, and the files of it.
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
