@@ -109,7 +109,7 @@ def keep_asking(address: str, index: int, until: float, asked: Asked) -> None:
 def test_a_page_that_several_clients_ask_answers_all_of_them_and_does_not_grow(
     times: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
-    seconds, asked = times(10, 1800), Asked()
+    seconds, asked = times(5, 1800), Asked()
     with served() as (address, process), ThreadPoolExecutor(NUM_CLIENTS) as clients:
         begun, memory = time.monotonic(), Memory(process)
         for index in range(NUM_CLIENTS):
