@@ -23,7 +23,7 @@ from deqlib.solvers import Solver
 from viar.commands.parsing import parsed
 
 SMALL = ("--model.width", "64", "--model.depth", "4", "--model.num-heads", "4")
-TRAINED = ("--train.batch-size", "64", "--train.validate-every", "0", "--train.sample-every", "0")
+TRAINED = ("--train.batch-size", "16", "--train.validate-every", "0", "--train.sample-every", "0")
 PAIR = ("--model", "viar", "--tokenizer", "tokenizer")
 # By what is made, in the order in which one needs the other: the command line, and the files of it.
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -92,7 +92,7 @@ def solved(x: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
 def inputs() -> list[Tensor]:
     """Batches of several sizes, always the same."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for shape in ((8, 32), (64, 512), (33, 300))]
+    return [torch.randn(shape, generator=generator) for shape in ((8, 32), (64, 256), (33, 100))]
 
 
 def main() -> None:

@@ -137,8 +137,8 @@ def test_memory_does_not_grow_over_steps_of_training(
         steps=num,
         batch_size=4,
         save_every=times(1, 5),
-        sample_every=num // 10,
-        validate_every=num // 20,
+        sample_every=num // times(2, 10),
+        validate_every=num // times(4, 20),
         ema=0.9,
         trackers=(),
     )
