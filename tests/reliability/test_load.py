@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import re
 import signal
@@ -31,6 +32,9 @@ PAUSE = 0.25  # seconds, on average, that a client looks at a picture before it 
 NUM_SCALES, SIDE = 6, 32  # of the model that comes with the package
 NUM_SEEDS = 40  # so that much is asked for several times
 EVERY = 2.0  # seconds between two looks at the memory
+# Threads take turns at computing: what the C library keeps for each, and gives back at its own time, would
+# come and go by a tenth of the memory.
+ALLOCATION = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
 WARM = 1 / 3  # share of the time, at its beginning, in which caches fill and memory is not looked at
 
 
@@ -72,7 +76,8 @@ class Asked:
 def served() -> Iterator[tuple[str, psutil.Process]]:
     """The page of the model that comes with the package, and its process, which SIGTERM ends as promised."""
     command = [sys.executable, "-m", "viar", "app", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    environment = os.environ | ALLOCATION
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:
             lines = iter(server.stdout.readline, "")
@@ -119,13 +124,14 @@ def test_a_page_that_several_clients_ask_answers_all_of_them_and_does_not_grow(
             memory.look(objects=False)
             time.sleep(min(EVERY, seconds / 10))
     gc.collect()  # clients leave event loops open, which is no fault of a later test
-    assert not asked.errors, asked.errors[:3]
     percentiles = quantiles(asked.seconds, n=100)
     milliseconds = {f"p{share}": round(1000 * percentiles[share - 1]) for share in (50, 95, 99)}
-    growth = memory.growth(times(15, 3) / 100)  # of several threads it comes and goes by more than 1 %
+    print(f"{len(asked.seconds)} requests, {milliseconds} ms, {memory.sizes} bytes")  # if what follows fails
+    assert not asked.errors, asked.errors[:3]
+    growth = memory.growth(times(15, 3) / 100)
     tally(
         "load",
-        f"{NUM_CLIENTS} clients for {seconds / 60:g} minutes: two pictures in three generated, one edited",
+        f"{NUM_CLIENTS} clients for {seconds / 60:.2g} minutes: two pictures in three generated, one edited",
         requests=len(asked.seconds),
         errors=len(asked.errors),
         growth=told(growth),

@@ -1,4 +1,4 @@
-"""Long work holds no more in its end than at its beginning: solves of every kind, and training."""
+"""Long work holds no more in its end than at its beginning: solves, training, pictures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from steadiness import Memory, told
 from torch import Tensor, nn
 
 import deqlib
+import viar
 from deqlib import (
     JFB,
     Anderson,
@@ -36,12 +37,12 @@ from deqlib import (
     Stopping,
     Unroll,
 )
-from viar import NextScaleTransformer
+from viar import NextScaleTransformer, Sampling
 from viar.data import TensorImages
 from viar.training import TrainConfig, train_transformer
 
 sys.path.append(str(Path(__file__).parents[1] / "viar"))
-from tiny_models import tiny_config, tiny_tokenizer
+from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer
 
 WARM = 0.2  # share of the work, at its beginning, in which memory is not looked at
 KINDS: list[tuple[Callable[[], Solver], Callable[[], Backward]]] = [
@@ -149,3 +150,20 @@ def test_memory_does_not_grow_over_steps_of_training(
     growth = memory.growth(times(10, 2) / 100)
     what = "steps of training: states saved, held-out data measured, pictures drawn on the way"
     tally("memory", what, times=num, growth=told(growth))
+
+
+def test_memory_does_not_grow_over_pictures_that_are_made_and_changed(
+    times: Callable[[int, int], int], tally: Callable[..., None]
+) -> None:
+    num, num_looks = times(100, 2_000), times(15, 60)
+    model, tokenizer, memory = tiny_transformer(), tiny_tokenizer(), Memory()
+    kept = torch.ones(6, 6)
+    kept[3:] = 0
+    for index in range(num):
+        images = viar.generate(model, tokenizer, [index % 3], seed=index, iterations=index % 4 or None)
+        viar.edit(model, tokenizer, images, kept, [index % 3], sampling=Sampling(seed=index))
+        if index >= WARM * num and index % (num // num_looks) == 0:
+            memory.look()
+    memory.check_objects(times(200, num // 10))
+    growth = memory.growth(times(10, 2) / 100)
+    tally("memory", "pictures generated, and edited", times=num, growth=told(growth))
