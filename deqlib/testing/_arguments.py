@@ -14,7 +14,7 @@ from .._checks import check_instance, check_integer, check_number, plain
 P = ParamSpec("P")
 R = TypeVar("R")
 _LARGEST = 1e6  # of a gain or a rate: no problem is beyond
-_MAY_BE_ZERO = ("batch", "min_batch", "max_batch", "max_axes", "max_length", "seed")
+_MAY_BE_ZERO = ("num_hard", "batch", "min_batch", "max_batch", "max_axes", "max_length", "seed")
 
 
 def checked(make: Callable[P, R]) -> Callable[P, R]:

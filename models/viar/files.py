@@ -69,9 +69,11 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
             process that is killed it stays. Else it has one that the next to write it takes over.
 
     Raises:
-        ValueError: `path` is a device or a pipe.
+        ValueError: `path` is a device or a pipe, or has no name.
         OSError: it cannot be written; it is named, see `naming`.
     """
+    if not path.name:
+        raise ValueError(f"path: expected the name of a file, got {str(path)!r}; give one")
     _check_regular(path, str(path))
     owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
     partial = path.with_name(f"{path.name}{owner}.partial")

@@ -257,9 +257,9 @@ def test_figures_can_be_read_where_their_form_cannot_be_checked(
     (file,) = tmp_path.iterdir()
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     assert len(Results.load(file).points["doubling"]) == 4
-    for text in ('{"format": 2}', "[]"):
+    for text, told in (('{"format": 2}', "in format 1: at format"), ("[]", "expected settings by name")):
         file.write_text(text)
-        with pytest.raises(ValueError, match="in format 1: at format"):
+        with pytest.raises(ValueError, match=told):
             Results.load(file)
 
 

@@ -21,7 +21,8 @@ from command_lines import NO_MODELS, draw_line
 from forks import Hung, Outcome, limit
 
 import benchmarks.command
-from viar.commands.cli import COMMANDS, main
+from viar.commands.cli import main
+from viar.commands.table import COMMANDS, load
 
 SECONDS = 40  # of a processor: what a line of this world asks for takes less
 
@@ -114,8 +115,8 @@ def flags_of(command: str) -> tuple[tuple[str, ...], ...]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # there is no other way to ask for the flags
-        look(tyro.extras.get_parser(COMMANDS[command]))
-    return tuple((name, *choices) for name, choices in found.items())
+        look(tyro.extras.get_parser(load(command)))
+    return tuple((name, *choices) for name, choices in found.items()) or (("--help",),)
 
 
 def drawn(world: Path, number: int) -> Line:
@@ -124,8 +125,8 @@ def drawn(world: Path, number: int) -> Line:
     folder = world / "at" / str(number)
     command = random.choice(list(COMMANDS))
     whole = (draw_line(world, random.randrange(10**6)).arguments for _ in range(60))
-    arguments = next((list(words) for words in whole if words[0] == command), [])
-    if not arguments:  # a command that is not drawn so: never a whole one, as some serve for ever
+    arguments = next((list(words) for words in whole if words[0] == command != "app"), [])
+    if not arguments:  # not drawn so, or app: a whole line of that would serve for ever
         arguments = [command, "--model", str(world / random.choice([name for name in NO_MODELS if name]))]
     for _ in range(random.choice([1, 1, 2, 3])):
         arguments = _spoilt(arguments, command, world, random)

@@ -71,9 +71,7 @@ def cases(pair: tuple[str, ...], image: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["series", pytest.param("grid", marks=in_full), pytest.param("edit", marks=in_full)]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=in_full) for name in ("series", "grid", "edit")])
 def test_generation_goes_on_in_halves_with_the_same_images(
     name: str, pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
 ) -> None:
