@@ -66,9 +66,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, settings: str = "") 
         path: of the file.
         settings: text kept elsewhere, without which they are of no use; `load_tensors` wants the same.
     """
-    metadata = {
-        CHECKSUM: digest_of(tensors, settings)
-    }  # and no more: safetensors writes several in any order
+    # And no more: safetensors writes several in any order.
+    metadata = {CHECKSUM: digest_of(tensors, settings)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ import torch
 _OF_ANY_SIZE = b"bytearray\n"
 
 
-def load_pickled(path: Path, *, mapped: bool = False) -> Any:
+def load_pickled(
+    path: Path, *, mapped: bool = False, look: Callable[[Path], None] = lambda path: None
+) -> Any:
     """What a file of `torch.save` holds, its tensors on the CPU.
 
     Args:
         path: of the file.
         mapped: tensors stay mapped to the file, if its kind allows that.
+        look: called with an archive once it is known to unpack to no more than its size; it may raise.
 
     Raises:
         ValueError: the file would take more memory than its size.
         Exception: whatever the reader makes of code, which is not run, and of damage.
     """
     check_pickled(path)
-    # Files that torch before 1.6 saved are no archives and cannot be mapped into memory.
-    mapped = mapped and zipfile.is_zipfile(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    is_archive = zipfile.is_zipfile(path)  # files that torch before 1.6 saved are none, and cannot be mapped
+    if is_archive:
+        look(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
 
 
 def check_pickled(path: Path) -> None:

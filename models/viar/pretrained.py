@@ -120,9 +120,8 @@ class Pretrained(PyTorchModelHubMixin):
             paths = sorted(fresh.iterdir())
             for path in paths:
                 flush(path)
-            if _of_other_settings(
-                folder, fresh
-            ):  # between the two moves they would be taken for the new ones
+            # Between the two moves they would be taken for the new ones.
+            if _of_other_settings(folder, fresh):
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 flush(folder)
             for path in paths:

@@ -7,6 +7,7 @@ They run few of their cases where nothing else is said, and as many as docs/reli
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from benchmarks.environment import environment
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "viar"))  # where models of a few thousand parameters are made
 _rows: list[counted.Row] = []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-
-sys.path.append(str(Path(__file__).parents[1] / "viar"))
 from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer, uniform
 
 from benchmarks.results import Results

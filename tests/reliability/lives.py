@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "viar"))  # where models of a few thousand parameters are made
 LIMIT = 300.0  # seconds after which a process is taken to hang
 
 _context = multiprocessing.get_context("forkserver")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import targets_deqlib
+import targets_viar
 import torch
+from bad_values import Own
+from calls import Target, count_calls, drawn, run_calls, unclear, watched
+from forks import Outcome
 
 import deqlib
 import viar
@@ -20,13 +24,6 @@ import viar.tokenizer
 import viar.training
 import viar.weights
 from deqlib import diagnostics, loops, testing
-
-sys.path.append(str(Path(__file__).parents[1] / "viar"))
-import targets_deqlib
-import targets_viar
-from bad_values import Own
-from calls import Target, count_calls, drawn, run_calls, unclear, watched
-from forks import Outcome
 
 FIRST = 1_000_000  # number of the first call, which no trial while writing this had
 TARGETS = {"deqlib": targets_deqlib, "viar": targets_viar}

@@ -27,6 +27,7 @@ COUNTS = dict.fromkeys(("train", "go on"), (1, 6))  # of which each takes two tr
 OF_MANY_FILES = ("series", "tokenize", "go on", "folder")
 
 Files = dict[str, bytes]
+Fault = AbstractContextManager[None]
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +129,7 @@ def limits(most: int, count: int, random: Random) -> list[int]:
     return [random.randrange(low, max(low + 1, high)) for low, high in itertools.pairwise(edges)]
 
 
-def check_fault(
-    work: Work, folder: Path, inputs: Path, fault: AbstractContextManager[None], expected: Files
-) -> None:
+def check_fault(work: Work, folder: Path, inputs: Path, fault: Fault, expected: Files) -> None:
     """Nothing is lost or half there, the error is clear, and the work comes to its result when done again."""
     folder.mkdir()
     work.before(folder, inputs)
@@ -173,59 +172,63 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return leave
 
 
+@pytest.fixture
+def endured(
+    inputs: Path, undisturbed: Callable[[str], Files], tally: Callable[..., None]
+) -> Callable[[str, str, Path, list[Fault]], None]:
+    """endured(kind, name, folder, faults): the work of a name loses nothing by faults, one after another."""
+
+    def endure(kind: str, name: str, folder: Path, faults: list[Fault]) -> None:
+        work = WORKS[name]
+        for fault in faults:
+            check_fault(work, folder, inputs, fault, undisturbed(name))
+            shutil.rmtree(folder)
+        tally("faults", f"{kind}: {work.what}", runs=len(faults), lost=0, wrong=0, unclear=0)
+
+    return endure
+
+
+def spread(name: str, most: int, times: Callable[[int, int], int]) -> list[int]:
+    """Limits for the work of a name."""
+    return limits(most, times(*COUNTS.get(name, (FEW, MANY))), Random(name))
+
+
 @pytest.mark.parametrize("name", WORKS)
 def test_a_file_that_cannot_be_written_to_its_end_loses_nothing(
     name: str,
-    inputs: Path,
     tmp_path: Path,
     undisturbed: Callable[[str], Files],
     times: Callable[[int, int], int],
-    tally: Callable[..., None],
+    endured: Callable[..., None],
 ) -> None:
-    work = WORKS[name]
-    expected = undisturbed(name)
-    most = max(map(len, expected.values())) * (4 if work.growing else 1)
-    runs = limits(most, times(*COUNTS.get(name, (FEW, MANY))), Random(name))
-    for number, size in enumerate(runs):
-        check_fault(work, tmp_path / str(number), inputs, files_of_at_most(size), expected)
-    tally("faults", f"files end too early: {work.what}", runs=len(runs), lost=0, wrong=0, unclear=0)
+    most = max(map(len, undisturbed(name).values())) * (4 if WORKS[name].growing else 1)
+    faults = [files_of_at_most(size) for size in spread(name, most, times)]
+    endured("files end too early", name, tmp_path / "out", faults)
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_a_full_disk_loses_nothing(
     name: str,
-    inputs: Path,
     folder: Path,
     undisturbed: Callable[[str], Files],
     times: Callable[[int, int], int],
-    tally: Callable[..., None],
+    endured: Callable[..., None],
 ) -> None:
-    work = WORKS[name]
-    expected = undisturbed(name)
-    pages = sum(len(held) // PAGE + 1 for held in expected.values()) * (4 if work.growing else 2)
-    runs = limits(pages, times(*COUNTS.get(name, (FEW, MANY))), Random(name))
-    for number in runs:
-        check_fault(work, folder, inputs, pages_left(folder.parent, number), expected)
-        shutil.rmtree(folder)
-    tally("faults", f"full disk: {work.what}", runs=len(runs), lost=0, wrong=0, unclear=0)
+    pages = sum(len(held) // PAGE + 1 for held in undisturbed(name).values())
+    most = pages * (4 if WORKS[name].growing else 2)
+    endured("full disk", name, folder, [pages_left(folder.parent, n) for n in spread(name, most, times)])
 
 
 @pytest.mark.parametrize("name", OF_MANY_FILES)
 def test_a_disk_that_takes_no_more_files_loses_nothing(
     name: str,
-    inputs: Path,
     folder: Path,
     undisturbed: Callable[[str], Files],
     times: Callable[[int, int], int],
-    tally: Callable[..., None],
+    endured: Callable[..., None],
 ) -> None:
-    work = WORKS[name]
-    expected = undisturbed(name)
-    runs = range(times(1, min(len(expected) + 2, 8)))
-    for number in runs:
-        check_fault(work, folder, inputs, files_left(folder.parent, number), expected)
-        shutil.rmtree(folder)
-    tally("faults", f"no more files: {work.what}", runs=len(runs), lost=0, wrong=0, unclear=0)
+    runs = range(times(1, min(len(undisturbed(name)) + 2, 8)))
+    endured("no more files", name, folder, [files_left(folder.parent, number) for number in runs])
 
 
 @pytest.mark.parametrize("name", WORKS)

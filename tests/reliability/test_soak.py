@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from steadiness import Memory, told
+from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer
 from torch import Tensor, nn
 
 import deqlib
@@ -40,9 +40,6 @@ from deqlib import (
 from viar import NextScaleTransformer, Sampling
 from viar.data import TensorImages
 from viar.training import TrainConfig, train_transformer
-
-sys.path.append(str(Path(__file__).parents[1] / "viar"))
-from tiny_models import tiny_config, tiny_tokenizer, tiny_transformer
 
 WARM = 0.2  # share of the work, at its beginning, in which memory is not looked at
 KINDS: list[tuple[Callable[[], Solver], Callable[[], Backward]]] = [

@@ -81,9 +81,7 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
         beside: another model, shown beside it with the same class, seed and guidance, at its own iterations.
     """
     with gr.Blocks(title="viar", analytics_enabled=False) as page:
-        gr.HTML(
-            "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>", elem_id="viar-head"
-        )
+        gr.HTML(HEAD, elem_id="viar-head")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 controls = _controls(pair)

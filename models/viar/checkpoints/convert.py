@@ -21,7 +21,7 @@ from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pickles import check_pickled, load_pickled
+from ..pickles import load_pickled
 from ..pretrained import (
     CARD,
     OF_DAMAGE,
@@ -242,10 +242,7 @@ def _read(path: Path) -> Any:
             return load_tensors(path)
         # torch.load warns of old pickles before it refuses them; the error says enough.
         with warnings.catch_warnings(action="ignore"):
-            check_pickled(path)
-            if zipfile.is_zipfile(path):
-                _check_sums(path)
-            return load_pickled(path, mapped=True)
+            return load_pickled(path, mapped=True, look=_check_sums)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     except _Damaged as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import signal
 import socket
-import sys
 import threading
 from typing import Literal
 
@@ -68,8 +66,6 @@ def _serve(pair: Pair, beside: Pair | None, host: str, port: int | None, open_br
     console = Console()
     console.print(f"the page is at {address}; Ctrl-C ends it", markup=False, soft_wrap=True)
     report({"address": address})
-    # As Ctrl-C does, so that the page is closed: by itself SIGTERM ends a process where it is.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         threading.Event().wait()
     finally:

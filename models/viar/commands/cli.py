@@ -31,8 +31,8 @@ exit codes:
        parser does not take, in a box there
   130  interrupted by Ctrl-C
   141  who read the output has closed it, such as head
-  143  ended from outside by SIGTERM, which a training answers with 0, its state saved; what goes on after an
-       interruption goes on after this too
+  143  ended from outside by SIGTERM, which a training answers with 0, its state saved; what goes on
+       after an interruption goes on after this too
 """
 
 

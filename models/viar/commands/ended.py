@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, nullcontext
 
 import torch.distributed as dist
 
+from ..training.asked import on_sigterm
 from .loading import num_processes
 
 
@@ -25,19 +24,13 @@ def told_of_sigterm() -> Iterator[None]:
     Among several processes it ends this one at once as ever: one that waits for another is told of nothing.
     So it does where this is not the main thread.
     """
-    if num_processes() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Ended
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
+    with nullcontext() if num_processes() > 1 else on_sigterm(end):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def lost_another(error: BaseException) -> str | None:

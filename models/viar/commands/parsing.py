@@ -187,9 +187,7 @@ def _later(name: str) -> Callable[..., Work]:
             parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=False))
             hints[flag] = kind
     for parameter in parameters:
-        if (
-            parameter.default is None or parameter.default == ()
-        ):  # its text, or what it says itself, says more
+        if parameter.default is None or parameter.default == ():  # what it says itself says more
             hints[parameter.name] = _optional(hints[parameter.name])
     take.__annotations__ = hints
     signature = inspect.Signature([p.replace(annotation=hints[p.name]) for p in parameters])

@@ -133,13 +133,13 @@ def _opened(file: BinaryIO, name: object) -> Image.Image:
             if kind is None:
                 raise
         else:
-            _check_size(image, num_bytes, name)
+            _check_size(image, num_bytes)
             return image
     kinds = ", ".join(kind for kind in KINDS if KINDS[kind])
     raise ValueError(f"{shown(name)}: {kind} files are not read; save it as one of {kinds}")
 
 
-def _check_size(image: Image.Image, num_bytes: int, name: object) -> None:
+def _check_size(image: Image.Image, num_bytes: int) -> None:
     """Raise `ValueError` where a large picture is told of by a file that can have next to nothing of it."""
     pixels = image.width * image.height
     if pixels > max(FEW_PIXELS, MOST_PIXELS_A_BYTE * num_bytes):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+
+
+@contextmanager
+def on_sigterm(do: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGTERM has something done instead of ending this process.
+
+    What the signal did before, it does afterwards. So it does all the time where this is not the main thread,
+    which alone is told of signals.
+
+    Args:
+        do: called in the main thread; what it raises is raised there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: do())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def asked_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while inside, instead of ending this process.
-
-    What the signal did before, it does afterwards. So it does all the time where this is not the main thread,
-    which alone is told of signals.
-    """
+    """An event that SIGTERM sets while inside, see `on_sigterm`."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    with on_sigterm(asked.set):
         yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

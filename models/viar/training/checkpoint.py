@@ -22,6 +22,7 @@ from torch import nn
 
 from ..files import file_digest, flush, naming
 from ..pickles import load_pickled
+from ..pretrained import first_line
 from ..seeds import LARGEST_SEED, seed_at
 from .earlier import is_earlier, read_earlier
 from .processes import from_main, to_main
@@ -164,9 +165,7 @@ class Checkpoint:
 
     def _write_fresh(self, held: dict[str, Any]) -> None:
         self._fresh.mkdir(parents=True)
-        with (self._fresh / FILE).open(
-            "wb"
-        ) as file:  # of which errors tell the cause, unlike those of a name
+        with (self._fresh / FILE).open("wb") as file:  # whose errors tell the cause, unlike those of a name
             torch.save(held, file)
         (self._fresh / DIGEST).write_text(file_digest(self._fresh / FILE))
         for path in (self._fresh / FILE, self._fresh / DIGEST, self._fresh):
@@ -179,7 +178,7 @@ class Checkpoint:
             try:
                 held = _read(self.folder)
             except Exception as error:  # whatever a reader of the file makes of damage
-                held = _first_line(error)
+                held = first_line(error)
         try:
             held = from_main(held, self._likes(), self.accelerator.device)
             if isinstance(held, str):
@@ -190,7 +189,7 @@ class Checkpoint:
         except Exception as error:
             raise ValueError(
                 f"{self.folder}: expected the state of this run, found one of another model or damaged files "
-                f"({_first_line(error)}); remove that folder to start over, or give another for the run"
+                f"({first_line(error)}); remove that folder to start over, or give another for the run"
             ) from error
 
     def _likes(self) -> dict[str, Any]:
@@ -247,8 +246,3 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{FILE} has the SHA-256 {found[:8]}... instead of {wanted[:8]}...")
     held: dict[str, Any] = load_pickled(path)
     return held
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

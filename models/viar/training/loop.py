@@ -93,8 +93,8 @@ def fit(
 
     Raises:
         ValueError: the batch does not divide into parts and among processes; an interrupted run in `folder`
-            was started with other settings, or its state is damaged; patience without held-out data.
-            Or another process works in `folder`.
+            was started with other settings, or its state is damaged; another process works in `folder`;
+            patience without held-out data.
         FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
             are not finite; the state that was saved last stays.
         SystemExit: SIGTERM came, in any of the processes; the state is saved, and the exit code is 0.
