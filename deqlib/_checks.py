@@ -72,6 +72,13 @@ def check_instance(owner: str, expected: type, hint: str, **values: Any) -> None
             raise TypeError(f"{owner}: {name} must be {hint}, got {got}")
 
 
+def check_choice(owner: str, choices: tuple[str | None, ...], **values: Any) -> None:
+    """Raise `ValueError` unless every value is one of the choices. An array is none, and compares by number."""
+    for name, value in values.items():
+        if not isinstance(value, str | None) or value not in choices:
+            raise ValueError(f"{owner}: {name} must be one of {choices}, got {value!r}")
+
+
 def check_callable(owner: str, **values: Any) -> None:
     """Raise `TypeError` unless every value can be called."""
     for name, value in values.items():

@@ -139,9 +139,9 @@ def solve_for(
     check_callable(owner, **{"f" if layer is None else "cell": f})
     check_settings(owner, **settings)
     check_instance(owner, bool, "True or False", has_aux=has_aux, with_step=with_step)
+    axes = _axes(compact, args, kwargs)
     if with_step:
         _check_changing(owner, solver, backward, kwargs)
-    axes = _axes(compact, args, kwargs)
     run = outside_of_graphs(stopping, backward)
     if run is not None:
         settings |= {"state": state, "has_aux": has_aux, "with_step": with_step}

@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ._checks import check_number, settle_numbers
+from ._checks import check_choice, check_number, settle_numbers
 from .naming import Caller
 from .solution import (
     NonConvergenceError,
@@ -52,10 +52,7 @@ class FailurePolicy:
     def __post_init__(self) -> None:
         """Validate."""
         settle_numbers(self)
-        if self.action not in get_args(OnFailure):
-            raise ValueError(
-                f"FailurePolicy: action must be one of {get_args(OnFailure)}, got {self.action!r}"
-            )
+        check_choice("FailurePolicy", get_args(OnFailure), action=self.action)
         check_number("FailurePolicy", 0, 1, tolerated=self.tolerated)
         if self.tolerated == 1:
             raise ValueError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ._checks import check_instance, check_integer, check_number, settle_numbers
+from ._checks import check_choice, check_instance, check_integer, check_number, settle_numbers
 from ._settings import Settings
 from .readout import Readout
 
 Keep = Literal["best", "last"]
+_MOST = 1e38  # tolerance: residuals may be float32, which ends soon above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,7 @@ class Stopping(Settings):
         if self.readout is not None:
             hint = "a readout such as deqlib.PredictionKL(head=...) or None"
             check_instance("Stopping", Readout, hint, readout=self.readout)
-        if self.keep not in (None, "best", "last"):
-            raise ValueError(f'Stopping: keep must be "best", "last" or None, got {self.keep!r}')
+        check_choice("Stopping", ("best", "last", None), keep=self.keep)
         if self.rtol is None:
             check_integer("Stopping", 0, max_steps=self.max_steps)
             names = [
@@ -98,7 +98,7 @@ class Stopping(Settings):
             if inert:
                 raise ValueError(f"Stopping: {inert} has no effect with a fixed number of steps (rtol=None)")
             return
-        check_number("Stopping", 0, rtol=self.rtol, atol=self.atol)
+        check_number("Stopping", 0, _MOST, rtol=self.rtol, atol=self.atol)
         check_number("Stopping", 1, open_minimum=True, blowup=self.blowup)
         check_integer("Stopping", 1, max_steps=self.max_steps, check_every=self.check_every)
         if self.patience is not None:

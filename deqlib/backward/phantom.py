@@ -8,14 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number, settle_numbers
+from .._checks import check_choice, check_integer, check_number, settle_numbers
 from ..solution import Solution
 from ..state import FlatMap
 from .base import Backward, Solve
 from .graph import VectorJacobianProduct
 from .tape import attach, on_tape, solve_off_tape, solve_unconfirmed, straight_through
-
-_FORMS = ("unroll", "neumann")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,7 @@ class PhantomGradient(Backward):
         settle_numbers(self)
         check_integer("PhantomGradient", 1, steps=self.steps)
         check_number("PhantomGradient", 0, 1, open_minimum=True, damping=self.damping)
-        if self.form not in _FORMS:
-            raise ValueError(f"PhantomGradient: form must be one of {_FORMS}, got {self.form!r}")
+        check_choice("PhantomGradient", ("unroll", "neumann"), form=self.form)
 
     @property
     def is_traceable(self) -> bool:

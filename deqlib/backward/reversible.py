@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .._checks import check_number, settle_numbers
+from .._checks import check_choice, check_number, settle_numbers
 from ..solution import OnFailure, Solution, Status, levels_to_caller
 from ..solvers import Solver
 from ..solvers.base import norms
@@ -96,10 +96,7 @@ class Reversible(Backward):
         """Validate."""
         settle_numbers(self)
         check_number("Reversible", 0, rtol=self.rtol)
-        if self.on_drift not in get_args(OnFailure):
-            raise ValueError(
-                f"Reversible: on_drift must be one of {get_args(OnFailure)}, got {self.on_drift!r}"
-            )
+        check_choice("Reversible", get_args(OnFailure), on_drift=self.on_drift)
 
     def check(self, solver: Solver, stopping: Stopping) -> None:
         """Refuse solvers whose steps cannot be undone, and rules whose best iterate the solver cannot tell.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_instance, check_number, settle_numbers
+from .._checks import check_choice, check_instance, check_number, settle_numbers
 from ..depths import Depth, between, check_depths, draw
 from ..solution import Solution
 from ..state import FlatMap
@@ -16,8 +16,6 @@ from ..steps import Course
 from .base import Backward, Solve
 from .checkpointing import Checkpointed
 from .tape import first_order_only, solve_off_tape
-
-_PER = ("batch", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +71,7 @@ class StochasticJFB(Backward):
         """Validate."""
         settle_numbers(self)
         check_instance("StochasticJFB", bool, "True or False", checkpoint=self.checkpoint)
-        if not isinstance(self.per, str) or self.per not in _PER:
-            raise ValueError(f"StochasticJFB: per must be one of {_PER}, got {self.per!r}")
+        check_choice("StochasticJFB", ("batch", "sample"), per=self.per)
         check_depths("StochasticJFB", 0, no_grad=self.no_grad)
         check_depths("StochasticJFB", 1, grad=self.grad)
         if self.total is not None:

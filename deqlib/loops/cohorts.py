@@ -140,11 +140,13 @@ class Entrance:
         expected = _leaves(self._first)
         for i, (leaves, spec) in enumerate(known):
             for leaf in leaves:
-                if not isinstance(leaf, Tensor):
+                if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+                    is_sparse = isinstance(leaf, Tensor)
+                    got = f"tensor of layout {leaf.layout}" if is_sparse else type(leaf).__name__
                     raise TypeError(
-                        "solve_stream: a sample must be a tensor, a pytree of tensors, or a tuple of these, "
-                        f"got a {type(leaf).__name__} in sample {self._number + i}; make it a tensor, or "
-                        "pass what all samples share in kwargs"
+                        "solve_stream: a sample must be a dense tensor, a pytree of these, or a tuple of "
+                        f"these, got a {got} in sample {self._number + i}; make it one, or pass what all "
+                        "samples share in kwargs"
                     )
             if spec != expected[1] or list(map(_kind, leaves)) != list(map(_kind, expected[0])):
                 raise ValueError(

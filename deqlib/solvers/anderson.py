@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from .._checks import check_integer, check_number, settle_numbers
+from .._checks import check_choice, check_integer, check_number, settle_numbers
 from .base import inner_products
 from .secant import SecantSolver, check_secant
 from .system import Equations
@@ -84,8 +84,7 @@ class Anderson(SecantSolver):
             check_integer("Anderson", 1, budget=self.budget)
         check_number("Anderson", 0, ridge=self.ridge)
         check_number("Anderson", 0, 1, open_minimum=True, damping=self.damping)
-        if self.kind not in ("I", "II"):
-            raise ValueError(f"Anderson: kind must be 'I' or 'II', got {self.kind!r}")
+        check_choice("Anderson", ("I", "II"), kind=self.kind)
 
     @property
     def equations(self) -> Equations:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number, settle_numbers
+from .._checks import check_choice, check_integer, check_number, settle_numbers
 from ..state import small_dtype
 from .base import (
     Query,
@@ -81,10 +81,7 @@ class NewtonKrylov(Solver):
         check_integer("NewtonKrylov", 1, memory=self.memory)
         check_integer("NewtonKrylov", 0, max_backtracks=self.max_backtracks)
         check_number("NewtonKrylov", 0, 1, open_minimum=True, forcing=self.forcing)
-        if self.derivative not in ("difference", "jvp"):
-            raise ValueError(
-                f"NewtonKrylov: derivative must be 'difference' or 'jvp', got {self.derivative!r}"
-            )
+        check_choice("NewtonKrylov", ("difference", "jvp"), derivative=self.derivative)
 
     def init(self, z0: Tensor) -> NewtonKrylovState:
         """The first step is to evaluate at `z0`."""

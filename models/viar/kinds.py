@@ -159,7 +159,7 @@ def _fit_in(value: Any, origin: Any, parts: tuple[Any, ...]) -> bool:
     if not parts:
         return True
     if origin is tuple and parts[-1] is not Ellipsis:
-        return all(_fits(one, part) for one, part in zip(value, parts, strict=False))
+        return len(value) == len(parts) and all(map(_fits, value, parts))
     return all(_fits(one, parts[0]) for one in value)
 
 

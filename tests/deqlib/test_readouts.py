@@ -436,7 +436,11 @@ HEAD: Callable[[Tensor], Tensor] = lambda z: z  # noqa: E731
         (lambda: Stopping(readout=HEAD), TypeError, "Stopping: readout must be a readout such as"),
         (lambda: Stopping(min_steps=51), ValueError, "min_steps must be at most max_steps=50, got 51"),
         (lambda: Stopping(min_steps=-1), ValueError, "min_steps must be at least 0, got -1"),
-        (lambda: Stopping(keep="first"), ValueError, 'keep must be "best", "last" or None, got \'first\''),
+        (
+            lambda: Stopping(keep="first"),
+            ValueError,
+            r"keep must be one of \('best', 'last', None\), got 'first'",
+        ),
         (lambda: Stopping(rtol=None, keep="best"), ValueError, "keep.*has no effect"),
         (lambda: Stopping(rtol=None, min_steps=2), ValueError, "min_steps.*has no effect"),
         (lambda: Stopping(hold_places=True), ValueError, "hold_places needs places.*norm_axes=None"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from inspect import isroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -221,6 +222,14 @@ def spoilt(value: Any, random: Random, *, is_work: bool = False) -> Any:
         near = _near(value, random, is_work)
         if near is not value:
             return near
+    other = _other(random, is_work)
+    if isroutine(value) and isinstance(other, type):  # fails where no frame of it is seen
+        return lambda *given, **named: other(*given, **named)
+    return other
+
+
+def _other(random: Random, is_work: bool) -> Any:
+    """Of any kind."""
     numbers = NUMBERS if is_work else (*NUMBERS, *HUGE)
     kind = random.random()
     if kind < 0.35:

@@ -163,6 +163,7 @@ def _guided(reader: Any, inputs: int) -> None:
         for index, seed in enumerate(reader.seeds):
             Path(corpus, str(index)).write_bytes(seed)
         flags = ["-seed=1", f"-atheris_runs={2 * inputs}", "-rss_limit_mb=0", "-max_len=1000000"]
+        flags.append(f"-artifact_prefix={corpus}/")  # else it leaves slow inputs where it was started
         atheris.Setup([sys.argv[0], *flags, corpus], one, custom_mutator=changed)
         atheris.Fuzz()
 

@@ -450,6 +450,7 @@ DATA = [
         "viar.data.EndlessBatches",
         lambda **given: next(iter(data.EndlessBatches(**given))),
         lambda: defaults(data.EndlessBatches, size=4, batch_size=2, seed=0),
+        work=("batch_size",),
     ),
     Target(
         "viar.data.ImageFolder",

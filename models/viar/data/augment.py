@@ -53,9 +53,11 @@ def augmented(data: TensorImages, copies: int, names: Collection[str] = SLIGHT) 
         (1 + copies) N images: those of `data`, then every version of all of them in turn.
 
     Raises:
-        ValueError: a name of no augmentation.
+        ValueError: a name of no augmentation, fewer than 0 copies.
     """
     check_augmentations(names)
+    if copies < 0:
+        raise ValueError(f"copies: expected at least 0, got {copies}")
     generator = torch.Generator().manual_seed(0)
     versions = [data.images]
     for _ in range(copies):

@@ -162,9 +162,11 @@ def save_grid(
         row_names: written in black to the left of the rows; default nothing.
 
     Raises:
-        ValueError: no pictures of that shape, or no columns.
+        ValueError: no picture, none of that shape, or no columns.
     """
     _check_pictures("images", images)
+    if not len(images):
+        raise ValueError(f"images: expected at least one, got {shown(images)}")
     if columns < 1:
         raise ValueError(f"columns: expected at least 1 image a row, got {columns}")
     factor = max(1, -(-least_side // images.shape[-1]))

@@ -117,10 +117,14 @@ def features_of(network: FeatureNetwork, batches: Iterable[Tensor]) -> Features:
 
     Raises:
         TypeError: one tensor in place of several batches.
+        ValueError: no batch.
     """
     if isinstance(batches, Tensor):
         raise TypeError(f"batches: expected several of images, got {shown(batches)}; give a list of them")
-    return Features.joined([network.see(of_8_bits(images)) for images in batches])
+    parts = [network.see(of_8_bits(images)) for images in batches]
+    if not parts:
+        raise ValueError("batches: expected at least one, got none")
+    return Features.joined(parts)
 
 
 def of_8_bits(images: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def choose(
     Raises:
         ValueError: logits of another shape or type, noise of other images, no candidates.
     """
-    V = logits_BlV.shape[-1]
+    V = logits_BlV.shape[-1] if logits_BlV.ndim else 0
     k = V if top_k is None else min(top_k, V)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], or None to keep all tokens, got {top_p}")

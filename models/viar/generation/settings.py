@@ -147,4 +147,7 @@ def _integer(name: str, value: object) -> int:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool | str | bytes) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor or an array of several, or on no device
+        raise TypeError(f"{name}: expected a number, got {shown(value)}") from error

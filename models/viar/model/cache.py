@@ -18,7 +18,7 @@ from itertools import pairwise
 from deqlib import KeyValueCache
 
 from ..kinds import checked
-from .schedule import Adaptive
+from .schedule import MOST_ITERATIONS, Adaptive
 
 CACHES = ("equilibrium", "iterate")
 
@@ -63,10 +63,12 @@ def check_cache_name(cache: str) -> None:
 
 
 def check_iterate_schedule(schedule: Sequence[int | Adaptive | None]) -> None:
-    """Raise `ValueError` unless the entries are counts, none above that of the scale before."""
+    """Raise `ValueError` unless the entries are counts, none huge or above that of the scale before."""
     counts = [entry for entry in schedule if isinstance(entry, int)]
     if len(counts) != len(schedule):
         raise ValueError("cache: 'iterate' needs fixed counts, got Adaptive; use cache='equilibrium'")
+    if max(counts, default=0) > MOST_ITERATIONS:
+        raise ValueError(f"iterations: expected at most {MOST_ITERATIONS} a scale, got {counts}")
     if any(later > earlier for earlier, later in pairwise(counts)):
         raise ValueError(
             f"iterations: the iterate cache needs counts that do not rise from scale to scale, "

@@ -106,6 +106,11 @@ class TokenizerConfig:
             num_groups=self.num_groups,
         )
         check_at_least("TokenizerConfig", 0, num_phi=self.num_phi, commitment=self.commitment)
+        for name in ("num_phi", "num_residual_blocks"):
+            if getattr(self, name) > DEEPEST:
+                raise ValueError(
+                    f"TokenizerConfig: {name} must be at most {DEEPEST}, got {getattr(self, name)}"
+                )
         check_fraction("TokenizerConfig", dropout=self.dropout)
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f"TokenizerConfig: phi_ratio must be in [0, 1], got {self.phi_ratio}")

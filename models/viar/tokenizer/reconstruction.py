@@ -82,6 +82,8 @@ def _check(images: Tensor, reconstruction: Tensor) -> None:
         raise ValueError(f"images: expected floating point, got {images.dtype} and {reconstruction.dtype}")
     if images.device != reconstruction.device:
         raise ValueError(f"images: expected one device, got {images.device} and {reconstruction.device}")
+    if not images.numel():
+        raise ValueError(f"images: expected pixels, got none: {tuple(images.shape)}")
     if images.ndim != 4 or images.shape != reconstruction.shape:
         raise ValueError(
             f"reconstruction must have the shape (B, C, H, W) of images, got {tuple(reconstruction.shape)} "

@@ -324,7 +324,8 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str = "l1+
         ValueError: shapes or devices differ, images are not floating point, or a term of `kind` is unknown.
     """
     terms = loss_terms(kind)
-    if not images.is_floating_point() or images.device != reconstruction.device:
+    both = (images, reconstruction)
+    if not all(one.is_floating_point() for one in both) or images.device != reconstruction.device:
         raise ValueError(
             "images, reconstruction: expected floating point on one device, got "
             f"{shown(images)} and {shown(reconstruction)}"
