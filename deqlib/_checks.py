@@ -73,7 +73,7 @@ def check_instance(owner: str, expected: type, hint: str, **values: Any) -> None
 
 
 def check_choice(owner: str, choices: tuple[str | None, ...], **values: Any) -> None:
-    """Raise `ValueError` unless every value is one of the choices. An array is none, and compares by number."""
+    """Raise `ValueError` unless every value is one of the choices; an array of them is none."""
     for name, value in values.items():
         if not isinstance(value, str | None) or value not in choices:
             raise ValueError(f"{owner}: {name} must be one of {choices}, got {value!r}")

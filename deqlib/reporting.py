@@ -132,11 +132,12 @@ def report_failure(
     reasons = ", ".join(f"{n} {status.name}" for status, n in counts.items())
     assert solution.relative_residual is not None  # a failure status implies a measured residual
     worst = float(solution.relative_residual.max())
-    advice = "; ".join(_advice(attempt, solution, counts))
+    stayed = _num_unmoved(solution, start)
+    advice = "; ".join(_advice(attempt, solution, counts, is_lost=stayed == failed))
     message = (
         f"{whose}: {failed} of {total} samples did not converge ({reasons}), worst relative residual "
         f"{worst:.1e} after {solution.nfe} evaluations; "
-        f"{_what_is_kept(attempt, solution, failed, start)}. What to try: {advice}."
+        f"{_what_is_kept(attempt, failed, stayed)}. What to try: {advice}."
     )
     if policy.action == "raise":
         raise NonConvergenceError(message, shaped(solution))
@@ -148,13 +149,17 @@ def report_failure(
     warnings.warn(warning, stacklevel=levels_to_caller())
 
 
-def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tensor) -> str:
-    """Whether the values of failed samples are better than where they began."""
+def _num_unmoved(solution: Solution, start: Tensor) -> int:
+    """How many samples failed, and have no iterate that is better than where they began."""
     codes = [status for status in Status if status.is_failure]
     lost = torch.isin(solution.status, solution.status.new_tensor(codes))
     value: Tensor = solution.value
     unmoved = ((value == start) | (value.isnan() & start.isnan())).all(1) & lost
-    number = int(unmoved.sum())
+    return int(unmoved.sum())
+
+
+def _what_is_kept(attempt: Attempt, failed: int, number: int) -> str:
+    """Whether the values of failed samples are better than where they began, as for a number they are not."""
     where = "value holds" if attempt.kind == "forward" else "is used"
     which = "last" if attempt.stopping.keeps_last else "best"
     if not number:
@@ -165,12 +170,18 @@ def _what_is_kept(attempt: Attempt, solution: Solution, failed: int, start: Tens
     )
 
 
-def _advice(attempt: Attempt, solution: Solution, statuses: Iterable[Status]) -> Iterator[str]:
-    """What can be changed of what is in use, for every status what was not said of one before."""
+def _advice(
+    attempt: Attempt, solution: Solution, statuses: Iterable[Status], *, is_lost: bool
+) -> Iterator[str]:
+    """What can be changed of what is in use, for every status what was not said of one before.
+
+    A cell of which no iterate is better than the start is hardly a contraction: more steps are no way then.
+    """
     said: set[str] = set()
     for status in statuses:
         precise = _precision(attempt, solution, status)
-        ways = [way for way in _WAYS[status](attempt) if way and way not in said]
+        first = [_CONTRACT] if is_lost and status == Status.MAX_STEPS else []
+        ways = [way for way in dict.fromkeys(first + _WAYS[status](attempt)) if way and way not in said]
         told = [precise] if precise and precise not in said else []
         told += ["otherwise " * bool(precise) + _joined(ways)] if ways else []
         said |= {precise, *ways}

@@ -69,8 +69,8 @@ def solve_stream(
     """
     check_instance("solve_stream", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
     check_integer("solve_stream", 1, batch_size=batch_size)
-    if kwargs is not None:
-        check_instance("solve_stream", Mapping, "a dict with names as its keys", kwargs=kwargs)
+    if not isinstance(kwargs, Mapping | None) or not all(isinstance(name, str) for name in kwargs or ()):
+        raise TypeError(f"solve_stream: kwargs must be a dict with names as its keys, got {kwargs!r}")
     rule = layer.stopping if stopping is None else stopping
     check_setting("solve_stream", "stopping", rule)
     if rule.is_fixed:

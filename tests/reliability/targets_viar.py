@@ -611,7 +611,7 @@ EVALUATION = [
             "seed": 0,
             "console": QUIET,
         },
-        work=("steps",),
+        work=("steps", "batch_size"),
         share=0.3,
     ),
     Target(

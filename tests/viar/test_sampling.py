@@ -372,7 +372,7 @@ def test_a_tokenizer_of_other_sizes_is_refused(changes: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cfg": -1.0}, "cfg: expected a number of at least 0, got -1.0"),
+        ({"cfg": -1.0}, "cfg: expected a number from 0 to 1,000,000, got -1.0"),
         ({"cfg": float("nan")}, "cfg: .* got nan"),
         ({"top_k": 0}, "top_k: expected at least 1, or None"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], or None"),

@@ -11,6 +11,7 @@ from ..data.decoding import shown
 from ..files import check_writable
 from ..generation.settings import Sampling
 from ..model.transformer import NextScaleTransformer
+from .loading import say
 
 # What a folder of other work has in it, which a training run must not write into.
 OTHER_WORK = {
@@ -91,4 +92,6 @@ def check_sampling(model: NextScaleTransformer, sampling: Sampling, labels: Sequ
             model.check_labels(torch.tensor(labels))
         except RuntimeError as error:  # an integer that no tensor holds
             raise ValueError(f"labels: expected classes 0 to {model.null_class - 1}, got {labels}") from error
+        if model.null_class in labels:
+            say(f"--labels: {model.null_class} asks for no class in particular")
     sampling.schedule(model.trunk)

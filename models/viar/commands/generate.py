@@ -55,7 +55,8 @@ def generate_command(
             --tokenizer. A VIAR of handwritten digits comes with the package.
         tokenizer: The same, of its tokenizer.
         out: PNG to write; with --num a folder.
-        labels: Classes. With --num the images get them in turn.
+        labels: Classes; the number behind the last asks for none in particular. With --num the images get
+            them in turn.
         per_class: Images of each; not with --num.
         num: Images to generate into a folder. torchrun needs it spelled out, --num-images.
         format: Only with --num: png keeps the numbered pictures, npz writes one archive for evaluation.

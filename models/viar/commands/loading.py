@@ -132,9 +132,9 @@ def _say_where(source: str, flag: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line; the first of several processes does."""
+    """Print a note beside what a command gives, on standard error; the first of several processes does."""
     if not process_index():
-        Console().print(shown(line), markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(shown(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:

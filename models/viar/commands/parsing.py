@@ -137,6 +137,9 @@ def completion_script(shell: str) -> str:
 
 def by_flags(text: str) -> str:
     """What settings refuse, behind the flags on the command line that it is about, if it is about some."""
+    name, _, rest = text.partition(": ")
+    if name in {flag.rpartition(".")[2] for flag in given_flags()}:
+        return f"--{name.replace('_', '-')}: {rest}"
     if not OF_SETTINGS.match(text):
         return text
     words = set(re.findall(r"\w+", text))

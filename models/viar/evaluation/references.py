@@ -120,8 +120,10 @@ def read_reference(
 
     Raises:
         ValueError: there is no such thing, or the file has another digest, or statistics of another network
-            or such as no images have.
+            or such as no images have; `image_side` is below 1.
     """
+    if image_side < 1:
+        raise ValueError(f"image_side: expected at least 1, got {image_side}")
     path = Path(source)
     if sha256 is not None:
         _check_digest(path, sha256)

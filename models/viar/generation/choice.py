@@ -106,17 +106,17 @@ def choose(
     Raises:
         ValueError: logits of another shape or type, noise of other images, no candidates.
     """
-    V = logits_BlV.shape[-1] if logits_BlV.ndim else 0
+    V = logits_BlV.shape[-1] if logits_BlV.ndim == 3 else 0
     k = V if top_k is None else min(top_k, V)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], or None to keep all tokens, got {top_p}")
-    if len(noise.keys_B) != len(logits_BlV):
-        raise ValueError(f"noise: expected that of {len(logits_BlV)} images, got {len(noise.keys_B)} keys")
-    if k < 1 or logits_BlV.ndim != 3 or not logits_BlV.is_floating_point():
+    if k < 1 or not logits_BlV.is_floating_point():
         raise ValueError(
             "logits, top_k: expected floating-point (B, l, V) and at least 1 of the V tokens, got "
             f"{shown(logits_BlV)} and {top_k}"
         )
+    if len(noise.keys_B) != len(logits_BlV):
+        raise ValueError(f"noise: expected that of {len(logits_BlV)} images, got {len(noise.keys_B)} keys")
     if k == 1:
         values, tokens = logits_BlV.topk(min(2, V))
         return Choice(tokens[..., 0], _apart(values))

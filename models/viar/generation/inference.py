@@ -50,8 +50,13 @@ def prepare_inference(
 
     Raises:
         ValueError: another `dtype`; a backend of `compile` that captures graphs itself, with `graphs`;
-            `compile` inside of `viar.determinism.deterministic`.
+            `compile` inside of `viar.determinism.deterministic`, or a name that is none of a backend.
     """
+    if isinstance(compile, str) and compile not in torch.compiler.list_backends(()):
+        raise ValueError(
+            "compile: expected True, False or the name of a backend of torch.compiler.list_backends(), got "
+            f"{compile!r}"
+        )
     if compile and is_deterministic():
         raise ValueError(
             "compile: what is compiled is chosen by trials, and need not be the same in another run, got "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from ..kinds import shown
 from ..model.cache import check_cache_name
 from ..model.schedule import Adaptive, Iterations, checked_iterations
 from ..model.trunk import Trunk
+
+LARGEST_CFG = 1e6  # beyond all use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ class Sampling:
         for name in ("warm_start", "more_smooth"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if not 0 <= self.cfg < math.inf:
-            raise ValueError(f"cfg: expected a number of at least 0, got {self.cfg}")
+        if not 0 <= self.cfg <= LARGEST_CFG:
+            raise ValueError(f"cfg: expected a number from 0 to {LARGEST_CFG:,.0f}, got {self.cfg}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, or None to keep all tokens, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
