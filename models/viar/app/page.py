@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from starlette.middleware import Middleware
 
 from .calls import calls_of
@@ -101,6 +102,9 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
 def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = False) -> str:
     """Serve a page by threads of this process, and return its address.
 
+    From here on PyTorch takes one core less than it did, of several: a browser on the same machine and what
+    serves it need one too, and pictures are there sooner than when all three share every core.
+
     Args:
         page: of `build_page`.
         host: address to listen at; 127.0.0.1 is reached from this machine alone.
@@ -110,6 +114,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
     Raises:
         OSError: the port is taken.
     """
+    torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
     limits = Middleware(LimitedRequests, most_bytes=MOST_SENT, without=UPLOADS)
     system, fixed = gr.themes.Font("system-ui"), gr.themes.Font("ui-monospace")
     theme = gr.themes.Default(

@@ -17,7 +17,7 @@ and their size is one of the settings of the series.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -163,7 +163,9 @@ def _check(
     for name, module in (("model", model), ("tokenizer", tokenizer)):
         if module.training:
             raise ValueError(f"{name}: expected evaluation mode, got training mode; call {name}.eval() first")
-    if isinstance(formats, str) or not formats or not set(formats) <= set(FORMATS):
+    if isinstance(formats, str) or not isinstance(formats, Collection) or not formats:
+        raise ValueError(f"formats: expected one or both of {', '.join(FORMATS)}, got {formats!r}")
+    if not all(isinstance(name, str) and name in FORMATS for name in formats):
         raise ValueError(f"formats: expected one or both of {', '.join(FORMATS)}, got {formats!r}")
 
 
