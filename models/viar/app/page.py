@@ -7,6 +7,7 @@ served, and none are written.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ LONGEST_QUEUE = 32  # who comes when so many wait is told to come later
 MOST_THREADS = 8  # that serve; models take one
 MOST_SENT = 3 * MOST_BYTES  # of a request: two pictures in base64, and the rest
 UPLOADS = ("/gradio_api/upload", "/upload")  # would write files; the page needs none
+# Of its events gradio keeps notes and makes statistics, of which nobody here asks for: ten thousand, with
+# which memory would grow for an hour.
+STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": 10, "GRADIO_ANALYTICS_CACHE_FREQUENCY": 2**31}
 GUIDANCE = 1.5
 HEAD = "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>"
 # One at a time, over all events: they share the cores and the memory of one machine.
@@ -95,6 +99,8 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
                     _figures_tab(tab)
         for name, call in calls_of(pair).items():
             gr.api(_told()(call), api_name=name, **TURNS)
+    for name, number in STATISTICS.items():
+        os.environ.setdefault(name, str(number))
     page.queue(max_size=LONGEST_QUEUE)
     return page
 

@@ -162,8 +162,8 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
         return [(first * spans + (last - first) * k) // spans for k in range(num_scales)]
     if len(checked) != num_scales:
         raise ValueError(
-            f"iterations: expected one count for all scales, two for the first and the last, or one a scale "
-            f"({num_scales}), got {len(checked)} counts: {checked}"
+            f"iterations: expected one count a scale ({num_scales}), one for all scales or a tuple (first, last), "
+            f"got {len(checked)} counts: {checked}"
         )
     return list(checked)
 
