@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +57,7 @@ def _check_regular(path: Path, owner: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, apart: bool = False, in_turn: bool = False) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and is gone if it never is.
 
     A link is replaced itself, whatever it leads to; a user who names one means the other file, so commands
@@ -67,6 +67,8 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
         path: of the file.
         apart: until then it has a name that no other process gives, on this machine or on another; of a
             process that is killed it stays. Else it has one that the next to write it takes over.
+        in_turn: two that write it at a time come one after the other, through a lock beside it. Not needed in
+            a folder that is `held`.
 
     Raises:
         ValueError: `path` is a device or a pipe, or has no name.
@@ -79,14 +81,15 @@ def replacing(path: Path, *, apart: bool = False) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}{owner}.partial")
     if partial.is_symlink():  # else it would be written through
         partial.unlink()
-    try:
-        with naming(path):
-            with partial.open("wb") as file:
-                yield file
-            os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with _turn(partial) if in_turn else nullcontext():
+        try:
+            with naming(path):
+                with partial.open("wb") as file:
+                    yield file
+                os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -157,8 +160,7 @@ def alone(folder: Path) -> Iterator[None]:
         folder: its parents are made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f"{folder.name}.lock")
-    with FileLock(lock):
+    with _turn(folder):
         if folder.is_symlink():  # else files would be made where it leads to
             folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,6 +169,16 @@ def alone(folder: Path) -> Iterator[None]:
             yield
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Inside, this process or thread alone works at a path; others wait for it."""
+    lock = path.with_name(f"{path.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
             with suppress(OSError):  # where an open file cannot be removed, it stays, and is in nobody's way
                 lock.unlink()
 

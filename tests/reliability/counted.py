@@ -36,12 +36,20 @@ TABLES: dict[str, dict[str, str]] = {
         "p99": "99 %, ms",
         "growth": "memory, from the first to the last third",
     },
+    "ends": {"times": "times", "slowest": "longest, s"},
     "memory": {"times": "times", "growth": "memory, from the first to the last third"},
     "same": {"runs": "runs", "same": "same bits", "different": "different bits"},
 }
 # Figures of which none but this may be counted, in any row.
 MUST_BE_ZERO = ("lost", "wrong", "unclear", "undocumented", "hung", "errors")
-HEADINGS = {"faults": "fault", "inputs": "given", "load": "load", "memory": "work", "same": "settings"}
+HEADINGS = {
+    "faults": "fault",
+    "inputs": "given",
+    "load": "load",
+    "ends": "SIGTERM to",
+    "memory": "work",
+    "same": "settings",
+}
 OPEN = "*Not counted yet: `make reliability` does it.*"
 _BLOCK = re.compile(r"(<!-- counted: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -129,12 +137,35 @@ def _promises() -> str:
 
 def _table(name: str, rows: list[Row]) -> str:
     columns = TABLES[name]
+    if name == "faults":
+        rows = _by_kind(rows)
     lines = [[HEADINGS[name], *columns.values()], ["---", *("---:" for _ in columns)]]
     lines += [[row.what, *(_shown(row.figures[column]) for column in columns)] for row in rows]
     sums = [_sum([row.figures[column] for row in rows]) for column in columns]
     if name in ("faults", "inputs"):
         lines.append(["**all**", *(f"**{_shown(total)}**" for total in sums)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_kind(rows: list[Row]) -> list[Row]:
+    """Rows of one kind, as "full disk: a series" and "full disk: a judge" are, as one."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.what.partition(": ")[0], []).append(row)
+    return [
+        Row(
+            "faults",
+            kind + (": " if ": " in of_kind[0].what else "") + "; ".join(_done_to(row) for row in of_kind),
+            {column: _sum([row.figures[column] for row in of_kind]) for column in TABLES["faults"]},
+        )
+        if len(of_kind) > 1
+        else of_kind[0]
+        for kind, of_kind in kinds.items()
+    ]
+
+
+def _done_to(row: Row) -> str:
+    return row.what.partition(": ")[2]
 
 
 def _sum(figures: list[int | float | str]) -> int | float:

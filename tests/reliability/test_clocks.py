@@ -64,7 +64,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(
         wrong += any(found[name] != expected[name] for name in kept or expected) or set(found) != set(
             expected
         )
-    what = f"the clock jumps by hours and years during `viar {command}`"
+    what = f"the clock jumps by hours and years: `viar {command}`"
     tally("faults", what, runs=runs, lost=0, wrong=wrong, unclear=unclear)
 
 
@@ -87,7 +87,7 @@ def test_files_of_the_future_and_of_the_past_are_taken_as_others(
         assert lives.begin(lives.viar, *arguments, told=tmp_path / "told").ended() == 0
         wrong += lives.contents(out) != whole
         wrong += any(path.stat().st_mtime != moment for path in kept)
-    what = f"`viar {command}` goes on in files of 1970 and of 2096"
+    what = f"files are of 1970 and of 2096: `viar {command}` goes on"
     tally("faults", what, runs=len(moments), lost=0, wrong=wrong, unclear=0)
 
 

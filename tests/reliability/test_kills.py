@@ -83,21 +83,21 @@ def test_training_that_is_killed_goes_on_to_the_same_weights(
     figures = killed(work, tmp_path, times(1, 20))
     for left in ("state", "state.new", "state.old", "best", ".saving", ".lock"):
         assert not (tmp_path / "parts" / "out" / left).exists(), left
-    tally("faults", f"kill -9 of {work.what}", **figures)
+    tally("faults", f"kill -9: {work.what}", **figures)
 
 
 def test_a_series_that_is_killed_goes_on_to_the_same_files(
     pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
 ) -> None:
     work = series(pair, num=30)
-    tally("faults", f"kill -9 of {work.what}", **killed(work, tmp_path, times(1, 40)))
+    tally("faults", f"kill -9: {work.what}", **killed(work, tmp_path, times(1, 40)))
 
 
 def test_tokenizing_that_is_killed_goes_on_to_the_same_files(
     pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
 ) -> None:
     work = tokens(pair)
-    tally("faults", f"kill -9 of {work.what}", **killed(work, tmp_path, times(1, 40)))
+    tally("faults", f"kill -9: {work.what}", **killed(work, tmp_path, times(1, 40)))
 
 
 def test_a_picture_that_is_being_written_is_whole_or_not_there(
@@ -108,7 +108,7 @@ def test_a_picture_that_is_being_written_is_whole_or_not_there(
     for work in (picture(pair), edited(pair, image)):
         folder = tmp_path / work.what.split("`")[1]
         folder.mkdir()
-        tally("faults", f"kill -9 of {work.what}", **killed(work, folder, times(1, 30)))
+        tally("faults", f"kill -9: {work.what}", **killed(work, folder, times(1, 30)))
 
 
 def test_a_conversion_that_is_killed_leaves_a_whole_checkpoint_or_none(
@@ -125,7 +125,7 @@ def test_a_conversion_that_is_killed_leaves_a_whole_checkpoint_or_none(
     for what, (source, name) in cases.items():
         work, folder = converted(what, source, name), tmp_path / what
         folder.mkdir()
-        tally("faults", f"kill -9 of {work.what}", **killed(work, folder, times(1, 25)))
+        tally("faults", f"kill -9: {work.what}", **killed(work, folder, times(1, 25)))
 
 
 def wide(folder: Path) -> Path:
@@ -179,7 +179,7 @@ def test_a_model_that_is_written_over_another_is_never_a_mixture(
         life.process.kill()
         life.process.join()
         wrong += not of_one(out, names)
-    what = "kill -9 of `save_pretrained` over another model"
+    what = "kill -9: `save_pretrained` over another model"
     tally("faults", what, runs=kills, lost=0, wrong=wrong, unclear="Traceback" in life.said())
     from viar import NextScaleTransformer
 
@@ -207,6 +207,6 @@ def test_two_processes_that_save_into_one_folder_come_one_after_the_other(
         both[1].process.kill()
         both[1].process.join()
         wrong += not of_one(out, names)
-    what = "`save_pretrained` into one folder by two processes, both killed"
+    what = "kill -9: two processes that `save_pretrained` into one folder"
     tally("faults", what, runs=runs, lost=0, wrong=wrong, unclear=unclear)
     assert "Traceback" not in (tmp_path / "told").read_text()

@@ -95,7 +95,7 @@ def test_training_of_which_a_process_is_lost_ends_and_goes_on_to_the_same_weight
         found = lives.contents(tmp_path / str(run))
         wrong += any(found[name] != expected[name] for name in (WEIGHTS, SETTINGS, "metrics.jsonl"))
     what = "is killed" if number == signal.SIGKILL else "stands still"
-    row = f"one of two processes of `viar train` {what}"
+    row = f"one of two processes {what}: `viar train`"
     tally("faults", row, runs=runs, lost=lost, wrong=wrong, unclear=unclear)
 
 
@@ -112,5 +112,5 @@ def test_a_series_of_which_a_process_is_killed_ends_and_goes_on_to_the_same_file
         lost, unclear = lost + is_lost, unclear + is_unclear
         wrong += any(life.ended() for life in together(series(pair, out), tmp_path / "again.txt"))
         wrong += lives.contents(out) != expected
-    row = "one of two processes of `viar generate --num` is killed"
+    row = "one of two processes is killed: `viar generate --num`"
     tally("faults", row, runs=runs, lost=lost, wrong=wrong, unclear=unclear)

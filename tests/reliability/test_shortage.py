@@ -88,5 +88,5 @@ def test_generation_goes_on_in_halves_with_the_same_images(
         unclear += life.ended() != 0 or "memory did not suffice: from here on" not in life.said()
         wrong += lives.contents(out) != expected
     what = {"series": "`viar generate --num`", "grid": "`viar generate`", "edit": "`viar edit`"}[name]
-    row = f"memory does not suffice for a batch of {what}"
+    row = f"memory does not suffice for the batch: {what}"
     tally("faults", row, runs=runs, lost=0, wrong=wrong, unclear=unclear)

@@ -67,7 +67,14 @@ def test_the_second_of_two_is_refused_and_the_first_ends_as_if_alone(
         wrong += first.ended() != 0
         found = lives.contents(out)
         wrong += any(found.get(name) != expected.get(name) for name in KEPT) or ".lock" in found
-    tally("faults", f"two of `viar {command}` in one folder", runs=runs, lost=0, wrong=wrong, unclear=unclear)
+    tally(
+        "faults",
+        f"a second process in the folder: `viar {command}`",
+        runs=runs,
+        lost=0,
+        wrong=wrong,
+        unclear=unclear,
+    )
 
 
 @pytest.mark.parametrize("command", ["demo", "reproduce"])
@@ -88,7 +95,7 @@ def test_a_folder_that_another_process_holds_is_refused_and_free_after_a_kill(
     free = third.until(lambda: (tmp_path / "out" / "begun").exists())
     third.process.kill()
     third.process.join()
-    what = f"`viar {command}` in a folder of another process, which is then killed"
+    what = f"a second process in the folder, the first killed: `viar {command}`"
     tally("faults", what, runs=2, lost=0, wrong=left != {"begun", ".lock"}, unclear=2 - refused - free)
 
 
@@ -105,4 +112,11 @@ def test_two_that_write_the_same_tokens_at_once_write_the_same_files(
         wrong += any(life.ended() for life in both)
         wrong += lives.contents(tmp_path / str(run)) != lives.contents(tmp_path / "alone")
     unclear = "Traceback" in (tmp_path / "told").read_text()
-    tally("faults", "two of `viar tokenize` in one folder", runs=runs, lost=0, wrong=wrong, unclear=unclear)
+    tally(
+        "faults",
+        "a second process in the folder: `viar tokenize`, which shares the work",
+        runs=runs,
+        lost=0,
+        wrong=wrong,
+        unclear=unclear,
+    )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def half_a_file_by_name(path: Path) -> None:
     with replacing_path(path) as fresh:
         fresh.write_text("half")
         raise KeyboardInterrupt
+
+
+def test_two_that_write_one_file_at_a_time_come_one_after_the_other(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.png", range(8)
+
+    def write(number: int) -> None:
+        with replacing(path, in_turn=True) as file:
+            for _ in range(20):
+                file.write(bytes([number]) * 1000)
+                file.flush()
+
+    with ThreadPoolExecutor(len(numbers)) as writers:
+        list(writers.map(write, numbers))
+    assert path.read_bytes() in [bytes([number]) * 20_000 for number in numbers]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("write", [half_a_file, half_a_file_by_name])

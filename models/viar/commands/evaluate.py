@@ -134,7 +134,7 @@ def evaluate_command(
             console.print_json(json.dumps(result, allow_nan=False))
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(Path(os.path.realpath(out))) as written:
+    with replacing(Path(os.path.realpath(out)), in_turn=True) as written:
         written.write(json.dumps(result, indent=1, allow_nan=False).encode())
     console.print(f"figures in {shown(out)}", markup=False, highlight=False, soft_wrap=True)
 

@@ -106,7 +106,7 @@ def save_picture(image: Tensor, path: Path) -> None:
         ValueError: no picture of that shape.
     """
     _check_pictures("image", image[None])
-    with replacing(path) as file:
+    with replacing(path, in_turn=True) as file:
         as_picture(image).save(file, "png")
 
 
@@ -181,7 +181,7 @@ def save_grid(
         sheet.paste(as_picture(image), place)
     for row, name in enumerate(names):
         sheet.paste(name, (0, row * height))
-    with replacing(path) as file:
+    with replacing(path, in_turn=True) as file:
         sheet.save(file, "png")
 
 

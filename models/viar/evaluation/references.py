@@ -155,7 +155,7 @@ def save_reference(reference: Reference, path: Path) -> None:
         arrays |= {"mu_s": reference.spatial.mean.numpy(), "sigma_s": reference.spatial.covariance.numpy()}
     if reference.pooled is not None:
         arrays["pooled"] = reference.pooled.numpy()
-    with replacing(path) as file:
+    with replacing(path, in_turn=True) as file:
         np.savez(file, **arrays)
 
 

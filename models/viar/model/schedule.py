@@ -162,8 +162,8 @@ def iteration_schedule(iterations: Iterations, num_scales: int) -> list[int] | l
         return [(first * spans + (last - first) * k) // spans for k in range(num_scales)]
     if len(checked) != num_scales:
         raise ValueError(
-            f"iterations: expected one count a scale ({num_scales}), one for all scales or a tuple (first, last), "
-            f"got {len(checked)} counts: {checked}"
+            f"iterations: expected one count a scale ({num_scales}), one for all scales or a tuple (first, "
+            f"last), got {len(checked)} counts: {checked}"
         )
     return list(checked)
 
