@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+
 from viar import load_shipped
 from viar.app.drawing import Pair
 
@@ -77,9 +79,10 @@ def _served(run: Run) -> Iterator[str]:
     from viar.app.page import build_page, serve
 
     model, tokenizer = load_shipped()
-    page = build_page(Pair(model.to(run.device), tokenizer.to(run.device)))
+    page, threads = build_page(Pair(model.to(run.device), tokenizer.to(run.device))), torch.get_num_threads()
     yield serve(page, "127.0.0.1", None)
     page.close(verbose=False)
+    torch.set_num_threads(threads)  # of which the page takes one less
 
 
 def _first_load(browser: Any, address: str) -> float:

@@ -81,7 +81,10 @@ def _shipped_or_given(model: str | None, tokenizer: str | None) -> tuple[NextSca
             load_model(Tokenizer, tokenizer, "--tokenizer"),
         )
     if model is None and tokenizer is None:
-        say(f"the VIAR of {SHIPPED_DATA} that comes with the package; --model and --tokenizer give another")
+        say(
+            f"the VIAR of handwritten digits ({SHIPPED_DATA}) that comes with the package; --model and "
+            "--tokenizer give another"
+        )
         return load_shipped(SHIPPED_DATA)
     given, missing = ("--model", "--tokenizer") if tokenizer is None else ("--tokenizer", "--model")
     raise ValueError(
