@@ -143,7 +143,7 @@ def bars_markdown(bars: Sequence[dict[str, Any]]) -> str:
     for bar in bars:
         value, limit, verdict = bar["value"], bar["limit"], bar["verdict"]
         if verdict == "FAIL" and value is not None and limit:
-            verdict = f"missed: {value / limit:.3g} x"
+            verdict = f"missed:\u00a0{value / limit:.3g}\u00a0x"  # on one line, however narrow the table
         shown = "-" if value is None else f"{value:.4g}"
         note = shorten(bar["note"], NOTE, placeholder=" ...")
         lines.append((bar["name"], shown, f"{limit:.4g}", verdict, note))

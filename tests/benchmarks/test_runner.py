@@ -373,7 +373,7 @@ def test_a_case_is_shown_from_the_newest_file_that_holds_it(
 def test_a_missed_bar_says_by_how_much_and_long_notes_are_cut() -> None:
     found = [Bar("slow", 1.5, 1.0, "word " * 50), Bar("wrong", 2, 0), Bar("unknown", math.nan, 1.0, "why")]
     lines = bars_markdown([bar.record() for bar in found]).splitlines()[2:]
-    assert lines[0].startswith("| slow | 1.5 | 1 | missed: 1.5 x | word word ")
+    assert lines[0].startswith("| slow | 1.5 | 1 | missed:\u00a01.5\u00a0x | word word ")
     assert lines[0].endswith(" word ... |")
     assert len(lines[0]) < 180
     assert lines[1:] == ["| wrong | 2 | 0 | FAIL |  |", "| unknown | - | 1 | not measured | why |"]
