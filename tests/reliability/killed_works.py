@@ -129,5 +129,5 @@ def converted(what: str, source: Path, name: str) -> Work:
     return Work(
         f"`viar convert` into {what}",
         lambda folder: ["convert", str(source), str(folder / name), "--overwrite"],
-        goes_on=("out.pth", "out.safetensors", "out/*"),
+        goes_on=("out.pth", "out.safetensors", "out/[!.]*"),  # a lock of one that was killed is none
     )
