@@ -14,7 +14,7 @@ from PIL import Image
 
 Times = Callable[[int, int], int]
 Tally = Callable[..., None]
-NUM = 96  # images at a time, of which there is room for some
+NUM = 512  # images at a time, of which there is room for some
 MEGABYTES = 24  # that there are, when the models are loaded
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
