@@ -103,10 +103,11 @@ class Layout:
         parts = torch.split(flat, [_width(shape) for shape in self.shapes], 1)
         norms = []
         for part, shape in zip(parts, self.shapes, strict=True):
-            if not all(-len(shape) < axis < len(shape) and axis != 0 for axis in axes):
+            is_axis = all(-len(shape) < axis < len(shape) and axis != 0 for axis in axes)
+            if not is_axis or len({axis % len(shape) for axis in axes}) < len(axes):
                 raise ValueError(
-                    f"Stopping: norm_axes must be axes of every leaf of the state and not the batch, "
-                    f"got {axes} for a leaf of shape {tuple(shape)}"
+                    f"Stopping: norm_axes must be axes of every leaf of the state, each once, and not the "
+                    f"batch, got {axes} for a leaf of shape {tuple(shape)}"
                 )
             leaf = part.reshape(len(flat), *shape[1:])
             # In float64 where there is one: squares of small or large numbers leave the range of float32.

@@ -76,6 +76,8 @@ class Stopping(Settings):
         axes = self.norm_axes
         if axes is not None and not (isinstance(axes, tuple) and axes and all(type(a) is int for a in axes)):
             raise TypeError(f"Stopping: norm_axes must be a tuple of axes or None, got {axes!r}")
+        if axes is not None and len(set(axes)) < len(axes):
+            raise ValueError(f"Stopping: norm_axes must name an axis once, got {axes}")
         if self.readout is not None:
             hint = "a readout such as deqlib.PredictionKL(head=...) or None"
             check_instance("Stopping", Readout, hint, readout=self.readout)

@@ -69,7 +69,8 @@ def holds_for() -> str:
     return (
         f"deterministic: the same bits in every run and on any number of threads, with PyTorch "
         f"{torch.__version__} on a CPU of this kind ({cpu}) or a GPU of one kind; not from one kind to "
-        "another, nor among another number of processes"
+        "another, nor among another number of processes, nor where the environment has MKL or oneDNN take "
+        "other kernels"
     )
 
 

@@ -79,12 +79,12 @@ def replacing(path: Path, *, apart: bool = False, in_turn: bool = False) -> Iter
     _check_regular(path, str(path))
     owner = f".{socket.gethostname()}-{os.getpid()}" if apart else ""
     partial = path.with_name(f"{path.name}{owner}.partial")
-    if partial.is_symlink():  # else it would be written through
-        partial.unlink()
     with _turn(partial) if in_turn else nullcontext():
         try:
             with naming(path):
-                with partial.open("wb") as file:
+                # Made anew, so that a link of its name, or a pipe, is not written to.
+                partial.unlink(missing_ok=True)
+                with partial.open("xb") as file:
                     yield file
                 os.replace(partial, path)
         except BaseException:

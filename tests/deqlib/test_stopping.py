@@ -28,7 +28,7 @@ def test_steps_is_a_fixed_number_of_steps_that_measures_only_when_asked() -> Non
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"rtol": -1e-3}, ValueError, r"rtol must be in \[0, inf\], got -0.001"),
+        ({"rtol": -1e-3}, ValueError, r"rtol must be in \[0, 1e\+38\], got -0.001"),
         ({"rtol": float("nan")}, ValueError, "rtol"),
         ({"rtol": "1e-3"}, TypeError, r"rtol must be a number, got '1e-3' \(str\)"),
         ({"atol": -1.0}, ValueError, "atol"),
@@ -125,6 +125,10 @@ def test_norm_axes_apply_to_every_leaf_and_must_exist() -> None:
     for axes in ((2,), (0,), (-3,)):
         with pytest.raises(ValueError, match="norm_axes must be axes of every leaf of the state"):
             fixed_point(cell, z0, stopping=Stopping(norm_axes=axes))
+    with pytest.raises(ValueError, match="each once"):
+        fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), stopping=Stopping(norm_axes=(1, -1)))
+    with pytest.raises(ValueError, match="must name an axis once"):
+        Stopping(norm_axes=(1, 1))
 
 
 def test_norm_axes_and_measured_steps() -> None:

@@ -38,7 +38,7 @@ class Work:
 
     def mark(self, folder: Path) -> object:
         """Another value after the work has written something."""
-        places = [folder / self.begins_with] if self.begins_with else [*folder.rglob("*")]
+        places = [folder / self.begins_with] if self.begins_with else lives.below(folder)
         marks = []
         for place in places:
             try:

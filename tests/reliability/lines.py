@@ -253,6 +253,8 @@ def what_is_wrong(code: object, text: str) -> str:
         return f"code {code}"
     lines = [line for line in text.splitlines() if line.strip() and "Warning" not in line]
     is_box = "For full helptext" in text or any(line.startswith(("╭", "usage:")) for line in lines)
-    if is_box or (len(lines) == 1 and len(lines[0]) > 20):
+    errors = [line for line in lines if line.startswith("viar: ")] or lines
+    # Notes may come first: that the hub is asked, say.
+    if is_box or (len(errors) == 1 and len(lines[-1]) > 20 and lines[-1] == errors[0]):
         return ""
-    return f"{len(lines)} lines"
+    return f"{len(errors)} lines"

@@ -131,10 +131,19 @@ def save_pair(folder: Path, **changes: int) -> tuple[str, ...]:
     return ("--model", str(folder / "viar"), "--tokenizer", str(folder / "tokenizer"))
 
 
+def below(folder: Path) -> list[Path]:
+    """All that is in a folder, looked at anew where another process removes a part of it meanwhile."""
+    while True:
+        try:
+            return sorted(folder.rglob("*"))
+        except FileNotFoundError:
+            continue
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of all files in a folder, by name; of those that another process removes meanwhile none."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in below(folder):
         try:
             found[str(path.relative_to(folder))] = path.read_bytes()
         except (FileNotFoundError, IsADirectoryError):

@@ -35,6 +35,7 @@ def _counted(world: Path, numbers: range, folder: str) -> Counted:
     """What comes of these lines, for a process of its own, see `calls.count_calls`."""
     from test_broken_pictures import judge_of_two_steps
 
+    import viar.commands.app
     import viar.commands.demo
 
     tempfile.tempdir = folder
@@ -43,6 +44,7 @@ def _counted(world: Path, numbers: range, folder: str) -> Counted:
     patch = pytest.MonkeyPatch()
     judge_of_two_steps(patch)
     patch.setattr(viar.commands.demo, "run_demo", lambda *_: {})
+    patch.setattr(viar.commands.app, "_serve", lambda *_: None)  # for ever
 
     def work(number: int) -> Outcome:
         draw = lines.drawn_of_benchmarks if number % 11 == 0 else lines.drawn

@@ -479,9 +479,9 @@ def test_what_is_wrong_ends_with_code_2_and_a_message_that_names_it(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--cfg", -1), "cfg: expected a number from 0 to 1,000,000, got -1.0"),
-        (("--top-p", 2), "top_p: expected a number in (0, 1]"),
-        (("--labels", 10, 11), "labels: expected classes 0 to 9"),
+        (("--cfg", -1), "--cfg: expected a number from 0 to 1,000,000, got -1.0"),
+        (("--top-p", 2), "--top-p: expected a number in (0, 1]"),
+        (("--labels", 10, 11), "--labels: expected classes 0 to 9"),
         (("--iterations", 1, 2, 3, 4), "--iterations: expected one count a scale (3), one for all"),
         (("--iterations", 1, 2, "--cache", "iterate"), "use cache='equilibrium'"),
         (("--iterations", 2, "--adaptive", 0.1), "--iterations, --adaptive and --budget exclude each other"),

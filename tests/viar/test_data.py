@@ -65,6 +65,9 @@ def test_digits_are_enlarged_by_whole_factors_only() -> None:
     small, large = load_data("digits", 8).validation.images, load_data("digits", 16).validation.images
     assert large[..., ::2, ::2].equal(small)
     assert large[..., 1::2, 1::2].equal(small)
+    for source in ("digits", "mnist"):
+        with pytest.raises(ValueError, match="image_side: expected at least 1, got 0"):
+            load_data(source, 0)
     with pytest.raises(ValueError, match="image_side: 'digits' has 8 x 8 images, 12 is no multiple"):
         load_data("digits", 12)
 

@@ -261,6 +261,7 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
     write_folder(tmp_path / "single", pixels(1))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 6, 6, 3)))
     np.savez(tmp_path / "labels.npz", arr_0=np.zeros((4, 6, 6, 3), np.uint8), arr_1=np.zeros(3))
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((2, 0, 0, 3), np.uint8))
     np.savez(tmp_path / "others.npz", weights=np.zeros(3))
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     np.savez(tmp_path / "large.npz", arr_0=pixels(4, side=8).numpy())
@@ -275,6 +276,7 @@ def test_what_is_no_reference_is_refused_in_words(tmp_path: Path) -> None:
         "text.npz": "is no archive of numpy that can be read",
         "grey.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6) in uint8",
         "floats.npz": "expected arr_0 (N, H, H, 3) in uint8, got (4, 6, 6, 3) in float64",
+        "empty.npz": "expected arr_0 (N, H, H, 3) in uint8, got (2, 0, 0, 3) in uint8",
         "labels.npz": "expected arr_1 of shape (4,), got (3,)",
         "others.npz": "expected mu and sigma, or arr_0, got weights",
         "shapes.npz": "mu and sigma are no statistics of images; mean, covariance: expected shapes (F,)",

@@ -6,6 +6,7 @@ import ast
 import inspect
 import io
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -159,6 +160,18 @@ def numbers_of(
     return spoil
 
 
+def long_header(folder: Path) -> Callable[[], object]:
+    """An archive of an array whose header is of 200 megabytes, of spaces, packed."""
+    with (
+        zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(b"\x93NUMPY\x02\0" + struct.pack("<I", 200 * 2**20))
+        for _ in range(200):
+            member.write(b" " * 2**20)
+    return lambda: find_pictures(folder / "a.npz")
+
+
 def checkpoint_of(
     value: Any, *, packed: bool = False, old: bool = False
 ) -> Callable[[Path], Callable[[], object]]:
@@ -251,6 +264,7 @@ ABSURD: dict[str, Callable[[Path], Callable[[], object]]] = {
     "statistics of 10**12": numbers_of((10**12,)),
     "packed statistics": numbers_of((9 * 2**20,), packed=72 * 2**20),
     "pictures of 10**6 a side": numbers_of((1, 10**6, 10**6, 3), "arr_0"),
+    "packed header": long_header,
     "packed pictures": numbers_of((1, 5120, 5120, 3), "arr_0", packed=75 * 2**20),
     "packed checkpoint": checkpoint_of({"a": torch.zeros(2**20)}, packed=True),
     "bytes of any number": checkpoint_of({"a": Zeros()}),
@@ -381,6 +395,20 @@ def test_a_link_is_replaced_itself_and_one_that_a_user_names_is_followed(tmp_pat
     convert_checkpoint(tmp_path / "model", link, overwrite=True)
     assert link.is_symlink()
     assert load_official(target).config.depth == 3
+
+
+@pytest.mark.promise("Nothing outside of the folder")
+@pytest.mark.parametrize("make", [os.link, lambda target, partial: os.mkfifo(partial)], ids=["link", "pipe"])
+def test_what_has_the_name_of_a_file_that_is_begun_is_not_written_to(
+    make: Callable[[Path, Path], object], tmp_path: Path
+) -> None:
+    target, path = tmp_path / "there", tmp_path / "a.png"
+    target.write_text("before")
+    make(target, tmp_path / "a.png.partial")
+    with replacing(path) as file:
+        file.write(b"after")
+    assert (path.read_text(), target.read_text()) == ("after", "before")
+    assert {place.name for place in tmp_path.iterdir()} == {"there", "a.png"}
 
 
 @pytest.mark.promise("Nothing outside of the folder")

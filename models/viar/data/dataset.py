@@ -66,7 +66,7 @@ class TensorImages(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch."""
-        where = torch.as_tensor(indices)
+        where = torch.as_tensor(indices, dtype=torch.int64)
         return self.images[where], self.labels[where]
 
 

@@ -292,6 +292,8 @@ def _named(name: object) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise PermissionError(f"{shown(name)}: {error.strerror}") from error
+    except MemoryError:  # no fault of the picture, whose size was looked at
+        raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{shown(name)}: is no picture that can be read; give a PNG or JPEG file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -61,6 +61,8 @@ def load_data(
         PermissionError: the folder must not be read.
     """
     check_augmentations(augmentations or ())
+    if image_side < 1:
+        raise ValueError(f"image_side: expected at least 1, got {image_side}")
     if augment < 0 or (augment and not is_in_memory(source)):
         raise ValueError(
             f"augment: expected 0, or more with one of {IN_MEMORY}, got {augment} with {source!r}"

@@ -12,6 +12,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .moments import Moments
 from .quality import BATCH, Reference, images_of
 
 ARCHIVE = ".npz"
+LONGEST_HEADER = 10_000  # bytes of an array: what NumPy takes too
 STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "count", "network", "pooled"}
 # What is read at once may take so many times the bytes of its file, or at least these: packed zeros take few.
 MOST_PACKING, MOST_PACKED = 100, 2**26
@@ -96,7 +98,7 @@ def find_pictures(path: Path, image_side: int | None = None) -> Pictures:
             _check_packing(path, there, shape, dtype, num_rows=BATCH)
     except OF_DAMAGED_ARCHIVES as error:
         raise ValueError(f"{shown(path)} is no archive of images with arr_0 in it ({error})") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not shape[0]:
+    if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not all(shape):
         raise ValueError(f"{shown(path)}: expected arr_0 (N, H, H, 3) in uint8, got {shape} in {dtype}")
     if image_side not in (None, shape[1]):
         raise ValueError(f"{shown(path)} has images of {shape[1]} pixels a side, expected {image_side}")
@@ -347,8 +349,15 @@ def _read_archive(path: Path) -> Iterator[Tensor]:
 def _header(member: Any, *, by_rows: bool = True) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of the array that begins here; its numbers follow, if `by_rows` row by row."""
     version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_columns, dtype = read(member)
+    is_short = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_short else np.lib.format.read_array_header_2_0
+    told = member.read(2 if is_short else 4)
+    length = int.from_bytes(told, "little")
+    if length > LONGEST_HEADER:  # NumPy reads it first, whatever memory that takes, and refuses it then
+        raise ValueError(f"a header of {length:,} bytes, expected at most {LONGEST_HEADER:,}")
+    shape, by_columns, dtype = read(BytesIO(told + member.read(length)))
+    if any(type(number) is not int for number in shape):
+        raise ValueError(f"a shape of something else than integers, {shape}")
     if by_columns and by_rows:
         raise ValueError("its rows are not one after the other")
     return shape, dtype

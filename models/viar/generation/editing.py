@@ -26,6 +26,7 @@ from .settings import Sampling, as_labels
 
 COARSE_TOKENS = 3  # "codes": a scale of at most so many tokens is kept whole, as published
 KEEPS = ("features", "codes")
+MOST_SIDE = 32_768  # of a mask: nobody has larger pictures
 
 
 @torch.no_grad()
@@ -112,8 +113,8 @@ def box_mask(
     Raises:
         ValueError: not four fractions with top < bottom and left < right, or a box that holds no pixel.
     """
-    if side < 1:
-        raise ValueError(f"side: expected at least 1 pixel, got {side}")
+    if not 1 <= side <= MOST_SIDE:
+        raise ValueError(f"side: expected 1 to {MOST_SIDE:,} pixels, got {side}")
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(
             "box: expected fractions (top, left, bottom, right) in [0, 1], top below bottom and left below "

@@ -124,6 +124,7 @@ def generate(
         guidance_reuse=guidance_reuse,
         more_smooth=more_smooth,
     )
+    check_kind("return_report: expected", return_report, bool)
     sample = sample_tokens(model, tokenizer, labels, sampling, first_index=first_index, measure=return_report)
     start = time.perf_counter()
     images = decode_images(tokenizer, sample)
@@ -171,6 +172,7 @@ def sample_tokens(
             training mode.
     """
     check_kind("replace: expected", replace, Replace | None)
+    check_kind("measure: expected", measure, bool)
     check_kind("hold: expected", hold, Hold | None)
     work = _prepared(model, tokenizer, labels, sampling, first_index)
     graphs = model.graphs  # another thread may take them off

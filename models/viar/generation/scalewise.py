@@ -100,7 +100,7 @@ class Generation:
             hold: the same with f_hat once they are added.
 
         Raises:
-            ValueError: `replace` or `hold` give back something of another shape.
+            ValueError: `replace` or `hold` give back something of another shape or on another device.
         """
         start = time.perf_counter()
         embeddings = self._draw(scale, self.predictor.predict(scale, self.next_input))
@@ -109,6 +109,10 @@ class Generation:
         )
         self.f_hat = hold(scale, f_hat) if hold else f_hat
         check_tensor("hold", self.f_hat)
+        if self.f_hat.device != f_hat.device:
+            raise ValueError(
+                f"hold: expected a tensor on {f_hat.device} back, got one on {self.f_hat.device}"
+            )
         if self.f_hat.shape != f_hat.shape:
             raise ValueError(f"hold: expected shape {tuple(f_hat.shape)} back, got {tuple(self.f_hat.shape)}")
         if scale < len(self.sides) - 1:

@@ -150,5 +150,7 @@ def _number(name: str, value: object) -> float:
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     try:
         return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a number that a float holds, got {shown(value)}") from error
     except (TypeError, ValueError, RuntimeError) as error:  # a tensor or an array of several, or on no device
         raise TypeError(f"{name}: expected a number, got {shown(value)}") from error

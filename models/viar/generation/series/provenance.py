@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ...pretrained import fingerprint
 from ...tokenizer import Tokenizer
 from ..settings import Sampling
 
+# By which MKL and oneDNN are asked for other kernels than they would take.
+OF_KERNELS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _MATMUL = {"tf32": "high", "bf16": "medium"}  # in the words of `torch.set_float32_matmul_precision`
 
 
@@ -96,4 +99,5 @@ def _machine(device: torch.device) -> str:
     """What kernels are chosen by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    asked = [f"{name}={os.environ[name]}" for name in OF_KERNELS if os.environ.get(name)]
+    return " ".join([device.type, torch.backends.cpu.get_cpu_capability(), *asked])
