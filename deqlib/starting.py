@@ -61,14 +61,15 @@ def check_state(leaves: list[Any]) -> None:
             raise TypeError(
                 f"z0: every leaf of the state must be a tensor, got {type(leaf).__name__}; {_way_out(leaf)}"
             )
-        if not leaf.is_floating_point():
+        if not leaf.is_floating_point() or leaf.dtype.itemsize == 1:
             raise TypeError(
-                f"z0: the state must be of floating-point dtype, got {leaf.dtype}; pass init= or z0= of the "
+                f"z0: the state must be of a floating-point dtype of 16 bits or more, got {leaf.dtype}; pass init= or z0= of the "
                 "dtype that the cell computes in"
             )
-        if leaf.layout is not torch.strided:
+        if leaf.layout is not torch.strided or leaf.is_nested:
+            kind = "that is nested" if leaf.is_nested else f"of layout {leaf.layout}"
             raise TypeError(
-                f"z0: the state must be dense, got a tensor of layout {leaf.layout}; pass init= or z0= that "
+                f"z0: the state must be dense, got a tensor {kind}; pass init= or z0= that "
                 "is dense, and a sparse tensor as an input"
             )
         if leaf.dim() == 0:

@@ -368,6 +368,10 @@ def flatten(
     """
     leaves, spec = tree_flatten(z0)
     check_state(leaves)
+    if not torch.compiler.is_compiling() and any(leaf.is_neg() for leaf in leaves):
+        # Not every function takes a tensor that is to be negated when it is read, such as `z.conj().imag`.
+        leaves = [leaf.resolve_neg() for leaf in leaves]
+        z0 = tree_unflatten(leaves, spec)
     if axes is not None:
         _check_axes(inputs, axes, leaves[0].shape[0])
     dtype = leaves[0].dtype

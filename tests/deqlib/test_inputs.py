@@ -274,8 +274,19 @@ class Unknown:
         ({"a": 1.0}, "got float; make it a tensor"),
         (Unknown(torch.zeros(3)), r"got Unknown; make its class known by torch\.export\.register_dataclass"),
         (["a"], "got str; pass a tensor"),
-        (torch.zeros(3, 4, dtype=torch.int64), "floating-point dtype, got torch.int64; pass init="),
+        (
+            torch.zeros(3, 4, dtype=torch.int64),
+            "floating-point dtype of 16 bits or more, got torch.int64; pass init=",
+        ),
         (torch.eye(3).to_sparse(), "must be dense, got a tensor of layout torch.sparse_coo; pass init="),
+        (
+            torch.nested.nested_tensor([torch.ones(2)] * 2, layout=torch.jagged),
+            "dense, got a tensor that is nested",
+        ),
+        (
+            torch.ones(2, 3).to(torch.float8_e4m3fn),
+            "floating-point dtype of 16 bits or more, got torch.float8",
+        ),
         (torch.tensor(1.0), "the first axis of the state is the batch, got a tensor without axes"),
     ],
 )
@@ -521,3 +532,11 @@ def test_settings_that_are_assigned_hold_and_must_go_together() -> None:
     layer.init = lambda x: torch.ones_like(x)
     layer.backward = JFB()
     assert layer(x).shape == x.shape
+
+
+def test_a_state_that_is_to_be_negated_when_it_is_read_is_a_state() -> None:
+    z0 = torch.complex(torch.zeros(2, 3), torch.ones(2, 3)).conj().imag
+    assert z0.is_neg()
+    solution = fixed_point(lambda z: 0.5 * z, z0, stopping=Stopping(max_steps=60, rtol=0, atol=1e-6))
+    assert bool(solution.converged.all())
+    assert bool(solution.value.lt(0).all())
