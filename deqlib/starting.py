@@ -63,8 +63,8 @@ def check_state(leaves: list[Any]) -> None:
             )
         if not leaf.is_floating_point() or leaf.dtype.itemsize == 1:
             raise TypeError(
-                f"z0: the state must be of a floating-point dtype of 16 bits or more, got {leaf.dtype}; pass init= or z0= of the "
-                "dtype that the cell computes in"
+                f"z0: the state must be of a floating-point dtype of 16 bits or more, got {leaf.dtype}; pass "
+                "init= or z0= of the dtype that the cell computes in"
             )
         if leaf.layout is not torch.strided or leaf.is_nested:
             kind = "that is nested" if leaf.is_nested else f"of layout {leaf.layout}"

@@ -492,7 +492,7 @@ class _AttentionUpdate:
 
     def __call__(self, z: Tensor, q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         query, key, value = (
-            (z @ weight).unflatten(-1, (self.heads, len(weight) // self.heads)).transpose(1, 2)
+            (z @ weight).view(*z.shape[:2], self.heads, len(weight) // self.heads).transpose(1, 2)
             for weight in (q, k, v)
         )
         # Spelled out: the fused kernel has no forward-mode derivative.

@@ -70,8 +70,16 @@ def test_leaves_of_several_dtypes_share_the_widest() -> None:
         ((), ValueError, "at least one tensor"),
         ([1.0], TypeError, "every leaf of the state must be a tensor, got float"),
         (None, TypeError, "every leaf of the state must be a tensor, got NoneType"),
-        (torch.zeros(2, 3, dtype=torch.int64), TypeError, "floating-point dtype, got torch.int64"),
-        (torch.zeros(2, dtype=torch.complex64), TypeError, "floating-point dtype, got torch.complex64"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            TypeError,
+            "floating-point dtype of 16 bits or more, got torch.int64",
+        ),
+        (
+            torch.zeros(2, dtype=torch.complex64),
+            TypeError,
+            "floating-point dtype of 16 bits or more, got torch.complex64",
+        ),
         (torch.tensor(1.0), ValueError, "first axis of the state is the batch"),
         ((torch.zeros(2, 3), torch.zeros(4, 3)), ValueError, "share the batch axis, got 2 and 4 samples"),
         ((torch.zeros(2), torch.zeros(2, device="meta")), ValueError, "on one device, got cpu and meta"),

@@ -87,7 +87,7 @@ def labels(count: int = 4) -> Tensor:
 
 def _transformer(config: Any) -> Any:
     # Of the published size where nothing is said, which takes longer than a call may.
-    return None if config == {} else viar.NextScaleTransformer(config)
+    return None if isinstance(config, dict) and not config else viar.NextScaleTransformer(config)
 
 
 def _rows(side: int = SIDE) -> TensorImages:
