@@ -9,8 +9,15 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-# What PyTorch says in a plain RuntimeError where memory does not suffice.
-_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+# What PyTorch says in a plain RuntimeError where memory does not suffice, the last of oneDNN. That could as well
+# not know what is asked for: one image alone, for which there is room, tells these apart.
+_WORDS = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a primitive",
+)
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import lives
+import numpy as np
 import pytest
 from killed_works import in_full
 from PIL import Image
@@ -15,7 +17,7 @@ from PIL import Image
 Times = Callable[[int, int], int]
 Tally = Callable[..., None]
 NUM = 512  # images at a time, of which there is room for some
-MEGABYTES = 24  # that there are, when the models are loaded
+MEGABYTES = 96  # that there are, when the models are loaded; threads of Python alone take half of it
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is one of Linux")
 
@@ -71,6 +73,16 @@ def cases(pair: tuple[str, ...], image: Path) -> dict[str, list[str]]:
     }
 
 
+def are_close(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Whether pictures are the same but for what rounding decides, which is otherwise in a smaller batch."""
+    if found.keys() != expected.keys():
+        return False
+    pairs = (
+        [np.asarray(Image.open(BytesIO(png))) for png in (found[name], expected[name])] for name in expected
+    )
+    return all(one.shape == other.shape and np.mean(one != other) < 0.02 for one, other in pairs)
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=in_full) for name in ("series", "grid", "edit")])
 def test_generation_goes_on_in_halves_with_the_same_images(
     name: str, pair: tuple[str, ...], tmp_path: Path, times: Times, tally: Tally
@@ -84,9 +96,10 @@ def test_generation_goes_on_in_halves_with_the_same_images(
     expected, wrong, unclear = lives.contents(tmp_path / "whole"), 0, 0
     for run in range(runs := times(1, 5)):
         out, told = tmp_path / str(run), tmp_path / f"{run}.txt"
-        life = begin(command, [*arguments, str(out) + ending], told, MEGABYTES + 2 * run)
+        life = begin(command, [*arguments, str(out) + ending], told, MEGABYTES + 12 * run)
         unclear += life.ended() != 0 or "memory did not suffice: from here on" not in life.said()
-        wrong += lives.contents(out) != expected
+        found = lives.contents(out)
+        wrong += found != expected if name == "series" else not are_close(found, expected)
     what = {"series": "`viar generate --num`", "grid": "`viar generate`", "edit": "`viar edit`"}[name]
     row = f"memory does not suffice for the batch: {what}"
     tally("faults", row, runs=runs, lost=0, wrong=wrong, unclear=unclear)

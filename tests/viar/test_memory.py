@@ -25,6 +25,7 @@ SHORTAGES = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("can't allocate memory: 9"),
+    RuntimeError("could not create a primitive"),
 ]
 
 
