@@ -49,7 +49,7 @@ MOST_HELD = 4 * MOST_SENT  # of all requests that are being received
 MOST_SECONDS = 10  # for a request to be received
 MOST_OPEN = 256  # requests at a time: each that waits has two, and a page some more
 MOST_TOLD = 300  # letters of an error that nobody foresaw
-MOST_SESSIONS = 64  # whose last values gradio keeps
+MOST_SESSIONS = 8  # whose last values gradio keeps: of each call one, with its pictures
 # Of its events gradio keeps notes and makes statistics, of which nobody here asks for: ten thousand, with
 # which memory would grow for an hour.
 STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": 10, "GRADIO_ANALYTICS_CACHE_FREQUENCY": 2**31}
