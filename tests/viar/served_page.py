@@ -20,7 +20,8 @@ from viar.app.drawing import Pair
 def served(pair: Pair, folder: Path, *, ended_by: signal.Signals = signal.SIGINT) -> Iterator[str]:
     """The address of a page of `pair`, with a VAR of the same tokenizer beside it.
 
-    In the end the process gets the signal, and must end as it promises, with no file of a browser left.
+    In the end the process gets the signal, and must end as it promises, with no file of a browser left. What
+    was asked of it may have printed nothing to a terminal but lines of text, and no traceback.
 
     Args:
         pair: a VIAR.
@@ -34,7 +35,13 @@ def served(pair: Pair, folder: Path, *, ended_by: signal.Signals = signal.SIGINT
         model.save_pretrained(folder / name)
         arguments += [f"--{name}", str(folder / name)]
     environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "sent")}
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    told = folder / "told.txt"
+    with (
+        told.open("w") as errors,
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as server,
+    ):
         assert server.stdout is not None
         (found,) = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline()) or [""]
         try:
@@ -43,5 +50,7 @@ def served(pair: Pair, folder: Path, *, ended_by: signal.Signals = signal.SIGINT
         finally:
             server.send_signal(ended_by)
             code = server.wait(60)
-    assert code == 128 + ended_by
+    lines = told.read_text().splitlines()
+    assert code == 128 + ended_by, lines
+    assert all(line.isprintable() and line.startswith("viar: ") for line in lines), lines
     assert not [path for path in (folder / "sent").rglob("*") if path.is_file()]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import sys
 from base64 import b64decode
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_cli import call
 from tiny_models import SIDES, tiny_tokenizer, tiny_transformer
@@ -23,7 +28,8 @@ from viar import GenerationReport, Sampling, ScaleReport
 from viar.app import drawing, markup
 from viar.app.calls import calls_of
 from viar.app.drawing import MOST_GUIDANCE, MOST_ITERATIONS, MOST_SEED, Pair, draw, in_paint, sampling_of
-from viar.app.limits import LimitedRequests, Message, Receive, Send
+from viar.app.limits import LimitedRequests, Message, Receive, Send, Server
+from viar.app.refusals import NAMES_OF_FILES, RefusedError, check_content
 from viar.data.decoding import decode_bytes
 from viar.data.pictures import as_picture
 from viar.generation.sampling import grow_images
@@ -242,26 +248,54 @@ def test_the_figures_of_the_page_are_those_of_the_documentation(name: str) -> No
 # What is taken
 
 
-def answer_to(chunks: list[bytes], headers: list[tuple[bytes, bytes]], path: str = "/") -> int:
-    """Status of a server that reads all that is sent, and takes 10 bytes."""
+HERE = (b"host", b"127.0.0.1:7860")
 
-    async def server(scope: Message, receive: Receive, send: Send) -> None:
-        while (await receive())["more_body"]:
+
+def answers_to(
+    *requests: list[bytes | None],
+    server: Server | None = None,
+    headers: Sequence[tuple[bytes, bytes]] = (HERE,),
+    asked: str = "GET /",
+    **limits: Any,
+) -> list[list[Message]]:
+    """What each of some requests at a time gets of a server that takes 10 bytes; None is an endless pause."""
+
+    async def read_all(scope: Message, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
             pass
         await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b""})
 
-    sent: list[Message] = []
-    parts = iter([{"body": part, "more_body": True} for part in chunks] + [{"more_body": False}])
+    wanted = {"most_bytes": 10, "most_held": 30, "most_seconds": 0.2, "most_open": 9, **limits}
+    limited = LimitedRequests(server or read_all, **wanted)
+    method, _, path = asked.partition(" ")
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
 
-    async def receive() -> Message:
-        return next(parts)
+    async def ask(chunks: list[bytes | None]) -> list[Message]:
+        sent: list[Message] = []
+        parts = iter(chunks)
 
-    async def send(message: Message) -> None:
-        sent.append(message)
+        async def receive() -> Message:
+            await asyncio.sleep(0)
+            part = next(parts, b"")
+            if part is None:
+                await asyncio.sleep(60)
+            return {"type": "http.request", "body": part, "more_body": part != b""}
 
-    limited = LimitedRequests(server, 10, without=("/upload",))
-    asyncio.run(limited({"type": "http", "path": path, "headers": headers}, receive, send))
-    return int(sent[0]["status"])
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await limited(scope, receive, send)
+        return sent
+
+    async def ask_all() -> list[list[Message]]:
+        return await asyncio.gather(*(ask(chunks) for chunks in requests))
+
+    return asyncio.run(ask_all())
+
+
+def statuses(*requests: list[bytes | None], **limits: Any) -> list[int]:
+    return [sent[0]["status"] for sent in answers_to(*requests, **limits)]
 
 
 @pytest.mark.parametrize(
@@ -269,11 +303,132 @@ def answer_to(chunks: list[bytes], headers: list[tuple[bytes, bytes]], path: str
 )
 @pytest.mark.parametrize("told", [True, False])
 def test_a_request_of_too_many_bytes_is_refused_whether_it_tells_or_not(
-    chunks: list[bytes], status: int, told: bool
+    chunks: list[bytes | None], status: int, told: bool
 ) -> None:
-    length = str(len(b"".join(chunks))).encode()
-    assert answer_to(chunks, [(b"content-length", length)] if told else []) == status
-    assert answer_to([], [], "/upload/") == 404
+    length = str(sum(len(chunk or b"") for chunk in chunks)).encode()
+    assert statuses(chunks, headers=[HERE, (b"content-length", length)] if told else [HERE]) == [status]
+
+
+@pytest.mark.promise("The page is for this machine")
+def test_requests_that_stall_are_given_up_and_do_not_hold_more_than_is_allowed() -> None:
+    stalled: list[bytes | None] = [b"123456", None]
+    assert statuses(stalled) == [408]
+    assert statuses(stalled, stalled, [b"123456"], most_held=12) == [408, 408, 503]
+    assert statuses(stalled, stalled, stalled, most_open=2) == [408, 408, 503]
+    assert statuses(*[[b"123456"]] * 3, most_held=18) == [200] * 3
+
+
+@pytest.mark.promise("The page is for this machine")
+@pytest.mark.parametrize(
+    "name", ["127.0.0.1", "localhost", "[::1]", "LOCALHOST", "127.0.0.1:1", "[::1]:7860"]
+)
+def test_names_of_this_machine_are_served(name: str) -> None:
+    host = name.encode()
+    assert statuses([], headers=[(b"host", host)]) == [200]
+    assert statuses([], headers=[(b"host", host), (b"origin", b"http://" + host)]) == [200]
+
+
+@pytest.mark.promise("The page is for this machine")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "example.org",
+        "localhost.example.org",
+        "192.0.2.1:80",
+        "127.0.0.1@example.org",
+        "127.0.0.1:99999",
+        "a@127.0.0.1",
+        "127.0.0.1.",
+        "[::2]",
+        "127.0.0.1/x",
+        "\x1b[31m",
+        "\xff",
+        "[",
+        "0.0.0.0",
+    ],
+)
+def test_names_of_elsewhere_are_refused_unless_the_page_is_served_to_others(name: str) -> None:
+    host = name.encode("latin-1")
+    assert statuses([], headers=[(b"host", host)]) == [403]
+    assert statuses([], headers=[HERE, (b"host", host)]) == [403]
+    assert statuses([], headers=[HERE, (b"origin", b"http://" + host)]) == [403]
+    assert statuses([], headers=[(b"host", host)], here_only=False) == [200]
+    (sent,) = answers_to([], headers=[(b"host", host)])
+    assert sent[-1]["body"].decode().isprintable()
+
+
+@pytest.mark.promise("The page is for this machine")
+def test_who_tells_no_host_or_a_page_without_an_origin_is_refused() -> None:
+    assert statuses([], headers=[]) == [403]
+    assert statuses([], headers=[HERE, (b"origin", b"null")]) == [403]
+
+
+@pytest.mark.promise("The page is for this machine")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "POST /gradio_api/run/generate",
+        "POST /gradio_api/api/generate/",
+        "POST /gradio_api/upload",
+        "GET /gradio_api/deep_link",
+        "GET /gradio_api/file=x",
+        "GET /gradio_api/proxy=x",
+        "PUT /",
+        "POST /",
+        "POST /gradio_api/call/v2/generate",
+        "GET /monitoring/summary",
+        "GET /config/\x1b",
+        "get /config",
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(asked: str) -> None:
+    assert statuses([b"{}"], asked=asked) == [404]
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@pytest.mark.promise("The page is for this machine")
+@settings(max_examples=30)
+@given(JSON, st.lists(st.sampled_from(["list", "object"]), max_size=20), st.sampled_from(NAMES_OF_FILES))
+def test_a_file_is_refused_however_deep_it_stands_in_what_is_sent(
+    beside: object, around: list[str], name: str
+) -> None:
+    sent, file = {"data": [beside]}, {name: "http://192.0.2.1/x.png"}
+    check_content(json.dumps(sent).encode())
+    value: object = file
+    for kind in around:
+        value = [beside, value] if kind == "list" else {"a": value, "b": beside}
+    with pytest.raises(RefusedError, match="as of a file"):
+        check_content(json.dumps({**sent, "event_data": value}).encode())
+
+
+@pytest.mark.promise("The page is for this machine")
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b"[" * 100_000, b"1" * 5000])
+def test_what_is_no_json_object_is_refused(content: bytes) -> None:
+    limits = {"most_bytes": 200_000, "most_held": 200_000}
+    assert statuses([content] if content else [], asked="POST /gradio_api/queue/join", **limits) == [400]
+
+
+@pytest.mark.promise("The page is for this machine")
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_nobody_foresaw_is_answered_to_its_end_and_prints_no_control_characters(
+    begun: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fails(scope: Message, receive: Receive, send: Send) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200})
+        raise RuntimeError("\x1b[31m\n")
+
+    (sent,) = answers_to([], server=fails)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == (200 if begun else 400)
+    printed = capsys.readouterr().err
+    assert printed == ("" if begun else "viar: GET /: \\x1b[31m\\n\n")
 
 
 # The command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import socket
 import urllib.error
 import urllib.request
 import warnings
@@ -87,15 +88,26 @@ def test_two_who_ask_at_once_get_what_each_asked_for(pair: Pair, client: Any) ->
     assert answers == [generated(pair, label, seed) for label, seed in asked]
 
 
-def asked(address: str, path: str, sent: object = None) -> tuple[int, str]:
+def asked(address: str, path: str, sent: object = None, **headers: str) -> tuple[int, str]:
     """Status and text of an answer, as a program gets it that knows nothing of the page."""
     content = None if sent is None else json.dumps(sent).encode()
-    request = urllib.request.Request(address + path, content, {"content-type": "application/json"})
+    headers = {"content-type": "application/json", **headers}
+    request = urllib.request.Request(address + path, content, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def told_by(address: str, call: str, values: list[object]) -> str:
+    """The events that answer a call."""
+    path = f"/gradio_api/call/{call}"
+    status, answer = asked(address, path, {"data": values})
+    assert status == 200, answer
+    status, events = asked(address, f"{path}/{json.loads(answer)['event_id']}")
+    assert status == 200
+    return events
 
 
 @pytest.mark.promise("The page is for this machine")
@@ -107,23 +119,33 @@ def asked(address: str, path: str, sent: object = None) -> tuple[int, str]:
         ("generate", [1, 2.5, 1.5, None], "seed: expected an integer"),
         ("generate", [1, 0, {"a": 1}, None], "guidance: expected a number from 0 to 10, got {'a': 1}"),
         ("generate", [1, 0, 1.5, 7], "iterations: expected a list of one count a scale, got 7"),
-        ("generate", [1, 0, 1.5, [1] * 9999], "iterations: expected one count a scale"),
+        ("generate", [1, 0, 1.5, [1] * 9999], "one count a scale, 3 in all, got 9999; leave them out"),
+        ("generate", [1, 0, 1.5, [8, 2]], "iterations: expected one count a scale, 3 in all, got 2; leave"),
         ("in_paint", [5, "", 1, 0, 1.5, None], "picture: expected a PNG or JPEG file in base64, got 5"),
         ("in_paint", ["A" * 11_000_000, "", 1, 0, 1.5, None], "picture: expected at most 8,000,000 bytes"),
-        ("generate", [], "generate"),
+        ("generate", [], "generate: expected 4 values, got 0"),
+        ("generate", [1] * 5, "generate: expected 4 values, got 5"),
     ],
-    ids=["text", "nothing", "half", "object", "number", "many", "no text", "huge", "without arguments"],
+    ids=[
+        "text",
+        "nothing",
+        "half",
+        "object",
+        "number",
+        "many",
+        "two",
+        "no text",
+        "huge",
+        "without arguments",
+        "too many",
+    ],
 )
 def test_a_malformed_call_is_told_what_is_wrong_and_the_server_goes_on(
     address: str, pair: Pair, call: str, values: list[object], told: str
 ) -> None:
-    path = f"/gradio_api/call/{call}"
-    status, answer = asked(address, path, {"data": values})
-    assert status == 200
-    status, events = asked(address, f"{path}/{json.loads(answer)['event_id']}")
-    assert status == 200
+    events = told_by(address, call, values)
     assert told in json.loads(events.partition("data: ")[2])["error"]
-    assert generated(pair, 1, 0) in asked(address, "/gradio_api/run/generate", {"data": [1, 0, 1.5, None]})[1]
+    assert generated(pair, 1, 0) in told_by(address, "generate", [1, 0, 1.5, None])
 
 
 @pytest.mark.promise("The page is for this machine")
@@ -142,10 +164,58 @@ def test_a_picture_that_would_fill_the_memory_is_refused(client: Any) -> None:
 @pytest.mark.promise("The page is for this machine")
 def test_nothing_is_served_but_the_page_and_nothing_is_written(address: str) -> None:
     for path in ("/etc/passwd", "models/viar/app/page.py", "../../../../etc/passwd", "file:///etc/passwd"):
-        assert asked(address, f"/gradio_api/file={path}")[0] in (400, 403, 404), path
+        assert asked(address, f"/gradio_api/file={path}")[0] == 404, path
     assert asked(address, "/gradio_api/upload", {})[0] == 404
+    picture = {"data": [1, 0, 1.5, None], "fn_index": 0, "session_hash": "s"}
+    for path in ("run/generate", "run/predict", "api/generate", "api/predict", "call/v2/generate"):
+        assert asked(address, f"/gradio_api/{path}", picture)[0] == 404, path
+    assert asked(address, "/gradio_api/queue/join", {**picture, "fn_index": 0})[0] == 200
+    assert asked(address, "/gradio_api/deep_link?session_hash=s")[0] == 404
     status, text = asked(address, "/gradio_api/call/generate", {"data": ["A" * 25_000_000]})
     assert (status, "request: expected at most 24,000,000 bytes" in text) == (413, True)
+
+
+@pytest.mark.promise("The page is for this machine")
+def test_no_request_makes_the_page_fetch_something(address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        link = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x.png"
+        file = {"path": link, "url": link, "meta": {"_type": "gradio.FileData"}}
+        for data in ([file, 0, 1.5, None], [[{"a": file}], 0, 1.5, None]):
+            body = {"data": data, "fn_index": 0, "session_hash": "s"}
+            for path in ("call/generate", "queue/join"):
+                status, answer = asked(address, f"/gradio_api/{path}", body)
+                assert (status, "send pictures in base64" in answer) == (400, True)
+        for path in (f"file={link}", f"proxy={link}", f"file/{link}"):
+            assert asked(address, f"/gradio_api/{path}")[0] == 404
+        with pytest.raises(BlockingIOError):  # nobody called
+            elsewhere.accept()
+
+
+@pytest.mark.promise("The page is for this machine")
+def test_pages_and_names_of_elsewhere_are_not_served(address: str) -> None:
+    sent = {"data": [1, 0, 1.5, None]}
+    assert asked(address, "/", host="example.org")[0] == 403
+    assert asked(address, "/gradio_api/call/generate", sent, origin="http://example.org")[0] == 403
+    assert asked(address, "/gradio_api/call/generate", sent, origin="http://localhost:1")[0] == 200
+
+
+@pytest.mark.promise("The page is for this machine")
+def test_what_a_caller_sends_does_not_get_to_the_terminal_as_it_is(address: str) -> None:
+    text = "\x1b[31m\x07\n"
+    told_by(address, "generate", [text])
+    told_by(address, "generate", [text, text, text, [text]])
+    assert asked(address, "/gradio_api/call/nothing", {"data": [text]})[0] == 400
+    assert asked(address, "/gradio_api/call/generate", {"data": text})[0] == 422
+    headers = {"x-forwarded-host": "[\t", "x-gradio-server": "[\t"}
+    for index in range(-1, 20):  # every event of the page, and some that are none
+        body = {"data": [text, {"a": text}], "fn_index": index, "session_hash": f"s{index}", "trigger_id": 1}
+        for data in ([text, {"a": text}], [text] * 6, [{"file": text}], [text]):
+            answer = asked(address, "/gradio_api/queue/join?%1b=%ff", {**body, "data": data}, **headers)
+            if answer[0] == 200:
+                asked(address, f"/gradio_api/queue/data?session_hash=s{index}")
+    asked(address, "/gradio_api/queue/data?session_hash=nobody%1b")
+    # What they made is looked at when the page has ended, see `served`.
 
 
 def test_the_page_is_whole_without_another_network_and_has_a_slider_for_each_scale(address: str) -> None:

@@ -98,6 +98,12 @@ def sampling_of(pair: Pair, seed: int, guidance: float, iterations: Sequence[int
         raise ValueError(f"iterations: expected a list of one count a scale, got {_short(iterations)}")
     for count in iterations or ():
         _check_integer("iterations", count, 1, pair.most_iterations)
+    num_scales = len(pair.configured)
+    if iterations and num_scales and len(iterations) != num_scales:
+        raise ValueError(
+            f"iterations: expected one count a scale, {num_scales} in all, got {len(iterations)}; leave them "
+            "out for the model's own"
+        )
     sampling = Sampling(seed=seed, cfg=guidance, iterations=list(iterations) if iterations else None)
     sampling.schedule(pair.model.trunk)
     return sampling

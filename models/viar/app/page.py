@@ -8,6 +8,7 @@ served, and none are written.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
+from ..data.decoding import shown
 from .calls import calls_of
 from .drawing import (
     MOST_BYTES,
@@ -33,6 +35,7 @@ from .drawing import (
 )
 from .limits import LimitedRequests
 from .markup import PAINTING, PART_SIDE, STYLE, figures_panel, picture_panel, picture_url, report_panel
+from .refusals import is_loopback
 
 HERE = Path(__file__).parent
 FIGURES = {
@@ -42,7 +45,11 @@ FIGURES = {
 LONGEST_QUEUE = 32  # who comes when so many wait is told to come later
 MOST_THREADS = 8  # that serve; models take one
 MOST_SENT = 3 * MOST_BYTES  # of a request: two pictures in base64, and the rest
-UPLOADS = ("/gradio_api/upload", "/upload")  # would write files; the page needs none
+MOST_HELD = 4 * MOST_SENT  # of all requests that are being received
+MOST_SECONDS = 10  # for a request to be received
+MOST_OPEN = 256  # requests at a time: each that waits has two, and a page some more
+MOST_TOLD = 300  # letters of an error that nobody foresaw
+MOST_SESSIONS = 8  # whose last values gradio keeps: of each call one, with its pictures
 # Of its events gradio keeps notes and makes statistics, of which nobody here asks for: ten thousand, with
 # which memory would grow for an hour.
 STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": 10, "GRADIO_ANALYTICS_CACHE_FREQUENCY": 2**31}
@@ -50,8 +57,9 @@ GUIDANCE = 1.5
 HEAD = "<h1>viar</h1><p>Pictures scale by scale, with compute chosen for each.</p>"
 # One at a time, over all events: they share the cores and the memory of one machine.
 TURNS: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-EVENT: dict[str, Any] = {**TURNS, "api_visibility": "private", "show_progress": "hidden"}
-IN_BROWSER: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+EVENT: dict[str, Any] = {**TURNS, **QUIET}
+IN_BROWSER: dict[str, Any] = {"queue": False, **QUIET}  # nothing of it is sent
 # In the browser, as the picture is there: that of the first model.
 SHOWN = "({picture: document.querySelector('.viar-panel .whole').src})"
 
@@ -78,6 +86,33 @@ class _Controls:
         return [*self.shared, *self.counts]
 
 
+class _Page(gr.Blocks):  # type: ignore[misc]  # gradio is not typed
+    """Tells who asked what was wrong with it; gradio would print it, as it came, on the terminal."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        """Raise unless there is a value for each argument."""
+        if len(inputs) != len(block_fn.inputs):
+            raise ValueError(f"{block_fn.name}: expected {len(block_fn.inputs)} values, got {len(inputs)}")
+
+    async def preprocess_data(self, *args: Any, **settings: Any) -> Any:
+        """What a function is given, of what was sent."""
+        try:
+            return await super().preprocess_data(*args, **settings)
+        except Exception as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    async def process_api(self, *args: Any, **settings: Any) -> Any:
+        """Answer a call or an event; of what nobody foresaw, a line is printed."""
+        try:
+            return await super().process_api(*args, **settings)
+        except Exception as error:
+            if isinstance(error, gr.Error) and not error.print_exception:
+                raise
+            text = shown(f"{type(error).__name__}: {error}")[:MOST_TOLD]
+            print(f"viar: a request failed: {text}", file=sys.stderr)
+            raise gr.Error(text, print_exception=False) from error
+
+
 def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
     """The page, not yet served; its first picture is made here.
 
@@ -85,7 +120,7 @@ def build_page(pair: Pair, beside: Pair | None = None) -> gr.Blocks:
         pair: what the controls are for.
         beside: another model, shown beside it with the same class, seed and guidance, at its own iterations.
     """
-    with gr.Blocks(title="viar", analytics_enabled=False) as page:
+    with _Page(title="viar", analytics_enabled=False) as page:
         gr.HTML(HEAD, elem_id="viar-head")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -113,7 +148,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
 
     Args:
         page: of `build_page`.
-        host: address to listen at; 127.0.0.1 is reached from this machine alone.
+        host: address to listen at; 127.0.0.1 is reached from this machine alone, and by no other name.
         port: default the first free one from 7860 on.
         open_browser: open it in a browser.
 
@@ -121,7 +156,14 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
         OSError: the port is taken.
     """
     torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
-    limits = Middleware(LimitedRequests, most_bytes=MOST_SENT, without=UPLOADS)
+    limits = Middleware(
+        LimitedRequests,
+        most_bytes=MOST_SENT,
+        most_held=MOST_HELD,
+        most_seconds=MOST_SECONDS,
+        most_open=MOST_OPEN,
+        here_only=is_loopback(host),
+    )
     system, fixed = gr.themes.Font("system-ui"), gr.themes.Font("ui-monospace")
     theme = gr.themes.Default(
         font=[system, gr.themes.Font("sans-serif")], font_mono=[fixed, gr.themes.Font("monospace")]
@@ -135,6 +177,8 @@ def serve(page: gr.Blocks, host: str, port: int | None, *, open_browser: bool = 
         prevent_thread_lock=True,
         ssr_mode=False,
         max_threads=MOST_THREADS,
+        state_session_capacity=MOST_SESSIONS,
+        run_history=False,
         show_error=True,  # which arguments a program left out
         app_kwargs={"middleware": [limits]},
         theme=theme,
@@ -217,9 +261,9 @@ def _drawing(pair: Pair) -> Callable[..., Iterator[str]]:
 def _in_paint_tab(tab: gr.Tab, pair: Pair, controls: _Controls) -> None:
     side = pair.tokenizer.config.image_side
 
-    def take_file(sent: dict[str, Any] | None) -> dict[str, str]:
+    def take_file(sent: object) -> dict[str, str]:
         with _told():
-            return {"picture": picture_url(fitted(read_text((sent or {}).get("file"), "picture"), side))}
+            return {"picture": picture_url(fitted(read_text(_part(sent, "file"), "picture"), side))}
 
     gr.HTML(
         "Paint over what is to be made anew. Class, seed, guidance and iterations are those of the controls."
@@ -244,12 +288,17 @@ def _in_paint_tab(tab: gr.Tab, pair: Pair, controls: _Controls) -> None:
     start.click(_in_painting(pair), [painting, *controls.all], panel, **EVENT)
 
 
+def _part(sent: object, name: str) -> object:
+    """One of the files in base64 that the painting sends; none of what it would not send."""
+    return sent.get(name) if isinstance(sent, dict) else None
+
+
 def _in_painting(pair: Pair) -> Callable[..., str]:
     """The function of an event: the picture that is painted on, with its painted part made anew."""
 
-    def made_anew(sent: dict[str, Any] | None, label: int, seed: int, guidance: float, *counts: int) -> str:
+    def made_anew(sent: object, label: int, seed: int, guidance: float, *counts: int) -> str:
         with _told():
-            picture, mask = (read_text((sent or {}).get(name), name) for name in ("picture", "mask"))
+            picture, mask = (read_text(_part(sent, name), name) for name in ("picture", "mask"))
             made, seconds = in_paint(pair, picture, mask, label, sampling_of(pair, seed, guidance, counts))
             return picture_panel(pair.name, picture_url(made), seconds)
 
@@ -268,7 +317,7 @@ def _figures_tab(tab: gr.Tab) -> None:
     def figures() -> str:
         return figures_panel({name: (HERE / "figures" / file).read_bytes() for name, file in FIGURES.items()})
 
-    tab.select(figures, None, panel, **IN_BROWSER)
+    tab.select(figures, None, panel, **QUIET)
 
 
 @contextmanager
