@@ -19,6 +19,7 @@ import deqlib
 
 from ..data.decoding import shown
 from ..early import ENDED, INTERRUPTED, LINES, NOBODY_READS, STREAMS, interruptible, tell_end
+from ..launch import check_launch
 from ..memory import is_shortage
 from .ended import Ended, lost_another, told_of_sigterm
 from .loading import process_index
@@ -110,6 +111,7 @@ def _run(arguments: list[str]) -> None:
         from .parsing import parsed
 
         command = parsed(name, arguments[1:])
+        check_launch()
         with told_of_sigterm(), interruptible():
             command()
     else:
