@@ -198,7 +198,7 @@ def test_every_sampling_flag_reaches_a_series(
 
     def noted(*arguments: Any, **settings: Any) -> SeriesReport:
         calls.append((arguments[2:], settings))
-        return SeriesReport(Path("a"), 4, 4, 0, None, 1.0)
+        return SeriesReport(tmp_path, 4, 4, 0, None, 1.0)
 
     monkeypatch.setattr(viar.commands.generate, "generate_series", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")
@@ -480,7 +480,7 @@ def test_what_is_wrong_ends_with_code_2_and_a_message_that_names_it(
     ("flags", "message"),
     [
         (("--cfg", -1), "cfg: expected a number from 0 to 1,000,000, got -1.0"),
-        (("--top-p", 2), "top_p: expected a number in (0, 1]"),
+        (("--top-p", 2), "--top-p: expected a number in (0, 1]"),
         (("--labels", 10, 11), "labels: expected classes 0 to 9"),
         (("--iterations", 1, 2, 3, 4), "--iterations: expected one count a scale (3), one for all"),
         (("--iterations", 1, 2, "--cache", "iterate"), "use cache='equilibrium'"),
