@@ -5,7 +5,11 @@ ones before, `generate`, `generate_series` and `edit` put them to work; `load_of
 checkpoints, `load_shipped` what comes with the package.
 """
 
-from deqlib import EquilibriumCache
+from . import early
+
+early.prepare()  # before seconds of imports
+
+from deqlib import EquilibriumCache  # noqa: E402
 
 try:
     from .checkpoints.convert import export_official, load_official

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import stat
 import struct
 import zipfile
 import zlib
@@ -68,7 +69,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, settings: str = "") 
     """
     # And no more: safetensors writes several in any order.
     metadata = {CHECKSUM: digest_of(tensors, settings)}
+    path.touch()  # with the mode that any new file has: safetensors makes one that its owner alone may read
+    mode = stat.S_IMODE(path.stat().st_mode)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def load_tensors(

@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 LOCK = ".lock"  # in a folder that a process works in
+ADDED = "..partial.lock"  # the longest that a name gets while something is written, see `replacing_path`
 
 
 def check_writable(path: Path, owner: str, *, folder: bool) -> None:
@@ -40,14 +41,36 @@ def check_writable(path: Path, owner: str, *, folder: bool) -> None:
         if path.exists() and path.is_dir() != folder:
             raise ValueError(f"{owner}: expected the name of a {wanted}, {path} is a {other}; give another")
         real = Path(os.path.realpath(path))  # through links, as it is written
-        there = real if real.is_dir() else real.parent
+        there, fresh = real if real.is_dir() else real.parent, [real.name]
         while not there.exists() and there != there.parent:
+            fresh.append(there.name)
             there = there.parent
+        _check_lengths(owner, fresh, there)
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"{owner}: nothing can be written to {path} ({reason}); give another") from error
+
+
+def _check_lengths(owner: str, names: Sequence[str], folder: Path) -> None:
+    """Raise where a name is too long for a folder: what is written has a longer one until it is whole.
+
+    Args:
+        owner: what the message begins with.
+        names: of what is written, and of folders that are made for it.
+        folder: that is there.
+    """
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows does not tell
+        most = 255
+    for name, room in zip(names, [most - len(ADDED)] + [most] * len(names), strict=False):
+        if len(os.fsencode(name)) > room:
+            raise ValueError(
+                f"{owner}: expected a name of at most {room} bytes, got one of {len(os.fsencode(name))} "
+                f"({name[:20]}...); give a shorter one"
+            )
 
 
 def _check_regular(path: Path, owner: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,10 @@ import torch
 
 # The one thing that PyTorch's reader makes at a size that the file names, whatever the file holds.
 _OF_ANY_SIZE = b"bytearray\n"
+
+
+class HoldsCode(ValueError):
+    """A file has code in it, which is not run."""
 
 
 def load_pickled(
@@ -25,14 +31,26 @@ def load_pickled(
         look: called with an archive once it is known to unpack to no more than its size; it may raise.
 
     Raises:
-        ValueError: the file would take more memory than its size.
-        Exception: whatever the reader makes of code, which is not run, and of damage.
+        HoldsCode: the file has code in it.
+        ValueError: the file would take more memory than its size, or is none of `torch.save`.
+        Exception: whatever the reader makes of damage.
     """
     check_pickled(path)
     is_archive = zipfile.is_zipfile(path)  # files that torch before 1.6 saved are none, and cannot be mapped
     if is_archive:
         look(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        # PyTorch's text says how to read the file all the same, which would run what is in it.
+        if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
+            raise HoldsCode(
+                f"holds {code[1]}, which is code and not a tensor, and code is not run"
+            ) from error
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            what = "a program of TorchScript" if "TorchScript" in str(error) else "no file of torch.save"
+            raise ValueError(f"it is {what}") from error
+        raise
 
 
 def check_pickled(path: Path) -> None:

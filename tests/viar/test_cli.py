@@ -198,7 +198,7 @@ def test_every_sampling_flag_reaches_a_series(
 
     def noted(*arguments: Any, **settings: Any) -> SeriesReport:
         calls.append((arguments[2:], settings))
-        return SeriesReport(Path("a"), 4, 4, 0, None, 1.0)
+        return SeriesReport(tmp_path, 4, 4, 0, None, 1.0)
 
     monkeypatch.setattr(viar.commands.generate, "generate_series", noted)
     models = ("--model", trained / "viar", "--tokenizer", trained / "tokenizer")

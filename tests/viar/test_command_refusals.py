@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_broken_pictures import call
 from test_command_checks import SHORT, SIDES
 
+from viar import NextScaleTransformer
 from viar.data import load_data
 from viar.files import check_writable, replacing, replacing_path
 
@@ -132,10 +134,10 @@ def test_a_file_of_a_model_names_its_folder(name: str, world: Path) -> None:
 
 def test_it_is_said_that_the_hub_is_asked(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for source, is_asked in {"runs/nothing": True, "./nothing": False, "/no/such/path": False}.items():
+    for source, is_asked in {"nobody/nothing": True, "./nothing": False, "/no/such/path": False}.items():
         code, output, errors = call("generate", "--model", source, *pair(world)[2:])
-        assert (code, errors.count("\n")) == (2, 1), errors
-        assert (f"--model: no folder or file {source} here" in output) == is_asked
+        assert (code, output, errors.count("\n")) == (2, "", 1 + is_asked), errors
+        assert (f"--model: no folder or file {source} here" in errors) == is_asked
 
 
 # Settings and data
@@ -231,3 +233,88 @@ def test_one_class_with_folders_in_it_is_remarked(parts: tuple[str, ...], tmp_pa
     again = load_data(str(tmp_path), 8).report
     assert again is not None
     assert again.notes == ()
+
+
+# Launchers, names, files
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", ""])
+def test_what_a_launcher_says_wrong_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert refusal("generate").startswith(f"viar: {name}: expected a whole number")
+
+
+def test_no_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert "LOCAL_WORLD_SIZE: expected a whole number from 1 on, got '0'" in refusal("generate")
+
+
+@pytest.mark.parametrize("flags", [("--num", 1), ("--num", 12)])
+def test_an_edit_refuses_names_that_its_strip_or_numbers_make_too_long(
+    flags: tuple[object, ...], world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / ("a" * 232 + ".png")
+    box = ("--image", world / "picture.png", "--label", 1, "--box", 0, 0, 0.5, 0.5)
+    error = refusal("edit", *pair(world), *box, *flags, "--out", out)
+    assert "--out: expected a name of at most 241 bytes, got one of 242" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_no_checkpoint_and_nobody_is_told_to_run_code_in_it(world: Path, tmp_path: Path) -> None:
+    error = refusal("convert", world / "picture.png", tmp_path / "out")
+    assert "picture.png: not a checkpoint" in error
+    assert "weights_only" not in error
+
+
+def test_a_torchscript_program_is_no_checkpoint(tmp_path: Path) -> None:
+    error = refusal("convert", program(tmp_path / "program.pt"), tmp_path / "out")
+    assert "a program of TorchScript" in error
+    assert "weights_only" not in error
+
+
+def program(path: Path) -> Path:
+    """What `torch.load` takes for a program."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("program/constants.pkl", b"\x80\x02).")
+        archive.writestr("program/data.pkl", b"\x80\x02).")
+        archive.writestr("program/version", b"3\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["runs/nope", "runs/nope@main"])
+def test_the_hub_is_not_asked_for_what_a_folder_here_has_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    error = refusal("generate", "--model", name, "--tokenizer", name)
+    assert f"--model: no {name[5:]} in the folder runs" in error
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_errors_of_the_parser_have_no_markup(more: tuple[str, ...]) -> None:
+    code, _, errors = call("edit", "--image", "a.png", "--label", 1, "--box", 0, 0, 1, *more)
+    assert code == 2
+    assert "--box" in errors
+    assert "bold]" not in errors
+    assert more or len({len(line) for line in errors.splitlines() if line}) == 1  # the box has its edge
+
+
+def test_a_box_says_which_of_its_numbers_are_smaller(world: Path, tmp_path: Path) -> None:
+    flags = ("--image", world / "picture.png", "--label", 1, "--box", 1, 0, 0, 1, "--out", tmp_path / "a.png")
+    assert "top < bottom and left < right, got" in refusal("edit", *pair(world), *flags)
+
+
+def test_a_label_is_told_of_by_the_flag_that_gave_it(world: Path, tmp_path: Path) -> None:
+    flags = ("--image", world / "picture.png", "--box", 0, 0, 0.5, 0.5, "--out", tmp_path / "a.png")
+    assert "viar: --label: expected" in refusal("edit", *pair(world), *flags, "--label", 99)
+    none = NextScaleTransformer.from_pretrained(world / "viar").null_class
+    _, _, errors = call("edit", *pair(world), *flags, "--label", none)
+    assert f"--label: {none} asks for no class in particular" in errors
+
+
+def test_a_series_tells_how_many_more_images_are_there(world: Path, tmp_path: Path) -> None:
+    flags = (*pair(world), "--out", tmp_path / "a", "--format", "png")
+    assert "are there" not in call("generate", *flags, "--num", 5)[1]
+    assert f"3 images in {tmp_path / 'a'} (5 are there)" in call("generate", *flags, "--num", 3)[1]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_transformer
 
 from viar import NextScaleTransformer
-from viar.files import alone, held, naming, replacing, replacing_path
+from viar.files import alone, check_writable, held, naming, replacing, replacing_path
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -228,3 +228,31 @@ def test_a_model_that_is_half_way_written_over_another_is_not_read_as_a_mixture(
     monkeypatch.undo()
     tiny_transformer(seed=1, drop_path=0.25).save_pretrained(tmp_path)
     assert NextScaleTransformer.from_pretrained(tmp_path).config.drop_path == 0.25
+
+
+@pytest.mark.parametrize("length", [242, 247, 256])
+def test_a_name_that_is_too_long_for_what_is_added_is_refused_at_once(length: int, tmp_path: Path) -> None:
+    name = "é" + "a" * (length - 6) + ".png"  # é has two bytes
+    for path in (tmp_path / name, tmp_path / "new" / name):
+        with pytest.raises(ValueError, match=rf"--out: .*(at most 241 bytes, got one of {length}|too long)"):
+            check_writable(path, "--out", folder=False)
+    check_writable(tmp_path / ("a" * 241), "--out", folder=False)
+    with replacing_path(tmp_path / ("a" * 241)) as fresh:
+        fresh.write_text("whole")
+
+
+def test_a_folder_to_be_made_may_not_have_too_long_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out: .*(at most 255 bytes, got one of 256|too long)"):
+        check_writable(tmp_path / ("a" * 256) / "a.png", "--out", folder=False)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_weights_may_be_read_by_whom_the_user_lets_read_new_files(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        tiny_transformer().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes.keys() >= {"config.json", "model.safetensors"}
+    assert set(modes.values()) == {0o666 & ~mask}

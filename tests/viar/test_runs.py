@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from test_broken_pictures import call
 from test_train import (
     Disk,
     Interrupted,
@@ -39,14 +40,17 @@ from test_train import (
 from tiny_models import tiny_tokenizer, tiny_transformer
 from torch import Tensor, nn
 
+import viar.training.asked
 import viar.training.log
 import viar.training.loop
 import viar.training.losses
 import viar.training.trackers
 from viar import NextScaleTransformer, Tokenizer
+from viar.commands.ended import Ended, told_of_sigterm
 from viar.data import tokenize
 from viar.files import held
 from viar.training import cross_entropy, train_tokenizer, train_transformer
+from viar.training.asked import asked_to_end
 from viar.training.checkpoint import Checkpoint, TrainState
 from viar.training.curve import draw_curve
 from viar.training.ema import AveragedWeights
@@ -767,3 +771,42 @@ def test_a_compiled_run_is_the_run_without_and_measures_and_draws_eagerly(
     assert isinstance(model, NextScaleTransformer)
     assert compiled == list(model.trunk.compiled_parts())
     assert_same(model, plain, atol=1e-5, rtol=1e-4)
+
+
+ASKED = "SIGTERM: ends after this step, its state saved; a second SIGTERM ends at once\n"
+
+
+def test_sigterm_is_answered_at_once_and_a_second_ends_a_run_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One right behind the first is the same: a launcher passes on what its processes get too."""
+    seconds = iter([10.0, 10.1, 12.0])
+    monkeypatch.setattr(viar.training.asked, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with told_of_sigterm(), asked_to_end() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.is_set()
+        assert capfd.readouterr().err == ASKED
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Ended):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_is_ended_by_sigterm_tells_programs_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_tokenizer(sides=(1, 2, 4)).save_pretrained(tmp_path / "tokenizer")
+    flags = [
+        *("train", "digits-viar", "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "run", "--json"),
+        *("--model.width", 16, "--model.num-heads", 2, "--model.depth", 3),
+        *("--train.steps", 4, "--train.batch-size", 2),
+    ]
+    with monkeypatch.context() as patch:
+        terminate_at(patch, 2)
+        code, output, errors = call(*flags)
+    assert output, errors
+    told = json.loads(output)
+    assert (code, told) == (0, {"out": str(tmp_path / "run"), "done": False, "steps": 2}), errors
+    code, output, errors = call(*flags)
+    told = json.loads(output)
+    assert (code, told["done"], told["steps"]) == (0, True, 4), errors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
 from ..model.transformer import NextScaleTransformer
-from ..pickles import load_pickled
+from ..pickles import HoldsCode, load_pickled
 from ..pretrained import (
     CARD,
     OF_DAMAGE,
@@ -247,12 +246,12 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
     except _Damaged as error:
         raise ValueError(f"{path}: {error}") from None
+    except HoldsCode as error:
+        raise ValueError(
+            f"{path}: {error}; where you trust the file, read it with torch.load(weights_only=False) and "
+            "save its state dict alone"
+        ) from None
     except Exception as error:  # Bytes that are no pickle can make the unpickler raise anything.
-        if code := re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE):
-            raise ValueError(
-                f"{path}: holds {code[1]}, which is code and not a tensor, and code is not run; where you "
-                "trust the file, read it with torch.load(weights_only=False) and save its state dict alone"
-            ) from None
         raise ValueError(
             f"{path}: not a checkpoint, or a damaged one ({first_line(error)}); expected a file of "
             "torch.save or a .safetensors"

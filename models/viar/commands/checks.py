@@ -76,13 +76,16 @@ def check_classes(model: NextScaleTransformer, source: str, found: int) -> None:
         )
 
 
-def check_sampling(model: NextScaleTransformer, sampling: Sampling, labels: Sequence[int]) -> None:
+def check_sampling(
+    model: NextScaleTransformer, sampling: Sampling, labels: Sequence[int], flag: str = "--labels"
+) -> None:
     """Raise unless a model can sample so, and has those classes.
 
     Args:
         model: VAR or VIAR.
         sampling: settings of the sampler.
         labels: classes, or one more than the last for none.
+        flag: that gives them.
 
     Raises:
         ValueError, TypeError: what it cannot do.
@@ -90,8 +93,10 @@ def check_sampling(model: NextScaleTransformer, sampling: Sampling, labels: Sequ
     if labels:
         try:
             model.check_labels(torch.tensor(labels))
+        except ValueError as error:
+            raise ValueError(str(error).replace("labels", flag, 1)) from error
         except RuntimeError as error:  # an integer that no tensor holds
-            raise ValueError(f"labels: expected classes 0 to {model.null_class - 1}, got {labels}") from error
+            raise ValueError(f"{flag}: expected classes 0 to {model.null_class - 1}, got {labels}") from error
         if model.null_class in labels:
-            say(f"--labels: {model.null_class} asks for no class in particular")
+            say(f"{flag}: {model.null_class} asks for no class in particular")
     sampling.schedule(model.trunk)

@@ -8,6 +8,8 @@ import re
 import select
 import sys
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 import torch
 from rich.console import Console
@@ -16,13 +18,15 @@ from rich.markup import escape
 import deqlib
 
 from ..data.decoding import shown
+from ..early import ENDED, INTERRUPTED, LINES, NOBODY_READS, STREAMS, interruptible, tell_end
+from ..launch import check_launch
 from ..memory import is_shortage
 from .ended import Ended, lost_another, told_of_sigterm
+from .loading import process_index
 from .table import COMMANDS
 
 # Settings and data that do not fit; files and networks; a loss that is not finite; memory.
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError)
-INTERRUPTED, NOBODY_READS, ENDED = 130, 141, 143  # as shells count signals 2, 13 and 15
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -46,26 +50,54 @@ def main() -> None:
         _run(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        Console(stderr=True).print("[red]viar:[/red] interrupted")
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED, *LINES[INTERRUPTED].split(": "))
     except Ended:
-        Console(stderr=True).print("[red]viar:[/red] ended by SIGTERM")
-        sys.exit(ENDED)
+        _end(ENDED, *LINES[ENDED].split(": "))
     except (SystemExit, *EXPECTED) as error:
         if nobody_reads(error):
-            # Python flushes once more at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _lose(sys.stdout)
             sys.exit(NOBODY_READS)
         if isinstance(error, SystemExit) or (text := one_line(error)) is None:
             raise
-        from .loading import process_index
         from .parsing import by_flags
 
-        process = f" (process {process_index()})" if process_index() else ""
-        told = escape(shown(by_flags(text)))  # brackets in an error are no markup, and names hold anything
-        message = f"[red]viar:[/red] {told}{process}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        if isinstance(error, OSError) and error.filename in STREAMS.values():
+            text = f"{error.filename}: {error.strerror}"
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    _lose(stream)
+        told = shown(by_flags(text))  # names hold anything
+        _end(2, "viar", f"{told}{_of_process()}")
+
+
+def _end(code: int, name: str, text: str) -> NoReturn:
+    """End with a line on standard error, which is lost where nothing can be written there."""
+
+    def tell() -> None:
+        try:
+            message = f"[red]{name}:[/red] {escape(text)}"  # brackets in an error are no markup
+            Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+            sys.stderr.flush()
+        except OSError:
+            _lose(sys.stderr)
+
+    tell_end(code, tell)
+
+
+def _of_process() -> str:
+    """Which of several processes says it, behind what it says."""
+    try:
+        return f" (process {process_index()})" if process_index() else ""
+    except ValueError:  # this is what is to be said
+        return ""
+
+
+def _lose(stream: TextIO) -> None:
+    """Lose what could not be written: Python flushes once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: list[str]) -> None:
@@ -79,7 +111,8 @@ def _run(arguments: list[str]) -> None:
         from .parsing import parsed
 
         command = parsed(name, arguments[1:])
-        with told_of_sigterm():
+        check_launch()
+        with told_of_sigterm(), interruptible():
             command()
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)

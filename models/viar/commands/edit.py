@@ -66,11 +66,12 @@ def edit_command(
     """
     check_at_least("viar edit", 1, num=num)
     check_picture(out)
+    check_picture(max(_results(out, num), key=lambda path: len(path.name)))
     _check_pictures(image, box, mask)
     _check_kept(out, num, {"--image": image, "--mask": mask})
     console, sampling = Console(), flags.sampling
     transformer, codec = load_pair(model, tokenizer, flags.execution)
-    check_sampling(transformer, sampling, [label])
+    check_sampling(transformer, sampling, [label], "--label")
     side = codec.config.image_side
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..data import save_grid
 from ..data.decoding import shown
 from ..generation.report import GenerationReport
 from ..generation.sampling import generate
+from ..generation.series.folder import SeriesFolder
 from ..generation.series.provenance import why_inexact
 from ..generation.series.series import FORMATS, generate_series
 from ..memory import BatchSize
@@ -194,5 +196,7 @@ def _generate_series(
         archive = f", all in {shown(series.archive)}" if series.archive else ""
         made = f"{series.made} made now, {series.resampled} of them sampled twice to be exact"
         rate = f"{series.made / max(series.seconds, 1e-9):.3g} images/s"
-        text = f"{series.num} images in {shown(series.folder)}{archive};\n{made}, {rate}"
+        there = SeriesFolder(series.folder, codec.config.image_side).count(sys.maxsize)
+        beyond = f" ({there} are there)" if there > series.num else ""
+        text = f"{series.num} images in {shown(series.folder)}{beyond}{archive};\n{made}, {rate}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

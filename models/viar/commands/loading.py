@@ -17,6 +17,7 @@ from ..data.decoding import shown
 from ..data.sources import is_in_memory
 from ..generation.inference import prepare_inference
 from ..generation.sampling import check_pair
+from ..launch import launched
 from ..model.transformer import NextScaleTransformer
 from ..pretrained import CONFIG, WEIGHTS
 from ..tokenizer import Tokenizer
@@ -128,9 +129,19 @@ def load_model(kind: type[Model], source: str, flag: str) -> Model:
 
 
 def _say_where(source: str, flag: str) -> None:
-    """Say that the hub is asked for what is not here: without a network that takes half a minute."""
+    """Say that the hub is asked for what is not here: without a network that takes half a minute.
+
+    Raises:
+        ValueError: what stands before the slash is a folder, so a path is meant; the hub is not told of it.
+    """
     if os.path.exists(source) or not HUB_NAME.fullmatch(source):
         return
+    first, slash, rest = source.partition("/")
+    if slash and os.path.isdir(first):
+        raise ValueError(
+            f"{flag}: no {shown(rest)} in the folder {shown(first)}; give what is there (the Hugging Face "
+            f"hub is not asked for {shown(source)} where a folder {shown(first)} is)"
+        )
     say(f"{flag}: no folder or file {shown(source)} here, so the Hugging Face hub is asked for it")
 
 
@@ -157,7 +168,7 @@ def find_device(name: str) -> torch.device:
         return _other_device(device)
     if not found:
         raise ValueError(f"--device: {name} asked for, but PyTorch finds no GPU; use cpu")
-    own = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    own = launched("LOCAL_RANK") if device.index is None else device.index
     if own >= torch.cuda.device_count():
         raise ValueError(f"--device: no GPU {own}, PyTorch finds {torch.cuda.device_count()}")
     return torch.device("cuda", own)
@@ -232,9 +243,9 @@ def load_images(
 
 def num_processes() -> int:
     """How many processes a launcher started together, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return launched("WORLD_SIZE")
 
 
 def process_index() -> int:
     """Index of this process among those that a launcher started together, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return launched("RANK")

@@ -24,6 +24,9 @@ from .table import COMMANDS, load
 
 # How messages of settings begin: "TrainConfig: lr must be positive, got 0".
 OF_SETTINGS = re.compile(r"[A-Z]\w+: |viar \w+: ")
+# What the parser leaves in some of its errors.
+MARKUP = re.compile(r"\[/?(?:bold|dim|italic|red|green|yellow|blue|magenta|cyan)\]")
+LINE_OF_BOX = re.compile(r"^(│.*)(│)$", re.MULTILINE)
 Json = Annotated[
     bool,
     tyro.conf.FlagCreatePairsOff,
@@ -78,9 +81,10 @@ def parsed(name: str, arguments: list[str]) -> Work:
         with redirect_stdout(output), redirect_stderr(errors):
             work: Work = tyro.cli(_later(name), args=arguments, **settings)
     except SystemExit as ended:
-        if text := _refused(ended) or ("" if "--json" not in arguments else _unboxed(errors.getvalue())):
+        told = LINE_OF_BOX.sub(_as_wide, errors.getvalue())
+        if text := _refused(ended) or ("" if "--json" not in arguments else _unboxed(told)):
             raise ValueError(text) from ended
-        sys.stderr.write(errors.getvalue())
+        sys.stderr.write(told)
         sys.stdout.write(_filled(output.getvalue()) + ("" if ended.code else examples(name)))
         raise
     sys.stderr.write(errors.getvalue())
@@ -95,6 +99,11 @@ def examples(name: str) -> str:
     """
     told = COMMANDS[name].examples
     return "examples:\n" + "".join(f"  # {purpose}\n  {line}\n" for purpose, line in told)
+
+
+def _as_wide(line: re.Match[str]) -> str:
+    """A line of a box without markup, and as wide as before."""
+    return MARKUP.sub("", line[1]).ljust(len(line[1])) + line[2]
 
 
 def _unboxed(text: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..training import (
     train_tokenizer,
     train_transformer,
 )
+from ..training.asked import Asked
 from ..training.dry_run import (
     Build,
     Make,
@@ -131,15 +133,16 @@ def train_tokenizer_command(
     else:
         tokenizer, changes = adapt_tokenizer(trained, config)
         _say(console, changes)
-    metrics = train(
-        tokenizer,
-        data.train,
-        out,
-        recipe.train,
-        held_out=data.validation,
-        origin=_origin(from_, trained),
-        console=console,
-    )
+    with _telling_of_an_end(out):
+        metrics = train(
+            tokenizer,
+            data.train,
+            out,
+            recipe.train,
+            held_out=data.validation,
+            origin=_origin(from_, trained),
+            console=console,
+        )
     _tell(console, out, metrics)
 
 
@@ -208,17 +211,18 @@ def train_command(
     else:
         model, changes = adapt_transformer(trained, config)
         _say(console, [*_matched(class_names, trained.config.num_classes), *changes])
-    metrics = train_transformer(
-        model,
-        codec,
-        data,
-        out,
-        recipe.train,
-        held_out=held_out,
-        class_names=class_names,
-        origin=_origin(from_, trained),
-        console=console,
-    )
+    with _telling_of_an_end(out):
+        metrics = train_transformer(
+            model,
+            codec,
+            data,
+            out,
+            recipe.train,
+            held_out=held_out,
+            class_names=class_names,
+            origin=_origin(from_, trained),
+            console=console,
+        )
     _tell(console, out, metrics)
 
 
@@ -374,8 +378,18 @@ def _say(console: Console, lines: list[str]) -> None:
 
 def _tell(console: Console, out: Path, metrics: Mapping[str, float]) -> None:
     """How a run ended."""
-    if not report({"out": out, **metrics}):
+    if not report({"out": out, "done": True, **metrics}):
         console.print_json(json.dumps(metrics))
+
+
+@contextmanager
+def _telling_of_an_end(out: Path) -> Iterator[None]:
+    """Inside, a training that SIGTERM ends tells how far it came."""
+    try:
+        yield
+    except Asked as ended:
+        report({"out": out, "done": False, "steps": ended.step})
+        raise
 
 
 def _dry_run(

@@ -117,8 +117,8 @@ def box_mask(
         raise ValueError(f"side: expected 1 to {MOST_SIDE:,} pixels, got {side}")
     if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(
-            "box: expected fractions (top, left, bottom, right) in [0, 1], top below bottom and left below "
-            f"right in value, got {tuple(box)}"
+            "box: expected fractions (top, left, bottom, right) in [0, 1], top < bottom and left < "
+            f"right, got {tuple(box)}"
         )
     top, left, bottom, right = box
     centres = (torch.arange(side) + 0.5) / side

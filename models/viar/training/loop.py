@@ -34,8 +34,9 @@ from ..data import BatchedDataset, EndlessBatches
 from ..determinism import is_deterministic
 from ..files import held
 from ..kinds import checked
+from ..launch import check_launch
 from ..seeds import seed_at
-from .asked import asked_to_end
+from .asked import Asked, asked_to_end
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .critic import Critic
@@ -97,7 +98,7 @@ def fit(
             patience without held-out data.
         FloatingPointError: `config.max_skipped` steps in a row, or all of them, had a loss or gradients that
             are not finite; the state that was saved last stays.
-        SystemExit: SIGTERM came, in any of the processes; the state is saved, and the exit code is 0.
+        Asked: a `SystemExit`: SIGTERM came, in any of the processes; the state is saved, the exit code 0.
     """
     if config.patience and (held_out is None or not config.validate_every):
         raise ValueError(
@@ -193,7 +194,7 @@ class _Run:
         """Step until the run is at its end, or held-out data says that it is.
 
         Raises:
-            SystemExit: the run was asked to end, and its state is saved.
+            Asked: the run was asked to end, and its state is saved.
         """
         self.wrapped.train()
         while True:
@@ -206,7 +207,7 @@ class _Run:
                 self.best.saved()
             if is_asked:
                 self.log.say(f"ended by SIGTERM after step {self.state.step}; the same command goes on")
-                raise SystemExit(0)
+                raise Asked(self.state.step)
             start = time.monotonic()
             numbers = self._step(progress)
             self.state.step += 1
@@ -425,6 +426,7 @@ def check_device(config: TrainConfig) -> None:
                 f"TrainConfig: {name}={value} goes by measured times, which no run repeats; give steps alone "
                 "and no compile, or leave deterministic"
             )
+    check_launch()
     state = _among_processes()
     started = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if started > 1 and state.num_processes == 1:

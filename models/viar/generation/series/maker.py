@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ...launch import launched
 from ...memory import BatchSize, is_shortage
 from ...tokenizer import Tokenizer
 from ..scalewise import Sample
@@ -90,7 +91,7 @@ class Maker:
     def __enter__(self) -> Maker:
         self.on_cpu = self.tokenizer.quantizer.codebook.weight.device.type == "cpu"
         self.threads = torch.get_num_threads()
-        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_processes = launched("LOCAL_WORLD_SIZE")
         workers = self.threads if self.on_cpu else max(1, (os.cpu_count() or 1) // num_processes)
         self.size = BatchSize(self.batch_size, self._tell)
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
