@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-# What PyTorch says in a plain RuntimeError where memory does not suffice. The last is oneDNN's, which may also
-# not know what it is asked for: a single image, for which there is room, tells these apart.
+# What PyTorch says in a plain RuntimeError where memory does not suffice. The last is oneDNN's, which may mean
+# something else too: a single image, for which there is room, tells these apart.
 _WORDS = (
     "not enough memory",
     "can't allocate memory",

@@ -183,7 +183,7 @@ def test_settings_reach_the_sampler(pictures: Tensor) -> None:
         ({"images": torch.ones(3, 3, 6, 6, dtype=torch.uint8)}, "images must be floating point"),
         ({"labels": [0, 1]}, r"labels: expected shape \(3,\), one an image, got \(2,\)"),
         ({"labels": torch.tensor(0)}, r"labels: expected shape \(3,\), one an image, got \(\)"),
-        ({"labels": [0, 1, 9]}, "--label: expected classes 0 to 2"),
+        ({"labels": [0, 1, 9]}, "labels: expected classes 0 to 2"),
         ({"keep": "pixels"}, r"keep: expected one of \['features', 'codes'\], got 'pixels'"),
         ({"border": -1}, "border: expected at least 0 pixels, got -1"),
         ({"border": 1, "keep": "codes"}, "border: keep='codes' blends nothing, so expected None, got 1"),
