@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-# What PyTorch says in a plain RuntimeError where memory does not suffice. The last is oneDNN's, which may mean
+# What PyTorch says in a RuntimeError where memory does not suffice. The last is oneDNN's, which may mean
 # something else too: a single image, for which there is room, tells these apart.
 _WORDS = (
     "not enough memory",
