@@ -629,7 +629,7 @@ def is_private(name: str) -> bool:
 def defined(tree: ast.AST) -> Iterator[str]:
     """Private names that a file gives to something: functions, classes, attributes, fields, parameters."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
