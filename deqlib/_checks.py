@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -84,6 +85,12 @@ def check_callable(owner: str, **values: Any) -> None:
     for name, value in values.items():
         if not callable(value):
             raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
+
+
+def check_keywords(owner: str, kwargs: Any) -> None:
+    """Raise `TypeError` unless these are inputs of a cell by name."""
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise TypeError(f"{owner}: kwargs must be a dict with names as its keys, got {type(kwargs).__name__}")
 
 
 def check_generator(owner: str, generator: Any) -> None:

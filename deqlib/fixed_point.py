@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._autocast import coarsest_dtype
-from ._checks import check_callable, check_instance, plain
+from ._checks import check_callable, check_instance, check_keywords, plain
 from ._compiler import run_eagerly
 from ._torch import compiler_in_force, is_exporting, is_transformed, tree_leaves, tree_map, tree_unflatten
 from .backward import Backward, ImplicitDifferentiation
@@ -233,10 +233,7 @@ def _axes(compact: Compact, args: Any, kwargs: Any) -> tuple[int | None, ...] | 
     """
     if not isinstance(args, tuple):
         raise TypeError(f"fixed_point: args must be a tuple, got {type(args).__name__}")
-    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise TypeError(
-            f"fixed_point: kwargs must be a dict with names as its keys, got {type(kwargs).__name__}"
-        )
+    check_keywords("fixed_point", kwargs)
     if not isinstance(compact, tuple):
         return None
     if len(compact) != len(args):

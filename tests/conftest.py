@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,17 @@ def device() -> Iterator[torch.device]:
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device(name)
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium by Playwright, for modules that are skipped without; not longer, as it holds an event loop."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        launched = running.chromium.launch(executable_path=shutil.which("chromium"))
+        yield launched
+        launched.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

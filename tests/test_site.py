@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("material", reason="the site is built by mkdocs-material: pip install '.[docs]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="pages are opened by Playwright")
+pytest.importorskip("playwright.sync_api", reason="pages are opened by Playwright")
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -111,14 +111,6 @@ def address(site: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        launched = running.chromium.launch(executable_path=CHROMIUM)
-        yield launched
-        launched.close()
 
 
 def complaints_of(page: Any, allowed: str) -> list[str]:

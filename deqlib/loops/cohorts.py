@@ -141,8 +141,8 @@ class Entrance:
         for i, (leaves, spec) in enumerate(known):
             for leaf in leaves:
                 if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
-                    is_sparse = isinstance(leaf, Tensor)
-                    got = f"tensor of layout {leaf.layout}" if is_sparse else type(leaf).__name__
+                    is_tensor = isinstance(leaf, Tensor)
+                    got = f"tensor of layout {leaf.layout}" if is_tensor else type(leaf).__name__
                     raise TypeError(
                         "solve_stream: a sample must be a dense tensor, a pytree of these, or a tuple of "
                         f"these, got a {got} in sample {self._number + i}; make it one, or pass what all "

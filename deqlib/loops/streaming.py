@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import coarsest_dtype
-from .._checks import check_instance, check_integer
+from .._checks import check_instance, check_integer, check_keywords
 from .._torch import tree_map
 from ..fixed_point import check_setting, in_shape, outside_of_graphs
 from ..layer import ImplicitLayer, refuse_sharded
@@ -69,8 +69,8 @@ def solve_stream(
     """
     check_instance("solve_stream", ImplicitLayer, "a deqlib.ImplicitLayer", layer=layer)
     check_integer("solve_stream", 1, batch_size=batch_size)
-    if not isinstance(kwargs, Mapping | None) or not all(isinstance(name, str) for name in kwargs or ()):
-        raise TypeError(f"solve_stream: kwargs must be a dict with names as its keys, got {kwargs!r}")
+    if kwargs is not None:
+        check_keywords("solve_stream", kwargs)
     rule = layer.stopping if stopping is None else stopping
     check_setting("solve_stream", "stopping", rule)
     if rule.is_fixed:

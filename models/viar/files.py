@@ -131,7 +131,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
     _check_regular(path, str(path))
     if path.is_dir() or not path.is_symlink():
         path = Path(os.path.realpath(path))
-    folder = path.with_name(f".{path.name}.partial")
+    folder = begun_beside(path)
     with alone(folder):
         fresh = folder / path.name
         with naming(path):
@@ -141,6 +141,11 @@ def replacing_path(path: Path) -> Iterator[Path]:
                 os.replace(file, path / file.name)
         else:
             os.replace(fresh, path)
+
+
+def begun_beside(path: Path) -> Path:
+    """The folder in which what is to take the place of a path is begun; see `alone`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager

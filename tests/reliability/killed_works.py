@@ -48,8 +48,8 @@ class Work:
         return sorted(marks)
 
     def result(self, folder: Path) -> dict[str, bytes]:
-        """What has to be the same in the end: all but hidden files, such as a lock of one that was killed."""
-        found = {name: text for name, text in lives.contents(folder).items() if not _is_hidden(name)}
+        """What has to be the same in the end."""
+        found = lives.contents(folder)
         return {name: found[name] for name in self.kept} if self.kept else found
 
     def is_done(self, folder: Path) -> bool:
@@ -61,10 +61,6 @@ class Work:
         """What is there for good."""
         names = {str(path.relative_to(folder)) for pattern in self.goes_on for path in folder.glob(pattern)}
         return {name: text for name, text in lives.contents(folder).items() if name in names}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def series(pair: tuple[str, ...], num: int) -> Work:

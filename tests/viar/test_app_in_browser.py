@@ -26,7 +26,7 @@ from viar.app.drawing import MOST_SEED, Pair, presets
 from viar.app.markup import picture_url
 
 pytest.importorskip("gradio_client", reason="the web page needs gradio")
-playwright = pytest.importorskip("playwright.sync_api", reason="pages are opened by Playwright")
+pytest.importorskip("playwright.sync_api", reason="pages are opened by Playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
@@ -67,14 +67,6 @@ def pair() -> Pair:
 def address(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with served(pair, tmp_path_factory.mktemp("models"), ended_by=signal.SIGTERM) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        launched = running.chromium.launch(executable_path=CHROMIUM)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

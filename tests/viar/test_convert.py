@@ -670,6 +670,17 @@ def test_the_command_overwrites_only_when_told(call: Call, tmp_path: Path) -> No
     same(torch.load(file), golden_state("viar"))
 
 
+def test_what_a_killed_conversion_left_beside_its_folder_is_gone_after_the_next(
+    call: Call, tmp_path: Path
+) -> None:
+    source, out = write(golden_state("viar"), tmp_path / "a.pth"), tmp_path / "out"
+    assert call(source, out)[0] == 0
+    (tmp_path / ".out.partial").mkdir()  # killed when the folder was there, and before it tidied up
+    (tmp_path / ".out.partial.lock").touch()
+    assert call(source, out, "--overwrite")[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "out"}
+
+
 def test_the_command_takes_the_folder_one_stands_in(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checksums import load_tensors, save_tensors
-from ..files import replacing, replacing_path
+from ..files import alone, begun_beside, replacing, replacing_path
 from ..kinds import check_kind, checked
 from ..model.config import ExplicitTrunkConfig, ImplicitTrunkConfig, TokenizerConfig, TransformerConfig
 from ..model.scales import scale_ids
@@ -182,6 +183,12 @@ def convert_checkpoint(
         model = load_official(source, sides=sides, num_heads=num_heads)
         out = Path(os.path.realpath(out))
         if out.is_dir():
+            # What a conversion that was killed when it had made the folder left beside it is gone then.
+            with (
+                suppress(OSError),
+                alone(begun_beside(out)),
+            ):  # beside it nothing may be allowed to be written
+                pass
             model.save_pretrained(out)
             with replacing(out / CARD) as file:  # which else would stay that of the model before
                 file.write(str(model.generate_model_card()).encode())

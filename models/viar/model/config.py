@@ -50,6 +50,13 @@ def check_at_least(owner: str, minimum: int | float, **values: int | float) -> N
             raise ValueError(f"{owner}: {name} must be below 2**63, got {value}")
 
 
+def check_at_most(owner: str, maximum: int, **values: int) -> None:
+    """Raise `ValueError` naming the first of `values` that is above `maximum`."""
+    for name, value in values.items():
+        if value > maximum:
+            raise ValueError(f"{owner}: {name} must be at most {maximum}, got {value}")
+
+
 def check_fraction(owner: str, **values: float) -> None:
     """Raise `ValueError` naming the first of `values` outside [0, 1)."""
     for name, value in values.items():
@@ -106,11 +113,8 @@ class TokenizerConfig:
             num_groups=self.num_groups,
         )
         check_at_least("TokenizerConfig", 0, num_phi=self.num_phi, commitment=self.commitment)
-        for name in ("num_phi", "num_residual_blocks"):
-            if getattr(self, name) > DEEPEST:
-                raise ValueError(
-                    f"TokenizerConfig: {name} must be at most {DEEPEST}, got {getattr(self, name)}"
-                )
+        blocks = self.num_residual_blocks
+        check_at_most("TokenizerConfig", DEEPEST, num_phi=self.num_phi, num_residual_blocks=blocks)
         check_fraction("TokenizerConfig", dropout=self.dropout)
         if not 0 <= self.phi_ratio <= 1:
             raise ValueError(f"TokenizerConfig: phi_ratio must be in [0, 1], got {self.phi_ratio}")
@@ -243,8 +247,7 @@ class TransformerConfig:
         object.__setattr__(self, "sides", _tuple(self.sides))
         check_sides(owner, self.sides)
         check_at_least(owner, 1, depth=self.depth)
-        if self.depth > DEEPEST:
-            raise ValueError(f"{owner}: depth must be at most {DEEPEST}, got {self.depth}")
+        check_at_most(owner, DEEPEST, depth=self.depth)
         if self.width is None:
             object.__setattr__(self, "width", 64 * self.depth)
         if self.num_heads is None:

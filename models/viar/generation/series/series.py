@@ -163,9 +163,8 @@ def _check(
     for name, module in (("model", model), ("tokenizer", tokenizer)):
         if module.training:
             raise ValueError(f"{name}: expected evaluation mode, got training mode; call {name}.eval() first")
-    if isinstance(formats, str) or not isinstance(formats, Collection) or not formats:
-        raise ValueError(f"formats: expected one or both of {', '.join(FORMATS)}, got {formats!r}")
-    if not all(isinstance(name, str) and name in FORMATS for name in formats):
+    is_several = isinstance(formats, Collection) and not isinstance(formats, str)
+    if not (is_several and formats and all(isinstance(name, str) and name in FORMATS for name in formats)):
         raise ValueError(f"formats: expected one or both of {', '.join(FORMATS)}, got {formats!r}")
 
 
