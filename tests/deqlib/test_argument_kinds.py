@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,15 @@ from deqlib.diagnostics import saved_bytes
 from deqlib.testing import strategies
 
 X = torch.zeros(3, 4)
+WORDS = np.array(["warn", "ignore"])  # compared with a word it is an array, too
+
+
+def _streamed(samples: Any, **settings: Any) -> list[deqlib.Solution]:
+    layer = deqlib.ImplicitLayer(lambda z, x, **named: 0.5 * z + x)
+    with torch.no_grad():
+        return list(deqlib.loops.solve_stream(layer, samples, batch_size=2, **settings))
+
+
 CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: deqlib.fixed_point(None, X), TypeError, "fixed_point: f must be callable, got NoneType"),
     (lambda: deqlib.fixed_point(lambda z: z.to_sparse(), X), TypeError, "the output must be dense"),
@@ -46,6 +56,23 @@ CASES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: testing.mlp(gain=float("nan")), ValueError, "mlp: gain must be in"),
     (lambda: testing.mlp(dtype=torch.int64), ValueError, "mlp: dtype must be a floating-point type"),
     (lambda: testing.linear([]), ValueError, "at least one eigenvalue"),
+    (lambda: deqlib.FailurePolicy(action=WORDS), ValueError, "action must be one of"),
+    (lambda: deqlib.Reversible(on_drift=WORDS), ValueError, "on_drift must be one of"),
+    (lambda: deqlib.Anderson(kind=WORDS), ValueError, "kind must be one of"),
+    (lambda: deqlib.NewtonKrylov(derivative=WORDS), ValueError, "derivative must be one of"),
+    (lambda: deqlib.PhantomGradient(form=WORDS), ValueError, "form must be one of"),
+    (lambda: deqlib.StochasticJFB(per=WORDS), ValueError, "per must be one of"),
+    (lambda: deqlib.Stopping(keep=WORDS), ValueError, "keep must be one of"),
+    (lambda: deqlib.Stopping(rtol=1e308), ValueError, r"rtol must be in \[0, 1e\+38\]"),
+    (lambda: deqlib.Stopping(atol=1e39), ValueError, r"atol must be in \[0, 1e\+38\]"),
+    (
+        lambda: deqlib.fixed_point(lambda z, step: z, X, solver=deqlib.Picard(), with_step=True, kwargs=1),
+        TypeError,
+        "fixed_point: kwargs must be a dict with names",
+    ),
+    (lambda: _streamed([X], kwargs={1: X}), TypeError, "solve_stream: kwargs must be a dict with names"),
+    (lambda: _streamed([X], kwargs=[1]), TypeError, "solve_stream: kwargs must be a dict with names"),
+    (lambda: _streamed([X.to_sparse()]), TypeError, "got a tensor of layout torch.sparse_coo in sample 0"),
     (lambda: strategies.states(dtypes=[3]), TypeError, "states: dtypes must be a type"),
 ]
 
@@ -69,6 +96,8 @@ def test_a_cache_says_which_sequences_there_are() -> None:
 
 
 def test_what_fits_is_taken_as_before() -> None:
+    nobody = testing.transformer(batch=0)
+    assert nobody.f(nobody.z0).shape == nobody.z0.shape
     assert implicit.StableInjection(4)(X, X[:1]).shape == X.shape
     assert implicit.MonotoneCell(4)(X, X.bfloat16()).shape == X.shape
     with torch.autocast("cpu", dtype=torch.bfloat16):
